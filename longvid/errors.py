@@ -1,0 +1,97 @@
+"""Every exception that longvid raises on purpose.
+
+Each one is also the builtin that a caller would expect, so that code which knows nothing of longvid still
+handles it:
+
+* LongvidError
+    * ScheduleError       ValueError    the video cannot be cut as asked
+    * ModelError          ValueError    weights, config or class cannot be used
+    * MemoryBudgetError   MemoryError   projected > allowed
+    * CacheError          RuntimeError  cache and input disagree: other video, batch, size, dtype, device, layer
+    * SessionStateError   RuntimeError  not open, closed, busy, wrong thread, forked
+    * SourceError         OSError       frames cannot be read
+    * StoreError          OSError       exists, incomplete, corrupt, out of range, not a store
+
+A message says what was asked, what is there, and what to do. Exceptions of other libraries are wrapped once, at
+the edge, with ``raise ... from exc``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+__all__ = [
+    "CacheError",
+    "LongvidError",
+    "MemoryBudgetError",
+    "ModelError",
+    "ScheduleError",
+    "SessionStateError",
+    "SourceError",
+    "StoreError",
+]
+
+
+class LongvidError(Exception):
+    """Base of all errors of this package."""
+
+
+class ScheduleError(LongvidError, ValueError):
+    """The video cannot be cut into chunks as asked."""
+
+
+class ModelError(LongvidError, ValueError):
+    """Weights, configuration or class of a model cannot be used."""
+
+
+class MemoryBudgetError(LongvidError, MemoryError):
+    """The plan needs more bytes than allowed. Raised before the first frame is read.
+
+    Attributes:
+        projected_bytes: what the run would need at its peak.
+        allowed_bytes: the budget.
+        parts: what the projection is made of, in bytes, by name.
+    """
+
+    def __init__(
+        self, message: str, *, projected_bytes: int = 0, allowed_bytes: int = 0, parts: Mapping[str, int] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.projected_bytes = projected_bytes
+        self.allowed_bytes = allowed_bytes
+        self.parts = dict(parts or {})
+
+
+class CacheError(LongvidError, RuntimeError):
+    """A ConvCache and the tensor that meets it disagree, or the cache is used out of its life."""
+
+
+class SessionStateError(LongvidError, RuntimeError):
+    """A session or one of its scopes is used when it is not open, is busy, or from the wrong thread or process."""
+
+
+class SourceError(LongvidError, OSError):
+    """Frames cannot be read.
+
+    Attributes:
+        kind: ``"missing"``, ``"not-video"``, ``"no-video-stream"``, ``"no-frames"``, ``"truncated"``,
+            ``"geometry-changed"``, ``"layout"`` (wrong dtype or axes of an array), ``"range"`` (start or count
+            outside the video) or ``"other"``.
+    """
+
+    def __init__(self, message: str, *, kind: str = "other") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class StoreError(LongvidError, OSError):
+    """A store, or the place where one should be written, cannot be used.
+
+    Attributes:
+        kind: ``"missing"``, ``"exists"``, ``"foreign"`` (not written by longvid), ``"incomplete"``, ``"corrupt"``,
+            ``"range"`` (a value that the stored dtype cannot hold), ``"format"`` or ``"other"``.
+    """
+
+    def __init__(self, message: str, *, kind: str = "other") -> None:
+        super().__init__(message)
+        self.kind = kind

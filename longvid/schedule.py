@@ -1,0 +1,178 @@
+"""How a video is cut into chunks. Integer arithmetic; no torch, no arrays of pixels.
+
+For a model whose norms run over time inside a chunk, the cut is part of the result. So there is one plan and
+nothing but this file produces lengths:
+
+* the first chunk has ``1 + chunk_frames`` frames, every later one ``chunk_frames``;
+* the tail is padded to a whole chunk by repeating the last frame, and the true length is recorded;
+* a video of exactly one frame is one chunk of one frame: the first frame stands alone in a causal VAE.
+
+The plan never needs the total length in advance: see :meth:`ChunkSchedule.tail`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from longvid.errors import ScheduleError
+
+__all__ = ["Chunk", "ChunkSchedule"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A run of frames that goes through the model at once. All ranges are half-open."""
+
+    index: int
+    frame_start: int
+    frame_stop: int
+    "end of the true frames; padding is not counted"
+    padded_frames: int
+    "frames the model sees: the true ones, then repetitions of the last"
+    latent_start: int
+    latent_stop: int
+
+    @property
+    def num_frames(self) -> int:
+        """True frames of this chunk."""
+        return self.frame_stop - self.frame_start
+
+    @property
+    def num_latents(self) -> int:
+        """Latent frames of this chunk."""
+        return self.latent_stop - self.latent_start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkSchedule:
+    """The plan ``1 + n, n, n, ...`` of a causal VAE that keeps its first frame alone.
+
+    Args:
+        chunk_frames: frames of every chunk after the first.
+        frames_per_latent: temporal compression; divides ``chunk_frames``.
+    """
+
+    chunk_frames: int = 8
+    frames_per_latent: int = 4
+
+    def __post_init__(self) -> None:
+        if self.frames_per_latent < 1 or self.chunk_frames < 1 or self.chunk_frames % self.frames_per_latent:
+            raise ScheduleError(
+                f"chunks of {self.chunk_frames} frames cannot be cut into latents of {self.frames_per_latent} frames; "
+                "chunk_frames must be a positive multiple of frames_per_latent"
+            )
+
+    @property
+    def chunk_latents(self) -> int:
+        """Latent frames of every chunk after the first."""
+        return self.chunk_frames // self.frames_per_latent
+
+    def capacity(self, index: int) -> int:
+        """Frames that chunk ``index`` holds when it is full."""
+        return self.chunk_frames + (index == 0)
+
+    def full(self, index: int) -> Chunk:
+        """Chunk ``index`` with no padding: what runs as soon as that many frames have arrived."""
+        return self._chunk(index, self.capacity(index))
+
+    def tail(self, index: int, num_frames: int) -> Chunk:
+        """The last chunk of a video, number ``index``, with ``num_frames`` true frames in it.
+
+        Raises:
+            ScheduleError: ``num_frames`` is not between 1 and the chunk's capacity.
+        """
+        if not 1 <= num_frames <= self.capacity(index):
+            raise ScheduleError(
+                f"chunk {index} holds 1 to {self.capacity(index)} frames, {num_frames} were given as its tail"
+            )
+        return self._chunk(index, num_frames)
+
+    def _chunk(self, index: int, num_frames: int) -> Chunk:
+        start = 0 if index == 0 else 1 + index * self.chunk_frames
+        latent_start = 0 if index == 0 else 1 + index * self.chunk_latents
+        alone = index == 0 and num_frames == 1
+        return Chunk(
+            index=index,
+            frame_start=start,
+            frame_stop=start + num_frames,
+            padded_frames=1 if alone else self.capacity(index),
+            latent_start=latent_start,
+            latent_stop=1 if alone else 1 + (index + 1) * self.chunk_latents,
+        )
+
+    def num_chunks(self, num_frames: int) -> int:
+        """Chunks of a video of ``num_frames`` frames."""
+        _require_frames(num_frames)
+        return max(1, -(-(num_frames - 1) // self.chunk_frames))
+
+    def num_latents(self, num_frames: int) -> int:
+        """Latent frames of a video of ``num_frames`` frames, those of the padded tail included."""
+        _require_frames(num_frames)
+        return 1 + -(-(num_frames - 1) // self.chunk_frames) * self.chunk_latents
+
+    def chunks(self, num_frames: int) -> Iterator[Chunk]:
+        """All chunks of a video of known length."""
+        last = self.num_chunks(num_frames) - 1
+        for index in range(last):
+            yield self.full(index)
+        yield self.tail(last, num_frames - (0 if last == 0 else 1 + last * self.chunk_frames))
+
+    def max_frames(self, num_latents: int) -> int:
+        """Frames that ``num_latents`` latent frames decode to before the padding is cut off.
+
+        Raises:
+            ScheduleError: no video of this plan has that many latent frames.
+        """
+        if num_latents < 1 or (num_latents - 1) % self.chunk_latents:
+            raise ScheduleError(
+                f"{num_latents} latent frames do not fit the plan, which gives 1 + k x {self.chunk_latents} of them; "
+                "pass the latents of a whole video, unpadded and uncut"
+            )
+        return 1 + (num_latents - 1) * self.frames_per_latent
+
+    def check_length(self, num_frames: int, num_latents: int) -> None:
+        """Raise ScheduleError unless a video of ``num_frames`` frames has ``num_latents`` latent frames."""
+        most = self.max_frames(num_latents)
+        if self.num_latents(num_frames) != num_latents:
+            raise ScheduleError(
+                f"{num_latents} latent frames hold at most {most} frames, {num_frames} were asked for, which would "
+                f"make {self.num_latents(num_frames)} latent frames"
+            )
+
+    def frame_range(self, latent: int) -> tuple[int, int]:
+        """The half-open range of frames that latent frame ``latent`` stands for, padding included."""
+        if latent == 0:
+            return 0, 1
+        stop = 1 + latent * self.frames_per_latent
+        return stop - self.frames_per_latent, stop
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as it is recorded in a store."""
+        return {
+            "first_chunk_frames": 1 + self.chunk_frames,
+            "chunk_frames": self.chunk_frames,
+            "frames_per_latent": self.frames_per_latent,
+            "tail": "repeat-last-frame",
+        }
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> ChunkSchedule:
+        """Read back what :meth:`to_dict` wrote.
+
+        Raises:
+            ScheduleError: the record is of another kind of plan.
+        """
+        try:
+            plan = cls(chunk_frames=int(record["chunk_frames"]), frames_per_latent=int(record["frames_per_latent"]))
+        except (KeyError, TypeError, ValueError) as exc:
+            raise ScheduleError(f"not a chunk plan of longvid: {record!r}") from exc
+        if plan.to_dict() != record:
+            raise ScheduleError(f"a chunk plan of another kind: {record!r}; this version reads {plan.to_dict()!r}")
+        return plan
+
+
+def _require_frames(num_frames: int) -> None:
+    if num_frames < 1:
+        raise ScheduleError(f"a video has at least one frame, {num_frames} were given")
