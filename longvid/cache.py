@@ -1,0 +1,243 @@
+"""ConvCache: the causal context of every layer for one video and one direction.
+
+A causal convolution with k taps in time needs the last k - 1 input frames of the chunk before: its **context**. All
+contexts of a video live here, keyed by the layer's module path, and never on a module. So two videos may interleave
+on one model, and a video leaves nothing behind.
+
+A layer reads from a **window**, one tensor ``[context | new frames]``::
+
+    with cache.window(layer, like=x) as window:
+        norm(x, out=window.new)                 # the producer writes straight into the window
+        h = layer.convolve(window)              # reads window.input()
+    # the window is gone; its last k - 1 frames are the context of the next chunk
+
+There is one copy of every context and no copy of the input. Layers with one tap in time have no entry.
+
+Axes: B batch, C channels, T time, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from types import TracebackType
+from typing import Literal, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from longvid.errors import CacheError
+
+__all__ = ["CausalLayer", "ConvCache", "Window"]
+
+
+class CausalLayer(Protocol):
+    """What the cache needs to know of a layer: :class:`longvid.CausalConv3d` or anything of its shape."""
+
+    context_frames: int
+    "frames of context, k - 1; 0 for a layer that needs none"
+    initial_context: Literal["repeat", "zeros"]
+    "what stands in front of the first frame of a video: that frame again, or zeros"
+
+
+class _State(Enum):
+    UNOPENED = "not open yet; use it in a with statement"
+    OPEN = "open"
+    FAILED = "of mixed age, because an earlier chunk did not finish; start the video again with a new cache"
+    CLOSED = "closed; a cache serves one video, make a new one"
+
+
+@dataclass(slots=True)
+class _Entry:
+    path: str
+    context: Tensor | None = None
+    chunk: int = -1
+    "the last chunk in which the layer ran"
+
+
+class ConvCache:
+    """All contexts of one video and one direction.
+
+    Args:
+        module: the encoder or the decoder. Every submodule with ``context_frames > 0`` gets an entry.
+        max_conv_elements: a convolution whose window or output has more elements than this runs over time in
+            pieces; the default is what 32-bit indexing in convolution kernels can address.
+
+    Use it in a ``with`` statement; leaving it frees every context. Each chunk runs inside :meth:`chunk`. If a chunk
+    fails, all contexts are dropped at once and the cache refuses further use: they would be of mixed age.
+    """
+
+    def __init__(self, module: nn.Module, *, max_conv_elements: int = 2**31 - 1) -> None:
+        self.max_conv_elements = max_conv_elements
+        self._entries = {
+            layer: _Entry(path) for path, layer in module.named_modules() if getattr(layer, "context_frames", 0) > 0
+        }
+        self._state = _State.UNOPENED
+        self._chunk = -1
+        self._in_chunk = False
+
+    def __enter__(self) -> Self:
+        if self._state is not _State.UNOPENED:
+            raise CacheError(f"the cache cannot be entered: it is {self._state.value}")
+        self._state = _State.OPEN
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free every context. May be called again."""
+        self._drop(_State.CLOSED)
+
+    def _drop(self, state: _State) -> None:
+        self._state = state
+        for entry in self._entries.values():
+            entry.context = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all contexts that exist now."""
+        return sum(self.layer_bytes().values())
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks that have run to their end."""
+        return self._chunk + (not self._in_chunk)
+
+    def layer_bytes(self) -> dict[str, int]:
+        """Bytes of each layer's context by module path, in the order of the modules; 0 before the first chunk."""
+        return {
+            entry.path: 0 if entry.context is None else entry.context.numel() * entry.context.element_size()
+            for entry in self._entries.values()
+        }
+
+    @contextmanager
+    def chunk(self) -> Iterator[None]:
+        """The life of one chunk. On any exception inside, every context is freed and the cache is unusable.
+
+        Raises:
+            CacheError: the cache is not open, another chunk is running, or a layer did not run in this chunk.
+        """
+        if self._state is not _State.OPEN:
+            raise CacheError(f"no chunk can run: the cache is {self._state.value}")
+        if self._in_chunk:
+            raise CacheError("a chunk is already running on this cache; one cache serves one video, chunk by chunk")
+        self._in_chunk = True
+        self._chunk += 1
+        try:
+            yield
+            self._require_all_advanced()
+        except BaseException:
+            self._drop(_State.FAILED)
+            raise
+        finally:
+            self._in_chunk = False
+
+    def _require_all_advanced(self) -> None:
+        left = [entry.path for entry in self._entries.values() if entry.chunk != self._chunk]
+        if left:
+            raise CacheError(
+                f"chunk {self._chunk} ended, but {len(left)} of {len(self._entries)} layers did not run in it, "
+                f"among them {left[0]!r}; a context that misses a chunk is wrong from then on"
+            )
+
+    def window(self, layer: CausalLayer, *, like: Tensor) -> Window:
+        """The window of ``layer`` for as many new frames as ``like`` has.
+
+        Args:
+            layer: a layer of the module this cache was made for, with ``context_frames > 0``.
+            like: a tensor (B, C, T, H, W) with the shape, dtype and device of the layer's input.
+
+        Raises:
+            CacheError: the layer is not of this module, ran already in this chunk, or its context is of another
+                batch, size, dtype or device.
+        """
+        entry = self._entries.get(layer) if isinstance(layer, nn.Module) else None
+        if entry is None:
+            raise CacheError(
+                f"{type(layer).__name__} is not a layer of the module this cache was made for; an encoder and a "
+                "decoder, and two models, each need a cache of their own"
+            )
+        if not self._in_chunk:
+            raise CacheError(f"layer {entry.path!r} ran outside a chunk; wrap the call in: with cache.chunk()")
+        if entry.chunk == self._chunk:
+            raise CacheError(f"layer {entry.path!r} ran twice in chunk {self._chunk}; every call needs a layer of its own")
+        if entry.context is not None:
+            _require_same_video(entry.path, entry.context, like)
+        return Window(self, layer, entry, like)
+
+    def _advance(self, entry: _Entry, window: Tensor, context_frames: int) -> None:
+        tail = window[:, :, -context_frames:]
+        if entry.context is None:
+            # A clone of the tail alone: a view would keep the whole window alive.
+            entry.context = torch.empty(tail.shape, dtype=tail.dtype, device=tail.device)
+        entry.context.copy_(tail)
+        entry.chunk = self._chunk
+
+
+class Window:
+    """The input of one causal layer for one chunk: ``[context | new frames]``. Made by :meth:`ConvCache.window`.
+
+    Leaving the ``with`` block keeps the last frames as the layer's next context and frees the window.
+    """
+
+    def __init__(self, cache: ConvCache, layer: CausalLayer, entry: _Entry, like: Tensor) -> None:
+        self.max_conv_elements = cache.max_conv_elements
+        self._cache = cache
+        self._layer = layer
+        self._entry = entry
+        B, C, T, H, W = like.shape
+        self._shape = (B, C, layer.context_frames + T, H, W)
+        self._options = {"dtype": like.dtype, "device": like.device}
+        self._tensor: Tensor | None = None
+
+    def __enter__(self) -> Self:
+        self._tensor = torch.empty(self._shape, **self._options)  # type: ignore[arg-type]
+        if self._entry.context is not None:
+            self._tensor[:, :, : self._layer.context_frames].copy_(self._entry.context)
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        tensor, self._tensor = self._require(), None
+        if exc_type is None:
+            self._cache._advance(self._entry, tensor, self._layer.context_frames)
+
+    def _require(self) -> Tensor:
+        if self._tensor is None:
+            raise CacheError(f"the window of layer {self._entry.path!r} is not open")
+        return self._tensor
+
+    @property
+    def new(self) -> Tensor:
+        """The part (B, C, T, H, W) into which the producer of the layer's input writes every element."""
+        return self._require()[:, :, self._layer.context_frames :]
+
+    def input(self) -> Tensor:
+        """The whole window (B, C, k - 1 + T, H, W), once ``new`` is written."""
+        tensor = self._require()
+        if self._entry.context is None:
+            front = tensor[:, :, : self._layer.context_frames]
+            if self._layer.initial_context == "zeros":
+                front.zero_()
+            else:
+                front.copy_(self.new[:, :, :1].expand_as(front))
+        return tensor
+
+
+def _require_same_video(path: str, context: Tensor, like: Tensor) -> None:
+    def facts(t: Tensor) -> dict[str, object]:
+        B, C, _, H, W = t.shape
+        return {"batch": B, "channels": C, "size": f"{W}x{H}", "dtype": t.dtype, "device": t.device}
+
+    have, got = facts(context), facts(like)
+    wrong = [f"{name} {got[name]} instead of {have[name]}" for name in have if have[name] != got[name]]
+    if wrong:
+        raise CacheError(
+            f"layer {path!r} got {', '.join(wrong)}; a cache serves one video, so use a new one for another video"
+        )

@@ -1,0 +1,93 @@
+"""What the engine needs of a causal video VAE.
+
+Axes: B batch, C channels, T time, H height, W width.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from longvid.cache import ConvCache
+from longvid.schedule import ChunkSchedule
+
+__all__ = ["CausalVAE", "LatentGeometry", "placed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentGeometry:
+    """How pixels and latents relate."""
+
+    latent_channels: int
+    frames_per_latent: int
+    "temporal compression; the first frame of a video is a latent of its own"
+    pixels_per_latent: int
+    "spatial compression; frame sizes must be multiples of it"
+    chunk_frames: int
+    "frames of a chunk after the first"
+
+    @property
+    def schedule(self) -> ChunkSchedule:
+        """The chunk plan."""
+        return ChunkSchedule(chunk_frames=self.chunk_frames, frames_per_latent=self.frames_per_latent)
+
+    def padded_size(self, height: int, width: int) -> tuple[int, int]:
+        """The frame size after padding up to whole latents."""
+        p = self.pixels_per_latent
+        return -(-height // p) * p, -(-width // p) * p
+
+
+@runtime_checkable
+class CausalVAE(Protocol):
+    """A causal video VAE: modules without state between calls.
+
+    Bring your own by building an encoder and a decoder from :class:`longvid.CausalConv3d` (or layers like it), each
+    of which takes the cache in its call.
+    """
+
+    geometry: LatentGeometry
+    encoder: nn.Module
+    "the module that an encoding ConvCache is made for"
+    decoder: nn.Module
+    "the module that a decoding ConvCache is made for"
+
+    def encode(self, x_BCTHW: Tensor, cache: ConvCache) -> Tensor:
+        """One chunk of pixels in [-1, 1] to moments (B, 2 x latent channels, t, h, w): mean, then log variance."""
+        ...
+
+    def decode(self, z_BCTHW: Tensor, cache: ConvCache) -> Tensor:
+        """One chunk of raw (unscaled) latents to pixels (B, 3, T, H, W), about in [-1, 1]."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for the record, ready for JSON: class, config, origin and digest of the weights, latent scaling."""
+        ...
+
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def placed(module: _Module, device: torch.device, dtype: torch.dtype | None) -> _Module:
+    """The module with its floating tensors on ``device`` in ``dtype`` (None: as they are).
+
+    The module itself is not touched. If nothing has to change it is returned; otherwise the result shares with it
+    every tensor that is already in place.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+
+    def moved(tensor: Tensor) -> Tensor:
+        new_dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to(device=device, dtype=new_dtype)
+
+    if all(t.device == device and (dtype is None or not t.is_floating_point() or t.dtype == dtype) for t in tensors):
+        return module
+    # deepcopy takes what it finds in its memo, so the structure is copied and the tensors are not.
+    memo: dict[int, Any] = {
+        id(t): nn.Parameter(moved(t), requires_grad=False) if isinstance(t, nn.Parameter) else moved(t)
+        for t in tensors
+    }
+    return copy.deepcopy(module, memo)

@@ -1,0 +1,246 @@
+"""The VAE of CogVideoX (2b, 5b, 1.5-5b), native.
+
+Module names are those of diffusers' ``AutoencoderKLCogVideoX``, so its checkpoints load key by key. The numbers are
+its numbers to rounding: same convolutions, same norms over the same chunks.
+
+Source: CogVideoX, Yang et al. 2024, arXiv 2408.06072. Axes: B batch, C channels, T time, H height, W width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longvid.cache import ConvCache
+from longvid.errors import ModelError
+from longvid.models.base import LatentGeometry
+from longvid.models.layers import CausalConv3d, Downsample, GroupNormSiLU, ResnetBlock, SpatialNormSiLU, Upsample
+
+__all__ = ["CogVideoXConfig", "CogVideoXVAE"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CogVideoXConfig:
+    """The keys of ``config.json`` that decide what is computed, and the latent scaling for the record."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
+    latent_channels: int = 16
+    layers_per_block: int = 3
+    norm_eps: float = 1e-6
+    norm_num_groups: int = 32
+    temporal_compression_ratio: int = 4
+    scaling_factor: float = 1.15258426
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    use_quant_conv: bool = False
+    use_post_quant_conv: bool = False
+    invert_scale_latents: bool = False
+
+    def __post_init__(self) -> None:
+        ratio = self.temporal_compression_ratio
+        if ratio not in (1, 2, 4, 8) or ratio > 2 ** len(self.block_out_channels):
+            raise ModelError(f"temporal_compression_ratio {ratio} is not one of 1, 2, 4, 8 within the number of blocks")
+        if self.in_channels != 3 or self.out_channels != 3:
+            raise ModelError(f"{self.in_channels} to {self.out_channels} pixel channels; longvid works on RGB, 3 to 3")
+        bad = [c for c in self.block_out_channels if c % self.norm_num_groups]
+        if bad:
+            raise ModelError(f"block widths {bad} do not divide into norm_num_groups = {self.norm_num_groups}")
+        # diffusers sizes both 1x1 convolutions by the pixel channels, so they only fit latents as thin as pixels.
+        if (self.use_quant_conv or self.use_post_quant_conv) and self.latent_channels != self.out_channels:
+            raise ModelError(
+                f"use_quant_conv and use_post_quant_conv work on {self.out_channels} channels in this family and "
+                f"cannot follow {self.latent_channels} latent channels"
+            )
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> CogVideoXConfig:
+        """Take what matters from a diffusers ``config.json``.
+
+        Raises:
+            ModelError: a value has the wrong type, or a block type is not one of this family.
+        """
+        for key, only in (("down_block_types", "CogVideoXDownBlock3D"), ("up_block_types", "CogVideoXUpBlock3D")):
+            if set(config.get(key, [only])) != {only}:
+                raise ModelError(f"{key} {config[key]!r} is not supported; this family is made of {only}")
+        known = {f.name for f in fields(cls)}
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
+        if "temporal_compression_ratio" in values:
+            values["temporal_compression_ratio"] = int(values["temporal_compression_ratio"])
+        try:
+            return cls(**values)
+        except TypeError as exc:
+            raise ModelError(f"the model's config cannot be used: {exc}") from exc
+
+    @property
+    def temporal_levels(self) -> int:
+        """Resolution levels at which time is halved or doubled as well."""
+        return int(math.log2(self.temporal_compression_ratio))
+
+
+class _Stage(nn.Module):
+    """Some blocks at one resolution and the change to the next one. A list with names, not a layer."""
+
+    def __init__(self, resnets: list[ResnetBlock], **resamplers: nn.Module) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        for name, resampler in resamplers.items():
+            self.add_module(name, nn.ModuleList([resampler]))
+
+    def layers(self) -> Iterator[nn.Module]:
+        """The layers in order; each takes ``(x, cache, latent)``."""
+        for group in self.children():
+            yield from group.children()
+
+
+class Encoder(nn.Module):
+    """Pixels (B, 3, T, H, W) to moments (B, 2 x latent channels, t, h, w)."""
+
+    def __init__(self, config: CogVideoXConfig) -> None:
+        super().__init__()
+        widths, norm = config.block_out_channels, {"num_groups": config.norm_num_groups, "eps": config.norm_eps}
+        self.conv_in = CausalConv3d(config.in_channels, widths[0], 3)
+        self.down_blocks = nn.ModuleList()
+        channels = widths[0]
+        for i, width in enumerate(widths):
+            resnets = [
+                ResnetBlock(channels if j == 0 else width, width, **norm)  # type: ignore[arg-type]
+                for j in range(config.layers_per_block)
+            ]
+            last = i == len(widths) - 1
+            down = {} if last else {"downsamplers": Downsample(width, time=i < config.temporal_levels)}
+            self.down_blocks.append(_Stage(resnets, **down))
+            channels = width
+        self.mid_block = _Stage([ResnetBlock(channels, channels, **norm) for _ in range(2)])  # type: ignore[arg-type]
+        self.norm_out = GroupNormSiLU(config.norm_num_groups, channels, eps=1e-6)
+        self.conv_out = CausalConv3d(channels, 2 * config.latent_channels, 3)
+
+    def forward(self, x: Tensor, cache: ConvCache) -> Tensor:
+        """One chunk. The loop is flat so that no caller up the stack keeps a block's input alive."""
+        x = self.conv_in(x, cache)
+        for stage in (*self.down_blocks, self.mid_block):
+            for layer in stage.layers():  # type: ignore[operator,union-attr]
+                x = layer(x, cache)
+        affine = self.norm_out.fit(x)
+        with cache.window(self.conv_out, like=x) as window:
+            affine.write_silu(x, window.new)
+            del x
+            return self.conv_out.convolve(window)
+
+
+class Decoder(nn.Module):
+    """Latents (B, c, t, h, w) to pixels (B, 3, T, H, W)."""
+
+    def __init__(self, config: CogVideoXConfig) -> None:
+        super().__init__()
+        widths = config.block_out_channels[::-1]
+
+        def block(in_channels: int, out_channels: int) -> ResnetBlock:
+            return ResnetBlock(
+                in_channels,
+                out_channels,
+                num_groups=config.norm_num_groups,
+                eps=config.norm_eps,
+                latent_channels=config.latent_channels,
+            )
+
+        self.conv_in = CausalConv3d(config.latent_channels, widths[0], 3)
+        self.mid_block = _Stage([block(widths[0], widths[0]) for _ in range(2)])
+        self.up_blocks = nn.ModuleList()
+        channels = widths[0]
+        for i, width in enumerate(widths):
+            resnets = [block(channels if j == 0 else width, width) for j in range(config.layers_per_block + 1)]
+            last = i == len(widths) - 1
+            up = {} if last else {"upsamplers": Upsample(width, time=i < config.temporal_levels)}
+            self.up_blocks.append(_Stage(resnets, **up))
+            channels = width
+        self.norm_out = SpatialNormSiLU(channels, config.latent_channels, num_groups=config.norm_num_groups)
+        self.conv_out = CausalConv3d(channels, config.out_channels, 3)
+
+    def forward(self, z: Tensor, cache: ConvCache) -> Tensor:
+        """One chunk; the latent also steers every norm."""
+        x = self.conv_in(z, cache)
+        for stage in (self.mid_block, *self.up_blocks):
+            for layer in stage.layers():  # type: ignore[operator,union-attr]
+                x = layer(x, cache, z)
+        affine = self.norm_out.fit(x, z)
+        with cache.window(self.conv_out, like=x) as window:
+            affine.write_silu(x, window.new)
+            del x
+            return self.conv_out.convolve(window)
+
+
+class CogVideoXVAE(nn.Module):
+    """Encoder and decoder of CogVideoX behind the :class:`~longvid.models.base.CausalVAE` protocol.
+
+    Args:
+        config: the architecture.
+        origin: where the weights are from, for the record: ``name_or_path``, ``revision``, ``weights_sha256``,
+            ``random_weights``; set by :func:`longvid.load_model`.
+    """
+
+    class_name = "AutoencoderKLCogVideoX"
+
+    def __init__(self, config: CogVideoXConfig, origin: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.origin = dict(origin or {})
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        channels = config.out_channels
+        self.quant_conv = nn.Conv3d(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
+        self.post_quant_conv = nn.Conv3d(channels, channels, 1) if config.use_post_quant_conv else None
+        self.geometry = LatentGeometry(
+            latent_channels=config.latent_channels,
+            frames_per_latent=config.temporal_compression_ratio,
+            pixels_per_latent=2 ** (len(config.block_out_channels) - 1),
+            chunk_frames=2 * config.temporal_compression_ratio,
+        )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], origin: Mapping[str, Any] | None = None) -> CogVideoXVAE:
+        """Build the modules for a diffusers ``config.json``, with PyTorch's initial weights."""
+        return cls(CogVideoXConfig.from_dict(config), origin)
+
+    @torch.inference_mode()
+    def encode(self, x_BCTHW: Tensor, cache: ConvCache) -> Tensor:
+        """One chunk of pixels in [-1, 1] to moments (B, 2 c, t, h, w): mean, then log variance.
+
+        Raises:
+            CacheError: the cache is of another module or another video.
+        """
+        with cache.chunk():
+            moments: Tensor = self.encoder(x_BCTHW, cache)
+            return moments if self.quant_conv is None else self.quant_conv(moments)
+
+    @torch.inference_mode()
+    def decode(self, z_BCTHW: Tensor, cache: ConvCache) -> Tensor:
+        """One chunk of raw latents (B, c, t, h, w) to pixels (B, 3, T, H, W).
+
+        Raises:
+            CacheError: the cache is of another module or another video.
+        """
+        with cache.chunk():
+            z = z_BCTHW if self.post_quant_conv is None else self.post_quant_conv(z_BCTHW)
+            pixels: Tensor = self.decoder(z, cache)
+            return pixels
+
+    def describe(self) -> dict[str, Any]:
+        """Class, config, origin of the weights and the facts that turn raw latents into a model's own scale."""
+        scaling = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "invert_scale_latents")
+        config = asdict(self.config)
+        return {
+            "class_name": self.class_name,
+            **self.origin,
+            "config": config,
+            **{key: config[key] for key in scaling},
+            "temporal_compression_ratio": self.geometry.frames_per_latent,
+            "spatial_compression_ratio": self.geometry.pixels_per_latent,
+        }
