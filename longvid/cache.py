@@ -165,16 +165,20 @@ class ConvCache:
         if not self._in_chunk:
             raise CacheError(f"layer {entry.path!r} ran outside a chunk; wrap the call in: with cache.chunk()")
         if entry.chunk == self._chunk:
-            raise CacheError(f"layer {entry.path!r} ran twice in chunk {self._chunk}; every call needs a layer of its own")
+            raise CacheError(
+                f"layer {entry.path!r} ran twice in chunk {self._chunk}; every call needs a layer of its own"
+            )
         if entry.context is not None:
             _require_same_video(entry.path, entry.context, like)
         return Window(self, layer, entry, like)
 
     def _advance(self, entry: _Entry, window: Tensor, context_frames: int) -> None:
-        tail = window[:, :, -context_frames:]
+        tail = window[:, :, -context_frames:].detach()
         if entry.context is None:
-            # A clone of the tail alone: a view would keep the whole window alive.
-            entry.context = torch.empty(tail.shape, dtype=tail.dtype, device=tail.device)
+            # A copy of the tail alone, since a view would keep the whole window alive; and an ordinary tensor, so
+            # that chunks may run inside and outside of inference mode.
+            with torch.inference_mode(False):
+                entry.context = torch.empty(tail.shape, dtype=tail.dtype, device=tail.device)
         entry.context.copy_(tail)
         entry.chunk = self._chunk
 
@@ -192,11 +196,11 @@ class Window:
         self._entry = entry
         B, C, T, H, W = like.shape
         self._shape = (B, C, layer.context_frames + T, H, W)
-        self._options = {"dtype": like.dtype, "device": like.device}
+        self._dtype, self._device = like.dtype, like.device
         self._tensor: Tensor | None = None
 
     def __enter__(self) -> Self:
-        self._tensor = torch.empty(self._shape, **self._options)  # type: ignore[arg-type]
+        self._tensor = torch.empty(self._shape, dtype=self._dtype, device=self._device)
         if self._entry.context is not None:
             self._tensor[:, :, : self._layer.context_frames].copy_(self._entry.context)
         return self

@@ -54,7 +54,12 @@ class MemoryBudgetError(LongvidError, MemoryError):
     """
 
     def __init__(
-        self, message: str, *, projected_bytes: int = 0, allowed_bytes: int = 0, parts: Mapping[str, int] | None = None
+        self,
+        message: str,
+        *,
+        projected_bytes: int = 0,
+        allowed_bytes: int = 0,
+        parts: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(message)
         self.projected_bytes = projected_bytes

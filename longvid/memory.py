@@ -27,7 +27,7 @@ from longvid.units import format_bytes
 __all__ = ["AllocationTracker", "DeviceMeter", "MemoryBudget", "peak_rss_bytes", "rss_bytes", "tensor_bytes"]
 
 
-class AllocationTracker(TorchDispatchMode):
+class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of every tensor storage that is created while the mode is active.
 
     A storage counts from the operation that returns it until its last reference dies, also if that happens outside
@@ -41,7 +41,7 @@ class AllocationTracker(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         "bytes alive now"
         self.peak_bytes = 0
@@ -163,4 +163,5 @@ def rss_bytes() -> int:
 def peak_rss_bytes() -> int:
     """Highest resident set size of this process since it started, as the OS counts it."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    # The two counters of the OS are updated at different moments, so the present may be above the recorded peak.
+    return max(peak if sys.platform == "darwin" else peak * 1024, rss_bytes())

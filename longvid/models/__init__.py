@@ -1,0 +1,1 @@
+"""Causal video VAEs: the protocol, the layers, one file per family, and loading."""

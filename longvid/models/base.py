@@ -50,10 +50,16 @@ class CausalVAE(Protocol):
     """
 
     geometry: LatentGeometry
-    encoder: nn.Module
-    "the module that an encoding ConvCache is made for"
-    decoder: nn.Module
-    "the module that a decoding ConvCache is made for"
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The module that an encoding ConvCache is made for."""
+        ...
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The module that a decoding ConvCache is made for."""
+        ...
 
     def encode(self, x_BCTHW: Tensor, cache: ConvCache) -> Tensor:
         """One chunk of pixels in [-1, 1] to moments (B, 2 x latent channels, t, h, w): mean, then log variance."""
@@ -87,7 +93,6 @@ def placed(module: _Module, device: torch.device, dtype: torch.dtype | None) -> 
         return module
     # deepcopy takes what it finds in its memo, so the structure is copied and the tensors are not.
     memo: dict[int, Any] = {
-        id(t): nn.Parameter(moved(t), requires_grad=False) if isinstance(t, nn.Parameter) else moved(t)
-        for t in tensors
+        id(t): nn.Parameter(moved(t), requires_grad=False) if isinstance(t, nn.Parameter) else moved(t) for t in tensors
     }
     return copy.deepcopy(module, memo)

@@ -71,7 +71,7 @@ class CogVideoXConfig:
             if set(config.get(key, [only])) != {only}:
                 raise ModelError(f"{key} {config[key]!r} is not supported; this family is made of {only}")
         known = {f.name for f in fields(cls)}
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
         if "temporal_compression_ratio" in values:
             values["temporal_compression_ratio"] = int(values["temporal_compression_ratio"])
         try:
@@ -126,7 +126,7 @@ class Encoder(nn.Module):
         """One chunk. The loop is flat so that no caller up the stack keeps a block's input alive."""
         x = self.conv_in(x, cache)
         for stage in (*self.down_blocks, self.mid_block):
-            for layer in stage.layers():  # type: ignore[operator,union-attr]
+            for layer in stage.layers():
                 x = layer(x, cache)
         affine = self.norm_out.fit(x)
         with cache.window(self.conv_out, like=x) as window:
@@ -168,7 +168,7 @@ class Decoder(nn.Module):
         """One chunk; the latent also steers every norm."""
         x = self.conv_in(z, cache)
         for stage in (self.mid_block, *self.up_blocks):
-            for layer in stage.layers():  # type: ignore[operator,union-attr]
+            for layer in stage.layers():
                 x = layer(x, cache, z)
         affine = self.norm_out.fit(x, z)
         with cache.window(self.conv_out, like=x) as window:

@@ -12,6 +12,7 @@ Axes: B batch, C channels, T time, H height, W width; lower-case t h w are those
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -20,7 +21,17 @@ from torch import Tensor, nn
 
 from longvid.cache import ConvCache, Window
 
-__all__ = ["CausalConv3d", "Downsample", "GroupNormSiLU", "NormAffine", "ResnetBlock", "SpatialNormSiLU", "Upsample", "group_moments", "time_pieces"]
+__all__ = [
+    "CausalConv3d",
+    "Downsample",
+    "GroupNormSiLU",
+    "NormAffine",
+    "ResnetBlock",
+    "SpatialNormSiLU",
+    "Upsample",
+    "group_moments",
+    "time_pieces",
+]
 
 
 def time_pieces(num_frames: int, *, context_frames: int, in_frame: int, out_frame: int, limit: int) -> list[range]:
@@ -39,7 +50,7 @@ def time_pieces(num_frames: int, *, context_frames: int, in_frame: int, out_fram
     longest = max(1, min(limit // in_frame - context_frames, limit // out_frame))
     num_pieces = -(-num_frames // longest)
     edges = [num_frames * i // num_pieces for i in range(num_pieces + 1)]
-    return [range(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [range(a, b) for a, b in pairwise(edges)]
 
 
 class CausalConv3d(nn.Module):
@@ -203,8 +214,10 @@ class SpatialNormSiLU(nn.Module):
         self.conv_y = CausalConv3d(latent_channels, channels, 1)
         self.conv_b = CausalConv3d(latent_channels, channels, 1)
 
-    def fit(self, x_BCTHW: Tensor, latent: Tensor) -> NormAffine:
-        """First pass: the statistics of x and the maps of the latent (B, c, t, h, w)."""
+    def fit(self, x_BCTHW: Tensor, latent: Tensor | None = None) -> NormAffine:
+        """First pass: the statistics of x and the maps of the latent (B, c, t, h, w), which this norm needs."""
+        if latent is None:
+            raise ValueError("a spatial norm is steered by a latent; none was given")
         return _norm_affine(self.norm_layer, x_BCTHW, (self.conv_y.conv(latent), self.conv_b.conv(latent)))
 
 
@@ -241,7 +254,7 @@ class ResnetBlock(nn.Module):
     ) -> None:
         super().__init__()
 
-        def norm(channels: int) -> nn.Module:
+        def norm(channels: int) -> GroupNormSiLU | SpatialNormSiLU:
             if latent_channels is None:
                 return GroupNormSiLU(num_groups, channels, eps=eps)
             return SpatialNormSiLU(channels, latent_channels, num_groups=num_groups)

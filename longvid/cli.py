@@ -1,0 +1,369 @@
+"""The command line. Parses, calls the library, prints; everything heavy is imported inside the commands.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 bad source, 4 store problem, 5 memory budget, 6 model problem, 129, 130
+and 143 ended by SIGHUP, SIGINT and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from longvid import __version__
+from longvid.errors import LongvidError, MemoryBudgetError, ModelError, ScheduleError, SourceError, StoreError
+from longvid.events import RunReport
+from longvid.units import format_bytes, parse_bytes, parse_size
+
+if TYPE_CHECKING:
+    from longvid.session import VideoSession
+    from longvid.store import LatentStore
+
+__all__ = ["main"]
+
+_EXIT_CODES: tuple[tuple[type[LongvidError], int], ...] = (
+    (ScheduleError, 2),
+    (SourceError, 3),
+    (StoreError, 4),
+    (MemoryBudgetError, 5),
+    (ModelError, 6),
+)
+
+T = TypeVar("T")
+
+
+class _Ended(KeyboardInterrupt):
+    """A signal asked the process to end; unwinds like Ctrl-C."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.exit_code = 128 + signum
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    args = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = args.run
+    with _signals(), _one_line_warnings():
+        try:
+            return command(args)
+        except LongvidError as exc:
+            return _failed(args, exc, next((code for kind, code in _EXIT_CODES if isinstance(exc, kind)), 1))
+        except KeyboardInterrupt as exc:
+            return _interrupted(args, exc)
+
+
+def _failed(args: argparse.Namespace, exc: BaseException, code: int) -> int:
+    if args.debug:
+        traceback.print_exc()
+    print(f"longvid: {exc}", file=sys.stderr)
+    return code
+
+
+def _interrupted(args: argparse.Namespace, exc: KeyboardInterrupt) -> int:
+    if args.debug:
+        traceback.print_exc()
+    out = getattr(args, "store" if args.command == "encode" else "out", None)
+    left = "nothing was written"
+    if out is not None and Path(out).is_dir():
+        left = f"{out} holds the frames that were published; run again with --overwrite to start over"
+    print(f"longvid: interrupted; {left}", file=sys.stderr)
+    return exc.exit_code if isinstance(exc, _Ended) else 130
+
+
+# ------------------------------------------------------------------------------------------------- commands
+
+
+def _encode(args: argparse.Namespace) -> int:
+    from longvid.store import check_target
+
+    check_target(args.store, args.overwrite)  # before a model is loaded
+    with _session(args, args.model, args.random_weights, args.revision) as (session, shown):
+        report = session.encode(
+            args.source,
+            args.store,
+            representation=args.representation,
+            start=args.start,
+            frames=args.frames,
+            size=args.size,
+            store_dtype=args.store_dtype,
+            seed=args.seed,
+            overwrite=args.overwrite,
+        )
+    shown(report, args.store)
+    return 0
+
+
+def _decode(args: argparse.Namespace) -> int:
+    from longvid.store import open_store
+
+    store = open_store(args.store)
+    model, seed, revision = args.model, args.random_weights, args.revision
+    if model is None:
+        model, seed, revision = _recorded_model(store)
+    with _session(args, model, seed, revision) as (session, shown):
+        report = session.decode(store, args.out, start=args.start, frames=args.frames, overwrite=args.overwrite)
+    shown(report, args.out)
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from longvid.store import open_store
+
+    store = open_store(args.store)
+    facts = {
+        "frames": store.num_frames,
+        "latent_shape": list(store.latents.shape),
+        "latent_dtype": str(store.latents.dtype),
+        "complete": store.complete,
+        "representation": store.representation,
+        "model": store.vae,
+        "chunk_plan": store.schedule.to_dict(),
+        "source": store.source,
+        "stored_bytes": store.stored_bytes,
+    }
+    if args.json:
+        print(json.dumps(facts))
+        return 0
+    state = "complete" if store.complete else "incomplete"
+    shape = "x".join(str(n) for n in store.latents.shape)
+    plan = store.schedule
+    print(f"{args.store}: {state}, {store.num_frames} frames of {store.width}x{store.height}")
+    print(f"latents   {shape} (t c y x) {store.latents.dtype}, {store.representation}, raw (not scaled)")
+    print(f"stored    {format_bytes(store.stored_bytes)}")
+    print(f"chunks    {1 + plan.chunk_frames}, {plan.chunk_frames}, {plan.chunk_frames}, ... frames")
+    print(f"model     {_model_name(store.vae)}, scaling_factor {store.vae.get('scaling_factor')}")
+    print(f"source    {store.source.get('name')}")
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from longvid.plan import make_plan
+
+    height, width = args.size
+    plan = make_plan(args.model, height=height, width=width, dtype=args.dtype, memory=args.memory, offload=args.offload)
+    print(json.dumps(plan.to_dict()) if args.json else plan.explain())
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------- their parts
+
+
+@contextmanager
+def _session(
+    args: argparse.Namespace, model: str, seed: int | None, revision: str | None
+) -> Iterator[tuple[VideoSession, Callable[[RunReport, str], None]]]:
+    """An open session with a progress bar, and what prints its report."""
+    from longvid.models.loading import load_model
+    from longvid.progress import ProgressBar
+    from longvid.session import VideoSession
+
+    vae = load_model(model, random_weights=seed, revision=revision)
+    if seed is not None and not args.quiet:
+        print(f"longvid: the weights are random (seed {seed}); latents and frames mean nothing", file=sys.stderr)
+    bar = ProgressBar()
+    with (
+        bar,
+        VideoSession(
+            vae,
+            device=args.device,
+            dtype=args.dtype or _default_dtype(args.device),
+            memory=args.memory,
+            offload=args.offload,
+            callbacks=() if args.quiet else (bar,),
+        ) as session,
+    ):
+        yield session, lambda report, out: _print_report(args, report, out)
+
+
+def _default_dtype(device: str) -> str:
+    """bfloat16 on an accelerator, float32 on a CPU."""
+    import torch
+
+    on_cpu = device.startswith("cpu") or (device == "auto" and not torch.accelerator.is_available())
+    return "float32" if on_cpu else "bfloat16"
+
+
+def _recorded_model(store: LatentStore) -> tuple[str, int | None, str | None]:
+    """The model that a store says it was encoded with."""
+    name = store.vae.get("name_or_path")
+    if not name:
+        raise ModelError(f"{store.path} does not say where its model is; name it with --model")
+    seed = store.vae.get("random_weights")
+    return str(name), seed, None if seed is not None else store.vae.get("revision")
+
+
+def _model_name(vae: dict[str, Any]) -> str:
+    name = str(vae.get("name_or_path") or vae.get("class_name"))
+    seed = vae.get("random_weights")
+    return name if seed is None else f"{name} with random weights (seed {seed})"
+
+
+def _print_report(args: argparse.Namespace, report: RunReport, out: str) -> None:
+    if args.json:
+        print(json.dumps(report.to_dict()))
+    elif not args.quiet:
+        print(
+            f"{out}: {report.frames} frames, {report.latent_frames} latent frames, in {report.seconds:.1f} s "
+            f"({report.frames_per_second:.1f} frames/s); peak memory: device {format_bytes(report.peak_device_bytes)} "
+            f"(contexts {format_bytes(report.cache_bytes)}), process {format_bytes(report.peak_rss_bytes)}"
+        )
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind the program like Ctrl-C does, so that nothing is left half-written."""
+
+    def end(signum: int, _frame: object) -> None:
+        raise _Ended(signum)
+
+    wanted = [s for s in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if s is not None]
+    try:
+        before = {s: signal.signal(s, end) for s in wanted}
+    except ValueError:  # not the main thread: somebody embeds the command line
+        before = {}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"longvid: warning: {message}", file=sys.stderr)
+        yield
+
+
+# ------------------------------------------------------------------------------------------------- the parser
+
+
+def _checked(read: Callable[[str], T]) -> Callable[[str], T]:
+    """Turn a ValueError of a reader into argparse's usage error, with the reader's own words."""
+
+    def convert(text: str) -> T:
+        try:
+            return read(text)
+        except ValueError as exc:
+            raise argparse.ArgumentTypeError(str(exc)) from exc
+
+    return convert
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="longvid",
+        description="Encode long video to zarr latents through a causal video VAE, and back, in bounded memory.",
+        epilog="longvid COMMAND --help shows the options of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"longvid {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    encode = _command(commands, "encode", _encode, "encode a video file into a zarr store of latents")
+    encode.add_argument("source", metavar="SRC", help="a video file")
+    encode.add_argument("store", metavar="STORE", help="the zarr store to write, such as out.zarr")
+    _model_options(encode, default="tiny")
+    _compute_options(encode)
+    encode.add_argument("--size", type=_checked(parse_size), metavar="WxH", help="resize frames, such as 720x480")
+    _range_options(encode, "encode")
+    encode.add_argument(
+        "--representation",
+        choices=("mode", "moments", "sample"),
+        default="mode",
+        help="what is stored: the posterior's mean, mean and log variance, or a sample (default: %(default)s)",
+    )
+    encode.add_argument("--seed", type=int, default=0, help="of --representation sample (default: %(default)s)")
+    encode.add_argument("--store-dtype", choices=("float16", "float32"), default="float16", help="default: %(default)s")
+    _output_options(encode)
+
+    decode = _command(commands, "decode", _decode, "decode a store of latents into a video file or a zarr of frames")
+    decode.add_argument("store", metavar="STORE", help="a store that encode wrote")
+    decode.add_argument("out", metavar="OUT", help="the file to write: .mp4, .mov, .mkv or .zarr")
+    _model_options(decode, default=None)
+    _compute_options(decode)
+    _range_options(decode, "write")
+    _output_options(decode)
+
+    info = _command(commands, "info", _info, "say what a store holds")
+    info.add_argument("store", metavar="STORE")
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+
+    plan = _command(commands, "plan", _plan, "show chunks and memory of a model and a frame size; needs no weights")
+    plan.add_argument("--model", default="tiny", metavar="MODEL", help="as for encode (default: %(default)s)")
+    plan.add_argument("--size", type=_checked(parse_size), required=True, metavar="WxH", help="such as 720x480")
+    plan.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="compute dtype (default: %(default)s)",
+    )
+    _budget_options(plan)
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
+    parser.set_defaults(run=run)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser, default: str | None) -> None:
+    parser.add_argument(
+        "--model",
+        default=default,
+        metavar="MODEL",
+        help="folder or hub id in diffusers format, or the name of an architecture "
+        + (f"(default: {default})" if default else "(default: the model recorded in the store)"),
+    )
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    parser.add_argument(
+        "--random-weights",
+        type=int,
+        metavar="SEED",
+        help="random weights for a named architecture, to try the engine",
+    )
+
+
+def _compute_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="compute dtype (default: bfloat16 on an accelerator, float32 on a CPU)",
+    )
+    _budget_options(parser)
+
+
+def _budget_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory", type=_checked(parse_bytes), metavar="SIZE", help="budget of device memory, such as 8GiB"
+    )
+    parser.add_argument(
+        "--offload",
+        default="auto",
+        metavar="POLICY",
+        help="auto or none; contexts stay on the device in this version",
+    )
+
+
+def _range_options(parser: argparse.ArgumentParser, verb: str) -> None:
+    parser.add_argument("--start", type=int, default=0, metavar="N", help="frames to skip (default: 0)")
+    parser.add_argument("--frames", type=int, metavar="N", help=f"frames to {verb} at most")
+
+
+def _output_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output of longvid")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    parser.add_argument("--quiet", action="store_true", help="no progress, no report")

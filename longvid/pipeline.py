@@ -1,0 +1,147 @@
+"""Threads beside the compute loop: one reads ahead, one writes behind, each through a bounded queue.
+
+A full queue makes its producer wait, so memory is bounded whichever side is slow. Errors of a thread appear in the
+compute loop with their own traceback. The compute loop itself stays a plain ``for`` in the caller's thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+__all__ = ["Prefetcher", "Writer"]
+
+T = TypeVar("T")
+
+_POLL_SECONDS = 0.05
+"how often a waiting thread looks whether it is to stop"
+
+
+class _Failure:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+class _End:
+    """No more items."""
+
+
+class Prefetcher(Generic[T]):
+    """Runs an iterator in a thread, at most ``depth`` items ahead of the consumer.
+
+    Use it in a ``with`` statement and iterate over it. Leaving stops the thread and waits for it; the iterator is
+    then free to be closed.
+    """
+
+    def __init__(self, items: Iterator[T], *, depth: int = 2, name: str = "longvid-read") -> None:
+        self._items = items
+        self._queue: queue.Queue[T | _Failure | type[_End]] = queue.Queue(maxsize=depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.wait_seconds = 0.0
+        "time for which the consumer waited"
+
+    def _run(self) -> None:
+        try:
+            for item in self._items:
+                if not self._put(item):
+                    return
+            self._put(_End)
+        except BaseException as exc:  # carried to the consumer
+            self._put(_Failure(exc))
+
+    def _put(self, item: T | _Failure | type[_End]) -> bool:
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(item, timeout=_POLL_SECONDS)
+                return True
+        return False
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __iter__(self) -> Iterator[T]:
+        while True:
+            started = time.perf_counter()
+            item = self._queue.get()
+            self.wait_seconds += time.perf_counter() - started
+            if item is _End:
+                return
+            if isinstance(item, _Failure):
+                raise item.error
+            yield item  # type: ignore[misc]
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+class Writer(Generic[T]):
+    """Calls ``consume(item)`` in a thread for every item that is put, in order.
+
+    Use it in a ``with`` statement. Leaving it cleanly waits until all is consumed; leaving it by an exception drops
+    what still waits. An error of ``consume`` is raised at the next :meth:`put` or on leaving.
+    """
+
+    def __init__(self, consume: Callable[[T], None], *, depth: int = 2, name: str = "longvid-write") -> None:
+        self._consume = consume
+        self._queue: queue.Queue[T | type[_End]] = queue.Queue(maxsize=depth)
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.wait_seconds = 0.0
+        "time for which the producer waited"
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                item = self._queue.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                continue
+            if item is _End:
+                return
+            try:
+                self._consume(item)  # type: ignore[arg-type]
+            except BaseException as exc:  # carried to the producer
+                self._error = exc
+                self._stop.set()
+            del item
+
+    def put(self, item: T) -> None:
+        """Hand over an item; waits while ``depth`` items are pending."""
+        self._put(item)
+
+    def _put(self, item: T | type[_End]) -> None:
+        started = time.perf_counter()
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(item, timeout=_POLL_SECONDS)
+                break
+        self.wait_seconds += time.perf_counter() - started
+        if self._error is not None:
+            raise self._error
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        try:
+            if exc_type is None:
+                self._put(_End)
+                self._thread.join()
+        finally:
+            self._stop.set()
+            self._thread.join()
+        if exc_type is None and self._error is not None:
+            raise self._error

@@ -1,0 +1,262 @@
+"""Push mode: one video whose frames, or latents, come in slices of any length from the caller.
+
+Axes: B batch (1), C channels, T time, H height, W width; lower-case c t h w are those of a latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from longvid.engine import DecodeRun, EncodeRun, Engine, Frames, Representation, Run
+from longvid.errors import ScheduleError, SessionStateError, SourceError
+from longvid.reblock import Reblocker, pad_frames
+from longvid.schedule import Chunk
+
+if TYPE_CHECKING:
+    from longvid.session import VideoSession
+
+__all__ = ["PushDecoder", "PushEncoder", "Scope"]
+
+
+class Scope:
+    """Life of a push-mode video: open in a ``with`` block, until finished, failed or left."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, session: VideoSession) -> None:
+        self._session = session
+        self._run: Run | None = None
+        self._ended = ""
+
+    def __enter__(self) -> Self:
+        if self._run is not None or self._ended:
+            raise SessionStateError(f"the {self.kind} cannot be entered twice; ask the session for a new one")
+        self._run = self._make_run(self._session._check_usable(self.kind)).__enter__()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop the video and free its contexts. May be called again."""
+        self._end("is closed")
+
+    @property
+    def closed(self) -> bool:
+        """Whether the scope holds nothing any more."""
+        return self._run is None and bool(self._ended)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the video's contexts now."""
+        return 0 if self._run is None else self._run.cache_bytes
+
+    def _end(self, why: str) -> None:
+        if self._run is not None:
+            self._run.__exit__(None, None, None)
+        self._run = None
+        self._ended = self._ended or why
+
+    @contextmanager
+    def _working(self, what: str) -> Iterator[Run]:
+        """Run a part of the video; after an exception the video cannot go on."""
+        with self._session._busy(f"{self.kind}.{what}"):
+            if self._run is None:
+                raise SessionStateError(
+                    f"{self.kind}.{what}: this video {self._ended or 'is not open; use it in a with statement'}"
+                )
+            try:
+                yield self._run
+            except BaseException:
+                self._end("failed in an earlier call; start it again with a new one")
+                raise
+
+    def _make_run(self, engine: Engine) -> Run:
+        raise NotImplementedError
+
+
+class PushEncoder(Scope):
+    """Encodes one video from frames as they come. Made by :meth:`VideoSession.encoder`, used in a ``with`` block.
+
+    Whatever slices are pushed, the same chunks run, so the latents are the same bit for bit.
+    """
+
+    kind = "encoder"
+
+    def __init__(self, session: VideoSession, representation: Representation, seed: int) -> None:
+        super().__init__(session)
+        self._representation: Representation = representation
+        self._seed = seed
+        self._reblock: Reblocker | None = None
+        self._size = (0, 0)
+        self.num_frames = 0
+        "frames pushed so far"
+
+    def _make_run(self, engine: Engine) -> Run:
+        return EncodeRun(engine, self._representation, self._seed)
+
+    def push(self, frames_THWC: Any) -> Tensor:
+        """Take uint8 frames (T, H, W, 3), numpy or torch, any number; return the latents finished so far.
+
+        Returns:
+            (1, c, t, h, w) on the host, t possibly 0; with ``representation="moments"`` (1, 2 c, t, h, w).
+
+        Raises:
+            SourceError: wrong dtype, axes or size.
+            MemoryBudgetError: frames of this size do not fit the session's budget.
+        """
+        with self._working("push") as run:
+            frames = _as_frames(frames_THWC)
+            if self._reblock is None:
+                self._open(frames)
+            if frames.shape[1:3] != self._size:
+                raise SourceError(
+                    f"frames of {frames.shape[2]}x{frames.shape[1]} came after frames of "
+                    f"{self._size[1]}x{self._size[0]}; one video has one size",
+                    kind="geometry-changed",
+                )
+            self.num_frames += len(frames)
+            plan = run.engine.model.geometry.schedule
+            assert self._reblock is not None
+            done = [self._encode(run, plan.full(i), block) for i, (block,) in self._reblock.push(frames)]
+            return self._joined(run, done)
+
+    def finish(self) -> Tensor:
+        """Encode what is left, the tail padded by repeating the last frame; the video is then complete.
+
+        Raises:
+            SourceError: no frame was pushed.
+        """
+        with self._working("finish") as run:
+            if self._reblock is None:
+                raise SourceError("the video has no frames; push at least one before finish()", kind="no-frames")
+            rest = self._reblock.rest()
+            done = []
+            if rest is not None:
+                index, (block,) = rest
+                done.append(self._encode(run, run.engine.model.geometry.schedule.tail(index, len(block)), block))
+            latents = self._joined(run, done)
+            self._end("is finished")
+            return latents
+
+    def _open(self, frames: Frames) -> None:
+        engine = self._session._engine
+        assert engine is not None
+        self._size = (frames.shape[1], frames.shape[2])
+        self._session._check_budget(engine, "encode", *self._size)
+        self._reblock = Reblocker(engine.model.geometry.schedule.capacity)
+
+    def _encode(self, run: Run, chunk: Chunk, block: Frames) -> Tensor:
+        assert isinstance(run, EncodeRun)
+        size = run.engine.model.geometry.padded_size(*self._size)
+        latents, moments = run.latents(chunk, pad_frames(block, chunk.padded_frames, *size))
+        return latents if moments is None else moments
+
+    def _joined(self, run: Run, done: list[Tensor]) -> Tensor:
+        if done:
+            return torch.cat(done, dim=2)
+        geometry = run.engine.model.geometry
+        height, width = geometry.padded_size(*self._size)
+        channels = geometry.latent_channels * (2 if self._representation == "moments" else 1)
+        dtype = torch.float32 if self._representation == "sample" else run.engine.dtype
+        p = geometry.pixels_per_latent
+        return torch.empty((1, channels, 0, height // p, width // p), dtype=dtype)
+
+
+class PushDecoder(Scope):
+    """Decodes one video from latents as they come. Made by :meth:`VideoSession.decoder`, used in a ``with`` block."""
+
+    kind = "decoder"
+
+    def __init__(self, session: VideoSession, num_frames: int | None, size: tuple[int, int] | None) -> None:
+        super().__init__(session)
+        if num_frames is not None and num_frames < 1:
+            raise ScheduleError(f"a video has at least one frame, num_frames={num_frames} was given")
+        self._num_frames = num_frames
+        self._crop = size
+        self._reblock: Reblocker | None = None
+        self._num_latents = 0
+        self._frame_size = (0, 0)
+
+    def _make_run(self, engine: Engine) -> Run:
+        return DecodeRun(engine, self._crop)
+
+    def push(self, z_BCTHW: Tensor) -> Frames:
+        """Take raw latents (1, c, t, h, w), any number; return the frames finished so far.
+
+        Returns:
+            uint8 frames (T, H, W, 3), T possibly 0.
+
+        Raises:
+            ScheduleError: wrong axes or channels, or more latents than ``num_frames`` has.
+            MemoryBudgetError: latents of this size do not fit the session's budget.
+        """
+        with self._working("push") as run:
+            z_TCHW = self._as_latents(run, z_BCTHW)
+            geometry = run.engine.model.geometry
+            if self._reblock is None:
+                p = geometry.pixels_per_latent
+                self._frame_size = (z_TCHW.shape[2] * p, z_TCHW.shape[3] * p)
+                self._session._check_budget(run.engine, "decode", *self._frame_size)
+                self._reblock = Reblocker(lambda i: geometry.schedule.full(i).num_latents)
+            self._num_latents += len(z_TCHW)
+            if self._num_frames is not None and self._num_latents > geometry.schedule.num_latents(self._num_frames):
+                geometry.schedule.check_length(self._num_frames, self._num_latents)
+            try:
+                blocks = list(self._reblock.push(z_TCHW))
+            except ValueError as exc:
+                raise ScheduleError(f"the latents changed within a video: {exc}") from exc
+            return self._joined([self._decode(run, geometry.schedule.full(i), block) for i, (block,) in blocks])
+
+    def finish(self) -> Frames:
+        """Decode what is left; the video is then complete.
+
+        Raises:
+            ScheduleError: the number of latents is not that of a whole video, or not that of ``num_frames``.
+        """
+        with self._working("finish") as run:
+            plan = run.engine.model.geometry.schedule
+            most = plan.max_frames(self._num_latents)
+            plan.check_length(self._num_frames or most, self._num_latents)
+            rest = self._reblock.rest() if self._reblock is not None else None
+            done = [] if rest is None else [self._decode(run, plan.tail(rest[0], 1), rest[1][0])]
+            frames = self._joined(done)
+            self._end("is finished")
+            return frames
+
+    def _as_latents(self, run: Run, z: Any) -> npt.NDArray[np.float32]:
+        channels = run.engine.model.geometry.latent_channels
+        if not isinstance(z, Tensor) or z.ndim != 5 or z.shape[0] != 1 or z.shape[1] != channels:
+            given = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+            raise ScheduleError(f"latents are a torch tensor (1, {channels}, t, h, w), {given} was given")
+        return cast("npt.NDArray[np.float32]", z[0].detach().movedim(1, 0).to("cpu", torch.float32).numpy())
+
+    def _decode(self, run: Run, chunk: Chunk, z_TCHW: npt.NDArray[np.float32]) -> Frames:
+        assert isinstance(run, DecodeRun)
+        frames = run.frames(chunk, z_TCHW)
+        return frames if self._num_frames is None else frames[: max(0, self._num_frames - chunk.frame_start)]
+
+    def _joined(self, done: list[Frames]) -> Frames:
+        if done:
+            return np.concatenate(done)
+        height, width = self._crop or self._frame_size
+        return np.empty((0, height, width, 3), np.uint8)
+
+
+def _as_frames(frames: Any) -> Frames:
+    array = frames.detach().cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape[1:3]:
+        raise SourceError(
+            f"frames are uint8 with axes (T, H, W, 3); {array.dtype} {array.shape} was given", kind="layout"
+        )
+    return cast("Frames", array)

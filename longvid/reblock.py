@@ -1,0 +1,80 @@
+"""Re-cuts what arrives in slices of any length into the blocks that the schedule wants. No torch.
+
+This is why results do not depend on how a caller slices: whatever comes in, the same blocks come out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Reblocker", "pad_frames"]
+
+Arrays = tuple[npt.NDArray[Any], ...]
+
+
+class Reblocker:
+    """Collects slices of parallel arrays along axis 0 into blocks of given lengths.
+
+    What is pushed is copied at once into a new block, so a caller may reuse its buffer, and a block may be handed to
+    another thread. At most one block is held.
+
+    Args:
+        capacity: length of block ``i``.
+    """
+
+    def __init__(self, capacity: Callable[[int], int]) -> None:
+        self._capacity = capacity
+        self._index = 0
+        self._filled = 0
+        self._block: Arrays | None = None
+
+    def push(self, *slices: npt.NDArray[Any]) -> Iterator[tuple[int, Arrays]]:
+        """Take slices of equal length and yield ``(index, block)`` for every block they complete.
+
+        Raises:
+            ValueError: the slices differ in length, or in shape or dtype from those before.
+        """
+        length = len(slices[0])
+        if any(len(s) != length for s in slices):
+            raise ValueError(f"slices of different lengths: {[len(s) for s in slices]}")
+        taken = 0
+        while taken < length:
+            block = self._open(slices)
+            step = min(length - taken, len(block[0]) - self._filled)
+            for target, source in zip(block, slices, strict=True):
+                target[self._filled : self._filled + step] = source[taken : taken + step]
+            taken += step
+            self._filled += step
+            if self._filled == len(block[0]):
+                index = self._index
+                self._block, self._filled, self._index = None, 0, index + 1
+                yield index, block
+
+    def _open(self, slices: Arrays) -> Arrays:
+        if self._block is None:
+            count = self._capacity(self._index)
+            self._block = tuple(np.empty((count, *s.shape[1:]), s.dtype) for s in slices)
+        for have, got in zip(self._block, slices, strict=True):
+            if have.shape[1:] != got.shape[1:] or have.dtype != got.dtype:
+                raise ValueError(
+                    f"a slice of {got.shape[1:]} {got.dtype} came after slices of {have.shape[1:]} {have.dtype}"
+                )
+        return self._block
+
+    def rest(self) -> tuple[int, Arrays] | None:
+        """The unfinished block at the end, or None if everything came out in whole blocks."""
+        if self._block is None:
+            return None
+        return self._index, tuple(array[: self._filled] for array in self._block)
+
+
+def pad_frames(frames_THWC: npt.NDArray[np.uint8], num_frames: int, height: int, width: int) -> npt.NDArray[np.uint8]:
+    """Repeat the last frame, the bottom row and the right column up to (num_frames, height, width, 3)."""
+    T, H, W, _ = frames_THWC.shape
+    if (num_frames, height, width) == (T, H, W):
+        return frames_THWC
+    return np.pad(frames_THWC, ((0, num_frames - T), (0, height - H), (0, width - W), (0, 0)), mode="edge")

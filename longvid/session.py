@@ -1,0 +1,500 @@
+"""VideoSession: one model on one device, and the life of every video that goes through it.
+
+The path of one chunk, encoding::
+
+    reader thread                caller's thread                              writer thread
+    frames -> re-block -> queue -> device -> model + cache -> host -> queue -> check -> store
+                                                            \\-> ChunkEvent to the callbacks
+
+Decoding is the same with latents in and frames out. Push mode runs the middle part alone. Every video and direction
+gets a :class:`~longvid.cache.ConvCache` of its own that dies with it.
+
+Axes: B batch (1), C channels, T time, H height, W width; lower-case c t h w are those of a latent.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from longvid.engine import DecodeRun, EncodeRun, Engine, Frames, Representation, Run, Times
+from longvid.errors import ModelError, ScheduleError, SessionStateError, StoreError
+from longvid.events import Callback, ChunkEvent, Direction, RunReport
+from longvid.memory import peak_rss_bytes, rss_bytes
+from longvid.models.base import CausalVAE
+from longvid.models.loading import load_model
+from longvid.pipeline import Prefetcher, Writer
+from longvid.plan import Plan, make_plan, parse_dtype, require_resident
+from longvid.push import PushDecoder, PushEncoder, Scope
+from longvid.reblock import Reblocker, pad_frames
+from longvid.schedule import Chunk
+from longvid.store import FrameStoreWriter, LatentStore, LatentWriter, check_target, open_store
+from longvid.video.frames import ColorInfo, FrameSource
+from longvid.video.sources import open_source
+from longvid.video.writer import VideoWriter
+
+__all__ = ["VideoSession"]
+
+ScopeT = TypeVar("ScopeT", bound=Scope)
+
+
+class _State(Enum):
+    UNOPENED = "is not open; use it in a with statement"
+    OPEN = "is open"
+    CLOSED = "is closed and cannot be opened again; make a new one"
+
+
+class VideoSession:
+    """Encodes and decodes videos with one model on one device, in bounded memory.
+
+    Use it in a ``with`` statement. Leaving it frees the device memory that it took; the model passed in is never
+    changed. A session belongs to the thread and the process that opened it, and does one thing at a time; several
+    push-mode videos may be open at once and interleave.
+
+    Args:
+        model: a :class:`~longvid.models.base.CausalVAE`, or anything :func:`longvid.load_model` takes.
+        device: ``"auto"`` (the accelerator if there is one, else the CPU) or a torch device.
+        dtype: compute dtype, a name such as ``"bfloat16"`` or a torch dtype; None for that of the weights.
+        memory: budget of device bytes such as ``"8GiB"``, weights included; None for no limit. A run that would not
+            fit is refused before anything is read or written.
+        offload: ``"auto"`` or ``"none"``; in this version contexts stay on the device.
+        callbacks: called with a :class:`~longvid.events.ChunkEvent` after every chunk, in the caller's thread.
+    """
+
+    def __init__(
+        self,
+        model: CausalVAE | Any,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype | None = None,
+        memory: str | int | None = None,
+        offload: str = "auto",
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        require_resident(offload)
+        self._source_model = load_model(model)
+        self._dtype = parse_dtype(dtype) if dtype is not None else None
+        self._requested_device = device
+        self._memory = memory
+        self._callbacks = tuple(callbacks)
+        self._state = _State.UNOPENED
+        self._busy_with: str | None = None
+        self._engine: Engine | None = None
+        self._plans: dict[tuple[int, int], Plan] = {}
+        self._scopes: list[Scope] = []
+
+    # ------------------------------------------------------------------------------------------- lifecycle
+
+    def __enter__(self) -> Self:
+        if self._state is not _State.UNOPENED:
+            raise SessionStateError(f"the session cannot be entered: it {self._state.value}")
+        self._owner = (os.getpid(), threading.get_ident())
+        self._engine = Engine.on_device(self._source_model, self._requested_device, self._dtype)
+        self._state = _State.OPEN
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free everything the session holds, open push-mode videos included. May be called again."""
+        for scope in self._scopes:
+            scope.close()
+        self._scopes.clear()
+        self._engine = None
+        self._state = _State.CLOSED
+
+    def _check_usable(self, what: str) -> Engine:
+        if self._state is not _State.OPEN or self._engine is None:
+            raise SessionStateError(f"{what}: the session {self._state.value}")
+        pid, thread = self._owner
+        if os.getpid() != pid:
+            raise SessionStateError(
+                f"{what}: the session was opened in process {pid} and this is its fork {os.getpid()}, where compute "
+                "threads do not exist; open a session in the child, and start children with 'spawn'"
+            )
+        if threading.get_ident() != thread:
+            raise SessionStateError(
+                f"{what}: the session belongs to the thread that opened it; open one session per thread (they may "
+                "share the model)"
+            )
+        if self._busy_with is not None:
+            raise SessionStateError(f"{what}: the session is busy with {self._busy_with}; one thing at a time")
+        return self._engine
+
+    @contextmanager
+    def _busy(self, what: str) -> Iterator[Engine]:
+        engine = self._check_usable(what)
+        self._busy_with = what
+        try:
+            yield engine
+        finally:
+            self._busy_with = None
+
+    # ------------------------------------------------------------------------------------------- planning
+
+    def plan(self, *, height: int, width: int) -> Plan:
+        """The plan for frames of this size under the session's dtype and budget; see :func:`longvid.make_plan`."""
+        engine = self._check_usable("plan")
+        return self._plan(engine, height, width)
+
+    def _plan(self, engine: Engine, height: int, width: int) -> Plan:
+        size = engine.model.geometry.padded_size(height, width)
+        if size not in self._plans:
+            self._plans[size] = make_plan(
+                engine.model, height=size[0], width=size[1], dtype=engine.dtype, memory=self._memory
+            )
+        return self._plans[size]
+
+    def _check_budget(self, engine: Engine, direction: Direction, height: int, width: int) -> None:
+        if self._memory is not None:
+            others = sum(scope.cache_bytes for scope in self._scopes)
+            self._plan(engine, height, width).check(direction, others_bytes=others)
+
+    # ------------------------------------------------------------------------------------------- whole videos
+
+    def encode(
+        self,
+        source: Any,
+        store: str | os.PathLike[str],
+        *,
+        representation: Representation = "mode",
+        start: int = 0,
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        frame_rate: Fraction | float | None = None,
+        store_dtype: Literal["float16", "float32"] = "float16",
+        seed: int = 0,
+        overwrite: bool = False,
+    ) -> RunReport:
+        """Encode a video into a zarr store of latents.
+
+        Args:
+            source: path of a video file; an iterable of uint8 arrays (T, H, W, 3); or a numpy, torch or zarr array.
+            store: where the store goes; its parent folder exists.
+            representation: ``"mode"`` stores the posterior's mean, ``"sample"`` a seeded sample, ``"moments"`` the
+                mean and, in a second array, mean and log variance.
+            start: frames to skip.
+            frames: frames to encode at most.
+            size: (height, width) to resize a file's frames to.
+            frame_rate: frames per second of a source without time stamps.
+            store_dtype: dtype of the stored latents. Values it cannot hold are an error, never clipped.
+            seed: of ``"sample"``.
+            overwrite: replace an existing longvid store.
+
+        Raises:
+            SourceError: frames cannot be read. If nothing was published yet, no store is left behind.
+            StoreError: the store exists or cannot be written.
+            MemoryBudgetError: it would not fit; raised before a frame is read or the store is made.
+            SessionStateError: the session is not open, is busy, or is used from another thread or process.
+        """
+        _require_representation(representation)
+        rate = None if frame_rate is None else Fraction(frame_rate).limit_denominator(1 << 20)
+        with self._busy("encode") as engine:
+            check_target(store, overwrite)
+            with ExitStack() as stack:
+                video = stack.enter_context(open_source(source, start=start, frames=frames, size=size, frame_rate=rate))
+                info, geometry = video.info, engine.model.geometry
+                self._check_budget(engine, "encode", info.height, info.width)
+                height, width = geometry.padded_size(info.height, info.width)
+                p = geometry.pixels_per_latent
+                target = stack.enter_context(
+                    LatentWriter(
+                        store,
+                        schedule=geometry.schedule,
+                        source=info,
+                        latent_shape_CYX=(geometry.latent_channels, height // p, width // p),
+                        representation=representation,
+                        dtype=store_dtype,
+                        vae=engine.model.describe(),
+                        extra={
+                            "compute_dtype": str(engine.dtype).removeprefix("torch."),
+                            "compute_device": engine.device.type,
+                            "padded_size": [height, width],
+                            "pixel_range": [-1, 1],
+                            **({"seed": seed} if representation == "sample" else {}),
+                        },
+                        overwrite=overwrite,
+                    )
+                )
+                run = stack.enter_context(EncodeRun(engine, representation, seed))
+                job = _Job(self._callbacks, "encode", info.num_frames)
+                writer: Writer[_LatentPiece] = stack.enter_context(Writer(lambda item: _store_latents(target, item)))
+                reader = stack.enter_context(Prefetcher(_frame_chunks(video, run)))
+                for piece in reader:
+                    with job.timed():
+                        latents, moments = run.latents(piece.chunk, piece.frames)
+                    writer.put(_LatentPiece(piece.chunk, piece.pts, latents, moments))
+                    job.emit(piece.chunk.num_frames, piece.chunk.num_latents, run, reader, writer)
+                cache_bytes = run.cache_bytes
+            return job.report(run, cache_bytes)
+
+    def decode(
+        self,
+        store: str | os.PathLike[str] | LatentStore,
+        out: str | os.PathLike[str] | Callable[[Frames], None],
+        *,
+        start: int = 0,
+        frames: int | None = None,
+        overwrite: bool = False,
+    ) -> RunReport:
+        """Decode a store of latents into exactly the frames that were encoded.
+
+        Args:
+            store: a store that :meth:`encode` completed, or its path.
+            out: path ending in ``.mp4``, ``.mov`` or ``.mkv`` for a video file, in ``.zarr`` for a store of frames;
+                or a callable that takes uint8 frames (T, H, W, 3).
+            start: frames to skip. They are decoded all the same, since every frame leans on those before it.
+            frames: frames to write at most.
+            overwrite: replace an existing file or longvid store.
+
+        Raises:
+            StoreError: the store is missing, incomplete, damaged or of another kind of model; the output exists or
+                cannot be written. A file that is not finished is removed.
+            ScheduleError: the store was made with another chunk plan, or ``start`` and ``frames`` leave nothing.
+            MemoryBudgetError: it would not fit; raised before anything is written.
+            SessionStateError: as for :meth:`encode`.
+        """
+        with self._busy("decode") as engine:
+            latents = store if isinstance(store, LatentStore) else open_store(store)
+            _require_decodable(latents, engine.model)
+            first, last = _frame_window(latents.num_frames, start, frames)
+            self._check_budget(engine, "decode", latents.height, latents.width)
+            sink = _frame_sink(latents, out, overwrite)
+            pts = latents.frame_pts
+            with ExitStack() as stack:
+                write = stack.enter_context(sink)
+                run = stack.enter_context(DecodeRun(engine, (latents.height, latents.width)))
+                job = _Job(self._callbacks, "decode", last - first)
+                writer: Writer[tuple[Frames, Times]] = stack.enter_context(Writer(lambda piece: write(*piece)))
+                reader = stack.enter_context(Prefetcher(_latent_chunks(latents, last)))
+                for chunk, z_TCHW in reader:
+                    with job.timed():
+                        pixels = run.frames(chunk, z_TCHW)
+                    a, b = (min(max(edge, first), last) for edge in (chunk.frame_start, chunk.frame_stop))
+                    if b > a:
+                        writer.put((pixels[a - chunk.frame_start : b - chunk.frame_start], pts[a:b]))
+                    job.emit(b - a, chunk.num_latents, run, reader, writer)
+                cache_bytes = run.cache_bytes
+            return job.report(run, cache_bytes)
+
+    # ------------------------------------------------------------------------------------------- push mode
+
+    def encoder(self, *, representation: Representation = "mode", seed: int = 0) -> PushEncoder:
+        """A scope that encodes one video of unknown length from frames as they come; see :class:`PushEncoder`."""
+        _require_representation(representation)
+        self._check_usable("encoder")
+        return self._scope(PushEncoder(self, representation, seed))
+
+    def decoder(self, *, num_frames: int | None = None, size: tuple[int, int] | None = None) -> PushDecoder:
+        """A scope that decodes one video from latents as they come; see :class:`PushDecoder`.
+
+        Args:
+            num_frames: true length of the video; None gives the frames of the padded tail as well.
+            size: (height, width) to crop to; None for whole latents.
+        """
+        self._check_usable("decoder")
+        return self._scope(PushDecoder(self, num_frames, size))
+
+    def _scope(self, scope: ScopeT) -> ScopeT:
+        self._scopes = [s for s in self._scopes if not s.closed]
+        self._scopes.append(scope)
+        return scope
+
+
+# ----------------------------------------------------------------------------------------------- whole videos, parts
+
+
+@dataclass(frozen=True, slots=True)
+class _FramePiece:
+    chunk: Chunk
+    frames: Frames
+    pts: Times
+
+
+@dataclass(frozen=True, slots=True)
+class _LatentPiece:
+    chunk: Chunk
+    pts: Times
+    latents: Tensor
+    moments: Tensor | None
+
+
+def _frame_chunks(video: FrameSource, run: EncodeRun) -> Iterator[_FramePiece]:
+    """Runs in the reader thread: decode, re-block, pad."""
+    geometry, info = run.engine.model.geometry, video.info
+    plan, size = geometry.schedule, geometry.padded_size(info.height, info.width)
+    reblock = Reblocker(plan.capacity)
+
+    def piece(chunk: Chunk, frames: Frames, pts: Times) -> _FramePiece:
+        return _FramePiece(chunk, pad_frames(frames, chunk.padded_frames, *size), pts)
+
+    for block in video.blocks():
+        for index, (frames, pts) in reblock.push(block.frames_THWC, block.pts_T):
+            yield piece(plan.full(index), frames, pts)
+    rest = reblock.rest()
+    if rest is not None:
+        index, (frames, pts) = rest
+        yield piece(plan.tail(index, len(frames)), frames, pts)
+
+
+def _store_latents(target: LatentWriter, piece: _LatentPiece) -> None:
+    """Runs in the writer thread."""
+
+    def host(z_BCTHW: Tensor) -> npt.NDArray[np.float32]:
+        return cast("npt.NDArray[np.float32]", z_BCTHW[0].movedim(1, 0).float().contiguous().numpy())
+
+    moments = None if piece.moments is None else host(piece.moments)
+    target.write(piece.chunk, host(piece.latents), piece.pts, moments)
+
+
+def _latent_chunks(store: LatentStore, stop_frame: int) -> Iterator[tuple[Chunk, npt.NDArray[np.float32]]]:
+    """Runs in the reader thread: latents (t, c, h, w) of every chunk up to ``stop_frame``."""
+    for chunk in store.schedule.chunks(store.num_frames):
+        if chunk.frame_start >= stop_frame:
+            return
+        yield chunk, store.read(chunk.latent_start, chunk.latent_stop)
+
+
+class _Job:
+    """Clock and counters of one run."""
+
+    def __init__(self, callbacks: tuple[Callback, ...], direction: Direction, total: int | None) -> None:
+        self._callbacks = callbacks
+        self._direction: Direction = direction
+        self._total = total
+        self._started = time.perf_counter()
+        self._chunks = self._frames = self._latents = 0
+        self._compute_seconds = self._waited = 0.0
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._compute_seconds = time.perf_counter() - started
+
+    def emit(self, num_frames: int, num_latents: int, run: Run, reader: Prefetcher[Any], writer: Writer[Any]) -> None:
+        self._frames += num_frames
+        self._latents += num_latents
+        waited = reader.wait_seconds + writer.wait_seconds
+        event = ChunkEvent(
+            direction=self._direction,
+            index=self._chunks,
+            num_frames=num_frames,
+            frames_done=self._frames,
+            frames_total=self._total,
+            num_latents=num_latents,
+            compute_seconds=self._compute_seconds,
+            wait_seconds=waited - self._waited,
+            cache_bytes=run.cache_bytes,
+            peak_device_bytes=run.meter.peak_bytes,
+            rss_bytes=rss_bytes(),
+        )
+        self._chunks, self._waited = self._chunks + 1, waited
+        for callback in self._callbacks:
+            callback(event)
+
+    def report(self, run: Run, cache_bytes: int) -> RunReport:
+        seconds = time.perf_counter() - self._started
+        return RunReport(
+            direction=self._direction,
+            frames=self._frames,
+            latent_frames=self._latents,
+            seconds=seconds,
+            frames_per_second=self._frames / seconds,
+            peak_device_bytes=run.meter.peak_bytes,
+            peak_rss_bytes=peak_rss_bytes(),
+            cache_bytes=cache_bytes,
+            offloaded_bytes=0,
+            resumed_from_frame=0,
+            complete=True,
+        )
+
+
+@contextmanager
+def _call_sink(out: Callable[[Frames], None]) -> Iterator[Callable[[Frames, Times], None]]:
+    yield lambda frames, _: out(frames)
+
+
+@contextmanager
+def _writer_sink(target: VideoWriter | FrameStoreWriter) -> Iterator[Callable[[Frames, Times], None]]:
+    with target:
+        yield target.write
+
+
+def _frame_sink(store: LatentStore, out: Any, overwrite: bool) -> Any:
+    """A context manager that gives ``write(frames, pts)`` for what ``out`` names. Nothing is created yet."""
+    if callable(out):
+        return _call_sink(out)
+    path = Path(out)
+    size: dict[str, Any] = {
+        "height": store.height,
+        "width": store.width,
+        "time_base": store.time_base,
+        "frame_rate": store.frame_rate,
+        "overwrite": overwrite,
+    }
+    if path.suffix == ".zarr":
+        check_target(path, overwrite)
+        return _writer_sink(FrameStoreWriter(path, source=store.source, **size))
+    color = store.source.get("color")
+    return _writer_sink(VideoWriter(path, color=None if color is None else ColorInfo(**color), **size))
+
+
+def _require_decodable(store: LatentStore, model: CausalVAE) -> None:
+    if not store.complete:
+        raise StoreError(
+            f"{store.path} is incomplete: {store.num_frames} frames were published before its encode ended early; "
+            "encode it again with --overwrite (overwrite=True)",
+            kind="incomplete",
+        )
+    geometry = model.geometry
+    channels = store.latents.shape[1]
+    if channels != geometry.latent_channels:
+        raise StoreError(
+            f"{store.path} holds latents of {channels} channels, the model decodes {geometry.latent_channels}; use the "
+            f"model that encoded it: {store.vae.get('name_or_path') or store.vae.get('class_name')}",
+            kind="format",
+        )
+    if store.schedule != geometry.schedule:
+        raise ScheduleError(
+            f"{store.path} was encoded in chunks {store.schedule.to_dict()}, "
+            f"the model runs {geometry.schedule.to_dict()}"
+        )
+    have, want = model.describe().get("weights_sha256"), store.vae.get("weights_sha256")
+    if have and want and have != want:
+        warnings.warn(
+            f"{store.path} was encoded with other weights ({store.vae.get('name_or_path')}); frames may look wrong",
+            stacklevel=4,
+        )
+
+
+def _frame_window(num_frames: int, start: int, frames: int | None) -> tuple[int, int]:
+    if start < 0 or start >= num_frames or (frames is not None and frames < 1):
+        raise ScheduleError(
+            f"frames from {start}{'' if frames is None else f', {frames} of them,'} were asked for; the video has "
+            f"{num_frames} frames, 0 to {num_frames - 1}"
+        )
+    return start, num_frames if frames is None else min(num_frames, start + frames)
+
+
+def _require_representation(representation: str) -> None:
+    if representation not in ("mode", "moments", "sample"):
+        raise ModelError(f"representation {representation!r} is not known; choose mode, moments or sample")

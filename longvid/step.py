@@ -1,0 +1,58 @@
+"""One chunk through the model, from host frames to latents and back. The same code runs for real and on ``meta``.
+
+Axes: B batch (1), C channels, T time, H height, W width; lower-case c t h w are those of a latent.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longvid.cache import ConvCache
+from longvid.errors import ModelError
+from longvid.models.base import CausalVAE
+
+__all__ = ["decode_chunk", "encode_chunk", "sample_posterior"]
+
+
+@torch.inference_mode()
+def encode_chunk(
+    model: CausalVAE, cache: ConvCache, frames_THWC: Tensor, *, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """uint8 frames (T, H, W, 3) on any device to moments (1, 2 c, t, h, w) on ``device``."""
+    x = frames_THWC.to(device, copy=True, non_blocking=True).permute(3, 0, 1, 2)[None]
+    x = x.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0).to(dtype)
+    return model.encode(x, cache)
+
+
+@torch.inference_mode()
+def decode_chunk(
+    model: CausalVAE, cache: ConvCache, latents_TCHW: Tensor, *, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Raw latents (t, c, h, w) on any device to uint8 frames (T, H, W, 3) on ``device``.
+
+    Raises:
+        ModelError: the model's output is not finite.
+    """
+    z = latents_TCHW.to(device, copy=True, non_blocking=True).movedim(0, 1)[None].to(dtype).contiguous()
+    x = model.decode(z, cache)
+    _, C, T, H, W = x.shape
+    frames = torch.empty((T, H, W, C), dtype=torch.uint8, device=device)
+    for t in range(T):
+        frame = x[0, :, t].float()
+        if not frame.is_meta and not bool(torch.isfinite(frame).all()):
+            raise ModelError(f"frame {t} of the decoded chunk is not finite in {dtype}; try float32")
+        frames[t].copy_(frame.add_(1.0).mul_(127.5).round_().clamp_(0.0, 255.0).permute(1, 2, 0))
+    return frames
+
+
+def sample_posterior(moments_BCTHW: Tensor, *, seed: int, chunk: int) -> Tensor:
+    """A sample of the posterior, (B, c, t, h, w) float32 on the host, from moments on the host.
+
+    The noise of a chunk depends on ``seed`` and the number of the chunk only, so it is the same on every device and
+    when a run is continued. The log variance is clamped to [-30, 20] as diffusers does.
+    """
+    mean, log_variance = moments_BCTHW.float().chunk(2, dim=1)
+    generator = torch.Generator().manual_seed((seed << 32) + chunk)
+    noise = torch.randn(mean.shape, generator=generator)
+    return torch.exp(log_variance.clamp(-30.0, 20.0).mul_(0.5)).mul_(noise).add_(mean)

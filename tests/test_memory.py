@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+import torch
+
+from longvid.errors import MemoryBudgetError
+from longvid.memory import AllocationTracker, DeviceMeter, MemoryBudget, peak_rss_bytes, rss_bytes, tensor_bytes
+
+
+@pytest.fixture(params=["cpu", "meta"])
+def device(request):
+    return request.param
+
+
+def test_counts_storages_not_views(device):
+    with AllocationTracker() as tracker:
+        x = torch.zeros(1000, device=device)
+        y = x.view(10, 100)[2:]
+        y.add_(1)
+        assert tracker.live_bytes == 4000
+        z = x + 1
+        assert tracker.live_bytes == 8000
+        del x
+        assert tracker.live_bytes == 8000  # y still looks into it
+        del y, z
+    assert (tracker.live_bytes, tracker.peak_bytes) == (0, 8000)
+
+
+def test_a_view_of_a_weight_is_not_an_allocation(device):
+    weight = torch.zeros(1000, device=device)
+    with AllocationTracker() as tracker:
+        row = weight.view(10, 100)[0]
+        again = row[1:]
+        assert tracker.live_bytes == 0
+        again.clone()
+    assert tracker.peak_bytes == 99 * 4
+
+
+def test_a_tensor_that_dies_outside_the_mode_is_counted_out(device):
+    tracker = AllocationTracker()
+    with tracker:
+        x = torch.zeros(10, device=device)
+    assert tracker.live_bytes == 40
+    del x
+    assert tracker.live_bytes == 0
+    with tracker:
+        tracker.reset_peak()
+        torch.zeros(5, device=device)
+    assert tracker.peak_bytes == 20
+
+
+def test_numpy_memory_is_not_the_device_s(device):
+    with AllocationTracker() as tracker:
+        x = torch.from_numpy(np.zeros(100, np.uint8))
+        before = tracker.live_bytes
+        x.to(device, copy=True)
+    assert tracker.peak_bytes - before == 100
+
+
+def test_meter_adds_the_weights():
+    meter = DeviceMeter(torch.device("cpu"), base_bytes=1000)
+    with meter.measure():
+        torch.zeros(10)
+    assert (meter.peak_bytes, meter.live_bytes) == (1040, 0)
+
+
+def test_budget_names_every_part():
+    MemoryBudget().check(10**15, {}, "x")
+    MemoryBudget(allowed_bytes=100).check(100, {}, "x")
+    with pytest.raises(MemoryBudgetError, match=r"encode needs .*weights 90 B.*100 B are allowed") as caught:
+        MemoryBudget(allowed_bytes=100, reserved_bytes=1).check(100, {"weights": 90, "contexts": 10}, "encode")
+    assert (caught.value.projected_bytes, caught.value.allowed_bytes) == (100, 100)
+    assert sum(caught.value.parts.values()) == 100
+
+
+def test_tensor_bytes_counts_shared_tensors_once():
+    layer = torch.nn.Linear(3, 2)
+    twice = torch.nn.ModuleList([layer, layer])
+    assert tensor_bytes(twice) == (3 * 2 + 2) * 4
+
+
+def test_rss_is_plausible():
+    assert 10**7 < rss_bytes() <= peak_rss_bytes() < 10**12
