@@ -1,0 +1,80 @@
+"""The house: a file imports from lower ranks only, heavy libraries stay in their rooms, names are exported in order."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import longvid
+
+ROOT = Path(longvid.__file__).parent
+RANKS = {
+    "errors": 0, "units": 0, "events": 0, "video.frames": 0,
+    "schedule": 1, "memory": 1, "pipeline": 1, "reblock": 1,
+    "cache": 2,
+    "models.base": 3, "models.layers": 3, "models.cogvideox": 3.5, "models.loading": 3.7,
+    "video.reader": 1, "video.arrays": 1, "video.sources": 1.5, "video.writer": 1, "store": 2,
+    "step": 4, "plan": 4.5, "engine": 5, "push": 5.5, "session": 6,
+    "progress": 7, "cli": 8, "__main__": 9, "demo.__main__": 9,
+}  # fmt: skip
+NO_TORCH = ("schedule", "reblock", "pipeline", "video.", "store", "cli", "progress", "errors", "units", "events")
+
+
+def modules():
+    for path in sorted(ROOT.rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if not name.endswith("__init__"):
+            yield name, ast.parse(path.read_text())
+
+
+def imports(tree, *, top_level):
+    """Modules named by import statements that run, those for type checkers left out."""
+    guarded = {
+        id(n)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for n in ast.walk(block)
+    }
+    for node in tree.body if top_level else ast.walk(tree):
+        if id(node) in guarded:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize(("name", "tree"), list(modules()), ids=lambda v: v if isinstance(v, str) else "")
+def test_imports_run_downward(name, tree):
+    assert name in RANKS, f"give longvid/{name} a rank"
+    for target in imports(tree, top_level=False):
+        inner = target.removeprefix("longvid.")
+        if target.startswith("longvid.") and inner in RANKS:
+            assert RANKS[inner] < RANKS[name], f"{name} imports {inner}"
+
+
+@pytest.mark.parametrize(("name", "tree"), list(modules()), ids=lambda v: v if isinstance(v, str) else "")
+def test_torch_stays_in_its_rooms(name, tree):
+    if name.startswith(NO_TORCH):
+        assert not any(t.split(".")[0] == "torch" for t in imports(tree, top_level=True))
+
+
+@pytest.mark.parametrize(("name", "tree"), list(modules()), ids=lambda v: v if isinstance(v, str) else "")
+def test_every_module_says_what_it_is(name, tree):
+    assert ast.get_docstring(tree)
+
+
+def test_public_names_are_sorted_and_real():
+    assert longvid.__all__ == sorted(longvid.__all__)
+    for name in longvid.__all__:
+        assert getattr(longvid, name).__name__ == name
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = longvid.no_such_name
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, longvid.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\nprint(sorted({'torch', 'numpy', 'zarr', 'av'} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip().endswith("[]")

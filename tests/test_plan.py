@@ -1,0 +1,169 @@
+"""The dry run is exact: equal to the byte to a tracked run on real CPU tensors, and pinned by golden numbers."""
+
+import pytest
+import torch
+
+from longvid import AllocationTracker, ConvCache, MemoryBudgetError, ModelError, ScheduleError, load_model, make_plan
+from longvid.models.base import placed
+from longvid.plan import parse_dtype
+from longvid.step import decode_chunk, encode_chunk
+
+# bytes at 720x480 in bfloat16: projected peak of the run and all contexts, weights (431,167,814) included in the first
+GOLDEN = {"encode": (4_743_183_168, 1_801_267_200), "decode": (7_149_976_320, 2_809_382_400)}
+
+
+@pytest.fixture(scope="module")
+def full_plan():
+    return make_plan("cogvideox-2b", height=480, width=720, dtype="bfloat16")
+
+
+def contexts_by_formula(direction, height, width, element_bytes=2):
+    """Two frames of every 3x3x3 convolution's input, written down from the architecture alone."""
+    widths, per_block = (128, 256, 256, 512), 3
+    total = 0
+    if direction == "encode":
+        h, w, c = height, width, 3
+        total += c * h * w
+        c = widths[0]
+        for i, width_ in enumerate(widths):
+            for j in range(per_block):
+                total += ((c if j == 0 else width_) + width_) * h * w
+            c = width_
+            if i < len(widths) - 1:
+                h, w = h // 2, w // 2
+        total += 2 * 2 * c * h * w + c * h * w
+    else:
+        h, w, c = height // 8, width // 8, widths[-1]
+        total += 16 * h * w + 2 * 2 * c * h * w
+        for i, width_ in enumerate(reversed(widths)):
+            for j in range(per_block + 1):
+                total += ((c if j == 0 else width_) + width_) * h * w
+            c = width_
+            if i < len(widths) - 1:
+                h, w = 2 * h, 2 * w
+        total += c * h * w
+    return 2 * total * element_bytes
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_golden_numbers(full_plan, direction):
+    part = full_plan.direction(direction)
+    assert (part.projected_bytes, part.cache_bytes) == GOLDEN[direction]
+    assert part.cache_bytes == contexts_by_formula(direction, 480, 720)
+    assert part.weights_bytes == 2 * 215_583_907
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_peak_of_a_middle_chunk_against_diffusers(full_plan, direction):
+    """6.60 and 15.82 GB is what diffusers needs; `python benchmarks/memory.py` measures both sides."""
+    part = full_plan.direction(direction)
+    ours = part.steady_chunk_bytes - part.weights_bytes
+    assert ours <= {"encode": 0.76 * 6.60e9, "decode": 0.48 * 15.8e9}[direction]
+
+
+def test_parts_add_up(full_plan):
+    for part in (full_plan.encode, full_plan.decode):
+        assert sum(part.parts.values()) == part.projected_bytes
+        assert part.weights_bytes + part.cache_bytes + part.activation_bytes == part.steady_chunk_bytes
+        assert sum(layer.bytes for layer in part.layers) == part.cache_bytes
+    assert full_plan.projected_bytes == full_plan.decode.projected_bytes
+
+
+def run_for_real(model, direction, height, width, dtype):
+    """Peak bytes of the first and of three middle chunks on CPU tensors."""
+    device = torch.device("cpu")
+    ready, tracker, peaks = placed(model, device, dtype), AllocationTracker(), []
+    plan, p = model.geometry.schedule, model.geometry.pixels_per_latent
+    with ConvCache(ready.encoder if direction == "encode" else ready.decoder) as cache:
+        for chunk in (plan.full(i) for i in range(4)):
+            if direction == "encode":
+                host, step = torch.randint(0, 256, (chunk.padded_frames, height, width, 3), dtype=torch.uint8), encode_chunk
+            else:
+                host = torch.randn(chunk.num_latents, model.geometry.latent_channels, height // p, width // p)
+                step = decode_chunk
+            with tracker:
+                tracker.reset_peak()
+                step(ready, cache, host, device=device, dtype=dtype)
+            peaks.append(tracker.peak_bytes)
+            assert tracker.live_bytes == cache.nbytes
+    assert tracker.live_bytes == 0
+    return peaks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(32, 48), (64, 40)])
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_projection_equals_a_tracked_run_to_the_byte(vae, direction, size, dtype):
+    plan = make_plan(vae, height=size[0], width=size[1], dtype=dtype).direction(direction)
+    first, *middle = run_for_real(vae, direction, *size, dtype)
+    assert set(middle) == {plan.steady_chunk_bytes - plan.weights_bytes}
+    assert plan.projected_bytes - plan.weights_bytes == max(first, middle[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_projection_equals_a_tracked_run_of_the_full_architecture(direction):
+    model = load_model("cogvideox-2b", random_weights=0)
+    plan = make_plan(model, height=64, width=96).direction(direction)
+    assert max(run_for_real(model, direction, 64, 96, torch.float32)) == plan.projected_bytes - plan.weights_bytes
+
+
+def test_1920x1088_is_planned_and_no_convolution_exceeds_32_bit_indexing(monkeypatch):
+    from longvid.models import layers
+
+    largest = []
+
+    def recording(x, *args, real=torch.nn.functional.conv3d, **kwargs):
+        out = real(x, *args, **kwargs)
+        largest.append(max(x.numel(), out.numel()))
+        return out
+
+    monkeypatch.setattr(layers.nn.Conv3d, "forward", lambda self, x: recording(x, self.weight, self.bias, padding=self.padding))
+    plan = make_plan("cogvideox-2b", height=1080, width=1920, dtype="bfloat16")
+    assert (plan.height, plan.width) == (1080, 1920)
+    plan = make_plan("cogvideox-2b", height=1088, width=1920, dtype="bfloat16")
+    assert plan.decode.projected_bytes > plan.encode.projected_bytes > 20e9
+    assert max(largest) <= 2**31 - 1
+
+
+def test_sizes_are_padded_up_to_latents(vae):
+    plan = make_plan(vae, height=33, width=41)
+    assert (plan.height, plan.width) == (40, 48)
+
+
+def test_budget(vae):
+    needed = make_plan(vae, height=32, width=32).encode.projected_bytes
+    make_plan(vae, height=32, width=32, memory=needed).check("encode")
+    with pytest.raises(MemoryBudgetError, match="encode at 32x32 in float32 needs") as caught:
+        make_plan(vae, height=32, width=32, memory=needed - 1).check("encode")
+    assert caught.value.projected_bytes == needed
+    with pytest.raises(MemoryBudgetError, match="contexts of other open videos"):
+        make_plan(vae, height=32, width=32, memory=needed).check("encode", others_bytes=1)
+
+
+def test_explained_and_recorded(vae):
+    plan = make_plan(vae, height=32, width=32, memory="1GiB")
+    text = plan.explain()
+    assert "peak of the run" in text
+    assert "1.00 GiB allowed" in text
+    assert "yes" in text
+    record = plan.to_dict()
+    assert record["encode"]["layers"][0]["name"] == "conv_in"
+    assert record["decode"]["chunk_frames"] == 8
+
+
+def test_the_model_is_not_moved(vae):
+    before = {k: v.data_ptr() for k, v in vae.state_dict().items()}
+    make_plan(vae, height=32, width=32, dtype="bfloat16")
+    assert {k: v.data_ptr() for k, v in vae.state_dict().items()} == before
+
+
+def test_bad_requests():
+    with pytest.raises(ScheduleError, match="no area"):
+        make_plan("cogvideox-nano", height=0, width=8)
+    with pytest.raises(ModelError, match="float64"):
+        parse_dtype(torch.float64)
+    with pytest.raises(ModelError, match="choose bfloat16"):
+        make_plan("cogvideox-nano", height=8, width=8, dtype="half")
+    with pytest.raises(ModelError, match="'all' is not in this version"):
+        make_plan("cogvideox-nano", height=8, width=8, offload="all")
