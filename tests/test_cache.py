@@ -137,7 +137,11 @@ def test_a_layer_that_runs_twice_or_not_at_all_is_refused(model, x):
     with ConvCache(model) as cache, pytest.raises(CacheError, match="'first' ran twice in chunk 0"), cache.chunk():
         model.first(x, cache)
         model.first(x, cache)
-    with ConvCache(model) as cache, pytest.raises(CacheError, match="1 of 2 layers did not run.*'second'"), cache.chunk():
+    with (
+        ConvCache(model) as cache,
+        pytest.raises(CacheError, match="1 of 2 layers did not run.*'second'"),
+        cache.chunk(),
+    ):
         model.first(x, cache)
 
 

@@ -169,8 +169,13 @@ def group_moments(x_BCTHW: Tensor, num_groups: int, eps: float) -> tuple[Tensor,
     if x_BCTHW.dtype != torch.float32 and x_BCTHW.device.type not in ("cpu", "meta"):
         return _moments_by_frame(x_BCTHW, num_groups, eps)
     # float32 weights make the kernel return float32 moments; other devices' kernels do not take the mixture.
-    one = torch.ones(C, dtype=torch.float32, device=x_BCTHW.device)
-    _, mean, rstd = torch.native_group_norm(x_BCTHW, one, torch.zeros_like(one), B, C, T * H * W, num_groups, eps)
+    weight = torch.ones(C, dtype=torch.float32, device=x_BCTHW.device)
+    bias = torch.zeros_like(weight)
+    if x_BCTHW.is_meta:  # its kernel would give moments of x's dtype: allocate what the real one does
+        _normed = torch.empty_like(x_BCTHW)
+        mean, rstd = weight.new_empty((B, num_groups)), weight.new_empty((B, num_groups))
+    else:
+        _normed, mean, rstd = torch.native_group_norm(x_BCTHW, weight, bias, B, C, T * H * W, num_groups, eps)
     return mean, rstd
 
 

@@ -1,0 +1,575 @@
+"""Frames of a media file, in decoder order, with the time stamps that the file gives them."""
+
+from __future__ import annotations
+
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import av
+import numpy as np
+import numpy.typing as npt
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+from av.video.stream import VideoStream
+
+from longvid.errors import SourceError
+from longvid.video.arrays import DEFAULT_FRAME_RATE, OnePass, block_length, check_window
+from longvid.video.frames import ColorInfo, FrameBlock, SourceInfo
+
+__all__ = ["PRIMARIES", "TRANSFERS", "VideoFile", "matrix_by_rule"]
+
+PRIMARIES = {
+    1: "bt709", 4: "bt470m", 5: "bt470bg", 6: "smpte170m", 7: "smpte240m", 8: "film", 9: "bt2020", 10: "smpte428",
+    11: "smpte431", 12: "smpte432", 22: "ebu3213",
+}  # fmt: skip
+"colour primaries by the number that H.273 and FFmpeg give them"
+TRANSFERS = {
+    1: "bt709", 4: "gamma22", 5: "gamma28", 6: "smpte170m", 7: "smpte240m", 8: "linear", 9: "log100", 10: "log316",
+    11: "iec61966-2-4", 12: "bt1361e", 13: "iec61966-2-1", 14: "bt2020-10", 15: "bt2020-12", 16: "smpte2084",
+    17: "smpte428", 18: "arib-std-b67",
+}  # fmt: skip
+"transfer characteristics by the number that H.273 and FFmpeg give them"
+
+# matrix tag of the file -> (our name, coefficients of swscale); two rare ones go by their nearest relative's name
+_MATRICES = {
+    1: ("bt709", 1), 4: ("bt601", 4), 5: ("bt601", 5), 6: ("bt601", 5), 7: ("bt709", 7), 9: ("bt2020", 9),
+    10: ("bt2020", 9),
+}  # fmt: skip
+_SWSCALE = {"bt709": 1, "bt601": 5}
+_RGB, _UNSPECIFIED = 0, 2
+_HDR = ("smpte2084", "arib-std-b67")
+# FULL_CHR_H_INT interpolates chroma where the fast path repeats it: a third of the error on film, at half the speed
+_EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+# demuxers that claim text and playlists; a playlist would open other files
+_NOT_MEDIA = {"tty", "hls", "concat", "dash", "sdp", "ffmetadata", "imf"}
+
+
+class VideoFile(OnePass):
+    """The video stream of a local media file.
+
+    Opening reads the header and the first frame, so that ``info`` is known and a file that cannot be read is refused
+    at once. Frames come as the decoder delivers them, turned upright, in RGB, each with its own time stamp; variable
+    frame rates are kept. Frames before ``start`` are decoded and dropped, which is exact for every format.
+
+    Args:
+        path: a regular file; never an address.
+        start: index of the first frame delivered.
+        frames: how many frames at most.
+        size: (height, width) to resize to.
+
+    Raises:
+        SourceError: the file is missing, is no video, is cut short, or holds no frames.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        start: int = 0,
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__(os.fspath(path))
+        check_window(start, frames)
+        _check_size(size)
+        self._path = Path(path)
+        self._begin = start
+        self._limit = frames
+        self._pending: VideoFrame | None = None
+        self._num_bytes = _check_regular_file(self._path)
+        self._container = _open_container(self._path)
+        try:
+            self._probe(size)
+        except BaseException:
+            self.close()
+            raise
+
+    info: SourceInfo
+    "facts known in advance"
+
+    def blocks(self) -> Iterator[FrameBlock]:
+        """Yield the frames; where decoding fails, those before come out first, then SourceError is raised."""
+        self._start()
+        return self._blocks()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._closed:
+            return
+        super().close()
+        self._pending = None
+        self._container.close()
+
+    def _probe(self, size: tuple[int, int] | None) -> None:
+        stream = _pick_stream(self._container, self._name)
+        stream.thread_type = "AUTO"
+        self._check_complete(stream)
+        self._decoder = _Decoder(self._container, stream, self._name, self._num_bytes)
+        self._check_start(stream)
+        first = next(self._decoder.frames(), None)
+        if first is None:
+            raise SourceError(f"{self._name} has a video stream without a single frame that decodes", kind="no-frames")
+        self._converter = _Converter(first, stream, size, self._name)
+        self._clock = _Clock(stream)
+        self._pending = first
+        self.info = self._describe(stream, first)
+        self._warn_of_hdr()
+
+    def _check_complete(self, stream: VideoStream) -> None:
+        end = _declared_end(self._path, self._container, stream)
+        if end is not None and end > self._num_bytes:
+            raise SourceError(
+                f"{self._name} is cut short: its header speaks of {end} bytes and {self._num_bytes} are there; "
+                f"copy the file again",
+                kind="truncated",
+            )
+
+    def _check_start(self, stream: VideoStream) -> None:
+        # the sample table of mp4 is what the frames are read from; the counts of other formats are mere claims
+        if "mp4" in self._container.format.name and 0 < stream.frames <= self._begin:
+            raise self._beyond_end(stream.frames)
+
+    def _beyond_end(self, count: int) -> SourceError:
+        return SourceError(
+            f"start={self._begin} is beyond the end of {self._name}, which has {count} frames", kind="range"
+        )
+
+    def _describe(self, stream: VideoStream, first: VideoFrame) -> SourceInfo:
+        converter = self._converter
+        return SourceInfo(
+            kind="video",
+            name=self._name,
+            height=converter.height,
+            width=converter.width,
+            num_frames=self._expected_frames(stream),
+            time_base=self._clock.time_base,
+            frame_rate=_frame_rate(stream),
+            timing_assumed=first.pts is None,
+            color=converter.color.info,
+            details={
+                "container": self._container.format.name,
+                "codec": stream.codec_context.name,
+                "pix_fmt": first.format.name,
+                "coded_height": first.height,
+                "coded_width": first.width,
+                "rotation": converter.rotation,
+                "interlaced": first.interlaced_frame,
+                "resized_from": converter.resized_from,
+                "interpolation": converter.interpolation_name,
+                "matrix_tag": converter.color.matrix_tag,
+                "bytes": self._num_bytes,
+                "start": self._begin,
+                "stream_index": stream.index,
+                "stream_start_time": stream.start_time,
+                "stream_duration": stream.duration,
+                "frames_in_header": stream.frames,
+                "av": av.__version__,
+                "libavcodec": ".".join(str(part) for part in av.library_versions["libavcodec"]),
+            },
+        )
+
+    def _expected_frames(self, stream: VideoStream) -> int | None:
+        if not stream.frames:
+            return None
+        left = max(0, stream.frames - self._begin)
+        return left if self._limit is None else min(left, self._limit)
+
+    def _warn_of_hdr(self) -> None:
+        color = self.info.color
+        if color is not None and color.transfer in _HDR:
+            warnings.warn(
+                f"{self._name} is HDR ({color.transfer}); its values are taken as they are, without tone mapping, and "
+                f"look pale as ordinary RGB: convert it to SDR first if that matters",
+                stacklevel=4,
+            )
+
+    def _blocks(self) -> Iterator[FrameBlock]:
+        length = block_length(self.info.height, self.info.width)
+        images: list[npt.NDArray[np.uint8]] = []
+        stamps: list[int] = []
+        try:
+            for image, pts in self._images():
+                images.append(image)
+                stamps.append(pts)
+                if len(images) == length:
+                    yield _block(images, stamps)
+                    images, stamps = [], []
+        except SourceError:
+            if images and not self._closed:
+                yield _block(images, stamps)
+            raise
+        if images:
+            yield _block(images, stamps)
+
+    def _images(self) -> Iterator[tuple[npt.NDArray[np.uint8], int]]:
+        """Yield the frames of the window, converted, with their time stamps."""
+        index = -1
+        end = None if self._limit is None else self._begin + self._limit
+        for index, frame in enumerate(self._raw_frames()):
+            self._converter.check(frame, index)
+            pts = self._clock.stamp(frame.pts)
+            if index >= self._begin:
+                yield self._converter.convert(frame, index), pts
+                if index + 1 == end:
+                    return
+            del frame
+        if index < self._begin:
+            raise self._beyond_end(index + 1)
+
+    def _raw_frames(self) -> Iterator[VideoFrame]:
+        if self._pending is not None:
+            frame, self._pending = self._pending, None
+            yield frame
+            del frame
+        self._check_open()
+        for frame in self._decoder.frames():
+            yield frame
+            del frame
+            self._check_open()
+
+
+class _Decoder:
+    """Decodes one stream and turns what FFmpeg raises into SourceError."""
+
+    def __init__(self, container: InputContainer, stream: VideoStream, name: str, num_bytes: int) -> None:
+        self._packets = container.demux(stream)
+        self._name = name
+        self._num_bytes = num_bytes
+        self._reached = 0
+        self._count = 0
+        self._warned = False
+        self._ready: list[VideoFrame] = []
+
+    def frames(self) -> Iterator[VideoFrame]:
+        """Yield the frames that follow; calling it again goes on where the last iteration stopped."""
+        while self._ready or self._refill():
+            frame = self._ready.pop(0)
+            self._warn_of_damage(frame)
+            self._count += 1
+            yield frame
+            del frame
+
+    def _refill(self) -> bool:
+        """Decode until there is a frame; False at the end of the stream."""
+        try:
+            for packet in self._packets:
+                self._reached = max(self._reached, (packet.pos or 0) + packet.size)
+                self._ready.extend(packet.decode())
+                if self._ready:
+                    return True
+        except (av.FFmpegError, OSError) as exc:
+            raise self._wrap(exc) from exc
+        return False
+
+    def _wrap(self, exc: Exception) -> SourceError:
+        where = f"{self._name} cannot be decoded beyond frame {self._count}"
+        if self._reached >= self._num_bytes or isinstance(exc, EOFError):
+            return SourceError(f"{where}: the file is cut short ({_reason(exc)}); copy it again", kind="truncated")
+        return SourceError(f"{where}: the file is damaged or cut short ({_reason(exc)}); copy it again", kind="other")
+
+    def _warn_of_damage(self, frame: VideoFrame) -> None:
+        if frame.is_corrupt and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"frame {self._count} of {self._name} is damaged: its pixels, and those of frames that depend on it, "
+                f"are the decoder's guess",
+                stacklevel=2,
+            )
+
+
+class _Clock:
+    """Time stamps of the frames; where the file gives none, it counts on at the frame rate."""
+
+    def __init__(self, stream: VideoStream) -> None:
+        self.time_base = stream.time_base or 1 / DEFAULT_FRAME_RATE
+        self._step = 1 / ((_frame_rate(stream) or DEFAULT_FRAME_RATE) * self.time_base)
+        self._anchor = 0
+        self._since_anchor = -1
+
+    def stamp(self, pts: int | None) -> int:
+        """Time stamp of the next frame, whose own is ``pts``."""
+        if pts is not None:
+            self._anchor, self._since_anchor = pts, 0
+            return pts
+        self._since_anchor += 1
+        return self._anchor + round(self._since_anchor * self._step)
+
+
+@dataclass(frozen=True, slots=True)
+class _Color:
+    """How the samples of a stream become RGB."""
+
+    info: ColorInfo
+    matrix: int | None
+    "coefficients of swscale; None if the samples are RGB"
+    matrix_tag: int
+    expand_gray: bool
+    "swscale takes every gray format for full range, so that limited gray is expanded here"
+
+
+class _Converter:
+    """Turns decoded frames into upright RGB of one size: colour and size in one pass of swscale."""
+
+    def __init__(self, first: VideoFrame, stream: VideoStream, size: tuple[int, int] | None, name: str) -> None:
+        self._name = name
+        self._coded = (first.height, first.width)
+        self.rotation = round(first.rotation / 90) * 90
+        self._turns = self.rotation // 90 % 4
+        upright = _turned(self._coded, self._turns)
+        self.height, self.width = size or upright
+        self._target = _turned((self.height, self.width), self._turns)
+        self.resized_from = list(upright) if upright != (self.height, self.width) else None
+        self._stream = stream
+        self.color = _resolve_color(first, stream, name)
+        self._colors = {first.format.name: self.color}
+        self._scaler = VideoReformatter()
+        shrinks = self._target[0] <= self._coded[0] and self._target[1] <= self._coded[1]
+        self._interpolation = (Interpolation.AREA if shrinks and self.resized_from else Interpolation.BICUBIC) | _EXACT
+        self.interpolation_name = ("area" if shrinks else "bicubic") if self.resized_from else None
+
+    def check(self, frame: VideoFrame, index: int) -> None:
+        """Refuse a frame whose size is not that of the first."""
+        if (frame.height, frame.width) != self._coded:
+            raise SourceError(
+                f"frame {index} of {self._name} has {frame.width}x{frame.height} pixels where the frames before have "
+                f"{self._coded[1]}x{self._coded[0]}; cut the file there, or bring it to one size first",
+                kind="geometry-changed",
+            )
+
+    def convert(self, frame: VideoFrame, index: int) -> npt.NDArray[np.uint8]:
+        """RGB of one frame, of shape (height, width, 3), in memory of its own."""
+        height, width = self._target
+        color = self._color_of(frame)
+        try:
+            rgb = self._scaler.reformat(
+                frame,
+                width=width,
+                height=height,
+                format="rgb24",
+                src_colorspace=color.matrix,
+                src_color_range=ColorRange.JPEG if color.info.range == "full" else ColorRange.MPEG,
+                dst_color_range=ColorRange.JPEG,
+                interpolation=self._interpolation,
+            )
+        except (av.FFmpegError, ValueError) as exc:
+            raise SourceError(
+                f"frame {index} of {self._name} cannot be converted from {frame.format.name} to RGB: {_reason(exc)}"
+            ) from exc
+        plane = rgb.planes[0]
+        image = np.frombuffer(memoryview(plane), np.uint8).reshape(height, plane.line_size)[:, : width * 3]
+        image = image.reshape(height, width, 3)
+        if color.expand_gray:
+            image = _LIMITED_TO_FULL[image]
+        return np.array(np.rot90(image, self._turns), order="C")
+
+    def _color_of(self, frame: VideoFrame) -> _Color:
+        pixel_format = frame.format.name
+        if pixel_format not in self._colors:  # it may change on the way
+            self._colors[pixel_format] = _resolve_color(frame, self._stream, self._name)
+        return self._colors[pixel_format]
+
+
+_LIMITED_TO_FULL = ((np.arange(256) - 16) * 255 / 219).round().clip(0, 255).astype(np.uint8)
+
+
+def matrix_by_rule(height: int) -> str:
+    """The matrix of a video that does not name one: ``bt709`` from 720 lines up, ``bt601`` below."""
+    return "bt709" if height >= 720 else "bt601"
+
+
+def _resolve_color(frame: VideoFrame, stream: VideoStream, name: str) -> _Color:
+    context = stream.codec_context
+    tag = _first_tag(frame.colorspace, context.colorspace)
+    primaries = PRIMARIES.get(_first_tag(frame.color_primaries, context.color_primaries))
+    transfer = TRANSFERS.get(_first_tag(frame.color_trc, context.color_trc))
+    if _is_rgb(frame):
+        info = ColorInfo(matrix="rgb", range="full", primaries=primaries, transfer=transfer)
+        return _Color(info, None, tag, False)
+    matrix, coefficients = _resolve_matrix(frame, tag, name)
+    gray = len(frame.format.components) <= 2
+    range_, range_known = _resolve_range(frame, context.color_range, gray)
+    assumed = not range_known or (tag == _UNSPECIFIED and not gray)
+    info = ColorInfo(matrix=matrix, range=range_, primaries=primaries, transfer=transfer, assumed=assumed)
+    return _Color(info, coefficients, tag, gray and range_ == "limited")
+
+
+def _resolve_matrix(frame: VideoFrame, tag: int, name: str) -> tuple[str, int]:
+    if tag in (_UNSPECIFIED, _RGB):
+        matrix = matrix_by_rule(frame.height)
+        return matrix, _SWSCALE[matrix]
+    if tag not in _MATRICES:
+        raise SourceError(
+            f"{name} uses colour matrix {tag} of H.273, which cannot be converted to RGB here; "
+            f"convert the file to bt709 first"
+        )
+    return _MATRICES[tag]
+
+
+def _resolve_range(frame: VideoFrame, declared: int, gray: bool) -> tuple[str, bool]:
+    """Range of the samples, and whether the file says so."""
+    if frame.format.name.startswith("yuvj"):
+        return "full", True
+    tag = frame.color_range or declared
+    if tag:
+        return ("full" if tag == ColorRange.JPEG else "limited"), True
+    return ("full" if gray else "limited"), False
+
+
+def _first_tag(*tags: int) -> int:
+    return next((int(tag) for tag in tags if tag != _UNSPECIFIED), _UNSPECIFIED)
+
+
+def _is_rgb(frame: VideoFrame) -> bool:
+    return frame.format.is_rgb or frame.format.has_palette
+
+
+def _turned(size: tuple[int, int], turns: int) -> tuple[int, int]:
+    return (size[1], size[0]) if turns % 2 else size
+
+
+def _block(images: list[npt.NDArray[np.uint8]], stamps: list[int]) -> FrameBlock:
+    return FrameBlock(np.stack(images), np.array(stamps, dtype=np.int64))
+
+
+def _frame_rate(stream: VideoStream) -> Fraction | None:
+    return stream.average_rate or stream.guessed_rate or None
+
+
+def _reason(exc: Exception) -> str:
+    return getattr(exc, "strerror", None) or str(exc)
+
+
+def _check_size(size: tuple[int, int] | None) -> None:
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise SourceError(f"size={size} is not (height, width) in pixels, both at least 1", kind="range")
+
+
+def _check_regular_file(path: Path) -> int:
+    """Size in bytes of the file."""
+    try:
+        found = path.stat()
+    except FileNotFoundError as exc:
+        raise SourceError(f"there is no file {path}; check the name", kind="missing") from exc
+    except OSError as exc:
+        raise SourceError(f"{path} cannot be read: {_reason(exc)}") from exc
+    if stat.S_ISDIR(found.st_mode):
+        raise SourceError(f"{path} is a folder, not a video file; name a file in it", kind="not-video")
+    if not stat.S_ISREG(found.st_mode):
+        raise SourceError(f"{path} is not a regular file; copy the video to one", kind="not-video")
+    if not found.st_size:
+        raise SourceError(f"{path} is empty (0 bytes), not a video", kind="not-video")
+    return found.st_size
+
+
+def _open_container(path: Path) -> InputContainer:
+    try:
+        # the prefix and the whitelist keep names such as concat:a|b, and playlists, from opening anything else
+        container = av.open(f"file:{path.absolute()}", "r", options={"protocol_whitelist": "file"})
+    except (av.FFmpegError, OSError) as exc:
+        raise _refusal(path, exc) from exc
+    if set(container.format.name.split(",")) & _NOT_MEDIA:
+        container.close()
+        raise SourceError(f"{path} is a text file or a playlist, not a video; name the video itself", kind="not-video")
+    return container
+
+
+def _refusal(path: Path, exc: Exception) -> SourceError:
+    """Say why a file that FFmpeg does not open is none."""
+    if isinstance(exc, PermissionError):
+        return SourceError(f"{path} cannot be read: permission denied; change its mode")
+    with path.open("rb") as file:
+        head = file.read(12)
+    if head[4:8] == b"ftyp" or head[:4] == _EBML.to_bytes(4, "big"):
+        return SourceError(
+            f"{path} begins like a video and lacks its index: it is cut short, or was never finished; copy or record "
+            f"it again ({_reason(exc)})",
+            kind="truncated",
+        )
+    return SourceError(f"{path} is not a video that can be read: {_reason(exc)}", kind="not-video")
+
+
+def _pick_stream(container: InputContainer, name: str) -> VideoStream:
+    """The stream that players would show; pictures attached to a song do not count."""
+    moving = [stream for stream in container.streams.video if not _is_cover(stream)]
+    best = container.streams.best("video")
+    stream = best if best in moving else next(iter(moving), None)
+    if stream is None:
+        kinds = sorted({other.type for other in container.streams})
+        raise SourceError(
+            f"{name} has no video stream; it has {', '.join(kinds) or 'no stream at all'}", kind="no-video-stream"
+        )
+    if stream.codec_context is None:  # decoding would crash the process
+        raise SourceError(f"{name} uses a video codec that FFmpeg cannot decode; convert it first", kind="not-video")
+    return stream
+
+
+def _is_cover(stream: Any) -> bool:
+    return bool(stream.disposition & av.stream.Disposition.attached_pic)
+
+
+def _declared_end(path: Path, container: InputContainer, stream: VideoStream) -> int | None:
+    """The byte at which the file should end at the earliest, where its header tells."""
+    names = container.format.name.split(",")
+    if "mp4" in names:
+        samples_end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+        with path.open("rb") as file:
+            return max(samples_end, _fragments_end(file))
+    if "matroska" in names:
+        with path.open("rb") as file:
+            return _matroska_end(file)
+    return None
+
+
+def _fragments_end(file: BinaryIO) -> int:
+    """End of the last fragment of an mp4 file that is written in fragments; 0 if it is not."""
+    position = end = 0
+    while len(head := file.read(16)) >= 8:
+        length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+        if length == 1:  # the true length follows
+            length = int.from_bytes(head[8:], "big")
+        if length < 8:  # the box runs to the end of the file, or is none
+            break
+        position += length
+        if kind == b"moof" or (kind == b"mdat" and end):
+            end = position
+        file.seek(position)
+    return end
+
+
+_EBML, _SEGMENT = 0x1A45DFA3, 0x18538067
+
+
+def _matroska_end(file: BinaryIO) -> int | None:
+    """End of the first segment of a Matroska file; None if its size is left open, as in a live recording."""
+    for _ in range(4):  # the EBML header, perhaps padding, then the segment
+        identifier = _variable_int(file, keep_marker=True)
+        size = _variable_int(file, keep_marker=False)
+        if identifier is None or size is None:
+            return None
+        if identifier == _SEGMENT:
+            return file.tell() + size
+        file.seek(size, os.SEEK_CUR)
+    return None
+
+
+def _variable_int(file: BinaryIO, *, keep_marker: bool) -> int | None:
+    """A number of EBML, as long as its leading zero bits tell; None if it says unknown or the file ends."""
+    first = file.read(1)
+    if not first or not first[0]:
+        return None
+    length = 9 - first[0].bit_length()
+    raw = first + file.read(length - 1)
+    value = int.from_bytes(raw, "big")
+    if len(raw) < length:
+        return None
+    if keep_marker:
+        return value
+    marker = 1 << (7 * length)
+    return None if value == 2 * marker - 1 else value - marker

@@ -1,0 +1,102 @@
+"""One door for everything that frames can come from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from longvid.errors import SourceError
+from longvid.video.arrays import ArrayFrames, IterableFrames, check_window, is_array
+from longvid.video.frames import FrameSource
+
+__all__ = ["open_source"]
+
+_ACCEPTED = (
+    "the path of a video file, the path of a zarr group with an array `frames`, a numpy array, a torch tensor or a "
+    "zarr array, uint8 with axes (T, H, W, 3), or an iterable of such arrays"
+)
+
+
+def open_source(
+    source: Any,
+    *,
+    start: int = 0,
+    frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    frame_rate: Fraction | int | None = None,
+) -> FrameSource:
+    """Open what frames are read from.
+
+    Args:
+        source: a media file, a folder that holds a zarr group with an array ``frames``, an array of frames (numpy,
+            torch or zarr), or an iterable of such arrays.
+        start: index of the first frame delivered.
+        frames: how many frames at most; all by default.
+        size: (height, width) to resize to; files only.
+        frame_rate: frames per second of a source without time stamps; a media file has its own.
+
+    Raises:
+        SourceError: the source cannot be read, or is none.
+    """
+    check_window(start, frames)
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        if (path / "zarr.json").is_file():
+            return _open_zarr(path, start=start, frames=frames, size=size, frame_rate=frame_rate)
+        return _open_file(path, start=start, frames=frames, size=size, frame_rate=frame_rate)
+    if is_array(source):
+        return ArrayFrames(source, start=start, frames=frames, size=size, frame_rate=frame_rate)
+    if isinstance(source, Iterable) and not isinstance(source, (bytes, bytearray, dict)):
+        return IterableFrames(source, start=start, frames=frames, size=size, frame_rate=frame_rate)
+    raise SourceError(f"a {type(source).__name__} is no source of frames; give {_ACCEPTED}", kind="layout")
+
+
+def _open_file(
+    path: Path, *, start: int, frames: int | None, size: tuple[int, int] | None, frame_rate: Fraction | int | None
+) -> FrameSource:
+    from longvid.video.reader import VideoFile
+
+    if frame_rate is not None:
+        raise SourceError(
+            f"frame_rate={frame_rate} was given for {path}, but a media file carries its own time stamps; leave it out",
+            kind="layout",
+        )
+    return VideoFile(path, start=start, frames=frames, size=size)
+
+
+def _open_zarr(
+    path: Path, *, start: int, frames: int | None, size: tuple[int, int] | None, frame_rate: Fraction | int | None
+) -> FrameSource:
+    import zarr
+
+    try:
+        # not the consolidated copy of the metadata: it may be older than the arrays
+        group = zarr.open_group(path, mode="r", use_consolidated=False)
+        members = sorted(group.keys())
+        array = group["frames"] if "frames" in members else None
+        recorded = group.attrs.asdict().get("longvid")
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise SourceError(f"{path} cannot be opened as a zarr group: {exc}", kind="layout") from exc
+    if not isinstance(array, zarr.Array):
+        raise SourceError(
+            f"the zarr group {path} has no array `frames`; it holds {', '.join(members) or 'nothing'}", kind="layout"
+        )
+    if frame_rate is None:
+        frame_rate = _recorded_rate(path, recorded)
+    return ArrayFrames(array, start=start, frames=frames, size=size, frame_rate=frame_rate, name=str(path))
+
+
+def _recorded_rate(path: Path, recorded: Any) -> Fraction | None:
+    text = recorded.get("frame_rate") if isinstance(recorded, dict) else None
+    if text is None:
+        return None
+    try:
+        return Fraction(text)
+    except (ValueError, TypeError, ZeroDivisionError) as exc:
+        raise SourceError(
+            f"the attribute longvid.frame_rate of {path} is {text!r}; expected a fraction such as '30000/1001'",
+            kind="layout",
+        ) from exc

@@ -1,0 +1,251 @@
+"""The command line as users and scripts meet it: a real process, exit codes, one clear line, nothing left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import longvid
+from longvid.cli import main
+from longvid.demo import __main__ as demo
+
+CLIP = demo.CLIP
+NANO = ["--model", "cogvideox-nano", "--random-weights", "0"]
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*args):
+        try:
+            code = main([str(a) for a in args])
+        except SystemExit as exc:  # argparse
+            code = exc.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("store") / "clip.zarr"
+    assert main(["encode", str(CLIP), str(path), *NANO, "--size", "64x48", "--frames", "20", "--quiet"]) == 0
+    return path
+
+
+def one_line(err):
+    lines = [line for line in err.splitlines() if line and "weights are random" not in line]
+    assert 1 <= len(lines) <= 2, err
+    assert lines[0].startswith("longvid: ")
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def test_encode_decode_info_as_json(run, tmp_path):
+    code, out, err = run("encode", CLIP, tmp_path / "a.zarr", *NANO, "--size", "64x48", "--start", 3, "--frames", 20, "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    for key in (
+        "frames", "latent_frames", "seconds", "frames_per_second", "peak_device_bytes", "peak_rss_bytes",
+        "cache_bytes", "offloaded_bytes", "resumed_from_frame", "complete",
+    ):  # fmt: skip
+        assert key in report
+    assert (report["frames"], report["latent_frames"], report["complete"]) == (20, 7, True)
+    assert "weights are random" in err
+
+    code, out, _ = run("info", tmp_path / "a.zarr", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert (facts["frames"], facts["latent_shape"], facts["complete"]) == (20, [7, 16, 6, 8], True)
+    assert facts["model"]["random_weights"] == 0
+    assert facts["chunk_plan"]["first_chunk_frames"] == 9
+    assert facts["stored_bytes"] > 0
+    assert facts["source"]["name"].endswith("clip.mp4")
+
+    # the model is the one the store names
+    code, out, _ = run("decode", tmp_path / "a.zarr", tmp_path / "b.mp4", "--json")
+    assert code == 0
+    assert json.loads(out)["frames"] == 20
+    code, out, _ = run("decode", tmp_path / "a.zarr", tmp_path / "b.zarr", "--start", 5, "--frames", 4, "--json")
+    assert json.loads(out)["frames"] == 4
+
+
+def test_text_for_people(run, store):
+    code, out, _ = run("info", store)
+    assert code == 0
+    assert "complete, 20 frames of 64x48" in out
+    assert "cogvideox-nano with random weights (seed 0)" in out
+
+
+def test_plan_needs_no_weights(run):
+    code, out, _ = run("plan", "--model", "cogvideox-2b", "--size", "720x480", "--json")
+    assert code == 0
+    plan = json.loads(out)
+    for direction in ("encode", "decode"):
+        part = plan[direction]
+        for key in (
+            "projected_bytes", "steady_chunk_bytes", "weights_bytes", "cache_bytes", "activation_bytes",
+            "resident_cache_bytes", "offloaded_cache_bytes", "chunk_frames", "layers",
+        ):  # fmt: skip
+            assert key in part
+        assert set(part["layers"][0]) == {"name", "bytes", "resident"}
+    code, out, _ = run("plan", "--model", "cogvideox-nano", "--size", "64x64", "--memory", "1MiB")
+    assert code == 0
+    assert "fits" in out
+
+
+def bad_inputs(tmp_path, store):
+    text = tmp_path / "text.mp4"
+    text.write_text("this is no video\n" * 100)
+    whole = CLIP.read_bytes()
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(whole[: len(whole) * 7 // 10])
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("years of work")
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text('{"_class_name": "AutoencoderKLCogVideoX"}')
+    torch.save({}, pickled / "diffusion_pytorch_model.bin")
+    out = tmp_path / "out.zarr"
+    small = [*NANO, "--size", "64x48"]
+    return {
+        "missing file": (["encode", tmp_path / "none.mp4", out, *small], 3, "none.mp4"),
+        "a folder": (["encode", foreign, out, *small], 3, "thesis"),
+        "text file": (["encode", text, out, *small], 3, "text.mp4"),
+        "truncated mp4": (["encode", cut, out, *small], 3, "cut.mp4"),
+        "start beyond the end": (["encode", CLIP, out, *small, "--start", 10_000], 3, "frames"),
+        "wrong folder as model": (["encode", CLIP, out, "--model", foreign], 6, "no config.json"),
+        "pickled weights": (["encode", CLIP, out, "--model", pickled], 6, "pickled weights"),
+        "unknown model": (["encode", CLIP, out, "--model", "nothing"], 6, "neither a folder"),
+        "no weights": (["encode", CLIP, out, "--model", "cogvideox-nano"], 6, "--random-weights SEED"),
+        "tiny is to come": (["encode", CLIP, out], 6, "not trained yet"),
+        "foreign folder": (["encode", CLIP, foreign, *small], 4, "thesis"),
+        "foreign folder, overwrite": (["encode", CLIP, foreign, *small, "--overwrite"], 4, "thesis"),
+        "store exists": (["encode", CLIP, store, *small], 4, "--overwrite"),
+        "no such parent": (["encode", CLIP, tmp_path / "no" / "out.zarr", *small], 4, "no"),
+        "budget too small": (["encode", CLIP, out, *small, "--memory", "1MB"], 5, "976.56 KiB are allowed"),
+        "decode of nothing": (["decode", tmp_path / "none.zarr", out], 4, "none.zarr"),
+        "decode of a foreign folder": (["decode", foreign, out], 4, "thesis"),
+        "decode to an unknown format": (["decode", store, tmp_path / "out.gif"], 4, ".gif"),
+        "decode beyond the end": (["decode", store, out, "--start", 20], 2, "0 to 19"),
+        "decode with a budget too small": (["decode", store, out, "--memory", "1MB"], 5, "are allowed"),
+        "info of a foreign folder": (["info", foreign], 4, "thesis"),
+        "unknown device": (["encode", CLIP, out, *small, "--device", "abacus"], 6, "abacus"),
+        "offload is to come": (["encode", CLIP, out, *small, "--offload", "all"], 6, "not in this version"),
+    }
+
+
+CASES = [
+    "missing file", "a folder", "text file", "truncated mp4", "start beyond the end", "wrong folder as model",
+    "pickled weights", "unknown model", "no weights", "tiny is to come", "foreign folder", "foreign folder, overwrite",
+    "store exists", "no such parent", "budget too small", "decode of nothing", "decode of a foreign folder",
+    "decode to an unknown format", "decode beyond the end", "decode with a budget too small",
+    "info of a foreign folder", "unknown device", "offload is to come",
+]  # fmt: skip
+
+
+def test_every_case_runs(tmp_path, store):
+    assert set(CASES) == set(bad_inputs(tmp_path, store))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_gets_its_code_and_one_clear_line(run, tmp_path, store, case):
+    args, expected, said = bad_inputs(tmp_path, store)[case]
+    before = snapshot(tmp_path), snapshot(store)
+    code, out, err = run(*args)
+    assert code == expected, err
+    assert said in one_line(err)
+    assert out == ""
+    assert (snapshot(tmp_path), snapshot(store)) == before
+
+
+def snapshot(folder: Path):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "args",
+    [[], ["encode"], ["encode", "a", "b", "--size", "7"], ["encode", "a", "b", "--memory", "lots"],
+     ["plan", "--size", "0x0"], ["nonsense"], ["encode", "a", "b", "--dtype", "int8"]],
+)  # fmt: skip
+def test_wrong_usage_is_2(run, args):
+    code, out, err = run(*args)
+    assert (code, out) == (2, "")
+    assert "usage: longvid" in err
+
+
+def test_debug_shows_the_traceback(run, tmp_path):
+    code, _, err = run("info", tmp_path / "none.zarr", "--debug")
+    assert code == 4
+    assert "Traceback" in err
+
+
+def test_overwrite_replaces_a_store(run, tmp_path):
+    for extra in ([], ["--overwrite"]):
+        code, _, err = run("encode", CLIP, tmp_path / "a.zarr", *NANO, "--size", "64x48", "--frames", 5, "--quiet", *extra)
+        assert code == 0, err
+    assert longvid.open_store(tmp_path / "a.zarr").num_frames == 5
+
+
+def test_help_is_fast_and_complete():
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "longvid", "--help"], capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - started)
+    # The bar is 0.3 s; best of three, since the machine may be busy. No torch in it: see test_architecture.py.
+    assert min(times) < 0.3
+    assert all(command in done.stdout for command in ("encode", "decode", "info", "plan"))
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signals_end_cleanly_with_their_code(tmp_path, signum, code):
+    # 40 s of video through an endless loop of the clip is far more than the time until the signal
+    script = (
+        "import itertools, sys, numpy as np, longvid.cli as cli, longvid.session as s\n"
+        "frames = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)\n"
+        "real = s.VideoSession.encode\n"
+        "def endless(self, source, *a, **k): return real(self, itertools.repeat(frames), *a, **{**k, 'size': None})\n"
+        "s.VideoSession.encode = endless\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    store = tmp_path / "a.zarr"
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, "encode", "x.mp4", str(store), *NANO],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and frames_published(store) == 0:
+        time.sleep(0.1)
+    child.send_signal(signum)
+    _, err = child.communicate(timeout=30)
+    assert child.returncode == code, err
+    assert "interrupted; " in err
+    assert "Traceback" not in err
+    left = longvid.open_store(store)
+    assert not left.complete
+    assert left.num_frames > 0
+    assert not (left.latents[:] != left.latents[:]).any()  # no NaN: every published frame was written
+
+
+def frames_published(store):
+    try:
+        return longvid.open_store(store).num_frames
+    except longvid.StoreError:
+        return 0
+
+
+def test_demo(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["demo", "--out", str(tmp_path / "out")])
+    assert demo.main() == 0
+    out = capsys.readouterr().out
+    assert "weights are random" in out
+    assert "peak tensor memory" in out
+    assert longvid.open_store(tmp_path / "out" / "clip.zarr").complete

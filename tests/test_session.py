@@ -1,0 +1,326 @@
+"""Life of a session: what it refuses, and that misuse never disturbs what runs."""
+
+import copy
+import multiprocessing
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from longvid import (
+    CacheError,
+    MemoryBudgetError,
+    ModelError,
+    ScheduleError,
+    SessionStateError,
+    SourceError,
+    StoreError,
+    VideoSession,
+    load_model,
+    make_plan,
+    open_store,
+)
+
+
+def encode(session, frames, **options):
+    with session.encoder(**options) as enc:
+        return torch.cat([enc.push(frames), enc.finish()], dim=2)
+
+
+def test_three_states(vae, frames, tmp_path):
+    session = VideoSession(vae)
+    for use in (
+        lambda: session.encode(frames, tmp_path / "a.zarr"),
+        lambda: session.decode(tmp_path / "a.zarr", tmp_path / "a.mp4"),
+        session.encoder,
+        session.decoder,
+        lambda: session.plan(height=8, width=8),
+    ):
+        with pytest.raises(SessionStateError, match="is not open; use it in a with statement"):
+            use()
+    with session:
+        with pytest.raises(SessionStateError, match="cannot be entered"):
+            session.__enter__()
+        encode(session, frames)
+    with pytest.raises(SessionStateError, match="is closed and cannot be opened again"):
+        session.encoder()
+    with pytest.raises(SessionStateError, match="cannot be entered"):
+        session.__enter__()
+    session.close()
+    session.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_session_many_videos(vae, frames):
+    with VideoSession(vae) as session:
+        first = encode(session, frames)
+        encode(session, frames[:5])
+        assert torch.equal(encode(session, frames), first)
+
+
+def test_re_entrance_from_a_callback_is_refused(vae, frames, tmp_path):
+    errors = []
+
+    def again(event):
+        for use in (lambda: session.encode(frames, tmp_path / "b.zarr"), session.encoder, session.decoder):
+            with pytest.raises(SessionStateError, match="busy with encode") as caught:
+                use()
+            errors.append(caught.value)
+
+    with VideoSession(vae, callbacks=[again]) as session:
+        report = session.encode(frames, tmp_path / "a.zarr")
+    assert report.complete
+    assert len(errors) == 3 * 4
+    assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
+
+
+def test_a_second_thread_is_refused(vae, frames):
+    caught = []
+
+    def use():
+        for call in (lambda: session.encoder(), lambda: enc.push(frames)):
+            try:
+                call()
+            except SessionStateError as exc:
+                caught.append(str(exc))
+
+    with VideoSession(vae) as session, session.encoder() as enc:
+        expected = enc.push(frames[:9])
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join()
+        rest = torch.cat([expected, enc.push(frames[9:]), enc.finish()], dim=2)
+        assert torch.equal(rest, encode(session, frames))
+    assert len(caught) == 2
+    assert all("belongs to the thread that opened it" in text for text in caught)
+
+
+def _in_child(session, enc, frames, queue):
+    for call in (lambda: session.encoder(), lambda: enc.push(frames)):
+        try:
+            call()
+            queue.put("no error")
+        except SessionStateError as exc:
+            queue.put(str(exc))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_is_refused(vae, frames):
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    with VideoSession(vae) as session, session.encoder() as enc:
+        enc.push(frames)
+        child = context.Process(target=_in_child, args=(session, enc, frames, queue))
+        child.start()
+        said = [queue.get(timeout=30) for _ in range(2)]
+        child.join(30)
+        assert child.exitcode == 0
+    assert all("and this is its fork" in text and "'spawn'" in text for text in said)
+
+
+def test_push_scopes_have_a_life_too(vae, frames):
+    with VideoSession(vae) as session:
+        enc = session.encoder()
+        with pytest.raises(SessionStateError, match="not open"):
+            enc.push(frames)
+        with enc:
+            enc.push(frames)
+            enc.finish()
+            for call in (enc.finish, lambda: enc.push(frames)):
+                with pytest.raises(SessionStateError, match="is finished"):
+                    call()
+        with pytest.raises(SessionStateError, match="cannot be entered twice"):
+            enc.__enter__()
+        left_open = session.encoder().__enter__()
+        left_open.push(frames)
+        assert left_open.cache_bytes > 0
+    assert left_open.cache_bytes == 0
+    with pytest.raises(SessionStateError):
+        left_open.push(frames)
+
+
+def test_videos_interleave_in_one_session_and_across_sessions(vae, frames):
+    a, b = frames, frames[::-1].copy()
+    with VideoSession(vae) as one, VideoSession(vae) as two:
+        alone = {"a": encode(one, a), "b": encode(two, b)}
+        with one.encoder() as enc_a, one.encoder() as enc_b, two.encoder() as enc_c:
+            parts = {"a": [], "b": [], "c": []}
+            for i in range(0, len(a), 5):
+                parts["a"].append(enc_a.push(a[i : i + 5]))
+                parts["b"].append(enc_b.push(b[i : i + 5]))
+                parts["c"].append(enc_c.push(a[i : i + 5]))
+            for key, enc in (("a", enc_a), ("b", enc_b), ("c", enc_c)):
+                parts[key].append(enc.finish())
+    got = {key: torch.cat(value, dim=2) for key, value in parts.items()}
+    assert torch.equal(got["a"], alone["a"])
+    assert torch.equal(got["b"], alone["b"])
+    assert torch.equal(got["c"], alone["a"])
+
+
+def test_the_model_passed_in_is_never_changed(frames):
+    model = load_model("cogvideox-nano", random_weights=0)
+    before = {k: (v.data_ptr(), v.dtype, v._version) for k, v in model.state_dict().items()}
+    with VideoSession(model, dtype="bfloat16") as session:
+        assert encode(session, frames).dtype == torch.bfloat16
+    assert {k: (v.data_ptr(), v.dtype, v._version) for k, v in model.state_dict().items()} == before
+
+
+def test_representations(vae, frames):
+    with VideoSession(vae) as session:
+        mode = encode(session, frames)
+        moments = encode(session, frames, representation="moments")
+        sample = encode(session, frames, representation="sample", seed=1)
+        assert torch.equal(encode(session, frames, representation="sample", seed=1), sample)
+        assert not torch.equal(encode(session, frames, representation="sample", seed=2), sample)
+    mean, logvar = moments.chunk(2, dim=1)
+    assert torch.equal(mean, mode)
+    # the noise is standard normal once mean and deviation are taken out
+    noise = (sample - mean) / torch.exp(0.5 * logvar.clamp(-30, 20))
+    assert abs(noise.mean()) < 0.1
+    assert abs(noise.std() - 1) < 0.1
+
+
+def test_wrong_frames_are_refused_with_what_was_given(vae, frames):
+    with VideoSession(vae) as session:
+        for wrong in (frames[0], frames.astype(np.float32), frames[..., :1], frames.transpose(0, 3, 1, 2), frames[:, :0]):
+            with session.encoder() as enc, pytest.raises(SourceError, match="uint8 with axes"):
+                enc.push(wrong)
+        with session.encoder() as enc:
+            enc.push(frames)
+            with pytest.raises(SourceError, match="one video has one size"):
+                enc.push(frames[:, :16])
+        with session.encoder() as enc, pytest.raises(SourceError, match="no frames"):
+            enc.finish()
+
+
+def test_frames_may_be_torch_strided_or_read_only(vae, frames):
+    with VideoSession(vae) as session:
+        expected = encode(session, frames)
+        frozen = frames.copy()
+        frozen.flags.writeable = False
+        wide = np.repeat(frames, 2, axis=2)[:, :, ::2]
+        for same in (torch.from_numpy(frames), frozen, wide, frames[::-1][::-1]):
+            assert torch.equal(encode(session, same), expected)
+
+
+def test_wrong_latents_are_refused(vae):
+    z = torch.randn(1, 16, 5, 2, 3)
+    with VideoSession(vae) as session:
+        for wrong in (z[0], z[:, :4], z.repeat(2, 1, 1, 1, 1), z.numpy()):
+            with session.decoder() as dec, pytest.raises(ScheduleError, match="torch tensor"):
+                dec.push(wrong)
+        with session.decoder() as dec, pytest.raises(ScheduleError, match=r"1 \+ k x 2"):
+            dec.push(z[:, :, :4])
+            dec.finish()
+        with session.decoder(num_frames=9) as dec, pytest.raises(ScheduleError, match="9 were asked for"):
+            dec.push(z)
+            dec.finish()
+        with session.decoder(num_frames=30) as dec, pytest.raises(ScheduleError, match="hold at most 17 frames"):
+            dec.push(z)
+            dec.finish()
+        with pytest.raises(ScheduleError, match="at least one frame"):
+            session.decoder(num_frames=0)
+
+
+def test_non_finite_output_stops_a_decode(vae):
+    broken = copy.deepcopy(vae)
+    broken.decoder.conv_out.conv.bias.fill_(float("nan"))
+    with VideoSession(broken) as session, session.decoder() as dec, pytest.raises(ModelError, match="not finite"):
+        dec.push(torch.randn(1, 16, 3, 2, 2))
+
+
+def test_non_finite_latents_never_reach_a_store(vae, frames, tmp_path):
+    broken = copy.deepcopy(vae)
+    broken.encoder.conv_out.conv.bias.fill_(float("inf"))
+    with VideoSession(broken) as session, pytest.raises(StoreError) as caught:
+        session.encode(frames, tmp_path / "a.zarr")
+    assert caught.value.kind == "range"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_budget_is_checked_before_any_output(vae, frames, tmp_path):
+    need = make_plan(vae, height=24, width=40)
+    store = tmp_path / "a.zarr"
+    with VideoSession(vae, memory=need.encode.projected_bytes) as session:
+        report = session.encode(frames, store)
+    assert report.peak_device_bytes == need.encode.projected_bytes
+    with VideoSession(vae, memory=need.encode.projected_bytes - 1) as session:
+        with pytest.raises(MemoryBudgetError):
+            session.encode(frames, tmp_path / "b.zarr")
+        with session.encoder() as enc, pytest.raises(MemoryBudgetError):
+            enc.push(frames)
+    with VideoSession(vae, memory=need.decode.projected_bytes - 1) as session, pytest.raises(MemoryBudgetError):
+        session.decode(store, tmp_path / "a.mp4")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
+
+
+def test_several_open_videos_share_the_budget(vae, frames):
+    need = make_plan(vae, height=24, width=40).encode.projected_bytes
+    with VideoSession(vae, memory=need) as session, session.encoder() as first, session.encoder() as second:
+        first.push(frames)
+        with pytest.raises(MemoryBudgetError, match="contexts of other open videos"):
+            second.push(frames)
+
+
+def test_options_are_checked_by_the_constructor(vae, frames, tmp_path):
+    for options, said in (
+        ({"offload": "all"}, "not in this version"),
+        ({"dtype": "int8"}, "int8"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            VideoSession(vae, **options)
+    with pytest.raises(ModelError, match="'nonsense' cannot be used here"), VideoSession(vae, device="nonsense"):
+        pass
+    with pytest.raises(ModelError, match="without weights"), VideoSession(load_model("cogvideox-nano")):
+        pass
+    with VideoSession(vae) as session, pytest.raises(ModelError, match="choose mode, moments or sample"):
+        session.encode(frames, tmp_path / "a.zarr", representation="median")
+
+
+def test_a_user_s_callback_error_passes_through_and_the_session_goes_on(vae, frames, tmp_path):
+    class MineError(Exception):
+        pass
+
+    def fail(event):
+        if armed and event.index == 1:
+            raise MineError("mine")
+
+    armed = True
+    with VideoSession(vae, callbacks=[fail]) as session:
+        with pytest.raises(MineError, match="mine"):
+            session.encode(frames, tmp_path / "a.zarr")
+        assert list(tmp_path.iterdir()) == []
+        armed = False
+        assert session.encode(frames, tmp_path / "a.zarr").complete
+
+
+def test_decode_checks_the_store(vae, frames, tmp_path):
+    with VideoSession(vae) as session:
+        session.encode(frames, tmp_path / "a.zarr")
+        store = open_store(tmp_path / "a.zarr")
+        for window, said in (({"start": 26}, "0 to 25"), ({"start": -1}, "0 to 25"), ({"frames": 0}, "0 to 25")):
+            with pytest.raises(ScheduleError, match=said):
+                session.decode(store, tmp_path / "a.mp4", **window)
+        got = []
+        report = session.decode(store, got.append, start=3, frames=10)
+        assert (sum(map(len, got)), report.frames) == (10, 10)
+        whole = []
+        session.decode(store, whole.append)
+        np.testing.assert_array_equal(np.concatenate(got), np.concatenate(whole)[3:13])
+    with (
+        VideoSession(load_model("cogvideox-nano", random_weights=5)) as other,
+        pytest.warns(UserWarning, match="other weights"),
+    ):
+        store.vae["weights_sha256"] = "0" * 64
+        other.decode(store, lambda frames: None)
+
+
+def test_a_cache_of_another_session_cannot_be_mixed_up(vae):
+    """Contexts are keyed by module, so even a copy of the model is another model."""
+    from longvid import ConvCache
+
+    other = copy.deepcopy(vae)
+    with ConvCache(other.encoder) as cache, pytest.raises(CacheError, match="not a layer of the module"):
+        vae.encode(torch.zeros(1, 3, 9, 16, 16), cache)
