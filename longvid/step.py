@@ -5,6 +5,7 @@ Axes: B batch (1), C channels, T time, H height, W width; lower-case c t h w are
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,6 +54,6 @@ def sample_posterior(moments_BCTHW: Tensor, *, seed: int, chunk: int) -> Tensor:
     when a run is continued. The log variance is clamped to [-30, 20] as diffusers does.
     """
     mean, log_variance = moments_BCTHW.float().chunk(2, dim=1)
-    generator = torch.Generator().manual_seed((seed << 32) + chunk)
-    noise = torch.randn(mean.shape, generator=generator)
+    # numpy mixes both numbers into the whole state; torch's CPU generator looks at 32 bits of its seed only.
+    noise = torch.from_numpy(np.random.default_rng([seed, chunk]).standard_normal(mean.shape, dtype=np.float32))
     return torch.exp(log_variance.clamp(-30.0, 20.0).mul_(0.5)).mul_(noise).add_(mean)

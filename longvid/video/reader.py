@@ -520,16 +520,17 @@ def _declared_end(path: Path, container: InputContainer, stream: VideoStream) ->
     if "mp4" in names:
         samples_end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
         with path.open("rb") as file:
-            return max(samples_end, _fragments_end(file))
+            return max(samples_end, _boxes_end(file))
     if "matroska" in names:
         with path.open("rb") as file:
             return _matroska_end(file)
     return None
 
 
-def _fragments_end(file: BinaryIO) -> int:
-    """End of the last fragment of an mp4 file that is written in fragments; 0 if it is not."""
+def _boxes_end(file: BinaryIO) -> int:
+    """Where the index of an mp4 file ends, or its last fragment if it is written in fragments."""
     position = end = 0
+    fragmented = False
     while len(head := file.read(16)) >= 8:
         length, kind = int.from_bytes(head[:4], "big"), head[4:8]
         if length == 1:  # the true length follows
@@ -537,7 +538,8 @@ def _fragments_end(file: BinaryIO) -> int:
         if length < 8:  # the box runs to the end of the file, or is none
             break
         position += length
-        if kind == b"moof" or (kind == b"mdat" and end):
+        fragmented = fragmented or kind == b"moof"
+        if kind in (b"moov", b"moof") or (fragmented and kind == b"mdat"):
             end = position
         file.seek(position)
     return end

@@ -27,7 +27,7 @@ from longvid.video.reader import PRIMARIES, TRANSFERS, matrix_by_rule
 __all__ = ["VideoWriter"]
 
 _FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
-# name -> (tag of matrix, primaries and transfer, coefficients of swscale)
+# name -> (tag of matrix, primaries and transfer; coefficients of swscale)
 _MATRICES = {"bt709": (1, 1), "bt601": (6, 5)}
 _PRIMARIES = {name: tag for tag, name in PRIMARIES.items()}
 _TRANSFERS = {name: tag for tag, name in TRANSFERS.items()}
@@ -150,7 +150,8 @@ class VideoWriter:
         context.time_base = self._time_base
         context.height, context.width = self._height, self._width
         context.pix_fmt = "yuv444p" if self._height % 2 or self._width % 2 else "yuv420p"
-        context.options = {"crf": str(self._crf)}
+        # swscale puts chroma between the pixels, and H.264 means beside them unless it is told: half a pixel of shift
+        context.options = {"crf": str(self._crf), "x264-params": "chromaloc=1"}
         self._tag(context)
         return stream
 
