@@ -15,7 +15,7 @@ RANKS = {
     "schedule": 1, "memory": 1, "pipeline": 1, "reblock": 1,
     "cache": 2,
     "models.base": 3, "models.layers": 3, "models.cogvideox": 3.5, "models.loading": 3.7,
-    "video.reader": 1, "video.arrays": 1, "video.sources": 1.5, "video.writer": 1, "store": 2,
+    "video.color": 1, "video.container": 1, "video.arrays": 1, "video.reader": 1.3, "video.sources": 1.5, "video.writer": 1.3, "store": 2,
     "step": 4, "plan": 4.5, "engine": 5, "push": 5.5, "session": 6,
     "progress": 7, "cli": 8, "__main__": 9, "demo.__main__": 9,
 }  # fmt: skip

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import stat
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -21,34 +18,15 @@ from av.video.stream import VideoStream
 
 from longvid.errors import SourceError
 from longvid.video.arrays import DEFAULT_FRAME_RATE, OnePass, block_length, check_window
-from longvid.video.frames import ColorInfo, FrameBlock, SourceInfo
+from longvid.video.color import Conversion, resolve_color
+from longvid.video.container import check_complete, check_regular_file, open_container, pick_stream, reason
+from longvid.video.frames import FrameBlock, SourceInfo
 
-__all__ = ["PRIMARIES", "TRANSFERS", "VideoFile", "matrix_by_rule"]
+__all__ = ["VideoFile"]
 
-PRIMARIES = {
-    1: "bt709", 4: "bt470m", 5: "bt470bg", 6: "smpte170m", 7: "smpte240m", 8: "film", 9: "bt2020", 10: "smpte428",
-    11: "smpte431", 12: "smpte432", 22: "ebu3213",
-}  # fmt: skip
-"colour primaries by the number that H.273 and FFmpeg give them"
-TRANSFERS = {
-    1: "bt709", 4: "gamma22", 5: "gamma28", 6: "smpte170m", 7: "smpte240m", 8: "linear", 9: "log100", 10: "log316",
-    11: "iec61966-2-4", 12: "bt1361e", 13: "iec61966-2-1", 14: "bt2020-10", 15: "bt2020-12", 16: "smpte2084",
-    17: "smpte428", 18: "arib-std-b67",
-}  # fmt: skip
-"transfer characteristics by the number that H.273 and FFmpeg give them"
-
-# matrix tag of the file -> (our name, coefficients of swscale); two rare ones go by their nearest relative's name
-_MATRICES = {
-    1: ("bt709", 1), 4: ("bt601", 4), 5: ("bt601", 5), 6: ("bt601", 5), 7: ("bt709", 7), 9: ("bt2020", 9),
-    10: ("bt2020", 9),
-}  # fmt: skip
-_SWSCALE = {"bt709": 1, "bt601": 5}
-_RGB, _UNSPECIFIED = 0, 2
 _HDR = ("smpte2084", "arib-std-b67")
 # FULL_CHR_H_INT interpolates chroma where the fast path repeats it: a third of the error on film, at half the speed
 _EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-# demuxers that claim text and playlists; a playlist would open other files
-_NOT_MEDIA = {"tty", "hls", "concat", "dash", "sdp", "ffmetadata", "imf"}
 
 
 class VideoFile(OnePass):
@@ -83,8 +61,8 @@ class VideoFile(OnePass):
         self._begin = start
         self._limit = frames
         self._pending: VideoFrame | None = None
-        self._num_bytes = _check_regular_file(self._path)
-        self._container = _open_container(self._path)
+        self._num_bytes = check_regular_file(self._path)
+        self._container = open_container(self._path)
         try:
             self._probe(size)
         except BaseException:
@@ -108,9 +86,9 @@ class VideoFile(OnePass):
         self._container.close()
 
     def _probe(self, size: tuple[int, int] | None) -> None:
-        stream = _pick_stream(self._container, self._name)
+        stream = pick_stream(self._container, self._name)
         stream.thread_type = "AUTO"
-        self._check_complete(stream)
+        check_complete(self._path, self._container, stream, self._num_bytes)
         self._decoder = _Decoder(self._container, stream, self._name, self._num_bytes)
         self._check_start(stream)
         first = next(self._decoder.frames(), None)
@@ -121,15 +99,6 @@ class VideoFile(OnePass):
         self._pending = first
         self.info = self._describe(stream, first)
         self._warn_of_hdr()
-
-    def _check_complete(self, stream: VideoStream) -> None:
-        end = _declared_end(self._path, self._container, stream)
-        if end is not None and end > self._num_bytes:
-            raise SourceError(
-                f"{self._name} is cut short: its header speaks of {end} bytes and {self._num_bytes} are there; "
-                f"copy the file again",
-                kind="truncated",
-            )
 
     def _check_start(self, stream: VideoStream) -> None:
         # the sample table of mp4 is what the frames are read from; the counts of other formats are mere claims
@@ -271,8 +240,8 @@ class _Decoder:
     def _wrap(self, exc: Exception) -> SourceError:
         where = f"{self._name} cannot be decoded beyond frame {self._count}"
         if self._reached >= self._num_bytes or isinstance(exc, EOFError):
-            return SourceError(f"{where}: the file is cut short ({_reason(exc)}); copy it again", kind="truncated")
-        return SourceError(f"{where}: the file is damaged or cut short ({_reason(exc)}); copy it again", kind="other")
+            return SourceError(f"{where}: the file is cut short ({reason(exc)}); copy it again", kind="truncated")
+        return SourceError(f"{where}: the file is damaged or cut short ({reason(exc)}); copy it again", kind="other")
 
     def _warn_of_damage(self, frame: VideoFrame) -> None:
         if frame.is_corrupt and not self._warned:
@@ -302,18 +271,6 @@ class _Clock:
         return self._anchor + round(self._since_anchor * self._step)
 
 
-@dataclass(frozen=True, slots=True)
-class _Color:
-    """How the samples of a stream become RGB."""
-
-    info: ColorInfo
-    matrix: int | None
-    "coefficients of swscale; None if the samples are RGB"
-    matrix_tag: int
-    expand_gray: bool
-    "swscale takes every gray format for full range, so that limited gray is expanded here"
-
-
 class _Converter:
     """Turns decoded frames into upright RGB of one size: colour and size in one pass of swscale."""
 
@@ -327,7 +284,7 @@ class _Converter:
         self._target = _turned((self.height, self.width), self._turns)
         self.resized_from = list(upright) if upright != (self.height, self.width) else None
         self._stream = stream
-        self.color = _resolve_color(first, stream, name)
+        self.color = resolve_color(first, stream, name)
         self._colors = {first.format.name: self.color}
         self._scaler = VideoReformatter()
         shrinks = self._target[0] <= self._coded[0] and self._target[1] <= self._coded[1]
@@ -360,7 +317,7 @@ class _Converter:
             )
         except (av.FFmpegError, ValueError) as exc:
             raise SourceError(
-                f"frame {index} of {self._name} cannot be converted from {frame.format.name} to RGB: {_reason(exc)}"
+                f"frame {index} of {self._name} cannot be converted from {frame.format.name} to RGB: {reason(exc)}"
             ) from exc
         plane = rgb.planes[0]
         image = np.frombuffer(memoryview(plane), np.uint8).reshape(height, plane.line_size)[:, : width * 3]
@@ -369,65 +326,14 @@ class _Converter:
             image = _LIMITED_TO_FULL[image]
         return np.array(np.rot90(image, self._turns), order="C")
 
-    def _color_of(self, frame: VideoFrame) -> _Color:
+    def _color_of(self, frame: VideoFrame) -> Conversion:
         pixel_format = frame.format.name
         if pixel_format not in self._colors:  # it may change on the way
-            self._colors[pixel_format] = _resolve_color(frame, self._stream, self._name)
+            self._colors[pixel_format] = resolve_color(frame, self._stream, self._name)
         return self._colors[pixel_format]
 
 
 _LIMITED_TO_FULL = ((np.arange(256) - 16) * 255 / 219).round().clip(0, 255).astype(np.uint8)
-
-
-def matrix_by_rule(height: int) -> str:
-    """The matrix of a video that does not name one: ``bt709`` from 720 lines up, ``bt601`` below."""
-    return "bt709" if height >= 720 else "bt601"
-
-
-def _resolve_color(frame: VideoFrame, stream: VideoStream, name: str) -> _Color:
-    context = stream.codec_context
-    tag = _first_tag(frame.colorspace, context.colorspace)
-    primaries = PRIMARIES.get(_first_tag(frame.color_primaries, context.color_primaries))
-    transfer = TRANSFERS.get(_first_tag(frame.color_trc, context.color_trc))
-    if _is_rgb(frame):
-        info = ColorInfo(matrix="rgb", range="full", primaries=primaries, transfer=transfer)
-        return _Color(info, None, tag, False)
-    matrix, coefficients = _resolve_matrix(frame, tag, name)
-    gray = len(frame.format.components) <= 2
-    range_, range_known = _resolve_range(frame, context.color_range, gray)
-    assumed = not range_known or (tag == _UNSPECIFIED and not gray)
-    info = ColorInfo(matrix=matrix, range=range_, primaries=primaries, transfer=transfer, assumed=assumed)
-    return _Color(info, coefficients, tag, gray and range_ == "limited")
-
-
-def _resolve_matrix(frame: VideoFrame, tag: int, name: str) -> tuple[str, int]:
-    if tag in (_UNSPECIFIED, _RGB):
-        matrix = matrix_by_rule(frame.height)
-        return matrix, _SWSCALE[matrix]
-    if tag not in _MATRICES:
-        raise SourceError(
-            f"{name} uses colour matrix {tag} of H.273, which cannot be converted to RGB here; "
-            f"convert the file to bt709 first"
-        )
-    return _MATRICES[tag]
-
-
-def _resolve_range(frame: VideoFrame, declared: int, gray: bool) -> tuple[str, bool]:
-    """Range of the samples, and whether the file says so."""
-    if frame.format.name.startswith("yuvj"):
-        return "full", True
-    tag = frame.color_range or declared
-    if tag:
-        return ("full" if tag == ColorRange.JPEG else "limited"), True
-    return ("full" if gray else "limited"), False
-
-
-def _first_tag(*tags: int) -> int:
-    return next((int(tag) for tag in tags if tag != _UNSPECIFIED), _UNSPECIFIED)
-
-
-def _is_rgb(frame: VideoFrame) -> bool:
-    return frame.format.is_rgb or frame.format.has_palette
 
 
 def _turned(size: tuple[int, int], turns: int) -> tuple[int, int]:
@@ -442,136 +348,6 @@ def _frame_rate(stream: VideoStream) -> Fraction | None:
     return stream.average_rate or stream.guessed_rate or None
 
 
-def _reason(exc: Exception) -> str:
-    return getattr(exc, "strerror", None) or str(exc)
-
-
 def _check_size(size: tuple[int, int] | None) -> None:
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise SourceError(f"size={size} is not (height, width) in pixels, both at least 1", kind="range")
-
-
-def _check_regular_file(path: Path) -> int:
-    """Size in bytes of the file."""
-    try:
-        found = path.stat()
-    except FileNotFoundError as exc:
-        raise SourceError(f"there is no file {path}; check the name", kind="missing") from exc
-    except OSError as exc:
-        raise SourceError(f"{path} cannot be read: {_reason(exc)}") from exc
-    if stat.S_ISDIR(found.st_mode):
-        raise SourceError(f"{path} is a folder, not a video file; name a file in it", kind="not-video")
-    if not stat.S_ISREG(found.st_mode):
-        raise SourceError(f"{path} is not a regular file; copy the video to one", kind="not-video")
-    if not found.st_size:
-        raise SourceError(f"{path} is empty (0 bytes), not a video", kind="not-video")
-    return found.st_size
-
-
-def _open_container(path: Path) -> InputContainer:
-    try:
-        # the prefix and the whitelist keep names such as concat:a|b, and playlists, from opening anything else
-        container = av.open(f"file:{path.absolute()}", "r", options={"protocol_whitelist": "file"})
-    except (av.FFmpegError, OSError) as exc:
-        raise _refusal(path, exc) from exc
-    if set(container.format.name.split(",")) & _NOT_MEDIA:
-        container.close()
-        raise SourceError(f"{path} is a text file or a playlist, not a video; name the video itself", kind="not-video")
-    return container
-
-
-def _refusal(path: Path, exc: Exception) -> SourceError:
-    """Say why a file that FFmpeg does not open is none."""
-    if isinstance(exc, PermissionError):
-        return SourceError(f"{path} cannot be read: permission denied; change its mode")
-    with path.open("rb") as file:
-        head = file.read(12)
-    if head[4:8] == b"ftyp" or head[:4] == _EBML.to_bytes(4, "big"):
-        return SourceError(
-            f"{path} begins like a video and lacks its index: it is cut short, or was never finished; copy or record "
-            f"it again ({_reason(exc)})",
-            kind="truncated",
-        )
-    return SourceError(f"{path} is not a video that can be read: {_reason(exc)}", kind="not-video")
-
-
-def _pick_stream(container: InputContainer, name: str) -> VideoStream:
-    """The stream that players would show; pictures attached to a song do not count."""
-    moving = [stream for stream in container.streams.video if not _is_cover(stream)]
-    best = container.streams.best("video")
-    stream = best if best in moving else next(iter(moving), None)
-    if stream is None:
-        kinds = sorted({other.type for other in container.streams})
-        raise SourceError(
-            f"{name} has no video stream; it has {', '.join(kinds) or 'no stream at all'}", kind="no-video-stream"
-        )
-    if stream.codec_context is None:  # decoding would crash the process
-        raise SourceError(f"{name} uses a video codec that FFmpeg cannot decode; convert it first", kind="not-video")
-    return stream
-
-
-def _is_cover(stream: Any) -> bool:
-    return bool(stream.disposition & av.stream.Disposition.attached_pic)
-
-
-def _declared_end(path: Path, container: InputContainer, stream: VideoStream) -> int | None:
-    """The byte at which the file should end at the earliest, where its header tells."""
-    names = container.format.name.split(",")
-    if "mp4" in names:
-        samples_end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
-        with path.open("rb") as file:
-            return max(samples_end, _boxes_end(file))
-    if "matroska" in names:
-        with path.open("rb") as file:
-            return _matroska_end(file)
-    return None
-
-
-def _boxes_end(file: BinaryIO) -> int:
-    """Where the index of an mp4 file ends, or its last fragment if it is written in fragments."""
-    position = end = 0
-    fragmented = False
-    while len(head := file.read(16)) >= 8:
-        length, kind = int.from_bytes(head[:4], "big"), head[4:8]
-        if length == 1:  # the true length follows
-            length = int.from_bytes(head[8:], "big")
-        if length < 8:  # the box runs to the end of the file, or is none
-            break
-        position += length
-        fragmented = fragmented or kind == b"moof"
-        if kind in (b"moov", b"moof") or (fragmented and kind == b"mdat"):
-            end = position
-        file.seek(position)
-    return end
-
-
-_EBML, _SEGMENT = 0x1A45DFA3, 0x18538067
-
-
-def _matroska_end(file: BinaryIO) -> int | None:
-    """End of the first segment of a Matroska file; None if its size is left open, as in a live recording."""
-    for _ in range(4):  # the EBML header, perhaps padding, then the segment
-        identifier = _variable_int(file, keep_marker=True)
-        size = _variable_int(file, keep_marker=False)
-        if identifier is None or size is None:
-            return None
-        if identifier == _SEGMENT:
-            return file.tell() + size
-        file.seek(size, os.SEEK_CUR)
-    return None
-
-
-def _variable_int(file: BinaryIO, *, keep_marker: bool) -> int | None:
-    """A number of EBML, as long as its leading zero bits tell; None if it says unknown or the file ends."""
-    first = file.read(1)
-    if not first or not first[0]:
-        return None
-    length = 9 - first[0].bit_length()
-    raw = first + file.read(length - 1)
-    value = int.from_bytes(raw, "big")
-    if len(raw) < length:
-        return None
-    if keep_marker:
-        return value
-    marker = 1 << (7 * length)
-    return None if value == 2 * marker - 1 else value - marker

@@ -21,8 +21,8 @@ from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from longvid.errors import StoreError
+from longvid.video.color import PRIMARIES, TRANSFERS, matrix_by_rule
 from longvid.video.frames import ColorInfo
-from longvid.video.reader import PRIMARIES, TRANSFERS, matrix_by_rule
 
 __all__ = ["VideoWriter"]
 
