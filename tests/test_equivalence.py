@@ -77,14 +77,13 @@ def write_clip(path, frames):
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.data())
-def test_any_slicing_gives_the_same_bits(session, data):
-    frames = noise(data.draw(st.integers(1, 30)), 8, 16)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(sum))
+def test_any_slicing_gives_the_same_bits(session, lengths):
+    frames = noise(sum(lengths), 8, 16)
     expected = pushed(session, frames, len(frames))
     with session.encoder() as enc:
         parts, at = [], 0
-        while at < len(frames):
-            n = data.draw(st.integers(0, len(frames) - at))
+        for n in lengths:
             parts.append(enc.push(frames[at : at + n]))
             at += n
         got = torch.cat([*parts, enc.finish()], dim=2)
@@ -128,9 +127,7 @@ def test_decoding_to_zarr_equals_decoding_to_a_callable_and_goes_in_again(sessio
     session.decode(tmp_path / "a.zarr", got.append)
     session.decode(tmp_path / "a.zarr", tmp_path / "back.zarr")
     with open_source(tmp_path / "back.zarr") as source:
-        np.testing.assert_array_equal(
-            np.concatenate([b.frames_THWC for b in source.blocks()]), np.concatenate(got)
-        )
+        np.testing.assert_array_equal(np.concatenate([b.frames_THWC for b in source.blocks()]), np.concatenate(got))
 
 
 def test_file_run_equals_itself(session, tmp_path):

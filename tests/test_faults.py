@@ -17,11 +17,13 @@ class Injected(Exception):
 
 
 def convolutions(module):
-    return [name for name, layer in module.named_modules() if isinstance(layer, (nn.Conv2d, nn.Conv3d))]
+    """All of them but the projections of residuals, whose weights are used without a call of the module."""
+    found = {name: layer for name, layer in module.named_modules() if isinstance(layer, (nn.Conv2d, nn.Conv3d))}
+    return [name for name in found if not name.endswith("conv_shortcut")]
 
 
 def frames():
-    return np.random.default_rng(0).integers(0, 256, (25, 16, 16, 3), dtype=np.uint8)
+    return np.random.default_rng(0).integers(0, 256, (25, 8, 8, 3), dtype=np.uint8)
 
 
 def encode(session):
@@ -30,7 +32,7 @@ def encode(session):
 
 
 def decode(session):
-    z = torch.randn(1, 16, 7, 2, 2, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(1, 16, 7, 1, 1, generator=torch.Generator().manual_seed(0))
     with session.decoder() as dec:
         return torch.from_numpy(np.concatenate([dec.push(z), dec.finish()]))
 
@@ -57,25 +59,23 @@ def run_and_drop(call, error):
 
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
-@pytest.mark.parametrize("error", [Injected, KeyboardInterrupt])
-def test_an_exception_in_any_layer_of_any_chunk(vae, direction, error):
+def test_an_exception_in_any_layer_of_any_chunk(vae, direction):
     module, run = (vae.encoder, encode) if direction == "encode" else (vae.decoder, decode)
     with VideoSession(vae) as session:
         expected = run(session)
-        for name in convolutions(module):
+        assert torch.equal(expected, run_fresh(vae, run))
+        for count, name in enumerate(convolutions(module)):
             for chunk in range(NUM_CHUNKS):
-                tracker = AllocationTracker()
-                hook = failing(module.get_submodule(name), chunk, error)
+                error = (Injected, KeyboardInterrupt)[(count + chunk) % 2]
+                hook, tracker = failing(module.get_submodule(name), chunk, error), AllocationTracker()
                 with tracker:
                     failed = run_and_drop(lambda: run(session), error)
                 hook.remove()
-                if name.endswith("conv_shortcut"):
-                    continue  # its weights are used frame by frame without calling the module
-                gc.collect()
+                if tracker.live_bytes:
+                    gc.collect()
                 assert failed, (name, chunk)
                 assert tracker.live_bytes == 0, (name, chunk)
             assert torch.equal(run(session), expected), name
-    assert torch.equal(expected, run_fresh(vae, run))
 
 
 def run_fresh(vae, run):
@@ -105,7 +105,7 @@ def test_negative_control_leaked_contexts_would_be_seen(vae):
     """If a video saw the contexts of the one before, the comparisons above would notice."""
     from longvid import ConvCache
 
-    x = torch.rand(1, 3, 9, 16, 16) * 2 - 1
+    x = torch.rand(1, 3, 9, 8, 8) * 2 - 1
     with ConvCache(vae.encoder) as cache:
         first = vae.encode(x, cache)
         leaked = vae.encode(x, cache)

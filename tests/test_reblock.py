@@ -20,7 +20,7 @@ def test_blocks_do_not_depend_on_the_slices(lengths, first):
     pieces = [b for _, b, _ in blocks] + ([] if rest is None else [rest[1][0]])
     joined = np.concatenate(pieces) if pieces else data[:0]
     np.testing.assert_array_equal(joined, data)
-    assert rest is None or (rest[0] == len(blocks) and 0 < len(rest[1][0]))
+    assert rest is None or (rest[0] == len(blocks) and len(rest[1][0]) > 0)
 
 
 def test_a_caller_may_reuse_its_buffer():

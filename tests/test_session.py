@@ -184,7 +184,13 @@ def test_representations(vae, frames):
 
 def test_wrong_frames_are_refused_with_what_was_given(vae, frames):
     with VideoSession(vae) as session:
-        for wrong in (frames[0], frames.astype(np.float32), frames[..., :1], frames.transpose(0, 3, 1, 2), frames[:, :0]):
+        for wrong in (
+            frames[0],
+            frames.astype(np.float32),
+            frames[..., :1],
+            frames.transpose(0, 3, 1, 2),
+            frames[:, :0],
+        ):
             with session.encoder() as enc, pytest.raises(SourceError, match="uint8 with axes"):
                 enc.push(wrong)
         with session.encoder() as enc:

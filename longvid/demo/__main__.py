@@ -31,8 +31,12 @@ def main() -> int:
     store = lv.open_store(store_path)
     plan = lv.make_plan(model, height=store.height, width=store.width)
     pixels = store.num_frames * store.height * store.width * 3
-    print(f"\nsource   {CLIP.name}: {store.num_frames} frames of {store.width}x{store.height}, {format_bytes(pixels)} raw")
-    print(f"latents  {store_path}: {tuple(store.latents.shape)} {store.latents.dtype}, {format_bytes(store.stored_bytes)}")
+    print(
+        f"\nsource   {CLIP.name}: {store.num_frames} frames of {store.width}x{store.height}, {format_bytes(pixels)} raw"
+    )
+    print(
+        f"latents  {store_path}: {tuple(store.latents.shape)} {store.latents.dtype}, {format_bytes(store.stored_bytes)}"
+    )
     print(f"back     {back}: {decoded.frames} frames, {format_bytes(back.stat().st_size)}")
     for report, part in ((encoded, plan.encode), (decoded, plan.decode)):
         print(
