@@ -29,15 +29,17 @@ def loop_clip(clip: Path, out: Path, num_frames: int) -> None:
     with av.open(str(clip)) as source, av.open(str(out), "w") as target:
         stream = source.streams.video[0]
         copy = target.add_stream_from_template(stream)
-        packets = [p for p in source.demux(stream) if p.pts is not None]
-        step = sum(p.duration for p in packets)
-        clip_bytes = [(bytes(p), p.pts, p.dts, p.duration, p.is_keyframe) for p in packets]
-        for turn in range(-(-num_frames // len(packets))):
-            for data, pts, dts, duration, key in clip_bytes:
+        packets = [p for p in source.demux(stream) if p.pts is not None and p.duration is not None]
+        clip_ticks = sum(p.duration or 0 for p in packets)
+        content = [(bytes(p), p.pts or 0, p.dts or 0, p.duration, p.is_keyframe) for p in packets]
+        for turn in range(-(-num_frames // len(content))):
+            for data, pts, dts, duration, is_keyframe in content:
                 packet = av.Packet(data)
-                packet.stream, packet.time_base = copy, stream.time_base
-                packet.pts, packet.dts, packet.duration = pts + turn * step, (dts or 0) + turn * step, duration
-                packet.is_keyframe = key
+                packet.stream = copy
+                if stream.time_base is not None:
+                    packet.time_base = stream.time_base
+                packet.pts, packet.dts, packet.duration = pts + turn * clip_ticks, dts + turn * clip_ticks, duration
+                packet.is_keyframe = bool(is_keyframe)
                 target.mux(packet)
 
 

@@ -43,7 +43,8 @@ from longvid.plan import Plan, make_plan, parse_dtype, require_resident
 from longvid.push import PushDecoder, PushEncoder, Scope
 from longvid.reblock import Reblocker, pad_frames
 from longvid.schedule import Chunk
-from longvid.store import FrameStoreWriter, LatentStore, LatentWriter, check_target, open_store
+from longvid.store import LatentStore, check_target, open_store
+from longvid.store_writer import FrameStoreWriter, LatentWriter
 from longvid.video.frames import ColorInfo, FrameSource
 from longvid.video.sources import open_source
 from longvid.video.writer import VideoWriter

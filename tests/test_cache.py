@@ -139,7 +139,7 @@ def test_a_layer_that_runs_twice_or_not_at_all_is_refused(model, x):
         model.first(x, cache)
     with (
         ConvCache(model) as cache,
-        pytest.raises(CacheError, match="1 of 2 layers did not run.*'second'"),
+        pytest.raises(CacheError, match=r"1 of 2 layers did not run.*'second'"),
         cache.chunk(),
     ):
         model.first(x, cache)

@@ -1,5 +1,7 @@
 """The schedule is the only producer of lengths, so its arithmetic is proven on every length."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,7 +35,7 @@ def test_chunks_tile_the_video_and_its_latents(plan, num_frames):
     chunks = list(plan.chunks(num_frames))
     assert [c.index for c in chunks] == list(range(plan.num_chunks(num_frames)))
     assert chunks[0].frame_start == chunks[0].latent_start == 0
-    for left, right in zip(chunks[:-1], chunks[1:], strict=True):
+    for left, right in itertools.pairwise(chunks):
         assert (right.frame_start, right.latent_start) == (left.frame_stop, left.latent_stop)
     assert chunks[-1].frame_stop == num_frames
     assert chunks[-1].latent_stop == plan.num_latents(num_frames)

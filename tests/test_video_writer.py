@@ -102,7 +102,7 @@ def test_the_index_comes_first(tmp_path):
 
 
 def test_an_exception_leaves_nothing(tmp_path):
-    with pytest.raises(KeyError), writer(tmp_path / "out.mp4") as output:  # noqa: PT012
+    with pytest.raises(KeyError), writer(tmp_path / "out.mp4") as output:
         output.write(barcodes(4), np.arange(4))
         raise KeyError
     assert names(tmp_path) == []
@@ -111,7 +111,7 @@ def test_an_exception_leaves_nothing(tmp_path):
 def test_an_exception_leaves_the_file_that_was_to_be_overwritten(tmp_path):
     path = tmp_path / "out.mp4"
     path.write_bytes(b"old")
-    with pytest.raises(KeyError), writer(path, overwrite=True) as output:  # noqa: PT012
+    with pytest.raises(KeyError), writer(path, overwrite=True) as output:
         output.write(barcodes(4), np.arange(4))
         raise KeyError
     assert names(tmp_path) == ["out.mp4"]
@@ -173,7 +173,7 @@ def test_making_a_writer_opens_nothing(tmp_path):
     ],
 )
 def test_wrong_frames_and_time_stamps_are_refused(tmp_path, frames, stamps, kind):
-    with pytest.raises(StoreError) as caught, writer(tmp_path / "out.mp4") as output:  # noqa: PT012
+    with pytest.raises(StoreError) as caught, writer(tmp_path / "out.mp4") as output:
         output.write(barcodes(1), np.array([0]))
         output.write(frames, np.array(stamps))
     assert caught.value.kind == kind
@@ -195,7 +195,7 @@ def test_a_writer_that_is_open_is_not_opened_again(tmp_path):
 
 
 def test_an_error_of_the_muxer_is_a_store_error(tmp_path, monkeypatch):
-    with pytest.raises(StoreError, match="No space left") as caught, writer(tmp_path / "out.mp4") as output:  # noqa: PT012
+    with pytest.raises(StoreError, match="No space left") as caught, writer(tmp_path / "out.mp4") as output:
         output.write(barcodes(1), np.arange(1))
 
         def full(*_):
