@@ -334,7 +334,7 @@ class LatentWriter(_Writer):
                 ticks[i] = known[-1] + step * (1 + padded)
                 padded += self._schedule.frames_per_latent
         self._last_pts = known[-2:]
-        return ticks * float(base)
+        return ticks * base.numerator / base.denominator
 
     def _flush(self) -> None:
         left = sum(map(len, self._pending))
@@ -406,7 +406,7 @@ class FrameStoreWriter(_Writer):
     def _append_frames(self, count: int) -> None:
         pts = _take(self._pts, count)
         self._append("frames", _take(self._pending, count))
-        self._append("t", pts * float(self._time_base))
+        self._append("t", pts * self._time_base.numerator / self._time_base.denominator)
         self._append("frame_pts", pts)
         self.num_frames += count
 
