@@ -307,11 +307,11 @@ class LatentWriter(_Writer):
         self._append("latents", _take(self._pending, count))
         if self._moments:
             self._append("moments", _take(self._pending_moments, count))
-        ranges = np.array([self._schedule.frame_range(i) for i in range(start, stop)], np.int64)
-        ranges = np.minimum(ranges, self._num_received)
+        padded = np.array([self._schedule.frame_range(i) for i in range(start, stop)], np.int64)
+        ranges = np.minimum(padded, self._num_received)
         until = int(ranges[-1, 1])
         pts = _take(self._pts, until - self._num_pts_written)
-        self._append("t", self._times(ranges[:, 0], pts))
+        self._append("t", self._times(padded[:, 0], pts))
         self._append("frame_start", ranges[:, 0])
         self._append("frame_stop", ranges[:, 1])
         self._append("frame_pts", pts)
@@ -320,19 +320,12 @@ class LatentWriter(_Writer):
 
     def _times(self, first_frames: npt.NDArray[np.int64], pts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Seconds of each latent's first frame; those of a padded tail go on at the frame rate."""
-        base = self._source.time_base
+        base, rate = self._source.time_base, self._source.frame_rate
         known = np.concatenate([self._last_pts, pts])
         offset = self._num_pts_written - len(self._last_pts)
-        rate = self._source.frame_rate
+        last = offset + len(known) - 1
         step = float(1 / rate / base) if rate else float(known[-1] - known[-2]) if len(known) > 1 else 0.0
-        ticks = np.empty(len(first_frames))
-        padded = 0
-        for i, frame in enumerate(first_frames):
-            if frame - offset < len(known):
-                ticks[i] = known[frame - offset]
-            else:
-                ticks[i] = known[-1] + step * (1 + padded)
-                padded += self._schedule.frames_per_latent
+        ticks = np.array([known[f - offset] if f <= last else known[-1] + step * (f - last) for f in first_frames])
         self._last_pts = known[-2:]
         return ticks * base.numerator / base.denominator
 
