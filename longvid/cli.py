@@ -258,6 +258,15 @@ def _checked(read: Callable[[str], T]) -> Callable[[str], T]:
     return convert
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.lstrip("+-").isdecimal() or int(text) < least:
+            raise ValueError(f"{text!r} is not a whole number from {least} up")
+        return int(text)
+
+    return _checked(read)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="longvid",
@@ -280,7 +289,9 @@ def _parser() -> argparse.ArgumentParser:
         default="mode",
         help="what is stored: the posterior's mean, mean and log variance, or a sample (default: %(default)s)",
     )
-    encode.add_argument("--seed", type=int, default=0, help="of --representation sample (default: %(default)s)")
+    encode.add_argument(
+        "--seed", type=_at_least(0), default=0, help="of --representation sample (default: %(default)s)"
+    )
     encode.add_argument("--store-dtype", choices=("float16", "float32"), default="float16", help="default: %(default)s")
     _output_options(encode)
 
@@ -359,8 +370,8 @@ def _budget_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _range_options(parser: argparse.ArgumentParser, verb: str) -> None:
-    parser.add_argument("--start", type=int, default=0, metavar="N", help="frames to skip (default: 0)")
-    parser.add_argument("--frames", type=int, metavar="N", help=f"frames to {verb} at most")
+    parser.add_argument("--start", type=_at_least(0), default=0, metavar="N", help="frames to skip (default: 0)")
+    parser.add_argument("--frames", type=_at_least(1), metavar="N", help=f"frames to {verb} at most")
 
 
 def _output_options(parser: argparse.ArgumentParser) -> None:

@@ -206,10 +206,11 @@ class VideoSession:
             MemoryBudgetError: it would not fit; raised before a frame is read or the store is made.
             SessionStateError: the session is not open, is busy, or is used from another thread or process.
         """
-        _require_representation(representation)
+        _require_representation(representation, seed)
         rate = None if frame_rate is None else Fraction(frame_rate).limit_denominator(1 << 20)
         with self._busy("encode") as engine:
             check_target(store, overwrite)
+            _require_apart(_path_of(source), Path(store))
             with ExitStack() as stack:
                 video = stack.enter_context(open_source(source, start=start, frames=frames, size=size, frame_rate=rate))
                 info, geometry = video.info, engine.model.geometry
@@ -278,6 +279,8 @@ class VideoSession:
             _require_decodable(latents, engine.model)
             first, last = _frame_window(latents.num_frames, start, frames)
             self._check_budget(engine, "decode", latents.height, latents.width)
+            if not callable(out):
+                _require_apart(latents.path, Path(out))
             sink = _frame_sink(latents, out, overwrite)
             pts = latents.frame_pts
             with ExitStack() as stack:
@@ -300,7 +303,7 @@ class VideoSession:
 
     def encoder(self, *, representation: Representation = "mode", seed: int = 0) -> PushEncoder:
         """A scope that encodes one video of unknown length from frames as they come; see :class:`PushEncoder`."""
-        _require_representation(representation)
+        _require_representation(representation, seed)
         self._check_usable("encoder")
         return self._scope(PushEncoder(self, representation, seed))
 
@@ -496,6 +499,28 @@ def _frame_window(num_frames: int, start: int, frames: int | None) -> tuple[int,
     return start, num_frames if frames is None else min(num_frames, start + frames)
 
 
-def _require_representation(representation: str) -> None:
+def _require_representation(representation: str, seed: int) -> None:
     if representation not in ("mode", "moments", "sample"):
         raise ModelError(f"representation {representation!r} is not known; choose mode, moments or sample")
+    if seed < 0:
+        raise ModelError(f"seed {seed} is negative; seeds are whole numbers from 0")
+
+
+def _path_of(source: Any) -> Path | None:
+    """Where a source lies on disk, if it does: a file, a folder, or a zarr array in one."""
+    if isinstance(source, (str, os.PathLike)):
+        return Path(source)
+    root = getattr(getattr(source, "store", None), "root", None)
+    return root if isinstance(root, Path) else None
+
+
+def _require_apart(source: Path | None, out: Path) -> None:
+    """Refuse to write over what is being read, or into it, or around it."""
+    if source is None:
+        return
+    a, b = source.resolve(), out.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise StoreError(
+            f"{out} cannot be written while {source} is read: one is the other, or lies in it; choose another name",
+            kind="foreign",
+        )

@@ -149,6 +149,8 @@ def bad_inputs(tmp_path, store):
         "decode to an unknown format": (["decode", store, tmp_path / "out.gif"], 4, ".gif"),
         "decode beyond the end": (["decode", store, out, "--start", 20], 2, "0 to 19"),
         "decode with a budget too small": (["decode", store, out, "--memory", "1MB"], 5, "are allowed"),
+        "decode onto itself": (["decode", store, store, "--overwrite"], 4, "one is the other"),
+        "decode into itself": (["decode", store, store / "back.mp4"], 4, "lies in it"),
         "info of a foreign folder": (["info", foreign], 4, "thesis"),
         "unknown device": (["encode", CLIP, out, *small, "--device", "abacus"], 6, "abacus"),
         "offload is to come": (["encode", CLIP, out, *small, "--offload", "all"], 6, "not in this version"),
@@ -161,7 +163,7 @@ CASES = [
     "tiny is to come", "foreign folder", "foreign folder, overwrite", "store exists", "no such parent",
     "budget too small", "decode of nothing", "decode of a foreign folder", "decode to an unknown format",
     "decode beyond the end", "decode with a budget too small", "info of a foreign folder", "unknown device",
-    "offload is to come",
+    "offload is to come", "decode onto itself", "decode into itself",
 ]  # fmt: skip
 
 
@@ -186,8 +188,20 @@ def snapshot(folder: Path):
 
 @pytest.mark.parametrize(
     "args",
-    [[], ["encode"], ["encode", "a", "b", "--size", "7"], ["encode", "a", "b", "--memory", "lots"],
-     ["plan", "--size", "0x0"], ["nonsense"], ["encode", "a", "b", "--dtype", "int8"]],
+    [
+        [],
+        ["encode"],
+        ["nonsense"],
+        ["plan", "--size", "0x0"],
+        *(
+            ["encode", "a", "b", *option.split()]
+            for option in (
+                "--size 7", "--memory lots", "--dtype int8", "--frames 0", "--seed -1", "--start x",
+                "--random-weights -1", "--representation median",
+            )
+        ),
+        ["decode", "a", "b", "--start", "-1"],
+    ],
 )  # fmt: skip
 def test_wrong_usage_is_2(run, args):
     code, out, err = run(*args)

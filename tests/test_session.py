@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+import zarr
 
 from longvid import (
     CacheError,
@@ -330,3 +331,19 @@ def test_a_cache_of_another_session_cannot_be_mixed_up(vae):
     other = copy.deepcopy(vae)
     with ConvCache(other.encoder) as cache, pytest.raises(CacheError, match="not a layer of the module"):
         vae.encode(torch.zeros(1, 3, 9, 16, 16), cache)
+
+
+def test_output_onto_input_is_refused(vae, frames, tmp_path):
+    with VideoSession(vae) as session:
+        session.encode(frames, tmp_path / "a.zarr")
+        session.decode(tmp_path / "a.zarr", tmp_path / "frames.zarr")
+        array = zarr.open_array(tmp_path / "frames.zarr" / "frames", mode="r")
+        for source in (tmp_path / "frames.zarr", array):
+            with pytest.raises(StoreError, match="one is the other"):
+                session.encode(source, tmp_path / "frames.zarr", overwrite=True)
+        for out in ("a.zarr", "a.zarr/b.zarr", "a.zarr/b.mp4"):
+            with pytest.raises(StoreError):
+                session.decode(tmp_path / "a.zarr", tmp_path / out, overwrite=True)
+        assert open_store(tmp_path / "a.zarr").num_frames == len(frames)
+        with pytest.raises(ModelError, match="negative"):
+            session.encoder(representation="sample", seed=-1)
