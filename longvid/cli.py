@@ -341,7 +341,7 @@ def _model_options(parser: argparse.ArgumentParser, default: str | None) -> None
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     parser.add_argument(
         "--random-weights",
-        type=int,
+        type=_at_least(0),
         metavar="SEED",
         help="random weights for a named architecture, to try the engine",
     )
