@@ -100,7 +100,7 @@ class EncodeRun(Run):
             moments = encode_chunk(
                 self.engine.model, self.cache, host, device=self.engine.device, dtype=self.engine.dtype
             )
-        return moments.cpu()
+        return _to_host(moments)
 
     def latents(self, chunk: Chunk, frames_THWC: Frames) -> tuple[Tensor, Tensor | None]:
         """Padded frames to latents (1, c, t, h, w) and, if asked for, moments (1, 2 c, t, h, w), on the host."""
@@ -128,7 +128,12 @@ class DecodeRun(Run):
                 self.engine.model, self.cache, host, device=self.engine.device, dtype=self.engine.dtype
             )
         height, width = self.size or frames.shape[1:3]
-        return cast("Frames", frames.cpu().numpy()[: chunk.num_frames, :height, :width])
+        return cast("Frames", _to_host(frames).numpy()[: chunk.num_frames, :height, :width])
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in host memory, also from the CPU: results wait in queues, and must not count as the device's."""
+    return tensor.to("cpu", copy=True)
 
 
 def _resolve_device(device: str | torch.device) -> torch.device:

@@ -262,7 +262,7 @@ class VideoSession:
         Args:
             store: a store that :meth:`encode` completed, or its path.
             out: path ending in ``.mp4``, ``.mov`` or ``.mkv`` for a video file, in ``.zarr`` for a store of frames;
-                or a callable that takes uint8 frames (T, H, W, 3).
+                or a callable that takes uint8 frames (T, H, W, 3); it is called in order, in a thread of its own.
             start: frames to skip. They are decoded all the same, since every frame leans on those before it.
             frames: frames to write at most.
             overwrite: replace an existing file or longvid store.

@@ -4,6 +4,7 @@ import copy
 import multiprocessing
 import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -261,6 +262,21 @@ def test_budget_is_checked_before_any_output(vae, frames, tmp_path):
     with VideoSession(vae, memory=need.decode.projected_bytes - 1) as session, pytest.raises(MemoryBudgetError):
         session.decode(store, tmp_path / "a.mp4")
     assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
+
+
+def test_the_measured_peak_is_the_planned_one_whoever_is_slow(vae, frames, tmp_path):
+    """Results that wait for a slow writer are host memory and do not count."""
+    long = np.concatenate([frames] * 3)
+    plan, held = make_plan(vae, height=24, width=40), []
+
+    def slow(part):
+        time.sleep(0.02)
+        held.append(part)
+
+    with VideoSession(vae) as session:
+        assert session.encode(long, tmp_path / "a.zarr").peak_device_bytes == plan.encode.projected_bytes
+        assert session.decode(tmp_path / "a.zarr", slow).peak_device_bytes == plan.decode.projected_bytes
+    assert sum(map(len, held)) == len(long)
 
 
 def test_several_open_videos_share_the_budget(vae, frames):
