@@ -224,7 +224,10 @@ def _signals() -> Iterator[None]:
     def end(signum: int, _frame: object) -> None:
         raise _Ended(signum)
 
-    wanted = [s for s in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if s is not None]
+    # A signal that is ignored stays ignored: that is what nohup asks for.
+    wanted = [
+        s for s in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if s and signal.getsignal(s) is not signal.SIG_IGN
+    ]
     try:
         before = {s: signal.signal(s, end) for s in wanted}
     except ValueError:  # not the main thread: somebody embeds the command line
