@@ -1,6 +1,6 @@
 """Is memory flat in the length of the video? Peak RSS of whole processes on a short and a long loop of one clip.
 
-    python benchmarks/flat.py [--frames 300 3000] [--size 320x176] [--repeat 3] [--out benchmarks/results/flat.json]
+    python benchmarks/flat.py [--frames 300 3000] [--size 96x64] [--repeat 3] [--out benchmarks/results/flat.json]
 
 Each measurement is one `longvid encode` or `longvid decode` process of its own, with the small CogVideoX architecture
 and random weights; the loop is made by copying packets. Medians over the repetitions, short and long alternating.
@@ -55,7 +55,7 @@ def main() -> int:
     """Measure, print a table and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, nargs=2, default=[300, 3000], metavar=("SHORT", "LONG"))
-    parser.add_argument("--size", default="320x176")
+    parser.add_argument("--size", default="96x64")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -52,7 +52,8 @@ class RunReport:
     seconds: float
     frames_per_second: float
     peak_device_bytes: int
-    "highest number of device bytes, weights included: exact tensor bytes on a CPU, the allocator's peak elsewhere"
+    """highest number of device bytes, weights included: exact tensor bytes on a CPU (of the first three chunks and
+    every 32nd), the allocator's peak elsewhere"""
     peak_rss_bytes: int
     "highest resident set size of the process since it started, as the OS counts it"
     cache_bytes: int

@@ -63,6 +63,17 @@ def test_meter_adds_the_weights():
     assert (meter.peak_bytes, meter.live_bytes) == (1040, 0)
 
 
+def test_meter_looks_at_the_first_three_chunks_and_every_32nd():
+    meter, seen = DeviceMeter(torch.device("cpu"), base_bytes=0), []
+    for index in range(70):
+        before = meter.peak_bytes
+        with meter.measure():
+            torch.zeros(index + 1)
+        if meter.peak_bytes > before:
+            seen.append(index)
+    assert seen == [0, 1, 2, 32, 64]
+
+
 def test_budget_names_every_part():
     MemoryBudget().check(10**15, {}, "x")
     MemoryBudget(allowed_bytes=100).check(100, {}, "x")
