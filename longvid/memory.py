@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import resource
 import sys
 import weakref
@@ -25,15 +24,7 @@ from torch.utils._pytree import tree_leaves
 from longvid.errors import MemoryBudgetError
 from longvid.units import format_bytes
 
-__all__ = [
-    "AllocationTracker",
-    "DeviceMeter",
-    "MemoryBudget",
-    "peak_rss_bytes",
-    "return_free_memory",
-    "rss_bytes",
-    "tensor_bytes",
-]
+__all__ = ["AllocationTracker", "DeviceMeter", "MemoryBudget", "peak_rss_bytes", "rss_bytes", "tensor_bytes"]
 
 
 class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -185,15 +176,3 @@ def peak_rss_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # The two counters of the OS are updated at different moments, so the present may be above the recorded peak.
     return max(peak if sys.platform == "darwin" else peak * 1024, rss_bytes())
-
-
-def return_free_memory() -> None:
-    """Give memory that the C library holds free in its arenas back to the OS, where that can be asked for.
-
-    The reader, the writer and the compute thread allocate from arenas of their own, whose free space would otherwise
-    creep up over hours.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
-        if trim is not None:
-            trim(0)

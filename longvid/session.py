@@ -35,7 +35,7 @@ from torch import Tensor
 from longvid.engine import DecodeRun, EncodeRun, Engine, Frames, Representation, Run, Times
 from longvid.errors import ModelError, ScheduleError, SessionStateError, StoreError
 from longvid.events import Callback, ChunkEvent, Direction, RunReport
-from longvid.memory import peak_rss_bytes, return_free_memory, rss_bytes
+from longvid.memory import peak_rss_bytes, rss_bytes
 from longvid.models.base import CausalVAE
 from longvid.models.loading import load_model
 from longvid.pipeline import Prefetcher, Writer
@@ -51,8 +51,6 @@ from longvid.video.writer import VideoWriter
 
 __all__ = ["VideoSession"]
 
-_TRIM_EVERY = 16
-"chunks after which memory that lies free in the C library goes back to the OS"
 ScopeT = TypeVar("ScopeT", bound=Scope)
 
 
@@ -414,8 +412,6 @@ class _Job:
             rss_bytes=rss_bytes(),
         )
         self._chunks, self._waited = self._chunks + 1, waited
-        if self._chunks % _TRIM_EVERY == 0:
-            return_free_memory()
         for callback in self._callbacks:
             callback(event)
 
