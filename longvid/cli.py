@@ -37,6 +37,8 @@ _EXIT_CODES: tuple[tuple[type[LongvidError], int], ...] = (
 )
 
 T = TypeVar("T")
+_M_MMAP_THRESHOLD = -3
+"of glibc's malloc.h"
 
 
 class _Ended(KeyboardInterrupt):
@@ -161,6 +163,7 @@ def _session(
     args: argparse.Namespace, model: str, seed: int | None, revision: str | None
 ) -> Iterator[tuple[VideoSession, Callable[[RunReport, str], None]]]:
     """An open session with a progress bar, and what prints its report."""
+    _map_large_allocations()
     from longvid.models.loading import load_model
     from longvid.progress import ProgressBar
     from longvid.session import VideoSession
@@ -181,6 +184,18 @@ def _session(
         ) as session,
     ):
         yield session, lambda report, out: _print_report(args, report, out)
+
+
+def _map_large_allocations() -> None:
+    """Have glibc map every tensor of its own, so that the process's peak does not depend on how its heap fragments.
+
+    Left alone, glibc moves the limit up to 32 MiB as it goes, and small tensors of three threads share one heap.
+    """
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 256 * 1024)
 
 
 def _default_dtype(device: str) -> str:
