@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import traceback
@@ -60,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _failed(args, exc, next((code for kind, code in _EXIT_CODES if isinstance(exc, kind)), 1))
         except KeyboardInterrupt as exc:
             return _interrupted(args, exc)
+        except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141  # as if SIGPIPE had ended it
 
 
 def _failed(args: argparse.Namespace, exc: BaseException, code: int) -> int:
@@ -150,7 +154,15 @@ def _plan(args: argparse.Namespace) -> int:
     from longvid.plan import make_plan
 
     height, width = args.size
-    plan = make_plan(args.model, height=height, width=width, dtype=args.dtype, memory=args.memory, offload=args.offload)
+    plan = make_plan(
+        args.model,
+        height=height,
+        width=width,
+        dtype=args.dtype,
+        memory=args.memory,
+        offload=args.offload,
+        chunk_frames=args.chunk_frames,
+    )
     print(json.dumps(plan.to_dict()) if args.json else plan.explain())
     return 0
 
@@ -180,6 +192,7 @@ def _session(
             dtype=args.dtype or _default_dtype(args.device),
             memory=args.memory,
             offload=args.offload,
+            chunk_frames=args.chunk_frames,
             callbacks=() if args.quiet else (bar,),
         ) as session,
     ):
@@ -353,7 +366,7 @@ def _model_options(parser: argparse.ArgumentParser, default: str | None) -> None
         "--model",
         default=default,
         metavar="MODEL",
-        help="folder or hub id in diffusers format, or the name of an architecture "
+        help="tiny (built in, for previews), a folder or hub id in diffusers format, or the name of an architecture "
         + (f"(default: {default})" if default else "(default: the model recorded in the store)"),
     )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
@@ -384,6 +397,13 @@ def _budget_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="POLICY",
         help="auto or none; contexts stay on the device in this version",
+    )
+    parser.add_argument(
+        "--chunk-frames",
+        type=_at_least(1),
+        metavar="N",
+        help="frames of a chunk after the first, for models whose result does not depend on it, such as tiny "
+        "(default: the model's own, or shorter if --memory asks for it)",
     )
 
 

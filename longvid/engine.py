@@ -46,7 +46,9 @@ class Engine:
             ModelError: it has no weights, or the device cannot be used.
         """
         module = cast("nn.Module", model)
-        first = next(module.parameters())
+        first = next(module.parameters(), None)
+        if first is None:
+            raise ModelError(f"{type(model).__name__} has no parameters; there is nothing to compute with")
         if first.is_meta:
             raise ModelError(
                 f"{model.describe().get('name_or_path')!r} is an architecture without weights, good for plans only; "
@@ -106,7 +108,7 @@ class EncodeRun(Run):
         """Padded frames to latents (1, c, t, h, w) and, if asked for, moments (1, 2 c, t, h, w), on the host."""
         moments = self.moments(frames_THWC)
         if self.representation == "sample":
-            return sample_posterior(moments, seed=self.seed, chunk=chunk.index), None
+            return sample_posterior(moments, seed=self.seed, first_latent=chunk.latent_start), None
         mean = moments.chunk(2, dim=1)[0]
         return mean, moments if self.representation == "moments" else None
 

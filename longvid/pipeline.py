@@ -36,10 +36,25 @@ class Prefetcher(Generic[T]):
 
     Use it in a ``with`` statement and iterate over it. Leaving stops the thread and waits for it; the iterator is
     then free to be closed.
+
+    Args:
+        items: what is read ahead.
+        depth: items that may wait.
+        name: of the thread.
+        check: called now and then while the consumer waits; what it raises ends the wait. So a writer that failed is
+            heard of although the source is slow.
     """
 
-    def __init__(self, items: Iterator[T], *, depth: int = 2, name: str = "longvid-read") -> None:
+    def __init__(
+        self,
+        items: Iterator[T],
+        *,
+        depth: int = 2,
+        name: str = "longvid-read",
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self._items = items
+        self._check = check
         self._queue: queue.Queue[T | _Failure | type[_End]] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -69,13 +84,19 @@ class Prefetcher(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         while True:
             started = time.perf_counter()
-            item = self._queue.get()
+            item = self._get()
             self.wait_seconds += time.perf_counter() - started
             if item is _End:
                 return
             if isinstance(item, _Failure):
                 raise item.error
             yield item  # type: ignore[misc]
+
+    def _get(self) -> T | _Failure | type[_End]:
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._queue.get(timeout=_POLL_SECONDS)
+            self._check()
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
@@ -119,6 +140,11 @@ class Writer(Generic[T]):
         """Hand over an item; waits while ``depth`` items are pending."""
         self._put(item)
 
+    def check(self) -> None:
+        """Raise the error of ``consume``, if there was one."""
+        if self._error is not None:
+            raise self._error
+
     def _put(self, item: T | type[_End]) -> None:
         started = time.perf_counter()
         while not self._stop.is_set():
@@ -126,8 +152,7 @@ class Writer(Generic[T]):
                 self._queue.put(item, timeout=_POLL_SECONDS)
                 break
         self.wait_seconds += time.perf_counter() - started
-        if self._error is not None:
-            raise self._error
+        self.check()
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -8,6 +8,7 @@ are not tensors and are not in these numbers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -150,6 +151,7 @@ def make_plan(
     dtype: str | torch.dtype | None = None,
     memory: str | int | None = None,
     offload: str = "auto",
+    chunk_frames: int | None = None,
 ) -> Plan:
     """Plan encoding and decoding of ``height`` x ``width`` frames. Needs no weights, no device and about a second.
 
@@ -160,10 +162,12 @@ def make_plan(
         dtype: compute dtype, a name or a torch dtype; None for that of the model's weights.
         memory: the budget, such as ``"8GiB"``; None for no limit.
         offload: where contexts live; see :func:`require_resident`.
+        chunk_frames: frames of a chunk after the first; None for the model's own. If the model is chunk-invariant
+            and its own length does not fit the budget, None takes the longest of a half, a quarter, ... that does.
 
     Raises:
         ModelError: the model or the dtype cannot be used.
-        ScheduleError: the frame size is not positive.
+        ScheduleError: the frame size is not positive, or ``chunk_frames`` is not for this model.
     """
     if height < 1 or width < 1:
         raise ScheduleError(f"a frame of {width}x{height} pixels has no area")
@@ -175,21 +179,38 @@ def make_plan(
     compute = parse_dtype(dtype) if dtype is not None else next(vae.parameters()).dtype
     skeleton = cast("CausalVAE", placed(vae, _META, compute))
     padded = vae.geometry.padded_size(height, width)
-    return Plan(
-        model=str(facts.get("name_or_path") or facts.get("class_name") or type(vae).__name__),
-        height=padded[0],
-        width=padded[1],
-        dtype=str(compute).removeprefix("torch."),
-        schedule=vae.geometry.schedule,
-        allowed_bytes=None if memory is None else parse_bytes(memory),
-        encode=_dry_run(skeleton, "encode", *padded, compute),
-        decode=_dry_run(skeleton, "decode", *padded, compute),
-    )
+    allowed = None if memory is None else parse_bytes(memory)
+    for schedule in _schedules(vae, chunk_frames):
+        plan = Plan(
+            model=str(facts.get("name_or_path") or facts.get("class_name") or type(vae).__name__),
+            height=padded[0],
+            width=padded[1],
+            dtype=str(compute).removeprefix("torch."),
+            schedule=schedule,
+            allowed_bytes=allowed,
+            encode=_dry_run(skeleton, "encode", *padded, compute, schedule),
+            decode=_dry_run(skeleton, "decode", *padded, compute, schedule),
+        )
+        if allowed is None or plan.projected_bytes <= allowed:
+            break
+    return plan
 
 
-def _dry_run(model: CausalVAE, direction: Direction, height: int, width: int, dtype: torch.dtype) -> DirectionPlan:
+def _schedules(model: CausalVAE, chunk_frames: int | None) -> Iterator[ChunkSchedule]:
+    """The plans to try, best first; at least one."""
+    geometry = model.geometry
+    yield geometry.schedule_for(chunk_frames)
+    length = geometry.chunk_frames
+    while geometry.chunk_invariant and chunk_frames is None and length % (2 * geometry.frames_per_latent) == 0:
+        length //= 2
+        yield geometry.schedule_for(length)
+
+
+def _dry_run(
+    model: CausalVAE, direction: Direction, height: int, width: int, dtype: torch.dtype, plan: ChunkSchedule
+) -> DirectionPlan:
     """Run the first chunk and a middle one on meta tensors and read the tracker."""
-    geometry, plan = model.geometry, model.geometry.schedule
+    geometry = model.geometry
     tracker = AllocationTracker()
     peaks = []
     with ConvCache(model.encoder if direction == "encode" else model.decoder) as cache:

@@ -5,8 +5,10 @@ Axes: B batch (1), C channels, T time, H height, W width; lower-case c t h w are
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
@@ -17,8 +19,9 @@ from torch import Tensor
 
 from longvid.engine import DecodeRun, EncodeRun, Engine, Frames, Representation, Run
 from longvid.errors import ScheduleError, SessionStateError, SourceError
+from longvid.plan import DirectionPlan
 from longvid.reblock import Reblocker, pad_frames
-from longvid.schedule import Chunk
+from longvid.schedule import Chunk, ChunkSchedule
 
 if TYPE_CHECKING:
     from longvid.session import VideoSession
@@ -26,7 +29,16 @@ if TYPE_CHECKING:
 __all__ = ["PushDecoder", "PushEncoder", "Scope"]
 
 
-class Scope:
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A video's place in the session's budget."""
+
+    schedule: ChunkSchedule
+    part: DirectionPlan | None
+    "what it was planned with; None where there is no budget"
+
+
+class Scope(ABC):
     """Life of a push-mode video: open in a ``with`` block, until finished, failed or left."""
 
     kind: ClassVar[str]
@@ -34,6 +46,8 @@ class Scope:
     def __init__(self, session: VideoSession) -> None:
         self._session = session
         self._run: Run | None = None
+        self.admission: Admission | None = None
+        "set when the size of the frames is known, until the video ends"
         self._ended = ""
 
     def __enter__(self) -> Self:
@@ -64,7 +78,7 @@ class Scope:
     def _end(self, why: str) -> None:
         if self._run is not None:
             self._run.__exit__(None, None, None)
-        self._run = None
+        self._run = self.admission = None
         self._ended = self._ended or why
 
     @contextmanager
@@ -81,8 +95,9 @@ class Scope:
                 self._end("failed in an earlier call; start it again with a new one")
                 raise
 
+    @abstractmethod
     def _make_run(self, engine: Engine) -> Run:
-        raise NotImplementedError
+        """The cache and meter of this direction."""
 
 
 class PushEncoder(Scope):
@@ -126,8 +141,9 @@ class PushEncoder(Scope):
                     kind="geometry-changed",
                 )
             self.num_frames += len(frames)
-            plan = run.engine.model.geometry.schedule
             assert self._reblock is not None
+            assert self.admission is not None
+            plan = self.admission.schedule
             done = [self._encode(run, plan.full(i), block) for i, (block,) in self._reblock.push(frames)]
             return self._joined(run, done)
 
@@ -138,13 +154,13 @@ class PushEncoder(Scope):
             SourceError: no frame was pushed.
         """
         with self._working("finish") as run:
-            if self._reblock is None:
+            if self._reblock is None or self.admission is None or not self.num_frames:
                 raise SourceError("the video has no frames; push at least one before finish()", kind="no-frames")
             rest = self._reblock.rest()
             done = []
             if rest is not None:
                 index, (block,) = rest
-                done.append(self._encode(run, run.engine.model.geometry.schedule.tail(index, len(block)), block))
+                done.append(self._encode(run, self.admission.schedule.tail(index, len(block)), block))
             latents = self._joined(run, done)
             self._end("is finished")
             return latents
@@ -153,8 +169,8 @@ class PushEncoder(Scope):
         engine = self._session._engine
         assert engine is not None
         self._size = (frames.shape[1], frames.shape[2])
-        self._session._check_budget(engine, "encode", *self._size)
-        self._reblock = Reblocker(engine.model.geometry.schedule.capacity)
+        self.admission = self._session._admit(engine, "encode", *self._size)
+        self._reblock = Reblocker(self.admission.schedule.capacity)
 
     def _encode(self, run: Run, chunk: Chunk, block: Frames) -> Tensor:
         assert isinstance(run, EncodeRun)
@@ -204,19 +220,21 @@ class PushDecoder(Scope):
         with self._working("push") as run:
             z_TCHW = self._as_latents(run, z_BCTHW)
             geometry = run.engine.model.geometry
-            if self._reblock is None:
+            if self._reblock is None or self.admission is None:
                 p = geometry.pixels_per_latent
                 self._frame_size = (z_TCHW.shape[2] * p, z_TCHW.shape[3] * p)
-                self._session._check_budget(run.engine, "decode", *self._frame_size)
-                self._reblock = Reblocker(lambda i: geometry.schedule.full(i).num_latents)
+                self._check_crop()
+                self.admission = self._session._admit(run.engine, "decode", *self._frame_size)
+                self._reblock = Reblocker(lambda i: plan.full(i).num_latents)
+            plan = self.admission.schedule
             self._num_latents += len(z_TCHW)
-            if self._num_frames is not None and self._num_latents > geometry.schedule.num_latents(self._num_frames):
-                geometry.schedule.check_length(self._num_frames, self._num_latents)
+            if self._num_frames is not None and self._num_latents > plan.num_latents(self._num_frames):
+                plan.check_length(self._num_frames, self._num_latents)
             try:
                 blocks = list(self._reblock.push(z_TCHW))
             except ValueError as exc:
                 raise ScheduleError(f"the latents changed within a video: {exc}") from exc
-            return self._joined([self._decode(run, geometry.schedule.full(i), block) for i, (block,) in blocks])
+            return self._joined([self._decode(run, plan.full(i), block) for i, (block,) in blocks])
 
     def finish(self) -> Frames:
         """Decode what is left; the video is then complete.
@@ -225,18 +243,27 @@ class PushDecoder(Scope):
             ScheduleError: the number of latents is not that of a whole video, or not that of ``num_frames``.
         """
         with self._working("finish") as run:
-            plan = run.engine.model.geometry.schedule
+            plan = self.admission.schedule if self.admission else run.engine.model.geometry.schedule
             most = plan.max_frames(self._num_latents)
             plan.check_length(self._num_frames or most, self._num_latents)
             rest = self._reblock.rest() if self._reblock is not None else None
-            done = [] if rest is None else [self._decode(run, plan.tail(rest[0], 1), rest[1][0])]
+            done = (
+                [] if rest is None else [self._decode(run, plan.tail_of_latents(rest[0], len(rest[1][0])), rest[1][0])]
+            )
             frames = self._joined(done)
             self._end("is finished")
             return frames
 
+    def _check_crop(self) -> None:
+        if self._crop is not None and not all(0 < c <= f for c, f in zip(self._crop, self._frame_size, strict=True)):
+            raise ScheduleError(
+                f"a crop to {self._crop[1]}x{self._crop[0]} was asked for, the latents decode to frames of "
+                f"{self._frame_size[1]}x{self._frame_size[0]}"
+            )
+
     def _as_latents(self, run: Run, z: Any) -> npt.NDArray[np.float32]:
         channels = run.engine.model.geometry.latent_channels
-        if not isinstance(z, Tensor) or z.ndim != 5 or z.shape[0] != 1 or z.shape[1] != channels:
+        if not isinstance(z, Tensor) or z.ndim != 5 or z.shape[:2] != (1, channels) or 0 in z.shape[3:]:
             given = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
             raise ScheduleError(f"latents are a torch tensor (1, {channels}, t, h, w), {given} was given")
         return cast("npt.NDArray[np.float32]", z[0].detach().movedim(1, 0).to("cpu", torch.float32).numpy())

@@ -7,6 +7,9 @@ nothing but this file produces lengths:
 * the tail is padded to a whole chunk by repeating the last frame, and the true length is recorded;
 * a video of exactly one frame is one chunk of one frame: the first frame stands alone in a causal VAE.
 
+A model whose norms stay within a frame does not care about the cut. Its plan pads the tail to a whole latent only
+(``whole_chunks=False``), so that the latents are the same for every chunk length.
+
 The plan never needs the total length in advance: see :meth:`ChunkSchedule.tail`.
 """
 
@@ -52,10 +55,12 @@ class ChunkSchedule:
     Args:
         chunk_frames: frames of every chunk after the first.
         frames_per_latent: temporal compression; divides ``chunk_frames``.
+        whole_chunks: whether the tail is padded to a whole chunk, or to a whole latent only.
     """
 
     chunk_frames: int = 8
     frames_per_latent: int = 4
+    whole_chunks: bool = True
 
     def __post_init__(self) -> None:
         if self.frames_per_latent < 1 or self.chunk_frames < 1 or self.chunk_frames % self.frames_per_latent:
@@ -90,17 +95,27 @@ class ChunkSchedule:
         return self._chunk(index, num_frames)
 
     def _chunk(self, index: int, num_frames: int) -> Chunk:
-        start = 0 if index == 0 else 1 + index * self.chunk_frames
-        latent_start = 0 if index == 0 else 1 + index * self.chunk_latents
-        alone = index == 0 and num_frames == 1
+        first = index == 0
+        start = 0 if first else 1 + index * self.chunk_frames
+        latent_start = 0 if first else 1 + index * self.chunk_latents
+        grouped = self._padded(num_frames - first)
         return Chunk(
             index=index,
             frame_start=start,
             frame_stop=start + num_frames,
-            padded_frames=1 if alone else self.capacity(index),
+            padded_frames=first + grouped,
             latent_start=latent_start,
-            latent_stop=1 if alone else 1 + (index + 1) * self.chunk_latents,
+            latent_stop=latent_start + first + grouped // self.frames_per_latent,
         )
+
+    def tail_of_latents(self, index: int, num_latents: int) -> Chunk:
+        """The last chunk, number ``index``, when all that is known is that ``num_latents`` of its latents exist."""
+        return self.tail(index, num_latents * self.frames_per_latent - (self.frames_per_latent - 1) * (index == 0))
+
+    def _padded(self, num_frames: int) -> int:
+        """``num_frames``, those after the video's first, rounded up to what the tail is padded to."""
+        unit = self.chunk_frames if self.whole_chunks else self.frames_per_latent
+        return -(-num_frames // unit) * unit
 
     def num_chunks(self, num_frames: int) -> int:
         """Chunks of a video of ``num_frames`` frames."""
@@ -110,7 +125,7 @@ class ChunkSchedule:
     def num_latents(self, num_frames: int) -> int:
         """Latent frames of a video of ``num_frames`` frames, those of the padded tail included."""
         _require_frames(num_frames)
-        return 1 + -(-(num_frames - 1) // self.chunk_frames) * self.chunk_latents
+        return 1 + self._padded(num_frames - 1) // self.frames_per_latent
 
     def chunks(self, num_frames: int) -> Iterator[Chunk]:
         """All chunks of a video of known length."""
@@ -119,15 +134,21 @@ class ChunkSchedule:
             yield self.full(index)
         yield self.tail(last, num_frames - (0 if last == 0 else 1 + last * self.chunk_frames))
 
+    def same_latents(self, other: ChunkSchedule) -> bool:
+        """Whether latents made by the other plan can be decoded by this one: equal, or the cut does not matter."""
+        free = not (self.whole_chunks or other.whole_chunks)
+        return self == other or (free and self.frames_per_latent == other.frames_per_latent)
+
     def max_frames(self, num_latents: int) -> int:
         """Frames that ``num_latents`` latent frames decode to before the padding is cut off.
 
         Raises:
             ScheduleError: no video of this plan has that many latent frames.
         """
-        if num_latents < 1 or (num_latents - 1) % self.chunk_latents:
+        unit = self.chunk_latents if self.whole_chunks else 1
+        if num_latents < 1 or (num_latents - 1) % unit:
             raise ScheduleError(
-                f"{num_latents} latent frames do not fit the plan, which gives 1 + k x {self.chunk_latents} of them; "
+                f"{num_latents} latent frames do not fit the plan, which gives 1 + k x {unit} of them; "
                 "pass the latents of a whole video, unpadded and uncut"
             )
         return 1 + (num_latents - 1) * self.frames_per_latent
@@ -154,7 +175,7 @@ class ChunkSchedule:
             "first_chunk_frames": 1 + self.chunk_frames,
             "chunk_frames": self.chunk_frames,
             "frames_per_latent": self.frames_per_latent,
-            "tail": "repeat-last-frame",
+            "tail": "repeat-last-frame" if self.whole_chunks else "repeat-last-frame-to-latent",
         }
 
     @classmethod
@@ -165,7 +186,11 @@ class ChunkSchedule:
             ScheduleError: the record is of another kind of plan.
         """
         try:
-            plan = cls(chunk_frames=int(record["chunk_frames"]), frames_per_latent=int(record["frames_per_latent"]))
+            plan = cls(
+                chunk_frames=int(record["chunk_frames"]),
+                frames_per_latent=int(record["frames_per_latent"]),
+                whole_chunks=record["tail"] == "repeat-last-frame",
+            )
         except (KeyError, TypeError, ValueError) as exc:
             raise ScheduleError(f"not a chunk plan of longvid: {record!r}") from exc
         if plan.to_dict() != record:

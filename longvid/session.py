@@ -14,40 +14,36 @@ Axes: B batch (1), C channels, T time, H height, W width; lower-case c t h w are
 
 from __future__ import annotations
 
+import math
 import os
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from enum import Enum
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, cast
+from typing import Any, Literal, Self, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from longvid.engine import DecodeRun, EncodeRun, Engine, Frames, Representation, Run, Times
-from longvid.errors import ModelError, ScheduleError, SessionStateError, StoreError
-from longvid.events import Callback, ChunkEvent, Direction, RunReport
-from longvid.memory import peak_rss_bytes, rss_bytes
+from longvid.engine import DecodeRun, EncodeRun, Engine, Frames, Representation, Times
+from longvid.errors import ModelError, ScheduleError, SessionStateError, SourceError, StoreError
+from longvid.events import Callback, Direction, RunReport
+from longvid.feeds import LatentPiece, frame_chunks, frame_sink, latent_chunks, store_latents
+from longvid.job import Job
+from longvid.memory import MemoryBudget
 from longvid.models.base import CausalVAE
 from longvid.models.loading import load_model
 from longvid.pipeline import Prefetcher, Writer
 from longvid.plan import Plan, make_plan, parse_dtype, require_resident
-from longvid.push import PushDecoder, PushEncoder, Scope
-from longvid.reblock import Reblocker, pad_frames
-from longvid.schedule import Chunk
+from longvid.push import Admission, PushDecoder, PushEncoder, Scope
 from longvid.store import LatentStore, check_target, open_store
-from longvid.store_writer import FrameStoreWriter, LatentWriter
-from longvid.video.frames import ColorInfo, FrameSource
+from longvid.store_writer import LatentWriter
+from longvid.units import parse_bytes
 from longvid.video.sources import open_source
-from longvid.video.writer import VideoWriter
 
 __all__ = ["VideoSession"]
 
@@ -68,35 +64,41 @@ class VideoSession:
     push-mode videos may be open at once and interleave.
 
     Args:
-        model: a :class:`~longvid.models.base.CausalVAE`, or anything :func:`longvid.load_model` takes.
+        model: a :class:`~longvid.models.base.CausalVAE`, or anything :func:`longvid.load_model` takes; the built-in
+            ``tiny`` by default, which is for previews.
         device: ``"auto"`` (the accelerator if there is one, else the CPU) or a torch device.
         dtype: compute dtype, a name such as ``"bfloat16"`` or a torch dtype; None for that of the weights.
         memory: budget of device bytes such as ``"8GiB"``, weights included; None for no limit. A run that would not
             fit is refused before anything is read or written.
         offload: ``"auto"`` or ``"none"``; in this version contexts stay on the device.
+        chunk_frames: frames of a chunk after the first, for a model whose result does not depend on it; None for the
+            model's own, or shorter where the budget asks for it.
         callbacks: called with a :class:`~longvid.events.ChunkEvent` after every chunk, in the caller's thread.
     """
 
     def __init__(
         self,
-        model: CausalVAE | Any,
+        model: CausalVAE | Any = "tiny",
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype | None = None,
         memory: str | int | None = None,
         offload: str = "auto",
+        chunk_frames: int | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         require_resident(offload)
         self._source_model = load_model(model)
+        self._source_model.geometry.schedule_for(chunk_frames)  # refuses what cannot be, before anything is placed
+        self._chunk_frames = chunk_frames
         self._dtype = parse_dtype(dtype) if dtype is not None else None
         self._requested_device = device
-        self._memory = memory
+        self._allowed_bytes = None if memory is None else parse_bytes(memory)
         self._callbacks = tuple(callbacks)
         self._state = _State.UNOPENED
         self._busy_with: str | None = None
         self._engine: Engine | None = None
-        self._plans: dict[tuple[int, int], Plan] = {}
+        self._plans: dict[tuple[int, int, int], Plan] = {}
         self._scopes: list[Scope] = []
 
     # ------------------------------------------------------------------------------------------- lifecycle
@@ -154,20 +156,46 @@ class VideoSession:
     def plan(self, *, height: int, width: int) -> Plan:
         """The plan for frames of this size under the session's dtype and budget; see :func:`longvid.make_plan`."""
         engine = self._check_usable("plan")
-        return self._plan(engine, height, width)
+        return self._plan(engine, height, width, held_bytes=0)
 
-    def _plan(self, engine: Engine, height: int, width: int) -> Plan:
-        size = engine.model.geometry.padded_size(height, width)
-        if size not in self._plans:
-            self._plans[size] = make_plan(
-                engine.model, height=size[0], width=size[1], dtype=engine.dtype, memory=self._memory
+    def _plan(self, engine: Engine, height: int, width: int, *, held_bytes: int) -> Plan:
+        """The plan under what ``held_bytes`` of other videos leave of the budget."""
+        height, width = engine.model.geometry.padded_size(height, width)
+        key = (height, width, held_bytes)
+        if key not in self._plans:
+            left = None if self._allowed_bytes is None else max(1, self._allowed_bytes - held_bytes)
+            plan = make_plan(
+                engine.model,
+                height=height,
+                width=width,
+                dtype=engine.dtype,
+                memory=left,
+                chunk_frames=self._chunk_frames,
             )
-        return self._plans[size]
+            self._plans[key] = replace(plan, allowed_bytes=self._allowed_bytes)
+        return self._plans[key]
 
-    def _check_budget(self, engine: Engine, direction: Direction, height: int, width: int) -> None:
-        if self._memory is not None:
-            others = sum(scope.cache_bytes for scope in self._scopes)
-            self._plan(engine, height, width).check(direction, others_bytes=others)
+    def _admit(self, engine: Engine, direction: Direction, height: int, width: int) -> Admission:
+        """Check a video of this size against the budget, beside those that are open, and give it its chunk plan.
+
+        One video computes at a time while the contexts of all are held; contexts count as planned, whether or not
+        they have come into being yet.
+        """
+        if self._allowed_bytes is None:
+            return Admission(engine.model.geometry.schedule_for(self._chunk_frames), None)
+        others = [s.admission.part for s in self._scopes if s.admission is not None and s.admission.part is not None]
+        held_bytes = sum(part.cache_bytes for part in others)
+        plan = self._plan(engine, height, width, held_bytes=held_bytes)
+        plan.check(direction, others_bytes=held_bytes)
+        part = plan.direction(direction)
+        for other in others:
+            beside = held_bytes - other.cache_bytes + part.cache_bytes
+            MemoryBudget(allowed_bytes=self._allowed_bytes).check(
+                other.projected_bytes + beside,
+                {**other.parts, "contexts of other open videos": beside},
+                f"{direction} at {plan.width}x{plan.height} beside a larger video that is open",
+            )
+        return Admission(plan.schedule, part)
 
     # ------------------------------------------------------------------------------------------- whole videos
 
@@ -207,20 +235,22 @@ class VideoSession:
             SessionStateError: the session is not open, is busy, or is used from another thread or process.
         """
         _require_representation(representation, seed)
-        rate = None if frame_rate is None else Fraction(frame_rate).limit_denominator(1 << 20)
+        if store_dtype not in ("float16", "float32"):
+            raise StoreError(f"store_dtype {store_dtype!r} is not known; choose float16 or float32", kind="format")
+        rate = _as_rate(frame_rate)
         with self._busy("encode") as engine:
             check_target(store, overwrite)
             _require_apart(_path_of(source), Path(store))
             with ExitStack() as stack:
                 video = stack.enter_context(open_source(source, start=start, frames=frames, size=size, frame_rate=rate))
                 info, geometry = video.info, engine.model.geometry
-                self._check_budget(engine, "encode", info.height, info.width)
+                schedule = self._admit(engine, "encode", info.height, info.width).schedule
                 height, width = geometry.padded_size(info.height, info.width)
                 p = geometry.pixels_per_latent
                 target = stack.enter_context(
                     LatentWriter(
                         store,
-                        schedule=geometry.schedule,
+                        schedule=schedule,
                         source=info,
                         latent_shape_CYX=(geometry.latent_channels, height // p, width // p),
                         representation=representation,
@@ -237,13 +267,15 @@ class VideoSession:
                     )
                 )
                 run = stack.enter_context(EncodeRun(engine, representation, seed))
-                job = _Job(self._callbacks, "encode", info.num_frames)
-                writer: Writer[_LatentPiece] = stack.enter_context(Writer(lambda item: _store_latents(target, item)))
-                reader = stack.enter_context(Prefetcher(_frame_chunks(video, run)))
+                job = Job(self._callbacks, "encode", info.num_frames)
+                writer: Writer[LatentPiece] = stack.enter_context(Writer(lambda item: store_latents(target, item)))
+                reader = stack.enter_context(
+                    Prefetcher(frame_chunks(video, schedule, (height, width)), check=writer.check)
+                )
                 for piece in reader:
                     with job.timed():
                         latents, moments = run.latents(piece.chunk, piece.frames)
-                    writer.put(_LatentPiece(piece.chunk, piece.pts, latents, moments))
+                    writer.put(LatentPiece(piece.chunk, piece.pts, latents, moments))
                     job.emit(piece.chunk.num_frames, piece.chunk.num_latents, run, reader, writer)
                 cache_bytes = run.cache_bytes
             return job.report(run, cache_bytes)
@@ -278,17 +310,17 @@ class VideoSession:
             latents = store if isinstance(store, LatentStore) else open_store(store)
             _require_decodable(latents, engine.model)
             first, last = _frame_window(latents.num_frames, start, frames)
-            self._check_budget(engine, "decode", latents.height, latents.width)
+            schedule = self._admit(engine, "decode", latents.height, latents.width).schedule
             if not callable(out):
                 _require_apart(latents.path, Path(out))
-            sink = _frame_sink(latents, out, overwrite)
+            sink = frame_sink(latents, out, overwrite)
             pts = latents.frame_pts
             with ExitStack() as stack:
                 write = stack.enter_context(sink)
                 run = stack.enter_context(DecodeRun(engine, (latents.height, latents.width)))
-                job = _Job(self._callbacks, "decode", last - first)
+                job = Job(self._callbacks, "decode", last - first)
                 writer: Writer[tuple[Frames, Times]] = stack.enter_context(Writer(lambda piece: write(*piece)))
-                reader = stack.enter_context(Prefetcher(_latent_chunks(latents, last)))
+                reader = stack.enter_context(Prefetcher(latent_chunks(latents, schedule, last), check=writer.check))
                 for chunk, z_TCHW in reader:
                     with job.timed():
                         pixels = run.frames(chunk, z_TCHW)
@@ -323,145 +355,6 @@ class VideoSession:
         return scope
 
 
-# ----------------------------------------------------------------------------------------------- whole videos, parts
-
-
-@dataclass(frozen=True, slots=True)
-class _FramePiece:
-    chunk: Chunk
-    frames: Frames
-    pts: Times
-
-
-@dataclass(frozen=True, slots=True)
-class _LatentPiece:
-    chunk: Chunk
-    pts: Times
-    latents: Tensor
-    moments: Tensor | None
-
-
-def _frame_chunks(video: FrameSource, run: EncodeRun) -> Iterator[_FramePiece]:
-    """Runs in the reader thread: decode, re-block, pad."""
-    geometry, info = run.engine.model.geometry, video.info
-    plan, size = geometry.schedule, geometry.padded_size(info.height, info.width)
-    reblock = Reblocker(plan.capacity)
-
-    def piece(chunk: Chunk, frames: Frames, pts: Times) -> _FramePiece:
-        return _FramePiece(chunk, pad_frames(frames, chunk.padded_frames, *size), pts)
-
-    for block in video.blocks():
-        for index, (frames, pts) in reblock.push(block.frames_THWC, block.pts_T):
-            yield piece(plan.full(index), frames, pts)
-    rest = reblock.rest()
-    if rest is not None:
-        index, (frames, pts) = rest
-        yield piece(plan.tail(index, len(frames)), frames, pts)
-
-
-def _store_latents(target: LatentWriter, piece: _LatentPiece) -> None:
-    """Runs in the writer thread."""
-
-    def host(z_BCTHW: Tensor) -> npt.NDArray[np.float32]:
-        return cast("npt.NDArray[np.float32]", z_BCTHW[0].movedim(1, 0).float().contiguous().numpy())
-
-    moments = None if piece.moments is None else host(piece.moments)
-    target.write(piece.chunk, host(piece.latents), piece.pts, moments)
-
-
-def _latent_chunks(store: LatentStore, stop_frame: int) -> Iterator[tuple[Chunk, npt.NDArray[np.float32]]]:
-    """Runs in the reader thread: latents (t, c, h, w) of every chunk up to ``stop_frame``."""
-    for chunk in store.schedule.chunks(store.num_frames):
-        if chunk.frame_start >= stop_frame:
-            return
-        yield chunk, store.read(chunk.latent_start, chunk.latent_stop)
-
-
-class _Job:
-    """Clock and counters of one run."""
-
-    def __init__(self, callbacks: tuple[Callback, ...], direction: Direction, total: int | None) -> None:
-        self._callbacks = callbacks
-        self._direction: Direction = direction
-        self._total = total
-        self._started = time.perf_counter()
-        self._chunks = self._frames = self._latents = 0
-        self._compute_seconds = self._waited = 0.0
-
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self._compute_seconds = time.perf_counter() - started
-
-    def emit(self, num_frames: int, num_latents: int, run: Run, reader: Prefetcher[Any], writer: Writer[Any]) -> None:
-        self._frames += num_frames
-        self._latents += num_latents
-        waited = reader.wait_seconds + writer.wait_seconds
-        event = ChunkEvent(
-            direction=self._direction,
-            index=self._chunks,
-            num_frames=num_frames,
-            frames_done=self._frames,
-            frames_total=self._total,
-            num_latents=num_latents,
-            compute_seconds=self._compute_seconds,
-            wait_seconds=waited - self._waited,
-            cache_bytes=run.cache_bytes,
-            peak_device_bytes=run.meter.peak_bytes,
-            rss_bytes=rss_bytes(),
-        )
-        self._chunks, self._waited = self._chunks + 1, waited
-        for callback in self._callbacks:
-            callback(event)
-
-    def report(self, run: Run, cache_bytes: int) -> RunReport:
-        seconds = time.perf_counter() - self._started
-        return RunReport(
-            direction=self._direction,
-            frames=self._frames,
-            latent_frames=self._latents,
-            seconds=seconds,
-            frames_per_second=self._frames / seconds,
-            peak_device_bytes=run.meter.peak_bytes,
-            peak_rss_bytes=peak_rss_bytes(),
-            cache_bytes=cache_bytes,
-            offloaded_bytes=0,
-            resumed_from_frame=0,
-            complete=True,
-        )
-
-
-@contextmanager
-def _call_sink(out: Callable[[Frames], None]) -> Iterator[Callable[[Frames, Times], None]]:
-    yield lambda frames, _: out(frames)
-
-
-@contextmanager
-def _writer_sink(target: VideoWriter | FrameStoreWriter) -> Iterator[Callable[[Frames, Times], None]]:
-    with target:
-        yield target.write
-
-
-def _frame_sink(store: LatentStore, out: Any, overwrite: bool) -> Any:
-    """A context manager that gives ``write(frames, pts)`` for what ``out`` names. Nothing is created yet."""
-    if callable(out):
-        return _call_sink(out)
-    path = Path(out)
-    size: dict[str, Any] = {
-        "height": store.height,
-        "width": store.width,
-        "time_base": store.time_base,
-        "frame_rate": store.frame_rate,
-        "overwrite": overwrite,
-    }
-    if path.suffix == ".zarr":
-        check_target(path, overwrite)
-        return _writer_sink(FrameStoreWriter(path, source=store.source, **size))
-    color = store.source.get("color")
-    return _writer_sink(VideoWriter(path, color=None if color is None else ColorInfo(**color), **size))
-
-
 def _require_decodable(store: LatentStore, model: CausalVAE) -> None:
     if not store.complete:
         raise StoreError(
@@ -477,7 +370,15 @@ def _require_decodable(store: LatentStore, model: CausalVAE) -> None:
             f"model that encoded it: {store.vae.get('name_or_path') or store.vae.get('class_name')}",
             kind="format",
         )
-    if store.schedule != geometry.schedule:
+    p, size = geometry.pixels_per_latent, geometry.padded_size(store.height, store.width)
+    if store.latents.shape[2:] != (size[0] // p, size[1] // p):
+        raise StoreError(
+            f"{store.path} holds latents of {store.latents.shape[3]}x{store.latents.shape[2]} for frames of "
+            f"{store.width}x{store.height}, the model makes {size[1] // p}x{size[0] // p} of them; use the model that "
+            "encoded it",
+            kind="format",
+        )
+    if not geometry.schedule.same_latents(store.schedule):
         raise ScheduleError(
             f"{store.path} was encoded in chunks {store.schedule.to_dict()}, "
             f"the model runs {geometry.schedule.to_dict()}"
@@ -504,6 +405,14 @@ def _require_representation(representation: str, seed: int) -> None:
         raise ModelError(f"representation {representation!r} is not known; choose mode, moments or sample")
     if seed < 0:
         raise ModelError(f"seed {seed} is negative; seeds are whole numbers from 0")
+
+
+def _as_rate(frame_rate: Fraction | float | None) -> Fraction | None:
+    if frame_rate is None:
+        return None
+    if not math.isfinite(frame_rate):
+        raise SourceError(f"frame_rate={frame_rate} is not a number of frames per second above 0", kind="range")
+    return Fraction(frame_rate).limit_denominator(1 << 20)
 
 
 def _path_of(source: Any) -> Path | None:

@@ -47,13 +47,19 @@ def decode_chunk(
     return frames
 
 
-def sample_posterior(moments_BCTHW: Tensor, *, seed: int, chunk: int) -> Tensor:
+def sample_posterior(moments_BCTHW: Tensor, *, seed: int, first_latent: int) -> Tensor:
     """A sample of the posterior, (B, c, t, h, w) float32 on the host, from moments on the host.
 
-    The noise of a chunk depends on ``seed`` and the number of the chunk only, so it is the same on every device and
-    when a run is continued. The log variance is clamped to [-30, 20] as diffusers does.
+    The noise of a latent frame depends on ``seed`` and its number in the video only (``first_latent`` is that of the
+    first one here), so it is the same on every device, for every cut into chunks, and when a run is continued. The log
+    variance is clamped to [-30, 20] as diffusers does.
     """
     mean, log_variance = moments_BCTHW.float().chunk(2, dim=1)
     # numpy mixes both numbers into the whole state; torch's CPU generator looks at 32 bits of its seed only.
-    noise = torch.from_numpy(np.random.default_rng([seed, chunk]).standard_normal(mean.shape, dtype=np.float32))
+    B, C, T, H, W = mean.shape
+    frames = [
+        np.random.default_rng([seed, first_latent + t]).standard_normal((B, C, H, W), dtype=np.float32)
+        for t in range(T)
+    ]
+    noise = torch.from_numpy(np.stack(frames, axis=2))
     return torch.exp(log_variance.clamp(-30.0, 20.0).mul_(0.5)).mul_(noise).add_(mean)

@@ -21,9 +21,20 @@ import zarr
 from longvid.errors import ScheduleError, StoreError
 from longvid.schedule import ChunkSchedule
 
-__all__ = ["FORMAT_VERSION", "OWN_NAMES", "PARTIAL_ROOT", "LatentStore", "check_target", "open_store", "read_json"]
+__all__ = [
+    "FORMAT_VERSION",
+    "MISSING",
+    "OWN_NAMES",
+    "PARTIAL_ROOT",
+    "LatentStore",
+    "check_target",
+    "open_store",
+    "read_json",
+]
 
 FORMAT_VERSION = 1
+MISSING = -(2**63)
+"fill value of whole-number arrays, so that a missing chunk cannot pass for data"
 PARTIAL_ROOT = ".zarr.json.partial"
 "what the root metadata is called while it is being written"
 _LATENT_ARRAYS = ("latents", "moments", "t", "frame_start", "frame_stop", "frame_pts")
@@ -209,11 +220,15 @@ def open_store(path: str | os.PathLike[str]) -> LatentStore:
     try:
         group = zarr.open_group(where, mode="r", use_consolidated=True)
         arrays = dict(group.arrays())
+        frame_pts = np.asarray(arrays["frame_pts"][:], np.int64)
+        if (frame_pts == MISSING).any():
+            raise ValueError("time stamps of frames are missing")
+        _ = attributes["source"]["height"], attributes["source"]["width"], attributes["vae"]
         return LatentStore(
             path=where,
             latents=arrays["latents"],
             moments=arrays.get("moments"),
-            frame_pts=np.asarray(arrays["frame_pts"][:], np.int64),
+            frame_pts=frame_pts,
             attrs=attributes,
             schedule=ChunkSchedule.from_dict(facts["chunk_plan"]),
         )

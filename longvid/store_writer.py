@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,7 +29,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from longvid import __version__
 from longvid.errors import StoreError
 from longvid.schedule import Chunk, ChunkSchedule
-from longvid.store import FORMAT_VERSION, OWN_NAMES, PARTIAL_ROOT, check_target, read_json
+from longvid.store import FORMAT_VERSION, MISSING, OWN_NAMES, PARTIAL_ROOT, check_target, read_json
 from longvid.video.frames import SourceInfo
 
 __all__ = ["FrameStoreWriter", "LatentWriter"]
@@ -38,7 +39,7 @@ _MOST_LATENTS_PER_CHUNK = 64
 _COORDINATE_CHUNK = 4096
 
 
-class _Writer:
+class _Writer(ABC):
     """Life of a store that is being written: created on entering, published in steps, completed on a clean exit."""
 
     def __init__(self, path: str | os.PathLike[str], attributes: dict[str, Any], overwrite: bool) -> None:
@@ -52,8 +53,7 @@ class _Writer:
     def __enter__(self) -> Self:
         check_target(self.path, self._overwrite)
         with _disk_errors(self.path):
-            if self.path.exists():
-                shutil.rmtree(self.path)
+            self._clear()
             self._created = True
             try:
                 self._group = zarr.create_group(self.path, attributes=self._attributes, zarr_format=3)
@@ -72,6 +72,23 @@ class _Writer:
         finally:
             if not self._published:
                 self._remove()
+
+    def _clear(self) -> None:
+        """Take away the store that is to be replaced. Cut short, it is left as one of ours that holds nothing."""
+        if not (self.path / "zarr.json").exists():
+            return
+        facts = read_json(self.path / "zarr.json")["attributes"]["longvid"]
+        emptied = {"longvid": {**facts, "status": "writing", "num_frames": 0}}
+        self._write_root({"zarr_format": 3, "node_type": "group", "attributes": emptied})
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+        (self.path / "zarr.json").unlink()
+
+    def _write_root(self, root: dict[str, Any]) -> None:
+        partial = self.path / PARTIAL_ROOT
+        partial.write_text(json.dumps(root, indent=2), encoding="utf-8")
+        partial.replace(self.path / "zarr.json")
 
     def _complete(self) -> None:
         with _disk_errors(self.path):
@@ -97,9 +114,7 @@ class _Writer:
             "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": members},
         }
         # zarr.consolidate_metadata keeps the attributes that are stored, so status and lengths would need two writes.
-        partial = self.path / PARTIAL_ROOT
-        partial.write_text(json.dumps(root, indent=2), encoding="utf-8")
-        partial.replace(self.path / "zarr.json")
+        self._write_root(root)
         self._published = True
 
     def _array(
@@ -113,7 +128,7 @@ class _Writer:
     ) -> None:
         """An array of length 0 in time, with the codecs, names and fill of this format."""
         item = np.dtype(dtype)
-        fill: Any = float("nan") if item.kind == "f" else (0 if item.kind == "u" else -1)
+        fill: Any = float("nan") if item.kind == "f" else (0 if item.kind == "u" else MISSING)
         self._arrays[name] = self._group.create_array(
             name,
             shape=(0, *shape),
@@ -141,11 +156,13 @@ class _Writer:
     num_frames = 0
     "true frames in what is, or is about to be, published"
 
+    @abstractmethod
     def _create_arrays(self) -> None:
-        raise NotImplementedError
+        """Make the empty arrays."""
 
+    @abstractmethod
     def _flush(self) -> None:
-        raise NotImplementedError
+        """Write what is still buffered."""
 
 
 class LatentWriter(_Writer):

@@ -14,10 +14,12 @@ RANKS = {
     "errors": 0, "units": 0, "events": 0, "video.frames": 0,
     "schedule": 1, "memory": 1, "pipeline": 1, "reblock": 1,
     "video.color": 1, "video.container": 1, "video.arrays": 1, "video.reader": 1.3, "video.writer": 1.3,
-    "video.sources": 1.5,
+    "video.sources": 1.5, "video.picture": 1,
     "cache": 2, "store": 2, "store_writer": 2.5,
-    "models.base": 3, "models.layers": 3, "models.cogvideox": 3.5, "models.loading": 3.7,
-    "step": 4, "plan": 4.5, "engine": 5, "push": 5.5, "session": 6,
+    "models.base": 3, "models.layers": 3, "models.cogvideox": 3.5, "models.tiny": 3.5,
+    "models.loading": 3.7,
+    "step": 4, "plan": 4.5, "engine": 5, "push": 5.5, "feeds": 5.5, "job": 5.5, "session": 6,
+    "train.footage": 4, "train.fit": 5, "train.__main__": 9,
     "progress": 7, "cli": 8, "__main__": 9, "demo.__main__": 9,
 }  # fmt: skip
 NO_TORCH = ("schedule", "reblock", "pipeline", "video.", "store", "cli", "progress", "errors", "units", "events")

@@ -1,6 +1,7 @@
 """The command line as users and scripts meet it: a real process, exit codes, one clear line, nothing left behind."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -139,7 +140,8 @@ def bad_inputs(tmp_path, store):
         "pickled weights": (["encode", CLIP, out, "--model", pickled], 6, "pickled weights"),
         "unknown model": (["encode", CLIP, out, "--model", "nothing"], 6, "neither a folder"),
         "no weights": (["encode", CLIP, out, "--model", "cogvideox-nano"], 6, "--random-weights SEED"),
-        "tiny is to come": (["encode", CLIP, out], 6, "not trained yet"),
+        "chunks of its own": (["encode", CLIP, out, *NANO, "--chunk-frames", 16], 2, "leave chunk_frames out"),
+        "chunks of no latents": (["encode", CLIP, out, "--chunk-frames", 6], 2, "multiple of frames_per_latent"),
         "foreign folder": (["encode", CLIP, foreign, *small], 4, "thesis"),
         "foreign folder, overwrite": (["encode", CLIP, foreign, *small, "--overwrite"], 4, "thesis"),
         "store exists": (["encode", CLIP, store, *small], 4, "--overwrite"),
@@ -161,8 +163,9 @@ def bad_inputs(tmp_path, store):
 CASES = [
     "missing file", "a folder", "text file", "truncated mp4", "truncated mkv", "mp4 without its index", "audio only",
     "zero frames", "start beyond the end", "wrong folder as model", "pickled weights", "unknown model", "no weights",
-    "tiny is to come", "foreign folder", "foreign folder, overwrite", "store exists", "no such parent",
-    "budget too small", "decode of nothing", "decode of a foreign folder", "decode to an unknown format",
+    "chunks of its own", "chunks of no latents", "foreign folder", "foreign folder, overwrite", "store exists",
+    "no such parent", "budget too small", "decode of nothing", "decode of a foreign folder",
+    "decode to an unknown format",
     "decode beyond the end", "decode with a budget too small", "info of a foreign folder", "unknown device",
     "offload is to come", "decode onto itself", "decode into itself",
 ]  # fmt: skip
@@ -294,6 +297,20 @@ def test_demo(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["demo", "--out", str(tmp_path / "out")])
     assert demo.main() == 0
     out = capsys.readouterr().out
-    assert "weights are random" in out
     assert "peak tensor memory" in out
+    assert float(re.search(r"([0-9.]+) dB PSNR", out)[1]) > 20
+    for name in ("clip.zarr", "back.mp4", "side-by-side.png"):
+        assert str(tmp_path / "out" / name) in out
+        assert (tmp_path / "out" / name).exists()
     assert longvid.open_store(tmp_path / "out" / "clip.zarr").complete
+
+
+def test_first_try_without_a_model(run, tmp_path):
+    """What a newcomer types."""
+    code, _, err = run("encode", CLIP, tmp_path / "out.zarr", "--frames", "9")
+    assert code == 0, err
+    code, out, _ = run("info", tmp_path / "out.zarr")
+    assert code == 0
+    assert "model     tiny" in out
+    code, _, err = run("decode", tmp_path / "out.zarr", tmp_path / "back.mp4", "--chunk-frames", "4")
+    assert code == 0, err

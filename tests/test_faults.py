@@ -118,7 +118,6 @@ def test_a_whole_encode_that_fails_leaves_no_tensors_threads_or_half_written_sto
     import threading
 
     long = np.concatenate([frames()] * 2)
-    threads = threading.active_count()
     with VideoSession(vae) as session:
         hook = failing(vae.encoder.conv_out.conv, chunk, error)
         tracker = AllocationTracker()
@@ -127,7 +126,7 @@ def test_a_whole_encode_that_fails_leaves_no_tensors_threads_or_half_written_sto
         hook.remove()
         gc.collect()
         assert tracker.live_bytes == 0
-        assert threading.active_count() <= threads + 1  # zarr keeps one event loop thread
+        assert not [t.name for t in threading.enumerate() if t.name.startswith("longvid")]
         assert list(tmp_path.iterdir()) == []  # nothing had been published yet
         assert session.encode(long, tmp_path / "a.zarr").complete
 

@@ -145,7 +145,6 @@ def test_bad_folders(make, said, tmp_path):
     [
         ("no-such-thing", "neither a folder, nor a hub id"),
         ("/no/such/folder", "neither a folder"),
-        ("tiny", "not trained yet"),
         (42, "a int cannot be loaded"),
         (torch.nn.Linear(1, 1), "a Linear cannot be loaded"),
     ],

@@ -94,3 +94,29 @@ def test_an_error_of_the_producer_drops_what_waits():
         raise KeyError
     assert len(got) < 5
     assert not any(t.name == "dropped" for t in threading.enumerate())
+
+
+def test_a_failed_writer_is_heard_of_while_the_source_is_silent():
+    silence = threading.Event()
+
+    def source():
+        yield 1
+        silence.wait(30)
+        yield 2
+
+    def fail(_):
+        raise OSError("disk")
+
+    started = time.monotonic()
+    with (
+        pytest.raises(OSError, match="disk"),
+        Writer(fail) as writer,
+        Prefetcher(source(), check=writer.check) as items,
+    ):
+        for item in items:
+            writer.put(item)
+            assert item == 1
+            timer = threading.Timer(1.0, silence.set)  # the thread must end before the reader can be left
+            timer.start()
+    assert time.monotonic() - started < 20
+    timer.join()

@@ -10,9 +10,12 @@ from longvid.errors import ScheduleError
 from longvid.schedule import ChunkSchedule
 
 plans = st.builds(
-    lambda per_latent, k: ChunkSchedule(chunk_frames=per_latent * k, frames_per_latent=per_latent),
+    lambda per_latent, k, whole: ChunkSchedule(
+        chunk_frames=per_latent * k, frames_per_latent=per_latent, whole_chunks=whole
+    ),
     st.integers(1, 8),
     st.integers(1, 6),
+    st.booleans(),
 )
 
 
@@ -23,6 +26,31 @@ def test_the_cogvideox_plan():
     assert [c.num_latents for c in plan.chunks(30)] == [3, 2, 2, 2]
     assert [plan.num_latents(n) for n in (1, 2, 9, 10, 17)] == [1, 3, 3, 5, 5]
     assert [plan.frame_range(i) for i in range(3)] == [(0, 1), (1, 5), (5, 9)]
+
+
+def test_a_plan_that_pads_to_latents_only():
+    plan = ChunkSchedule(chunk_frames=16, whole_chunks=False)
+    assert [c.padded_frames for c in plan.chunks(30)] == [17, 16]
+    assert [c.padded_frames for c in plan.chunks(22)] == [17, 8]
+    assert [c.num_latents for c in plan.chunks(22)] == [5, 2]
+    assert [plan.num_latents(n) for n in (1, 2, 5, 6, 17, 18)] == [1, 2, 2, 3, 5, 6]
+
+
+@given(st.integers(1, 2000), st.integers(1, 16), st.integers(1, 16))
+def test_latents_that_do_not_depend_on_the_cut(num_frames, k, m):
+    a, b = (ChunkSchedule(chunk_frames=4 * n, whole_chunks=False) for n in (k, m))
+    assert a.num_latents(num_frames) == b.num_latents(num_frames)
+    assert a.same_latents(b)
+    assert a.same_latents(ChunkSchedule(chunk_frames=4 * k)) is False
+    assert ChunkSchedule(chunk_frames=4 * k).same_latents(ChunkSchedule(chunk_frames=4 * m)) is (k == m)
+
+
+@given(plans, st.integers(1, 2000))
+def test_a_tail_is_known_by_its_latents(plan, num_frames):
+    last = list(plan.chunks(num_frames))[-1]
+    by_latents = plan.tail_of_latents(last.index, last.num_latents)
+    assert by_latents.num_frames == last.padded_frames
+    assert (by_latents.latent_start, by_latents.latent_stop) == (last.latent_start, last.latent_stop)
 
 
 def test_one_frame_is_a_chunk_of_its_own():

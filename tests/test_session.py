@@ -1,6 +1,7 @@
 """Life of a session: what it refuses, and that misuse never disturbs what runs."""
 
 import copy
+import dataclasses
 import multiprocessing
 import os
 import threading
@@ -363,3 +364,90 @@ def test_output_onto_input_is_refused(vae, frames, tmp_path):
         assert open_store(tmp_path / "a.zarr").num_frames == len(frames)
         with pytest.raises(ModelError, match="negative"):
             session.encoder(representation="sample", seed=-1)
+
+
+def test_videos_that_have_not_started_count_as_planned(vae, frames):
+    """Contexts come into being with the first chunk; the budget holds all the same."""
+    need = make_plan(vae, height=24, width=40)
+    first = frames[:1]  # not a whole chunk: nothing runs yet
+    with VideoSession(vae, memory=need.encode.projected_bytes + need.encode.cache_bytes) as session:
+        with session.encoder() as a, session.encoder() as b, session.encoder() as c:
+            a.push(first)
+            b.push(first)
+            assert a.cache_bytes == b.cache_bytes == 0
+            with pytest.raises(MemoryBudgetError, match="contexts of other open videos"):
+                c.push(first)
+        with session.encoder() as d:  # the others have ended
+            d.push(first)
+
+
+def test_a_small_video_beside_a_large_one_is_checked_for_both(vae, frames):
+    large, small = make_plan(vae, height=24, width=40).encode, make_plan(vae, height=8, width=8).encode
+    for spare, fits in ((small.cache_bytes, True), (small.cache_bytes - 1, False)):
+        with (
+            VideoSession(vae, memory=large.projected_bytes + spare) as session,
+            session.encoder() as a,
+            session.encoder() as b,
+        ):
+            a.push(frames[:1])
+            if fits:
+                b.push(frames[:1, :8, :8])
+            else:
+                with pytest.raises(MemoryBudgetError, match="beside a larger video"):
+                    b.push(frames[:1, :8, :8])
+
+
+def test_chunks_get_shorter_for_a_second_video():
+    small = make_plan("tiny", height=16, width=16).decode
+    short = make_plan("tiny", height=64, width=64, chunk_frames=4).decode
+    memory = short.projected_bytes + small.cache_bytes
+    with VideoSession("tiny", device="cpu", memory=memory) as session, session.decoder() as a, session.decoder() as b:
+        a.push(torch.zeros(1, 16, 1, 2, 2))
+        b.push(torch.zeros(1, 16, 1, 8, 8))
+        assert a.admission.schedule.chunk_frames == 16
+        assert b.admission.schedule.chunk_frames == 4
+
+
+def test_samples_do_not_depend_on_the_cut(frames):
+    got = []
+    for n in (4, 16):
+        with (
+            VideoSession("tiny", device="cpu", chunk_frames=n) as session,
+            session.encoder(representation="sample", seed=5) as encoder,
+        ):
+            got.append(torch.cat([encoder.push(frames), encoder.finish()], dim=2))
+    assert torch.allclose(got[0], got[1], atol=1e-4)
+    with VideoSession("tiny", device="cpu") as session, session.encoder(representation="sample", seed=6) as encoder:
+        other = torch.cat([encoder.push(frames), encoder.finish()], dim=2)
+    assert not torch.allclose(other, got[0], atol=1e-3)
+
+
+def test_a_store_of_another_spatial_compression_is_refused(vae, frames, tmp_path):
+    with VideoSession(vae) as session:
+        session.encode(frames, tmp_path / "a.zarr")
+    other = copy.deepcopy(vae)
+    other.geometry = dataclasses.replace(vae.geometry, pixels_per_latent=4)
+    with VideoSession(other) as session, pytest.raises(StoreError, match="latents of 5x3 for frames of 40x24"):
+        session.decode(tmp_path / "a.zarr", tmp_path / "a.mp4")
+
+
+def test_odd_calls_get_our_errors(vae, frames, tmp_path):
+    with pytest.raises(ValueError, match="'lots' is not a size"):
+        VideoSession(vae, memory="lots")
+    with VideoSession(vae) as session:
+        for options, error, said in (
+            ({"store_dtype": "bfloat16"}, StoreError, "choose float16 or float32"),
+            ({"frame_rate": float("nan")}, SourceError, "frame_rate=nan"),
+            ({"frame_rate": float("inf")}, SourceError, "frame_rate=inf"),
+        ):
+            with pytest.raises(error, match=said):
+                session.encode(frames, tmp_path / "a.zarr", **options)
+        with session.encoder() as encoder:
+            encoder.push(frames[:0])
+            with pytest.raises(SourceError, match="no frames"):
+                encoder.finish()
+        with session.decoder(size=(100, 100)) as decoder, pytest.raises(ScheduleError, match="crop to 100x100"):
+            decoder.push(torch.zeros(1, 16, 1, 2, 2))
+        with session.decoder() as decoder, pytest.raises(ScheduleError, match="latents are"):
+            decoder.push(torch.zeros(1, 16, 1, 0, 2))
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +19,12 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longvid import StoreError, open_store
+from longvid import SourceError, StoreError, open_store
 from longvid.schedule import ChunkSchedule
 from longvid.store import OWN_NAMES, check_target
 from longvid.store_writer import FrameStoreWriter, LatentWriter
 from longvid.video.frames import ColorInfo, SourceInfo
+from longvid.video.sources import open_source
 
 SHAPE = (16, 2, 3)
 PLAN = ChunkSchedule()
@@ -324,7 +326,7 @@ def test_a_foreign_file_that_appears_meanwhile_survives_a_failure(tmp_path):
     assert (tmp_path / "a.zarr" / "thesis.txt").read_text() == "work"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full's family of errors")
+@pytest.mark.skipif(sys.platform != "linux", reason="file-size limits and their signal are Linux's")
 def test_a_disk_that_says_no_is_a_store_error(tmp_path):
     """A file-size limit stands in for a full disk: the kernel refuses the write for real."""
     code = (
@@ -418,3 +420,68 @@ def test_variable_frame_rate_times(tmp_path):
     np.testing.assert_allclose(data.t, np.array([0, 10, 42, 102]) / 10)
     np.testing.assert_array_equal(data.frame_pts, pts)
     assert open_store(tmp_path / "a.zarr").frame_rate is None
+
+
+def frame_store(path, **options):
+    return FrameStoreWriter(
+        path, height=90, width=120, time_base=Fraction(1, 25), frame_rate=Fraction(25), source={"name": "a"}, **options
+    )
+
+
+def test_a_store_of_frames_cut_short_is_not_a_source(tmp_path):
+    """Its arrays may already be longer than what was published."""
+    frames = np.full((200, 90, 120, 3), 7, np.uint8)
+    with pytest.raises(KeyboardInterrupt), frame_store(tmp_path / "f.zarr") as store:
+        store.write(frames, np.arange(200))
+        assert store._published
+        raise KeyboardInterrupt
+    with pytest.raises(SourceError, match="incomplete") as caught:
+        open_source(tmp_path / "f.zarr")
+    assert caught.value.kind == "truncated"
+    with frame_store(tmp_path / "f.zarr", overwrite=True) as store:
+        store.write(frames, np.arange(200))
+    with open_source(tmp_path / "f.zarr") as again:
+        assert sum(len(b.frames_THWC) for b in again.blocks()) == 200
+
+
+@pytest.mark.parametrize("survivors", [0, 1, 4])
+def test_replacing_cut_short_never_shows_the_old_store_as_whole(tmp_path, monkeypatch, survivors):
+    """After any number of deletions the folder is one of ours, says that it holds nothing, and can be replaced."""
+    write(tmp_path / "a.zarr", 30)
+    deleted, real = [], shutil.rmtree
+
+    def rmtree(path, **options):
+        if len(deleted) == survivors:
+            raise KeyboardInterrupt
+        deleted.append(path)
+        real(path, **options)
+
+    monkeypatch.setattr("longvid.store_writer.shutil.rmtree", rmtree)
+    with pytest.raises(KeyboardInterrupt), writer(tmp_path / "a.zarr", overwrite=True):
+        pass
+    monkeypatch.undo()
+    if (tmp_path / "a.zarr").exists():
+        with pytest.raises(StoreError, match="nothing was published") as caught:
+            open_store(tmp_path / "a.zarr")
+        assert caught.value.kind == "incomplete"
+    write(tmp_path / "a.zarr", 5, overwrite=True)
+    assert open_store(tmp_path / "a.zarr").num_frames == 5
+
+
+def test_missing_time_stamps_are_not_data(tmp_path):
+    write(tmp_path / "a.zarr", 30)
+    shutil.rmtree(tmp_path / "a.zarr" / "frame_pts" / "c")
+    with pytest.raises(StoreError, match="time stamps of frames are missing") as caught:
+        open_store(tmp_path / "a.zarr")
+    assert caught.value.kind == "corrupt"
+
+
+@pytest.mark.parametrize("attribute", ["source", "vae"])
+def test_missing_facts_are_damage(tmp_path, attribute):
+    write(tmp_path / "a.zarr", 5)
+    root = tmp_path / "a.zarr" / "zarr.json"
+    content = json.loads(root.read_text())
+    del content["attributes"][attribute]
+    root.write_text(json.dumps(content))
+    with pytest.raises(StoreError, match="damaged"):
+        open_store(tmp_path / "a.zarr")

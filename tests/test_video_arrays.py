@@ -244,3 +244,9 @@ def test_other_zarr_groups_are_refused(tmp_path):
     refused(tmp_path / "array.zarr", "layout", "zarr group")
     group.attrs["longvid"] = {"frame_rate": "fast"}
     refused(tmp_path / "latents.zarr", "layout", "fast")
+
+
+def test_chunks_that_cannot_be_held_are_refused(tmp_path):
+    array = zarr.create_array(tmp_path / "a.zarr", shape=(6000, 1080, 1920, 3), chunks=(3000, 64, 64, 3), dtype="u1")
+    with pytest.raises(SourceError, match=r"chunks of 3000 frames of 1920x1080, 17\.4 GiB each"):
+        ArrayFrames(array)

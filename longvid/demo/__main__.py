@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from longvid.progress import ProgressBar
 from longvid.units import format_bytes
+
+if TYPE_CHECKING:
+    from longvid.engine import Frames
 
 CLIP = Path(__file__).with_name("clip.mp4")
 
@@ -18,35 +23,47 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder to write to (default: %(default)s)")
     args = parser.parse_args()
 
+    import numpy as np
+
     import longvid as lv
+    from longvid.video.picture import side_by_side, write_png
+    from longvid.video.reader import VideoFile
 
     args.out.mkdir(parents=True, exist_ok=True)
-    store_path, back = args.out / "clip.zarr", args.out / "back.mp4"
-    print("longvid demo: no trained model ships with this version. The weights are random, so the")
-    print("decoded picture is noise; everything else (video, schedule, cache, zarr, memory) is real.\n")
-    model = lv.load_model("cogvideox-nano", random_weights=0)
-    with ProgressBar() as bar, lv.VideoSession(model, device="cpu", callbacks=[bar]) as session:
+    store_path, back, picture = args.out / "clip.zarr", args.out / "back.mp4", args.out / "side-by-side.png"
+    print("longvid demo: the built-in model tiny, for previews; docs/models.md tells how to use real weights.\n")
+    pieces: list[Frames] = []
+    with ProgressBar() as bar, lv.VideoSession("tiny", device="cpu", callbacks=[bar]) as session:
         encoded = session.encode(CLIP, store_path, overwrite=True)
         decoded = session.decode(store_path, back, overwrite=True)
+        session.decode(store_path, pieces.append)  # what the model gives, before it is compressed as mp4
+    with VideoFile(CLIP) as video:
+        source = np.concatenate([block.frames_THWC for block in video.blocks()])
+    result = np.concatenate(pieces)
+    psnr = 10 * math.log10(255**2 / np.square(source.astype(np.float32) - result).mean())
+    shown = [0, len(source) // 2, len(source) - 1]
+    write_png(picture, side_by_side([[source[t], result[t]] for t in shown]))
+
     store = lv.open_store(store_path)
-    plan = lv.make_plan(model, height=store.height, width=store.width)
-    pixels = store.num_frames * store.height * store.width * 3
-    print(
-        f"\nsource   {CLIP.name}: {store.num_frames} frames of {store.width}x{store.height}, {format_bytes(pixels)} raw"
-    )
-    print(
-        f"latents  {store_path}: {tuple(store.latents.shape)} {store.latents.dtype}, {format_bytes(store.stored_bytes)}"
-    )
-    print(f"back     {back}: {decoded.frames} frames, {format_bytes(back.stat().st_size)}")
+    plan = lv.make_plan("tiny", height=store.height, width=store.width)
+    raw, latents = source.nbytes, store.latents
+    print(f"\nsource   {CLIP}")
+    print(f"         {store.num_frames} frames of {store.width}x{store.height}, {format_bytes(raw)} as pixels")
+    print(f"latents  {store_path}")
+    print(f"         {tuple(latents.shape)} {latents.dtype}, {format_bytes(store.stored_bytes)}")
+    print(f"back     {back}")
+    print(f"         {decoded.frames} frames, {psnr:.2f} dB PSNR before mp4 compression")
+    print(f"look     {picture}")
+    print("         left the source, right what came back; first, middle and last frame")
     for report, part in ((encoded, plan.encode), (decoded, plan.decode)):
         print(
-            f"{report.direction}   {report.frames_per_second:.1f} frames/s; peak tensor memory "
+            f"{report.direction}   {report.frames_per_second:.0f} frames/s; peak tensor memory "
             f"{format_bytes(report.peak_device_bytes)} (planned {format_bytes(part.projected_bytes)}), "
             f"of which contexts {format_bytes(report.cache_bytes)}"
         )
     print(f"process  peak resident memory {format_bytes(decoded.peak_rss_bytes)}")
     print(f"\nOpen the latents: python -c \"import xarray; print(xarray.open_zarr('{store_path}'))\"")
-    return 0 if encoded.frames == decoded.frames == store.num_frames else 1
+    return 0 if encoded.frames == decoded.frames == len(result) == len(source) else 1
 
 
 if __name__ == "__main__":

@@ -13,9 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from longvid.cache import ConvCache
+from longvid.errors import ScheduleError
 from longvid.schedule import ChunkSchedule
 
 __all__ = ["CausalVAE", "LatentGeometry", "placed"]
+
+
+_LONGEST_CHUNK = 1024
+"frames; host memory holds several chunks"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,12 +33,36 @@ class LatentGeometry:
     pixels_per_latent: int
     "spatial compression; frame sizes must be multiples of it"
     chunk_frames: int
-    "frames of a chunk after the first"
+    "frames of a chunk after the first; for a chunk-invariant model only what is usual"
+    chunk_invariant: bool = False
+    "whether the result does not depend on the cut, beyond rounding: no norm runs over time"
 
     @property
     def schedule(self) -> ChunkSchedule:
-        """The chunk plan."""
-        return ChunkSchedule(chunk_frames=self.chunk_frames, frames_per_latent=self.frames_per_latent)
+        """The model's own chunk plan."""
+        return self.schedule_for(None)
+
+    def schedule_for(self, chunk_frames: int | None) -> ChunkSchedule:
+        """The plan with chunks of another length.
+
+        Args:
+            chunk_frames: frames of a chunk after the first; None for the model's own.
+
+        Raises:
+            ScheduleError: that length is not whole latents, or the result would depend on it.
+        """
+        if chunk_frames is not None and chunk_frames != self.chunk_frames and not self.chunk_invariant:
+            raise ScheduleError(
+                f"chunks of {chunk_frames} frames were asked for, but this model's norms run over a chunk, so its "
+                f"result is defined by chunks of {self.chunk_frames}; leave chunk_frames out"
+            )
+        if chunk_frames is not None and chunk_frames > _LONGEST_CHUNK:
+            raise ScheduleError(f"chunks of {chunk_frames} frames are longer than {_LONGEST_CHUNK}; nothing is gained")
+        return ChunkSchedule(
+            chunk_frames=self.chunk_frames if chunk_frames is None else chunk_frames,
+            frames_per_latent=self.frames_per_latent,
+            whole_chunks=not self.chunk_invariant,
+        )
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
         """The frame size after padding up to whole latents."""

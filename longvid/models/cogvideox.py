@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -187,6 +187,8 @@ class CogVideoXVAE(nn.Module):
     """
 
     class_name = "AutoencoderKLCogVideoX"
+    weights_dtype: ClassVar[torch.dtype | None] = None
+    "what weights are read as; None for as they are stored"
 
     def __init__(self, config: CogVideoXConfig, origin: Mapping[str, Any] | None = None) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import safetensors.torch
 import torch
@@ -20,11 +20,17 @@ from torch import Tensor, nn
 from longvid.errors import ModelError
 from longvid.models.base import CausalVAE
 from longvid.models.cogvideox import CogVideoXVAE
+from longvid.models.tiny import TinyVAE
 
-__all__ = ["ARCHITECTURES", "load_model"]
+__all__ = ["ARCHITECTURES", "BUILT_IN", "load_model"]
 
-FAMILIES: tuple[type[CogVideoXVAE], ...] = (CogVideoXVAE,)
-"Model families; each reads the diffusers configs of its ``class_name``."
+Native: TypeAlias = CogVideoXVAE | TinyVAE
+
+FAMILIES: tuple[type[Native], ...] = (CogVideoXVAE, TinyVAE)
+"Model families; each reads the configs of its ``class_name``."
+
+BUILT_IN: dict[str, Path] = {"tiny": Path(__file__).parent.with_name("weights") / "tiny"}
+"Models whose weights are in the package."
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cogvideox-2b": {"_class_name": "AutoencoderKLCogVideoX", "scaling_factor": 1.15258426},
@@ -45,14 +51,15 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def load_model(source: Any, *, random_weights: int | None = None, revision: str | None = None) -> CausalVAE:
+def load_model(source: Any = "tiny", *, random_weights: int | None = None, revision: str | None = None) -> CausalVAE:
     """Load a causal video VAE. The dtype is that of the weights; the device is the CPU.
 
     Args:
-        source: a folder in diffusers format (``config.json`` and safetensors, or a pipeline folder with a ``vae``
-            subfolder); a hub id such as ``"zai-org/CogVideoX-2b"`` (needs ``huggingface_hub``); a diffusers
-            ``AutoencoderKLCogVideoX`` instance, whose weights are shared, not copied; the name of a known
-            architecture; or a model that is a CausalVAE already, which is returned.
+        source: ``"tiny"``, the small model whose weights are in the package; a folder in diffusers format
+            (``config.json`` and safetensors, or a pipeline folder with a ``vae`` subfolder) or one that
+            ``python -m longvid.train`` wrote; a hub id such as ``"zai-org/CogVideoX-2b"`` (needs
+            ``huggingface_hub``); a diffusers ``AutoencoderKLCogVideoX`` instance, whose weights are shared, not
+            copied; the name of a known architecture; or a model that is a CausalVAE already, which is returned.
         random_weights: seed. Builds a known architecture with random weights, for benchmarks and tests.
         revision: branch, tag or commit of a hub id.
 
@@ -72,6 +79,10 @@ def load_model(source: Any, *, random_weights: int | None = None, revision: str 
 
 
 def _load_named(name: str, random_weights: int | None, revision: str | None) -> CausalVAE:
+    if name in BUILT_IN:
+        if random_weights is not None:
+            raise ModelError(f"{name} has weights of its own; leave out random_weights")
+        return _load_folder(BUILT_IN[name], {"name_or_path": name})
     if Path(name).is_dir():
         if random_weights is not None:
             raise ModelError(f"{name} is a folder with weights of its own; leave out random_weights")
@@ -80,14 +91,9 @@ def _load_named(name: str, random_weights: int | None, revision: str | None) -> 
         return _build_architecture(name, random_weights)
     if random_weights is None and _HUB_ID.fullmatch(name) and not Path(name).parent.is_dir():
         return _load_hub(name, revision)
-    if name == "tiny":
-        raise ModelError(
-            "the built-in model 'tiny' is not trained yet in this version; name a folder or hub id of a CogVideoX "
-            "VAE, or try the engine with model 'cogvideox-nano' and random weights (--random-weights 0)"
-        )
     raise ModelError(
-        f"no model {name!r}: it is neither a folder, nor a hub id (owner/name), nor one of the known architectures "
-        f"{', '.join(ARCHITECTURES)}"
+        f"no model {name!r}: it is neither a folder, nor a hub id (owner/name), nor one of {', '.join(BUILT_IN)} "
+        f"(with weights) and {', '.join(ARCHITECTURES)} (architectures)"
     )
 
 
@@ -122,7 +128,10 @@ def _load_folder(folder: Path, origin: Mapping[str, Any]) -> CausalVAE:
     config = _read_json(folder / "config.json", folder)
     with torch.device("meta"):
         model = _build(config, {"revision": None, **origin})
-    _assign(model, _read_weights(folder), str(folder))
+    weights = _read_weights(folder)
+    if model.weights_dtype is not None:
+        weights = {key: tensor.to(model.weights_dtype) for key, tensor in weights.items()}
+    _assign(model, weights, str(folder))
     return _sealed(model)
 
 
@@ -142,7 +151,7 @@ def _wrap_instance(instance: Any) -> CausalVAE:
     return _sealed(model)
 
 
-def _build(config: Mapping[str, Any], origin: Mapping[str, Any]) -> CogVideoXVAE:
+def _build(config: Mapping[str, Any], origin: Mapping[str, Any]) -> Native:
     class_name = config.get("_class_name")
     for family in FAMILIES:
         if family.class_name == class_name:
@@ -151,7 +160,7 @@ def _build(config: Mapping[str, Any], origin: Mapping[str, Any]) -> CogVideoXVAE
     raise ModelError(f"the config names the class {class_name!r}; this version can run {supported}")
 
 
-def _assign(model: CogVideoXVAE, weights: Mapping[str, Tensor], where: str) -> None:
+def _assign(model: Native, weights: Mapping[str, Tensor], where: str) -> None:
     """Put the very tensors of ``weights`` into the model, after comparing names and shapes."""
     expected = model.state_dict()
     problems = [f"missing {name}" for name in expected if name not in weights]
@@ -169,7 +178,7 @@ def _assign(model: CogVideoXVAE, weights: Mapping[str, Tensor], where: str) -> N
     model.load_state_dict(weights, assign=True)
 
 
-def _sealed(model: CogVideoXVAE) -> CogVideoXVAE:
+def _sealed(model: Native) -> Native:
     """For inference only, with the digest of the weights on record."""
     model.requires_grad_(False).eval()
     model.origin["weights_sha256"] = _digest(model)

@@ -21,6 +21,8 @@ __all__ = ["ArrayFrames", "IterableFrames", "OnePass", "block_length", "check_wi
 DEFAULT_FRAME_RATE = Fraction(24)
 _BLOCK_FRAMES = 16
 _BLOCK_BYTES = 64 * 2**20
+_MOST_CHUNK_BYTES = 2 * 2**30
+"of a stored array: whoever reads part of a chunk holds all of it"
 _EXPECTED = "uint8 with axes (T, H, W, 3)"
 
 
@@ -91,7 +93,7 @@ class ArrayFrames(OnePass):
         self._begin = start
         self._end = count if frames is None else min(count, start + frames)
         self.info = _info(self, "array", height, width, self._end - start, frame_rate)
-        self._step = _aligned_step(array, height, width)
+        self._step = _aligned_step(array, height, width, self._name)
 
     info: SourceInfo
     "facts known in advance"
@@ -234,13 +236,20 @@ def block_length(height: int, width: int) -> int:
     return max(1, min(_BLOCK_FRAMES, _BLOCK_BYTES // max(1, height * width * 3)))
 
 
-def _aligned_step(array: Any, height: int, width: int) -> int:
+def _aligned_step(array: Any, height: int, width: int, name: str) -> int:
     """Frames per block: whole chunks where the array has chunks, since a part of one costs as much as all of it."""
     step = block_length(height, width)
     chunks = getattr(array, "chunks", None)
     if not (isinstance(chunks, tuple) and chunks and isinstance(chunks[0], int)):
         return step
     chunk = max(1, chunks[0])
+    if chunk * height * width * 3 > _MOST_CHUNK_BYTES:
+        raise SourceError(
+            f"{name} is stored in chunks of {chunk} frames of {width}x{height}, "
+            f"{chunk * height * width * 3 / 2**30:.1f} GiB each, which would have to be held whole; store it in "
+            f"shorter chunks, such as {step} frames",
+            kind="layout",
+        )
     return max(chunk, step // chunk * chunk)
 
 

@@ -78,6 +78,17 @@ def _open_zarr(
         members = sorted(group.keys())
         array = group["frames"] if "frames" in members else None
         recorded = group.attrs.asdict().get("longvid")
+        if isinstance(recorded, dict) and "status" in recorded:  # ours: what it has published is what the copy says
+            if recorded.get("status") != "complete":
+                raise SourceError(
+                    f"{path} is incomplete: the run that wrote it ended after {recorded.get('num_frames', 0)} frames; "
+                    "decode it again",
+                    kind="truncated",
+                )
+            group = zarr.open_group(path, mode="r", use_consolidated=True)
+            array = group["frames"] if "frames" in members else None
+    except SourceError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise SourceError(f"{path} cannot be opened as a zarr group: {exc}", kind="layout") from exc
     if not isinstance(array, zarr.Array):

@@ -1,0 +1,1 @@
+"""Training of ``tiny`` on a folder of videos: ``python -m longvid.train``."""

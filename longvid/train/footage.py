@@ -1,0 +1,297 @@
+"""Clips to train on, drawn from videos and images.
+
+Every file is decoded once, to arrays in a cache folder that are then memory-mapped: whole videos 320 pixels wide,
+stretches of them 640 wide, and single frames at full size for pans and zooms. A clip is a square crop with flips, time
+reversal, stride, brightness and grain. What is drawn depends on the numbers given to the generator only, so a run can
+be repeated and continued.
+
+Axes: T time, H height, W width, C colour.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+
+import av
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from longvid.errors import SourceError
+from longvid.video.reader import VideoFile
+
+__all__ = ["Footage", "HoldOut", "find_files", "read_middle"]
+
+Frames = npt.NDArray[np.uint8]
+
+IMAGES = (".png", ".jpg", ".jpeg")
+VIDEOS = (".mp4", ".mpg", ".mkv", ".mov", ".webm", ".avi", ".3gp", ".m4v")
+STRETCH, EVERY = 96, 288
+"At 640 pixels wide, the first STRETCH of EVERY frames are kept."
+STILL_EVERY = 48
+"One frame in so many is kept at full size."
+
+
+@dataclass(frozen=True, slots=True)
+class HoldOut:
+    """Footage that is never trained on: files by name, or seconds of them."""
+
+    pattern: str
+    start: float = 0.0
+    stop: float = float("inf")
+
+    @classmethod
+    def parse(cls, text: str) -> HoldOut:
+        """Read ``"city*"`` or ``"bunny*@240-270"`` (seconds).
+
+        Raises:
+            ValueError: neither of them.
+        """
+        pattern, _, seconds = text.partition("@")
+        if not seconds:
+            return cls(pattern)
+        start, dash, stop = seconds.partition("-")
+        try:
+            found = cls(pattern, float(start), float(stop))
+        except ValueError:
+            dash = ""
+        if not dash or not pattern or not 0 <= found.start < found.stop:
+            raise ValueError(f"{text!r} names no footage; write a file name pattern, or one and seconds: name*@240-270")
+        return found
+
+    def __str__(self) -> str:
+        return self.pattern if self.whole else f"{self.pattern}@{self.start:g}-{self.stop:g}"
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing of a file is left to train on."""
+        return self.start == 0.0 and self.stop == float("inf")
+
+    def matches(self, path: Path) -> bool:
+        """Whether a file is meant."""
+        return fnmatch(path.name, self.pattern)
+
+    def frame_range(self, rate: float) -> tuple[int, int]:
+        """Half-open range of frames at ``rate`` frames per second."""
+        return round(self.start * rate), 1 << 40 if self.stop == float("inf") else round(self.stop * rate)
+
+
+def find_files(paths: Sequence[Path], leave_out: Sequence[Path] = ()) -> list[Path]:
+    """The videos and images among ``paths`` and in the folders among them, sorted by name.
+
+    Args:
+        paths: files and folders.
+        leave_out: folders whose content is not footage, such as the run's own output.
+
+    Raises:
+        SourceError: a path does not exist, or there is nothing to train on.
+    """
+    found: set[Path] = set()
+    for path in paths:
+        if not path.exists():
+            raise SourceError(f"{path} does not exist", kind="missing")
+        inside = path.rglob("*") if path.is_dir() else [path]
+        found |= {p for p in inside if p.suffix.lower() in IMAGES + VIDEOS and p.is_file()}
+    own = [folder.resolve() for folder in leave_out]
+    found = {p for p in found if not any(folder in p.resolve().parents for folder in own)}
+    if not found:
+        raise SourceError(
+            f"no videos or images in {', '.join(map(str, paths))}; looked for {', '.join(VIDEOS + IMAGES)}",
+            kind="missing",
+        )
+    return sorted(found, key=lambda p: (p.name, str(p)))
+
+
+def read_middle(path: Path, held: HoldOut, *, size: tuple[int, int], frames: int) -> Frames:
+    """The middle of what is held out of a video: frames (T, H, W, 3) resized to ``size`` = (height, width).
+
+    T is ``frames`` or what there is, cut to 1 + 4 n.
+
+    Raises:
+        SourceError: fewer than 5 frames are held out.
+    """
+    with VideoFile(path) as video:
+        # Some containers do not say how long they are; then they are counted.
+        total = video.info.num_frames or sum(len(block.frames_THWC) for block in video.blocks())
+        first, stop = held.frame_range(float(video.info.frame_rate or 25))
+    stop = min(stop, total)
+    frames = min(frames, stop - first)
+    if frames < 5:
+        raise SourceError(
+            f"{path}: {max(0, frames)} frames lie in {held.start:g} to {held.stop:g} seconds, too few to judge by; "
+            "hold out more",
+            kind="no-frames",
+        )
+    frames -= (frames - 1) % 4
+    with VideoFile(path, start=first + (stop - first - frames) // 2, frames=frames, size=size) as video:
+        return np.concatenate([block.frames_THWC for block in video.blocks()])
+
+
+@dataclass(slots=True)
+class Footage:
+    """Everything that clips are drawn from."""
+
+    motion: list[list[Frames]] = field(default_factory=list)
+    "runs of frames (T, H, W, 3) at 320 wide, by file"
+    closer: list[list[Frames]] = field(default_factory=list)
+    "the same at 640 wide, by file"
+    stills: list[list[Frames]] = field(default_factory=list)
+    "frames (1, H, W, 3) of videos at full size, by file"
+    images: list[Frames] = field(default_factory=list)
+    "(H, W, 3)"
+
+    @classmethod
+    def prepare(cls, files: Sequence[Path], cache: Path, hold_out: Sequence[HoldOut]) -> Iterator[Footage]:
+        """Decode what is not in the cache yet; yields the footage so far after every file, for a progress bar."""
+        cache.mkdir(parents=True, exist_ok=True)
+        footage = cls()
+        for path in files:
+            held = [h for h in hold_out if h.matches(path)]
+            if path.suffix.lower() in IMAGES:
+                if not held:
+                    footage.images.append(_read_image(path))
+            elif not any(h.whole for h in held):
+                footage._add_video(path, cache, held)
+            yield footage
+
+    def _add_video(self, path: Path, cache: Path, held: Sequence[HoldOut]) -> None:
+        with VideoFile(path) as video:
+            height, width, rate = video.info.height, video.info.width, float(video.info.frame_rate or 25)
+        ranges = [h.frame_range(rate) for h in held]
+        key = hashlib.sha256(f"{path.resolve()} {path.stat().st_size} {ranges}".encode()).hexdigest()[:8]
+
+        def runs(name: str, frame_size: tuple[int, int], keep: int, every: int) -> list[Frames]:
+            folder = cache / f"{path.stem}-{key}-{name}"
+            if not folder.exists():
+                _decode_runs(path, folder, frame_size, ranges, keep, every)
+            return [np.load(file, mmap_mode="r") for file in sorted(folder.iterdir())]
+
+        def at_width(w: int) -> tuple[int, int]:
+            return max(8, round(height * w / width / 8) * 8), w
+
+        found = [(self.motion, runs("320", at_width(320), 1 << 30, 1 << 30))]
+        if width >= 640:
+            found.append((self.closer, runs("640", at_width(640), STRETCH, EVERY)))
+            found.append((self.stills, runs("stills", (height, width), 1, STILL_EVERY)))
+        for files, kept in found:
+            if kept:
+                files.append(kept)
+
+    def clip(
+        self, rng: np.random.Generator, *, num_frames: int, size: int, augment: bool = True
+    ) -> npt.NDArray[np.float32]:
+        """One clip (num_frames, size, size, 3) of whole numbers 0 to 255."""
+        if augment and (self.stills or self.images) and rng.random() < 0.2:
+            clip = _pan(rng, self._still(rng), num_frames, size)
+        else:
+            closer = bool(augment and self.closer and rng.random() < 0.25)
+            clip = self._motion(rng, self.closer if closer else self.motion, num_frames, size, augment)
+        if rng.random() < 0.5:
+            clip = clip[:, :, ::-1]
+        if rng.random() < 0.5:
+            clip = clip[::-1]
+        if augment:
+            if rng.random() < 0.15:
+                clip = clip[:, ::-1]
+            if rng.random() < 0.15:
+                clip = clip.swapaxes(1, 2)
+            if rng.random() < 0.3:
+                clip = (clip - 128) * rng.uniform(0.6, 1.2) + 128 + rng.uniform(-20, 20)
+            if rng.random() < 0.3:
+                clip = clip + rng.uniform(0.5, 4.0) * rng.standard_normal(clip.shape, dtype=np.float32)
+        return np.clip(np.rint(clip), 0, 255).astype(np.float32)
+
+    @staticmethod
+    def _motion(
+        rng: np.random.Generator, files: list[list[Frames]], num_frames: int, size: int, augment: bool
+    ) -> npt.NDArray[np.float32]:
+        # Long videos weigh more, but less than their length: they repeat themselves.
+        weights = np.array([sum(map(len, runs)) for runs in files]) ** 0.7
+        runs = files[rng.choice(len(files), p=weights / weights.sum())]
+        lengths = np.array([len(run) for run in runs])
+        run = runs[rng.choice(len(runs), p=lengths / lengths.sum())]
+        stride = 2 if augment and rng.random() < 0.2 and len(run) >= 2 * num_frames else 1
+        index = stride * np.arange(num_frames)
+        if len(run) > index[-1]:
+            index += rng.integers(len(run) - index[-1])
+        else:  # too short: there and back again
+            index = np.abs((index + rng.integers(len(run))) % max(1, 2 * len(run) - 2) - (len(run) - 1))
+        _, H, W, _ = run.shape
+        y, x = rng.integers(max(1, H - size + 1)), rng.integers(max(1, W - size + 1))
+        crop = run[index.min() : index.max() + 1, y : y + size, x : x + size][index - index.min()]
+        pad = ((0, 0), (0, size - crop.shape[1]), (0, size - crop.shape[2]), (0, 0))
+        return np.pad(crop, pad, mode="edge").astype(np.float32)
+
+    def _still(self, rng: np.random.Generator) -> Frames:
+        """An image or a frame of a video, half and half if there are both: photographs show what footage lacks."""
+        if self.images and (not self.stills or rng.random() < 0.5):
+            return self.images[rng.integers(len(self.images))]
+        weights = np.sqrt([len(runs) for runs in self.stills])
+        runs = self.stills[rng.choice(len(self.stills), p=weights / weights.sum())]
+        return np.array(runs[rng.integers(len(runs))][0])
+
+
+def _pan(rng: np.random.Generator, image: Frames, num_frames: int, size: int) -> npt.NDArray[np.float32]:
+    """A camera moving over a still: linear in place and scale, or standing still."""
+    still = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    short = min(still.shape[2:])
+    scale = min(1.0, rng.uniform(176, 480) / short) if short > 176 else 1.0
+    if scale < 1:
+        still = F.interpolate(still, scale_factor=scale, mode="bilinear", antialias=True)
+    H, W = still.shape[2:]
+    moving = rng.random() < 0.8
+    speed = rng.uniform(0, 3) * np.array([np.cos(a := rng.uniform(0, 2 * np.pi)), np.sin(a)]) * moving
+    zoom = np.exp(rng.uniform(-0.004, 0.004) * moving * np.arange(num_frames))
+    zoom = zoom / zoom.max()  # never sampled more coarsely than the still is
+    start = rng.uniform([size / 2, size / 2], [max(size / 2 + 1, H - size / 2), max(size / 2 + 1, W - size / 2)])
+    steps = torch.arange(size) - (size - 1) / 2
+    frames = np.empty((num_frames, size, size, 3), dtype=np.float32)
+    for t in range(num_frames):
+        y, x = start + speed * t
+        ys, xs = (y + steps * zoom[t]) / H * 2 - 1, (x + steps * zoom[t]) / W * 2 - 1
+        grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), dim=-1)[None].float()
+        frame = F.grid_sample(still, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+        frames[t] = frame[0].permute(1, 2, 0).numpy()
+    return frames
+
+
+def _read_image(path: Path) -> Frames:
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0))
+        return frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+
+
+def _decode_runs(
+    path: Path, folder: Path, size: tuple[int, int], held: Sequence[tuple[int, int]], keep: int, every: int
+) -> None:
+    """Write runs of consecutive frames as .npy files; the folder appears once it is whole."""
+    unfinished = folder.with_name(folder.name + ".part")
+    unfinished.mkdir(exist_ok=True)
+    run: list[Frames] = []
+    count = 0
+
+    def flush() -> None:
+        nonlocal run, count
+        if run:
+            np.save(unfinished / f"{count:06d}.npy", np.stack(run))
+            count += 1
+        run = []
+
+    with VideoFile(path, size=size) as video:
+        index = 0
+        for block in video.blocks():
+            for frame in block.frames_THWC:
+                out = any(start <= index < stop for start, stop in held)
+                if index % every >= keep or out or len(run) >= 4096:
+                    flush()
+                if index % every < keep and not out:
+                    run.append(frame)
+                index += 1
+    flush()
+    os.replace(unfinished, folder)
