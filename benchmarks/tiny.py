@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import longvid as lv
 from longvid.demo.__main__ import CLIP
+from longvid.models.cogvideox import CogVideoXVAE
 from longvid.units import parse_size
 from longvid.video.reader import VideoFile
 from longvid.video.writer import VideoWriter
@@ -44,9 +45,10 @@ class CogVideoX:
     """One video of CogVideoX, chunk after chunk."""
 
     def __init__(self, size: tuple[int, int]) -> None:
-        self.model = lv.load_model("cogvideox-2b", random_weights=0)
-        self.model = self.model.to(torch.bfloat16)  # type: ignore[attr-defined]
-        height, width = self.model.geometry.padded_size(*size)
+        model = lv.load_model("cogvideox-2b", random_weights=0)
+        assert isinstance(model, CogVideoXVAE)
+        self.model = model.to(torch.bfloat16)
+        height, width = model.geometry.padded_size(*size)
         self.x = torch.rand((1, 3, 8, height, width)).mul_(2).sub_(1).to(torch.bfloat16)
         self.z = torch.randn((1, 16, 2, height // 8, width // 8)).to(torch.bfloat16)
 

@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], int] = args.run
     with _signals(), _one_line_warnings():
         try:
-            return command(args)
+            code = command(args)
+            sys.stdout.flush()  # here, where it can still be told that nobody reads any more
+            return code
         except LongvidError as exc:
             return _failed(args, exc, next((code for kind, code in _EXIT_CODES if isinstance(exc, kind)), 1))
         except KeyboardInterrupt as exc:

@@ -314,3 +314,12 @@ def test_first_try_without_a_model(run, tmp_path):
     assert "model     tiny" in out
     code, _, err = run("decode", tmp_path / "out.zarr", tmp_path / "back.mp4", "--chunk-frames", "4")
     assert code == 0, err
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
+    code = "import sys; from longvid.cli import main; sys.exit(main(['plan', '--size', '64x64']))"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.close()
+    assert child.stderr.read() == b""
+    child.stderr.close()
+    assert child.wait() == 141

@@ -105,8 +105,8 @@ def test_another_run_does_not_continue_this_one(folder, trained, capsys, more, s
 
 def test_what_is_held_out_is_not_drawn(folder, tmp_path):
     files = find_files([folder])
-    *_, everything = Footage.prepare(files, tmp_path / "a", [])
-    *_, rest = Footage.prepare(files, tmp_path / "b", [HoldOut.parse("secret*"), HoldOut.parse("fast*@0.4-0.8")])
+    everything = Footage.prepare(files, tmp_path / "a", [])
+    rest = Footage.prepare(files, tmp_path / "b", [HoldOut.parse("secret*"), HoldOut.parse("fast*@0.4-0.8")])
     assert [sum(map(len, runs)) for runs in everything.motion] == [30, 30, 30]
     assert [sum(map(len, runs)) for runs in rest.motion] == [20, 30]  # fast without its frames 10 to 19, slow
     assert [len(run) for run in rest.motion[0]] == [10, 10]
@@ -114,7 +114,7 @@ def test_what_is_held_out_is_not_drawn(folder, tmp_path):
 
 
 def test_clips_depend_on_the_generator_alone(folder, tmp_path):
-    *_, footage = Footage.prepare(find_files([folder]), tmp_path, [])
+    footage = Footage.prepare(find_files([folder]), tmp_path, [])
     for i in range(20):
         a, b = (footage.clip(np.random.default_rng([0, i]), num_frames=9, size=48) for _ in range(2))
         assert np.array_equal(a, b)
@@ -126,7 +126,7 @@ def test_clips_depend_on_the_generator_alone(folder, tmp_path):
 
 def test_the_closed_form_is_the_best_linear_coder(folder, tmp_path):
     """Before any training the model equals the linear coder, which beats another basis of the same size."""
-    *_, footage = Footage.prepare(find_files([folder]), tmp_path, [])
+    footage = Footage.prepare(find_files([folder]), tmp_path, [])
     model = TinyVAE(TinyConfig(coefficients=64, encoder_blocks=1, decoder_blocks=1))
     coder = fit(model, footage, seed=0, num_clips=8)
     clip = footage.clip(np.random.default_rng(9), num_frames=17, size=64, augment=False)

@@ -83,13 +83,7 @@ def _train(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     cache = args.cache or args.out / "cache"
     files = find_files(args.footage, leave_out=(args.out, cache))
-    footage = Footage()
-    for path, footage in zip(  # noqa: B007  the last state is what counts
-        bar := tqdm(files, desc="decode", unit="file"),
-        Footage.prepare(files, cache, args.hold_out),
-        strict=True,
-    ):
-        bar.set_postfix_str(path.name)
+    footage = Footage.prepare(tqdm(files, desc="decode", unit="file"), cache, args.hold_out)
     if not footage.motion:
         raise ModelError("there is no video to train on beside what is held out; images alone do not move")
     run = _Run(footage, files, args)
@@ -225,9 +219,8 @@ class _Run:
         with torch.no_grad():
             coefficients = self.model.transform(x_BCTHW, first=True).contiguous(memory_format=torch.channels_last_3d)
             # What the transform drops can be neither lost nor won, but it belongs to the error.
-            K, C = config.coefficients, config.latent_channels
             dropped = self._energy(x_BCTHW) - coefficients.square().sum((1, 3, 4))
-            linear = (coefficients[:, C:].square().sum((1, 3, 4)) + dropped)[:, 1:]
+            linear = (coefficients[:, config.latent_channels :].square().sum((1, 3, 4)) + dropped)[:, 1:]
         with torch.autocast("cpu", torch.bfloat16):
             z = self.model.encoder(coefficients, None, True)
             z = z + config.posterior_std * torch.randn(z.shape, generator=noise)
@@ -242,7 +235,6 @@ class _Run:
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         gain = 10 * torch.log10(linear.mean(1).clamp(min=1e-6) / error[:, 1:].mean(1).clamp(min=1e-6)).mean()
-        assert decoded.shape[1] == K
         return float(loss.detach()), float(gain.detach())
 
     def _energy(self, x_BCTHW: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -147,8 +147,8 @@ class Footage:
     "(H, W, 3)"
 
     @classmethod
-    def prepare(cls, files: Sequence[Path], cache: Path, hold_out: Sequence[HoldOut]) -> Iterator[Footage]:
-        """Decode what is not in the cache yet; yields the footage so far after every file, for a progress bar."""
+    def prepare(cls, files: Iterable[Path], cache: Path, hold_out: Sequence[HoldOut]) -> Footage:
+        """Decode what is not in the cache yet, file by file."""
         cache.mkdir(parents=True, exist_ok=True)
         footage = cls()
         for path in files:
@@ -158,7 +158,7 @@ class Footage:
                     footage.images.append(_read_image(path))
             elif not any(h.whole for h in held):
                 footage._add_video(path, cache, held)
-            yield footage
+        return footage
 
     def _add_video(self, path: Path, cache: Path, held: Sequence[HoldOut]) -> None:
         with VideoFile(path) as video:

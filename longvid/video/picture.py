@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -31,6 +32,6 @@ def write_png(path: str | os.PathLike[str], image_HWC: npt.NDArray[np.uint8]) ->
     codec = av.CodecContext.create("png", "w")
     assert isinstance(codec, av.VideoCodecContext)
     codec.width, codec.height, codec.pix_fmt = width, height, "rgb24"
-    codec.time_base = 1  # type: ignore[assignment]
+    codec.time_base = Fraction(1)
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image_HWC), format="rgb24")
     Path(path).write_bytes(b"".join(bytes(p) for p in (*codec.encode(frame), *codec.encode(None))))
