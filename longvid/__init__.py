@@ -22,13 +22,15 @@ if TYPE_CHECKING:
         SourceError,
         StoreError,
     )
-    from longvid.events import ChunkEvent, RunReport
+    from longvid.events import ChunkEvent, RunReport, RunStart
     from longvid.memory import AllocationTracker
     from longvid.models.base import CausalVAE, LatentGeometry
     from longvid.models.layers import CausalConv3d
     from longvid.models.loading import load_model
     from longvid.plan import Plan, make_plan
     from longvid.progress import ProgressBar
+    from longvid.recorder import Recorder
+    from longvid.report import ReportPage
     from longvid.schedule import Chunk, ChunkSchedule
     from longvid.session import VideoSession
     from longvid.store import LatentStore, open_store
@@ -49,7 +51,10 @@ __all__ = [
     "ModelError",
     "Plan",
     "ProgressBar",
+    "Recorder",
+    "ReportPage",
     "RunReport",
+    "RunStart",
     "ScheduleError",
     "SessionStateError",
     "SourceError",
@@ -72,13 +77,15 @@ _HOMES = {
         "SourceError",
         "StoreError",
     ),
-    "longvid.events": ("ChunkEvent", "RunReport"),
+    "longvid.events": ("ChunkEvent", "RunReport", "RunStart"),
     "longvid.memory": ("AllocationTracker",),
     "longvid.models.base": ("CausalVAE", "LatentGeometry"),
     "longvid.models.layers": ("CausalConv3d",),
     "longvid.models.loading": ("load_model",),
     "longvid.plan": ("Plan", "make_plan"),
     "longvid.progress": ("ProgressBar",),
+    "longvid.recorder": ("Recorder",),
+    "longvid.report": ("ReportPage",),
     "longvid.schedule": ("Chunk", "ChunkSchedule"),
     "longvid.session": ("VideoSession",),
     "longvid.store": ("LatentStore", "open_store"),

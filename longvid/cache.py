@@ -11,26 +11,35 @@ A layer reads from a **window**, one tensor ``[context | new frames]``::
         h = layer.convolve(window)              # reads window.input()
     # the window is gone; its last k - 1 frames are the context of the next chunk
 
-There is one copy of every context and no copy of the input. Layers with one tap in time have no entry.
+There is one copy of every context and no copy of the input. Layers with one tap in time have no entry. Where a context
+is between chunks, on the device or on the host, is the business of :class:`~longvid.residency.Residency`.
 
 Axes: B batch, C channels, T time, H height, W width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol, Self, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from longvid.errors import CacheError
+from longvid.memory import is_out_of_memory
+from longvid.residency import Residency
+from longvid.units import format_bytes
 
 __all__ = ["CausalLayer", "ConvCache", "Window"]
+
+
+T = TypeVar("T")
+Signature: TypeAlias = dict[str, object]
 
 
 class CausalLayer(Protocol):
@@ -52,9 +61,10 @@ class _State(Enum):
 @dataclass(slots=True)
 class _Entry:
     path: str
-    context: Tensor | None = None
     chunk: int = -1
     "the last chunk in which the layer ran"
+    signature: Signature | None = None
+    "facts of the layer's input that must not change within a video; None before the first chunk"
 
 
 class ConvCache:
@@ -64,13 +74,17 @@ class ConvCache:
         module: the encoder or the decoder. Every submodule with ``context_frames > 0`` gets an entry.
         max_conv_elements: a convolution whose window or output has more elements than this runs over time in
             pieces; the default is what 32-bit indexing in convolution kernels can address.
+        residency: where the contexts live; on the device by default.
 
     Use it in a ``with`` statement; leaving it frees every context. Each chunk runs inside :meth:`chunk`. If a chunk
     fails, all contexts are dropped at once and the cache refuses further use: they would be of mixed age.
     """
 
-    def __init__(self, module: nn.Module, *, max_conv_elements: int = 2**31 - 1) -> None:
+    def __init__(
+        self, module: nn.Module, *, max_conv_elements: int = 2**31 - 1, residency: Residency | None = None
+    ) -> None:
         self.max_conv_elements = max_conv_elements
+        self._residency = residency or Residency()
         self._entries = {
             layer: _Entry(path) for path, layer in module.named_modules() if getattr(layer, "context_frames", 0) > 0
         }
@@ -95,13 +109,17 @@ class ConvCache:
 
     def _drop(self, state: _State) -> None:
         self._state = state
-        for entry in self._entries.values():
-            entry.context = None
+        self._residency.drop()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all contexts that exist now."""
-        return sum(self.layer_bytes().values())
+        """Bytes of all contexts that exist now, wherever they are."""
+        return self._residency.num_bytes
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the contexts that hold device memory now."""
+        return self._residency.device_bytes
 
     @property
     def num_chunks(self) -> int:
@@ -110,10 +128,8 @@ class ConvCache:
 
     def layer_bytes(self) -> dict[str, int]:
         """Bytes of each layer's context by module path, in the order of the modules; 0 before the first chunk."""
-        return {
-            entry.path: 0 if entry.context is None else entry.context.numel() * entry.context.element_size()
-            for entry in self._entries.values()
-        }
+        there = self._residency.layer_bytes()
+        return {entry.path: there.get(entry.path, 0) for entry in self._entries.values()}
 
     @contextmanager
     def chunk(self) -> Iterator[None]:
@@ -145,6 +161,33 @@ class ConvCache:
                 f"among them {left[0]!r}; a context that misses a chunk is wrong from then on"
             )
 
+    def attempt(self, step: Callable[[], T]) -> T:
+        """Run a step that takes device memory. If there is none left, move every context to the host and try once more.
+
+        The chunk then goes on as if nothing had happened: the same numbers, bit for bit. What is called a step must be
+        harmless to repeat, so it computes from what is there and changes nothing.
+
+        Raises:
+            RuntimeError: the device's own error, if the step fails again or nothing could be moved.
+        """
+        try:
+            return step()
+        except RuntimeError as exc:
+            if not is_out_of_memory(exc) or self._state is not _State.OPEN:
+                raise
+            failure = exc.with_traceback(None)  # the frames would keep alive what the step had allocated
+        freed = self._residency.evict()
+        if not freed:
+            raise failure
+        warnings.warn(
+            f"the device ran out of memory in chunk {self.num_chunks}; all contexts were moved to the host, which set "
+            f"{format_bytes(freed)} free, and stay there for the rest of this video, which will be slower",
+            stacklevel=2,
+        )
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        return step()
+
     def window(self, layer: CausalLayer, *, like: Tensor) -> Window:
         """The window of ``layer`` for as many new frames as ``like`` has.
 
@@ -168,29 +211,20 @@ class ConvCache:
             raise CacheError(
                 f"layer {entry.path!r} ran twice in chunk {self._chunk}; every call needs a layer of its own"
             )
-        if entry.context is not None:
-            _require_same_video(entry.path, entry.context, like)
+        _require_same_video(entry, like)
         return Window(self, layer, entry, like)
-
-    def _advance(self, entry: _Entry, window: Tensor, context_frames: int) -> None:
-        tail = window[:, :, -context_frames:].detach()
-        if entry.context is None:
-            # A copy of the tail alone, since a view would keep the whole window alive; and an ordinary tensor, so
-            # that chunks may run inside and outside of inference mode.
-            with torch.inference_mode(False):
-                entry.context = torch.empty(tail.shape, dtype=tail.dtype, device=tail.device)
-        entry.context.copy_(tail)
-        entry.chunk = self._chunk
 
 
 class Window:
     """The input of one causal layer for one chunk: ``[context | new frames]``. Made by :meth:`ConvCache.window`.
 
-    Leaving the ``with`` block keeps the last frames as the layer's next context and frees the window.
+    Its last frames become the layer's next context when :meth:`input` is first called, or else when the ``with`` block
+    is left; leaving the block frees the window.
     """
 
     def __init__(self, cache: ConvCache, layer: CausalLayer, entry: _Entry, like: Tensor) -> None:
         self.max_conv_elements = cache.max_conv_elements
+        self.attempt = cache.attempt
         self._cache = cache
         self._layer = layer
         self._entry = entry
@@ -198,19 +232,24 @@ class Window:
         self._shape = (B, C, layer.context_frames + T, H, W)
         self._dtype, self._device = like.dtype, like.device
         self._tensor: Tensor | None = None
+        self._complete = False
 
     def __enter__(self) -> Self:
-        self._tensor = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-        if self._entry.context is not None:
-            self._tensor[:, :, : self._layer.context_frames].copy_(self._entry.context)
+        residency, attempt = self._cache._residency, self.attempt
+        context = attempt(lambda: residency.open(self._entry.path))
+        tensor = attempt(lambda: torch.empty(self._shape, dtype=self._dtype, device=self._device))
+        if context is not None:
+            tensor[:, :, : self._layer.context_frames].copy_(context)
+        self._tensor, self._is_first = tensor, context is None
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        tensor, self._tensor = self._require(), None
         if exc_type is None:
-            self._cache._advance(self._entry, tensor, self._layer.context_frames)
+            self.input()
+            self._cache._residency.done(self._entry.path)
+        self._tensor = None
 
     def _require(self) -> Tensor:
         if self._tensor is None:
@@ -223,25 +262,36 @@ class Window:
         return self._require()[:, :, self._layer.context_frames :]
 
     def input(self) -> Tensor:
-        """The whole window (B, C, k - 1 + T, H, W), once ``new`` is written."""
+        """The whole window (B, C, k - 1 + T, H, W), once ``new`` is written; it may not change any more."""
         tensor = self._require()
-        if self._entry.context is None:
-            front = tensor[:, :, : self._layer.context_frames]
-            if self._layer.initial_context == "zeros":
-                front.zero_()
-            else:
-                front.copy_(self.new[:, :, :1].expand_as(front))
+        if not self._complete:
+            self._complete = True
+            if self._is_first:
+                self._fill_front(tensor[:, :, : self._layer.context_frames])
+            self._keep(tensor[:, :, -self._layer.context_frames :].detach())
         return tensor
 
+    def _fill_front(self, front: Tensor) -> None:
+        if self._layer.initial_context == "zeros":
+            front.zero_()
+        else:
+            front.copy_(self.new[:, :, :1].expand_as(front))
 
-def _require_same_video(path: str, context: Tensor, like: Tensor) -> None:
-    def facts(t: Tensor) -> dict[str, object]:
-        B, C, _, H, W = t.shape
-        return {"batch": B, "channels": C, "size": f"{W}x{H}", "dtype": t.dtype, "device": t.device}
+    def _keep(self, tail: Tensor) -> None:
+        # Before the layer computes, so that a context that leaves is on its way meanwhile.
+        self.attempt(lambda: self._cache._residency.keep(self._entry.path, tail))
+        self._entry.chunk = self._cache._chunk
 
-    have, got = facts(context), facts(like)
+
+def _require_same_video(entry: _Entry, like: Tensor) -> None:
+    B, C, _, H, W = like.shape
+    got: Signature = {"batch": B, "channels": C, "size": f"{W}x{H}", "dtype": like.dtype, "device": like.device}
+    have = entry.signature
+    if have is None:
+        entry.signature = got
+        return
     wrong = [f"{name} {got[name]} instead of {have[name]}" for name in have if have[name] != got[name]]
     if wrong:
         raise CacheError(
-            f"layer {path!r} got {', '.join(wrong)}; a cache serves one video, so use a new one for another video"
+            f"layer {entry.path!r} got {', '.join(wrong)}; a cache serves one video, so use a new one for another video"
         )

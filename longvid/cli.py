@@ -14,13 +14,14 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from longvid import __version__
 from longvid.errors import LongvidError, MemoryBudgetError, ModelError, ScheduleError, SourceError, StoreError
-from longvid.events import RunReport
+from longvid.events import Callback, RunReport
+from longvid.offload import OffloadPolicy
 from longvid.units import format_bytes, parse_bytes, parse_size
 
 if TYPE_CHECKING:
@@ -164,6 +165,7 @@ def _plan(args: argparse.Namespace) -> int:
         memory=args.memory,
         offload=args.offload,
         chunk_frames=args.chunk_frames,
+        reserved=args.reserved or 0,
     )
     print(json.dumps(plan.to_dict()) if args.json else plan.explain())
     return 0
@@ -182,22 +184,32 @@ def _session(
     from longvid.progress import ProgressBar
     from longvid.session import VideoSession
 
-    vae = load_model(model, random_weights=seed, revision=revision)
-    if seed is not None and not args.quiet:
-        print(f"longvid: the weights are random (seed {seed}); latents and frames mean nothing", file=sys.stderr)
-    bar = ProgressBar()
-    with (
-        bar,
-        VideoSession(
-            vae,
-            device=args.device,
-            dtype=args.dtype or _default_dtype(args.device),
-            memory=args.memory,
-            offload=args.offload,
-            chunk_frames=args.chunk_frames,
-            callbacks=() if args.quiet else (bar,),
-        ) as session,
-    ):
+    with ExitStack() as stack:
+        callbacks: list[Callback] = [] if args.quiet else [stack.enter_context(ProgressBar())]
+        if args.report is not None:
+            from longvid.report import ReportPage
+
+            callbacks.append(stack.enter_context(ReportPage(args.report, overwrite=args.overwrite)))
+        if args.record is not None:
+            from longvid.recorder import Recorder
+
+            callbacks.append(stack.enter_context(Recorder(args.record, overwrite=args.overwrite)))
+        vae = load_model(model, random_weights=seed, revision=revision)
+        if seed is not None and not args.quiet:
+            print(f"longvid: the weights are random (seed {seed}); latents and frames mean nothing", file=sys.stderr)
+        session = stack.enter_context(
+            VideoSession(
+                vae,
+                device=args.device,
+                dtype=args.dtype or _default_dtype(args.device),
+                memory=args.memory,
+                offload=args.offload,
+                offload_dir=args.offload_dir,
+                reserved=args.reserved,
+                chunk_frames=args.chunk_frames,
+                callbacks=callbacks,
+            )
+        )
         yield session, lambda report, out: _print_report(args, report, out)
 
 
@@ -289,6 +301,11 @@ def _checked(read: Callable[[str], T]) -> Callable[[str], T]:
             raise argparse.ArgumentTypeError(str(exc)) from exc
 
     return convert
+
+
+def _offload(text: str) -> str:
+    OffloadPolicy.parse(text)
+    return text
 
 
 def _at_least(least: int) -> Callable[[str], int]:
@@ -388,6 +405,9 @@ def _compute_options(parser: argparse.ArgumentParser) -> None:
         help="compute dtype (default: bfloat16 on an accelerator, float32 on a CPU)",
     )
     _budget_options(parser)
+    parser.add_argument(
+        "--offload-dir", metavar="DIR", help="send contexts to an unnamed file in this folder instead of host memory"
+    )
 
 
 def _budget_options(parser: argparse.ArgumentParser) -> None:
@@ -396,9 +416,17 @@ def _budget_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--offload",
+        type=_checked(_offload),
         default="auto",
         metavar="POLICY",
-        help="auto or none; contexts stay on the device in this version",
+        help="which contexts leave the device between chunks: auto (as much as --memory needs), none, all, or the size "
+        "of those that may stay, such as 512MiB; results are the same (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--reserved",
+        type=_checked(parse_bytes),
+        metavar="SIZE",
+        help="part of --memory for workspaces, which no plan sees (default: 512MiB on an accelerator, else nothing)",
     )
     parser.add_argument(
         "--chunk-frames",
@@ -417,4 +445,8 @@ def _range_options(parser: argparse.ArgumentParser, verb: str) -> None:
 def _output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output of longvid")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    parser.add_argument(
+        "--report", metavar="FILE", help="write a page about memory, transfers and speed, such as run.html"
+    )
+    parser.add_argument("--record", metavar="FILE", help="write every event as a line of JSON, such as run.jsonl")
     parser.add_argument("--quiet", action="store_true", help="no progress, no report")

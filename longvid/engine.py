@@ -5,9 +5,12 @@ Axes: B batch (1), C channels, T time, H height, W width; lower-case c t h w are
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Literal, Self, TypeAlias, cast
+from typing import ClassVar, Literal, Self, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,14 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from longvid.cache import ConvCache
-from longvid.errors import ModelError
-from longvid.events import Direction
-from longvid.memory import DeviceMeter, tensor_bytes
+from longvid.errors import MemoryBudgetError, ModelError
+from longvid.events import Direction, Span
+from longvid.memory import DeviceMeter, default_reserved_bytes, is_out_of_memory, tensor_bytes
 from longvid.models.base import CausalVAE, placed
+from longvid.plan import DirectionPlan
+from longvid.residency import Residency
 from longvid.schedule import Chunk
 from longvid.step import decode_chunk, encode_chunk, sample_posterior
+from longvid.transfer import HostTransfer
+from longvid.units import format_bytes
 
 __all__ = ["DecodeRun", "EncodeRun", "Engine", "Frames", "Representation", "Run", "Times"]
+
+T = TypeVar("T")
 
 Representation: TypeAlias = Literal["mode", "moments", "sample"]
 Frames: TypeAlias = npt.NDArray[np.uint8]
@@ -31,15 +40,26 @@ Times: TypeAlias = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """The model where it computes."""
+    """The model where it computes, and what moves contexts away from there."""
 
     model: CausalVAE
     device: torch.device
     dtype: torch.dtype
     weights_bytes: int
+    transfer: HostTransfer
+    reserved_bytes: int
+    "of the budget, for what a plan cannot see on this device"
 
     @classmethod
-    def on_device(cls, model: CausalVAE, device: str | torch.device, dtype: torch.dtype | None) -> Engine:
+    def on_device(
+        cls,
+        model: CausalVAE,
+        device: str | torch.device,
+        dtype: torch.dtype | None,
+        *,
+        offload_dir: Path | None = None,
+        reserved_bytes: int | None = None,
+    ) -> Engine:
         """Place the model; the one passed in is not touched.
 
         Raises:
@@ -57,18 +77,36 @@ class Engine:
         compute = dtype or first.dtype
         where = _resolve_device(device)
         ready = placed(module, where, compute)
-        return cls(cast("CausalVAE", ready), where, compute, tensor_bytes(ready))
+        return cls(
+            model=cast("CausalVAE", ready),
+            device=where,
+            dtype=compute,
+            weights_bytes=tensor_bytes(ready),
+            transfer=HostTransfer(where, directory=offload_dir),
+            reserved_bytes=default_reserved_bytes(where) if reserved_bytes is None else reserved_bytes,
+        )
 
 
 class Run:
-    """One video in one direction: its cache and its meter."""
+    """One video in one direction: its cache and its meter.
+
+    Args:
+        engine: the model where it computes.
+        part: the plan of this direction.
+        traced: whether the lanes are timed, for :meth:`spans`.
+    """
 
     direction: ClassVar[Direction]
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, part: DirectionPlan, *, traced: bool = False) -> None:
         self.engine = engine
-        self.cache = ConvCache(engine.model.encoder if self.direction == "encode" else engine.model.decoder)
+        self.part = part
+        self._residency = Residency(part.placement, engine.transfer, host_sizes=part.host_sizes, traced=traced)
+        self.cache = ConvCache(
+            engine.model.encoder if self.direction == "encode" else engine.model.decoder, residency=self._residency
+        )
         self.meter = DeviceMeter(engine.device, engine.weights_bytes)
+        self._warned = False
 
     def __enter__(self) -> Self:
         self.cache.__enter__()
@@ -81,8 +119,60 @@ class Run:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the video's contexts now."""
+        """Bytes of the video's contexts now, wherever they are."""
         return self.cache.nbytes
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """Bytes of the contexts that leave the device between chunks."""
+        return self._residency.offloaded_bytes
+
+    def spans(self, origin_seconds: float) -> tuple[Span, ...]:
+        """What the lanes did since the last call, timed from ``origin_seconds`` on; empty unless traced."""
+        return self._residency.collect_spans(origin_seconds)
+
+    def _compute(self, step: Callable[[], T]) -> T:
+        """Run one chunk under the meter.
+
+        Raises:
+            MemoryBudgetError: the device ran out of memory, also with every context on the host.
+        """
+        index = self.cache.num_chunks
+        try:
+            with self.meter.measure():
+                result = step()
+        except RuntimeError as exc:
+            if not is_out_of_memory(exc):
+                raise
+            said = str(exc).splitlines()[0]
+        else:
+            self._compare_with_plan()
+            return result
+        # Raised out here, since the frames of the error's traceback hold the chunk's tensors.
+        raise MemoryBudgetError(
+            f"the device ran out of memory in chunk {index} of {self.direction}: {format_bytes(self._expected_bytes)} "
+            f"were planned, {format_bytes(self.meter.peak_bytes)} measured until then{_device_numbers(self.engine)}; "
+            f"free memory on the device, or run again with a smaller memory= (--memory) or offload='all' ({said})",
+            projected_bytes=self.part.projected_bytes,
+            parts=self.part.parts,
+        )
+
+    @property
+    def _expected_bytes(self) -> int:
+        return self.part.projected_bytes + self.engine.reserved_bytes
+
+    def _compare_with_plan(self) -> None:
+        measured = (self.meter.chunk_peak_bytes or 0) - self.meter.outside_bytes
+        excess = measured - self._expected_bytes
+        if excess > 0 and not self._warned:
+            self._warned = True
+            planned, reserved = format_bytes(self.part.projected_bytes), format_bytes(self.engine.reserved_bytes)
+            warnings.warn(
+                f"the measured peak of {format_bytes(measured)} is {format_bytes(excess)} above the plan of {planned} "
+                f"and the {reserved} that are reserved for workspaces; lower the budget by that much, or let longvid "
+                "tune measure the reserve",
+                stacklevel=2,
+            )
 
 
 class EncodeRun(Run):
@@ -90,19 +180,21 @@ class EncodeRun(Run):
 
     direction = "encode"
 
-    def __init__(self, engine: Engine, representation: Representation, seed: int) -> None:
-        super().__init__(engine)
+    def __init__(
+        self, engine: Engine, part: DirectionPlan, representation: Representation, seed: int, *, traced: bool = False
+    ) -> None:
+        super().__init__(engine, part, traced=traced)
         self.representation = representation
         self.seed = seed
 
     def moments(self, frames_THWC: Frames) -> Tensor:
         """Padded frames of one chunk to moments (1, 2 c, t, h, w) on the host."""
-        host = torch.from_numpy(frames_THWC)
-        with self.meter.measure():
-            moments = encode_chunk(
-                self.engine.model, self.cache, host, device=self.engine.device, dtype=self.engine.dtype
+        host, engine = torch.from_numpy(frames_THWC), self.engine
+        return _to_host(
+            self._compute(
+                lambda: encode_chunk(engine.model, self.cache, host, device=engine.device, dtype=engine.dtype)
             )
-        return _to_host(moments)
+        )
 
     def latents(self, chunk: Chunk, frames_THWC: Frames) -> tuple[Tensor, Tensor | None]:
         """Padded frames to latents (1, c, t, h, w) and, if asked for, moments (1, 2 c, t, h, w), on the host."""
@@ -118,19 +210,27 @@ class DecodeRun(Run):
 
     direction = "decode"
 
-    def __init__(self, engine: Engine, size: tuple[int, int] | None) -> None:
-        super().__init__(engine)
+    def __init__(
+        self, engine: Engine, part: DirectionPlan, size: tuple[int, int] | None, *, traced: bool = False
+    ) -> None:
+        super().__init__(engine, part, traced=traced)
         self.size = size
 
     def frames(self, chunk: Chunk, z_TCHW: npt.NDArray[np.float32]) -> Frames:
         """Latents of one chunk to its true frames (T, H, W, 3) on the host, cropped to size."""
-        host = torch.from_numpy(z_TCHW)
-        with self.meter.measure():
-            frames = decode_chunk(
-                self.engine.model, self.cache, host, device=self.engine.device, dtype=self.engine.dtype
-            )
+        host, engine = torch.from_numpy(z_TCHW), self.engine
+        frames = self._compute(
+            lambda: decode_chunk(engine.model, self.cache, host, device=engine.device, dtype=engine.dtype)
+        )
         height, width = self.size or frames.shape[1:3]
         return cast("Frames", _to_host(frames).numpy()[: chunk.num_frames, :height, :width])
+
+
+def _device_numbers(engine: Engine) -> str:
+    if engine.device.type in ("cpu", "meta"):
+        return ""
+    free, total = torch.accelerator.get_memory_info(engine.device)
+    return f", {format_bytes(free)} of the device's {format_bytes(total)} are free now"
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -1,18 +1,89 @@
-"""What the engine reports while it runs: numbers only, no tensors, no text.
+"""What the engine reports while it runs: numbers and the names of layers, no tensors.
 
-The engine prints nothing and logs nothing per chunk. A progress bar, a recorder or a report is a callback that
-takes a :class:`ChunkEvent`.
+The engine prints nothing and logs nothing per chunk. A progress bar, a recorder or a report page is a callback that
+takes a :class:`ChunkEvent`. A callback may also have the methods of :class:`RunObserver`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
-__all__ = ["Callback", "ChunkEvent", "Direction", "RunReport"]
+__all__ = [
+    "Callback",
+    "ChunkEvent",
+    "Direction",
+    "Lane",
+    "LayerContext",
+    "RunObserver",
+    "RunReport",
+    "RunStart",
+    "Span",
+]
 
 Direction: TypeAlias = Literal["encode", "decode"]
+Lane: TypeAlias = Literal["compute", "to_host", "to_device"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A stretch of time in which one lane worked for one layer."""
+
+    lane: Lane
+    """``compute``: from the opening of a layer's window to its end. ``to_host``: its context leaves the device.
+    ``to_device``: it comes back."""
+    layer: str
+    "path of the layer"
+    start_seconds: float
+    "since the start of the run"
+    stop_seconds: float
+    num_bytes: int
+    "of the context"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerContext:
+    """The context of one layer as it was planned."""
+
+    name: str
+    bytes: int
+    resident: bool
+    "whether it stays on the device between chunks"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStart:
+    """What a run is about to do, and what it was planned to need."""
+
+    direction: Direction
+    model: str
+    height: int
+    width: int
+    dtype: str
+    device: str
+    chunk_frames: int
+    frames_total: int | None
+    "None while unknown"
+    offload: str
+    "the policy asked for: auto, none, all or a size"
+    prefetch_bytes: int
+    "offloaded contexts that may be fetched ahead of their layers, together"
+    host_tier: str
+    "where offloaded contexts go: ``host memory``, or a folder"
+    allowed_bytes: int | None
+    "the budget; None for no limit"
+    reserved_bytes: int
+    "part of the budget that is kept for what a plan cannot see"
+    projected_bytes: int
+    "planned peak of device bytes, weights included"
+    weights_bytes: int
+    layers: tuple[LayerContext, ...]
+    "in the order in which they run"
+    plan: str
+    "the plan as a table to read"
+    machine: Mapping[str, Any]
+    "facts of where it runs; see :func:`longvid.machine.describe_machine`"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,16 +100,24 @@ class ChunkEvent:
     frames_total: int | None
     "video frames of the whole run, None while unknown"
     num_latents: int
+    seconds: float
+    "since the start of the run"
     compute_seconds: float
     "time in the model, transfers of the chunk's input and output included"
     wait_seconds: float
     "time in which compute waited for the reader or for the writer"
     cache_bytes: int
-    "bytes of all contexts of this video"
+    "bytes of all contexts of this video, wherever they are"
+    offloaded_bytes: int
+    "bytes of those that were off the device when the chunk ended"
+    chunk_peak_bytes: int | None
+    "highest number of device bytes in this chunk, weights included; None for a chunk that was not measured"
     peak_device_bytes: int
     "highest number of device bytes so far, weights included"
     rss_bytes: int
     "resident set size of the process, as the OS counts it"
+    spans: tuple[Span, ...] = ()
+    "what the lanes did since the last event; empty unless a callback asks for it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +133,14 @@ class RunReport:
     peak_device_bytes: int
     """highest number of device bytes, weights included: exact tensor bytes on a CPU (of the first three chunks and
     every 32nd), the allocator's peak elsewhere"""
+    projected_bytes: int
+    "what the plan said that peak would be"
     peak_rss_bytes: int
     "highest resident set size of the process since it started, as the OS counts it"
     cache_bytes: int
     "bytes of all contexts of the video"
     offloaded_bytes: int
-    "bytes of contexts that were kept in host memory"
+    "bytes of the contexts that were kept off the device between chunks"
     resumed_from_frame: int
     complete: bool
 
@@ -69,3 +150,18 @@ class RunReport:
 
 
 Callback: TypeAlias = Callable[[ChunkEvent], None]
+
+
+class RunObserver(Protocol):
+    """Methods that a callback may have beside being callable; each is looked up, none is required."""
+
+    wants_spans: bool
+    "whether events should carry spans"
+
+    def run_started(self, start: RunStart) -> None:
+        """Before the first chunk."""
+        ...
+
+    def run_finished(self, report: RunReport | None) -> None:
+        """After the last chunk; None if the run failed."""
+        ...

@@ -3,28 +3,91 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from longvid.engine import Run
-from longvid.events import Callback, ChunkEvent, Direction, RunReport
+from longvid.events import Callback, ChunkEvent, LayerContext, RunReport, RunStart
+from longvid.machine import describe_machine
 from longvid.memory import peak_rss_bytes, rss_bytes
 from longvid.pipeline import Prefetcher, Writer
+from longvid.plan import Plan
 
 __all__ = ["Job"]
 
 
 class Job:
-    """Clock and counters of one run."""
+    """Clock and counters of one run. Use it in a ``with`` statement: entering and leaving tell the callbacks.
 
-    def __init__(self, callbacks: tuple[Callback, ...], direction: Direction, total: int | None) -> None:
+    Args:
+        callbacks: see :class:`~longvid.events.RunObserver`.
+        run: what is measured.
+        plan: what it was planned with.
+        total: frames of the whole run, None while unknown.
+    """
+
+    def __init__(self, callbacks: tuple[Callback, ...], run: Run, plan: Plan, total: int | None) -> None:
         self._callbacks = callbacks
-        self._direction: Direction = direction
+        self._run = run
+        self._plan = plan
         self._total = total
         self._started = time.perf_counter()
         self._chunks = self._frames = self._latents = 0
         self._compute_seconds = self._waited = 0.0
+        self._report: RunReport | None = None
+
+    @staticmethod
+    def wants_spans(callbacks: tuple[Callback, ...]) -> bool:
+        """Whether any callback wants to know what the lanes do."""
+        return any(getattr(callback, "wants_spans", False) for callback in callbacks)
+
+    def __enter__(self) -> Self:
+        if any(hasattr(callback, "run_started") for callback in self._callbacks):
+            self._tell("run_started", self._start())
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        try:
+            self._tell("run_finished", self._report)
+        except Exception as failed:
+            if exc is None:
+                raise
+            # The run's own error is what the caller must see.
+            warnings.warn(f"a callback failed after the run did: {failed}", stacklevel=2)
+
+    def _tell(self, method: str, what: object) -> None:
+        for callback in self._callbacks:
+            listener = getattr(callback, method, None)
+            if listener is not None:
+                listener(what)
+
+    def _start(self) -> RunStart:
+        plan, run, part = self._plan, self._run, self._run.part
+        return RunStart(
+            direction=run.direction,
+            model=plan.model,
+            height=plan.height,
+            width=plan.width,
+            dtype=plan.dtype,
+            device=str(run.engine.device),
+            chunk_frames=part.chunk_frames,
+            frames_total=self._total,
+            offload=part.offload,
+            prefetch_bytes=part.placement.prefetch_bytes,
+            host_tier=run.engine.transfer.tier,
+            allowed_bytes=plan.allowed_bytes,
+            reserved_bytes=plan.reserved_bytes,
+            projected_bytes=part.projected_bytes,
+            weights_bytes=part.weights_bytes,
+            layers=tuple(LayerContext(name=x.name, bytes=x.bytes, resident=x.resident) for x in part.layers),
+            plan=plan.explain(),
+            machine=describe_machine(str(run.engine.device)),
+        )
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -33,41 +96,48 @@ class Job:
         yield
         self._compute_seconds = time.perf_counter() - started
 
-    def emit(self, num_frames: int, num_latents: int, run: Run, reader: Prefetcher[Any], writer: Writer[Any]) -> None:
+    def emit(self, num_frames: int, num_latents: int, reader: Prefetcher[Any], writer: Writer[Any]) -> None:
         """Tell the callbacks that a chunk is done."""
+        run = self._run
         self._frames += num_frames
         self._latents += num_latents
         waited = reader.wait_seconds + writer.wait_seconds
         event = ChunkEvent(
-            direction=self._direction,
+            direction=run.direction,
             index=self._chunks,
             num_frames=num_frames,
             frames_done=self._frames,
             frames_total=self._total,
             num_latents=num_latents,
+            seconds=time.perf_counter() - self._started,
             compute_seconds=self._compute_seconds,
             wait_seconds=waited - self._waited,
             cache_bytes=run.cache_bytes,
+            offloaded_bytes=run.cache_bytes - run.cache.device_bytes,
+            chunk_peak_bytes=run.meter.chunk_peak_bytes,
             peak_device_bytes=run.meter.peak_bytes,
             rss_bytes=rss_bytes(),
+            spans=run.spans(self._started),
         )
         self._chunks, self._waited = self._chunks + 1, waited
         for callback in self._callbacks:
             callback(event)
 
-    def report(self, run: Run, cache_bytes: int) -> RunReport:
-        """The whole run; ``cache_bytes`` as they were before the contexts were freed."""
-        seconds = time.perf_counter() - self._started
-        return RunReport(
-            direction=self._direction,
+    def finish(self) -> RunReport:
+        """The whole run. Called while its contexts are still there."""
+        seconds, run = time.perf_counter() - self._started, self._run
+        self._report = RunReport(
+            direction=run.direction,
             frames=self._frames,
             latent_frames=self._latents,
             seconds=seconds,
             frames_per_second=self._frames / seconds,
             peak_device_bytes=run.meter.peak_bytes,
+            projected_bytes=run.part.projected_bytes,
             peak_rss_bytes=peak_rss_bytes(),
-            cache_bytes=cache_bytes,
-            offloaded_bytes=0,
+            cache_bytes=run.cache_bytes,
+            offloaded_bytes=run.offloaded_bytes,
             resumed_from_frame=0,
             complete=True,
         )
+        return self._report

@@ -11,9 +11,10 @@ from __future__ import annotations
 import resource
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -24,7 +25,24 @@ from torch.utils._pytree import tree_leaves
 from longvid.errors import MemoryBudgetError
 from longvid.units import format_bytes
 
-__all__ = ["AllocationTracker", "DeviceMeter", "MemoryBudget", "peak_rss_bytes", "rss_bytes", "tensor_bytes"]
+__all__ = [
+    "AllocationTracker",
+    "DeviceMeter",
+    "MemoryBudget",
+    "default_reserved_bytes",
+    "host_available_bytes",
+    "is_out_of_memory",
+    "peak_rss_bytes",
+    "rss_bytes",
+    "tensor_bytes",
+]
+
+_ACCELERATOR_RESERVED_BYTES = 512 * 2**20
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -104,18 +122,36 @@ class DeviceMeter:
         self._device = device
         self._base_bytes = base_bytes
         self._count = 0
+        self.chunk_peak_bytes: int | None = None
+        "the peak of the last chunk, weights included; None if it was not measured"
+        self.peak_bytes = base_bytes
+        "the highest of them so far"
+        self.outside_bytes = 0
+        "device bytes that others held when the run began"
         if self._tracker is None:
+            self.outside_bytes = max(0, int(torch.accelerator.memory_allocated(device)) - base_bytes)
             torch.accelerator.reset_peak_memory_stats(device)
 
     @contextmanager
     def measure(self) -> Iterator[None]:
         """Count what is allocated inside; one stretch is one chunk."""
         index, self._count = self._count, self._count + 1
-        if self._tracker is None or (index >= 3 and index % 32):
+        self.chunk_peak_bytes = None
+        if self._tracker is None:
+            yield
+            self._note(int(torch.accelerator.max_memory_allocated(self._device)))
+            torch.accelerator.reset_peak_memory_stats(self._device)
+        elif index >= 3 and index % 32:
             yield
         else:
+            self._tracker.reset_peak()
             with self._tracker:
                 yield
+            self._note(self._base_bytes + self._tracker.peak_bytes)
+
+    def _note(self, chunk_peak_bytes: int) -> None:
+        self.chunk_peak_bytes = chunk_peak_bytes
+        self.peak_bytes = max(self.peak_bytes, chunk_peak_bytes)
 
     @property
     def live_bytes(self) -> int:
@@ -123,13 +159,6 @@ class DeviceMeter:
         if self._tracker is None:
             return int(torch.accelerator.memory_allocated(self._device)) - self._base_bytes
         return self._tracker.live_bytes
-
-    @property
-    def peak_bytes(self) -> int:
-        """The highest number of bytes so far, weights included."""
-        if self._tracker is None:
-            return int(torch.accelerator.max_memory_allocated(self._device))
-        return self._base_bytes + self._tracker.peak_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,25 +168,99 @@ class MemoryBudget:
     allowed_bytes: int | None = None
     reserved_bytes: int = 0
 
-    def check(self, projected_bytes: int, parts: Mapping[str, int], what: str) -> None:
+    def left(self, needed_bytes: int) -> int | None:
+        """What remains for others beside ``needed_bytes`` and the reserve; None if there is no limit."""
+        return None if self.allowed_bytes is None else self.allowed_bytes - self.reserved_bytes - needed_bytes
+
+    def check(self, projected_bytes: int, parts: Mapping[str, int], what: str, would_fit: Sequence[str] = ()) -> None:
         """Raise MemoryBudgetError if ``projected_bytes`` and the reserve do not fit.
 
         Args:
             projected_bytes: the peak of the run, weights included.
             parts: what it is made of, for the message.
             what: what was to be done, for the message.
+            would_fit: settings that are known to fit, for the message.
         """
-        if self.allowed_bytes is None or projected_bytes + self.reserved_bytes <= self.allowed_bytes:
+        left = self.left(projected_bytes)
+        if self.allowed_bytes is None or left is None or left >= 0:
             return
         listing = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+        reserve = f", of which {format_bytes(self.reserved_bytes)} are reserved" if self.reserved_bytes else ""
+        advice = "raise the budget, choose a smaller frame size or a narrower dtype"
+        if would_fit:
+            advice = f"what would fit: {'; or '.join(would_fit)}"
         raise MemoryBudgetError(
             f"{what} needs {format_bytes(projected_bytes)} ({listing}) and "
-            f"{format_bytes(self.allowed_bytes)} are allowed; raise the budget, choose a smaller frame size or a "
-            "narrower dtype",
+            f"{format_bytes(self.allowed_bytes)} are allowed{reserve}; {advice}",
             projected_bytes=projected_bytes,
             allowed_bytes=self.allowed_bytes,
             parts=parts,
         )
+
+
+def default_reserved_bytes(device: torch.device) -> int:
+    """What is set aside for workspaces and the allocator's rounding until a profile says what they really take.
+
+    On a CPU a plan sees all that a budget counts. On an accelerator half a GiB is an assumption; ``longvid tune``
+    replaces it by a measurement.
+    """
+    return 0 if device.type in ("cpu", "meta") else _ACCELERATOR_RESERVED_BYTES
+
+
+def is_out_of_memory(exc: BaseException) -> bool:
+    """Whether an error says that the device, or the CPU's allocator, has no memory left."""
+    return isinstance(exc, torch.OutOfMemoryError) or any(text in str(exc) for text in _OUT_OF_MEMORY)
+
+
+def host_available_bytes(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes of host memory that this process can still take: the machine's, or what its container leaves if less.
+
+    Args:
+        cgroups: where control groups are mounted.
+        own: the file that names the groups of this process.
+    """
+    return max(0, min([int(psutil.virtual_memory().available), *_cgroup_headrooms(cgroups, own)]))
+
+
+def _cgroup_headrooms(cgroups: Path, own: Path) -> Iterator[int]:
+    """What is left under the limit of each control group that this process is in, of both versions.
+
+    A limit holds for all groups below it, so every level up to the mount counts. Inside a container the own path may
+    not exist below the mount, which then shows the container's own group at its root.
+    """
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            roots = [cgroups, cgroups / "unified"]
+            files = ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            roots = [cgroups / "memory"]
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        for root in roots:
+            folder = root / path.lstrip("/")
+            for level in (folder, *folder.parents):
+                headroom = _headroom(level, *files)
+                if headroom is not None:
+                    yield headroom
+                if level == root:
+                    break
+
+
+def _headroom(folder: Path, limit_name: str, usage_name: str, reclaimable_key: str) -> int | None:
+    try:
+        limit, usage = (folder / limit_name).read_text().strip(), int((folder / usage_name).read_text())
+        if not limit.isdecimal():  # "max"
+            return None
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return int(limit) - usage + int(stat.get(reclaimable_key, 0))  # page cache is given up when memory is short
+    except (OSError, ValueError):
+        return None
 
 
 def tensor_bytes(module: torch.nn.Module) -> int:

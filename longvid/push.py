@@ -19,7 +19,8 @@ from torch import Tensor
 
 from longvid.engine import DecodeRun, EncodeRun, Engine, Frames, Representation, Run
 from longvid.errors import ScheduleError, SessionStateError, SourceError
-from longvid.plan import DirectionPlan
+from longvid.events import Direction
+from longvid.plan import DirectionPlan, Plan
 from longvid.reblock import Reblocker, pad_frames
 from longvid.schedule import Chunk, ChunkSchedule
 
@@ -33,9 +34,18 @@ __all__ = ["PushDecoder", "PushEncoder", "Scope"]
 class Admission:
     """A video's place in the session's budget."""
 
-    schedule: ChunkSchedule
-    part: DirectionPlan | None
-    "what it was planned with; None where there is no budget"
+    plan: Plan
+    direction: Direction
+
+    @property
+    def schedule(self) -> ChunkSchedule:
+        """How the video is cut."""
+        return self.plan.schedule
+
+    @property
+    def part(self) -> DirectionPlan:
+        """What the video was planned to need."""
+        return self.plan.direction(self.direction)
 
 
 class Scope(ABC):
@@ -45,15 +55,17 @@ class Scope(ABC):
 
     def __init__(self, session: VideoSession) -> None:
         self._session = session
+        self._engine: Engine | None = None
         self._run: Run | None = None
+        "made with the admission"
         self.admission: Admission | None = None
         "set when the size of the frames is known, until the video ends"
         self._ended = ""
 
     def __enter__(self) -> Self:
-        if self._run is not None or self._ended:
+        if self._engine is not None or self._ended:
             raise SessionStateError(f"the {self.kind} cannot be entered twice; ask the session for a new one")
-        self._run = self._make_run(self._session._check_usable(self.kind)).__enter__()
+        self._engine = self._session._check_usable(self.kind)
         return self
 
     def __exit__(
@@ -68,35 +80,42 @@ class Scope(ABC):
     @property
     def closed(self) -> bool:
         """Whether the scope holds nothing any more."""
-        return self._run is None and bool(self._ended)
+        return self._engine is None and bool(self._ended)
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the video's contexts now."""
+        """Bytes of the video's contexts now, wherever they are."""
         return 0 if self._run is None else self._run.cache_bytes
 
     def _end(self, why: str) -> None:
         if self._run is not None:
             self._run.__exit__(None, None, None)
-        self._run = self.admission = None
+        self._engine = self._run = self.admission = None
         self._ended = self._ended or why
 
     @contextmanager
-    def _working(self, what: str) -> Iterator[Run]:
+    def _working(self, what: str) -> Iterator[Engine]:
         """Run a part of the video; after an exception the video cannot go on."""
         with self._session._busy(f"{self.kind}.{what}"):
-            if self._run is None:
+            if self._engine is None:
                 raise SessionStateError(
                     f"{self.kind}.{what}: this video {self._ended or 'is not open; use it in a with statement'}"
                 )
             try:
-                yield self._run
+                yield self._engine
             except BaseException:
                 self._end("failed in an earlier call; start it again with a new one")
                 raise
 
+    def _admitted(self, engine: Engine, direction: Direction, size: tuple[int, int]) -> Admission:
+        """The video's place, asked for when its size is first known; its run is made with it."""
+        if self.admission is None:
+            self.admission = self._session._admit(engine, direction, *size)
+            self._run = self._make_run(engine, self.admission.part).__enter__()
+        return self.admission
+
     @abstractmethod
-    def _make_run(self, engine: Engine) -> Run:
+    def _make_run(self, engine: Engine, part: DirectionPlan) -> Run:
         """The cache and meter of this direction."""
 
 
@@ -117,8 +136,8 @@ class PushEncoder(Scope):
         self.num_frames = 0
         "frames pushed so far"
 
-    def _make_run(self, engine: Engine) -> Run:
-        return EncodeRun(engine, self._representation, self._seed)
+    def _make_run(self, engine: Engine, part: DirectionPlan) -> Run:
+        return EncodeRun(engine, part, self._representation, self._seed)
 
     def push(self, frames_THWC: Any) -> Tensor:
         """Take uint8 frames (T, H, W, 3), numpy or torch, any number; return the latents finished so far.
@@ -130,10 +149,11 @@ class PushEncoder(Scope):
             SourceError: wrong dtype, axes or size.
             MemoryBudgetError: frames of this size do not fit the session's budget.
         """
-        with self._working("push") as run:
+        with self._working("push") as engine:
             frames = _as_frames(frames_THWC)
             if self._reblock is None:
-                self._open(frames)
+                self._size = (frames.shape[1], frames.shape[2])
+                self._reblock = Reblocker(self._admitted(engine, "encode", self._size).schedule.capacity)
             if frames.shape[1:3] != self._size:
                 raise SourceError(
                     f"frames of {frames.shape[2]}x{frames.shape[1]} came after frames of "
@@ -141,11 +161,10 @@ class PushEncoder(Scope):
                     kind="geometry-changed",
                 )
             self.num_frames += len(frames)
-            assert self._reblock is not None
-            assert self.admission is not None
-            plan = self.admission.schedule
-            done = [self._encode(run, plan.full(i), block) for i, (block,) in self._reblock.push(frames)]
-            return self._joined(run, done)
+            plan = self._admitted(engine, "encode", self._size).schedule
+            return self._joined(
+                engine, [self._encode(plan.full(i), block) for i, (block,) in self._reblock.push(frames)]
+            )
 
     def finish(self) -> Tensor:
         """Encode what is left, the tail padded by repeating the last frame; the video is then complete.
@@ -153,38 +172,32 @@ class PushEncoder(Scope):
         Raises:
             SourceError: no frame was pushed.
         """
-        with self._working("finish") as run:
+        with self._working("finish") as engine:
             if self._reblock is None or self.admission is None or not self.num_frames:
                 raise SourceError("the video has no frames; push at least one before finish()", kind="no-frames")
             rest = self._reblock.rest()
             done = []
             if rest is not None:
                 index, (block,) = rest
-                done.append(self._encode(run, self.admission.schedule.tail(index, len(block)), block))
-            latents = self._joined(run, done)
+                done.append(self._encode(self.admission.schedule.tail(index, len(block)), block))
+            latents = self._joined(engine, done)
             self._end("is finished")
             return latents
 
-    def _open(self, frames: Frames) -> None:
-        engine = self._session._engine
-        assert engine is not None
-        self._size = (frames.shape[1], frames.shape[2])
-        self.admission = self._session._admit(engine, "encode", *self._size)
-        self._reblock = Reblocker(self.admission.schedule.capacity)
-
-    def _encode(self, run: Run, chunk: Chunk, block: Frames) -> Tensor:
+    def _encode(self, chunk: Chunk, block: Frames) -> Tensor:
+        run = self._run
         assert isinstance(run, EncodeRun)
         size = run.engine.model.geometry.padded_size(*self._size)
         latents, moments = run.latents(chunk, pad_frames(block, chunk.padded_frames, *size))
         return latents if moments is None else moments
 
-    def _joined(self, run: Run, done: list[Tensor]) -> Tensor:
+    def _joined(self, engine: Engine, done: list[Tensor]) -> Tensor:
         if done:
             return torch.cat(done, dim=2)
-        geometry = run.engine.model.geometry
+        geometry = engine.model.geometry
         height, width = geometry.padded_size(*self._size)
         channels = geometry.latent_channels * (2 if self._representation == "moments" else 1)
-        dtype = torch.float32 if self._representation == "sample" else run.engine.dtype
+        dtype = torch.float32 if self._representation == "sample" else engine.dtype
         p = geometry.pixels_per_latent
         return torch.empty((1, channels, 0, height // p, width // p), dtype=dtype)
 
@@ -204,8 +217,8 @@ class PushDecoder(Scope):
         self._num_latents = 0
         self._frame_size = (0, 0)
 
-    def _make_run(self, engine: Engine) -> Run:
-        return DecodeRun(engine, self._crop)
+    def _make_run(self, engine: Engine, part: DirectionPlan) -> Run:
+        return DecodeRun(engine, part, self._crop)
 
     def push(self, z_BCTHW: Tensor) -> Frames:
         """Take raw latents (1, c, t, h, w), any number; return the frames finished so far.
@@ -217,16 +230,14 @@ class PushDecoder(Scope):
             ScheduleError: wrong axes or channels, or more latents than ``num_frames`` has.
             MemoryBudgetError: latents of this size do not fit the session's budget.
         """
-        with self._working("push") as run:
-            z_TCHW = self._as_latents(run, z_BCTHW)
-            geometry = run.engine.model.geometry
-            if self._reblock is None or self.admission is None:
-                p = geometry.pixels_per_latent
+        with self._working("push") as engine:
+            z_TCHW = self._as_latents(engine, z_BCTHW)
+            if self._reblock is None:
+                p = engine.model.geometry.pixels_per_latent
                 self._frame_size = (z_TCHW.shape[2] * p, z_TCHW.shape[3] * p)
                 self._check_crop()
-                self.admission = self._session._admit(run.engine, "decode", *self._frame_size)
                 self._reblock = Reblocker(lambda i: plan.full(i).num_latents)
-            plan = self.admission.schedule
+            plan = self._admitted(engine, "decode", self._frame_size).schedule
             self._num_latents += len(z_TCHW)
             if self._num_frames is not None and self._num_latents > plan.num_latents(self._num_frames):
                 plan.check_length(self._num_frames, self._num_latents)
@@ -234,7 +245,7 @@ class PushDecoder(Scope):
                 blocks = list(self._reblock.push(z_TCHW))
             except ValueError as exc:
                 raise ScheduleError(f"the latents changed within a video: {exc}") from exc
-            return self._joined([self._decode(run, plan.full(i), block) for i, (block,) in blocks])
+            return self._joined([self._decode(plan.full(i), block) for i, (block,) in blocks])
 
     def finish(self) -> Frames:
         """Decode what is left; the video is then complete.
@@ -242,14 +253,12 @@ class PushDecoder(Scope):
         Raises:
             ScheduleError: the number of latents is not that of a whole video, or not that of ``num_frames``.
         """
-        with self._working("finish") as run:
-            plan = self.admission.schedule if self.admission else run.engine.model.geometry.schedule
+        with self._working("finish") as engine:
+            plan = self.admission.schedule if self.admission else engine.model.geometry.schedule
             most = plan.max_frames(self._num_latents)
             plan.check_length(self._num_frames or most, self._num_latents)
             rest = self._reblock.rest() if self._reblock is not None else None
-            done = (
-                [] if rest is None else [self._decode(run, plan.tail_of_latents(rest[0], len(rest[1][0])), rest[1][0])]
-            )
+            done = [] if rest is None else [self._decode(plan.tail_of_latents(rest[0], len(rest[1][0])), rest[1][0])]
             frames = self._joined(done)
             self._end("is finished")
             return frames
@@ -261,14 +270,15 @@ class PushDecoder(Scope):
                 f"{self._frame_size[1]}x{self._frame_size[0]}"
             )
 
-    def _as_latents(self, run: Run, z: Any) -> npt.NDArray[np.float32]:
-        channels = run.engine.model.geometry.latent_channels
+    def _as_latents(self, engine: Engine, z: Any) -> npt.NDArray[np.float32]:
+        channels = engine.model.geometry.latent_channels
         if not isinstance(z, Tensor) or z.ndim != 5 or z.shape[:2] != (1, channels) or 0 in z.shape[3:]:
             given = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
             raise ScheduleError(f"latents are a torch tensor (1, {channels}, t, h, w), {given} was given")
         return cast("npt.NDArray[np.float32]", z[0].detach().movedim(1, 0).to("cpu", torch.float32).numpy())
 
-    def _decode(self, run: Run, chunk: Chunk, z_TCHW: npt.NDArray[np.float32]) -> Frames:
+    def _decode(self, chunk: Chunk, z_TCHW: npt.NDArray[np.float32]) -> Frames:
+        run = self._run
         assert isinstance(run, DecodeRun)
         frames = run.frames(chunk, z_TCHW)
         return frames if self._num_frames is None else frames[: max(0, self._num_frames - chunk.frame_start)]

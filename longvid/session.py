@@ -30,19 +30,20 @@ from typing import Any, Literal, Self, TypeVar
 import torch
 
 from longvid.engine import DecodeRun, EncodeRun, Engine, Frames, Representation, Times
-from longvid.errors import ModelError, ScheduleError, SessionStateError, SourceError, StoreError
+from longvid.errors import MemoryBudgetError, ModelError, ScheduleError, SessionStateError, SourceError, StoreError
 from longvid.events import Callback, Direction, RunReport
 from longvid.feeds import LatentPiece, frame_chunks, frame_sink, latent_chunks, store_latents
 from longvid.job import Job
-from longvid.memory import MemoryBudget
+from longvid.memory import MemoryBudget, host_available_bytes
 from longvid.models.base import CausalVAE
 from longvid.models.loading import load_model
 from longvid.pipeline import Prefetcher, Writer
-from longvid.plan import Plan, make_plan, parse_dtype, require_resident
+from longvid.plan import DirectionPlan, Offload, Plan, make_plan, parse_dtype, parse_offload
 from longvid.push import Admission, PushDecoder, PushEncoder, Scope
 from longvid.store import LatentStore, check_target, open_store
 from longvid.store_writer import LatentWriter
-from longvid.units import parse_bytes
+from longvid.transfer import HostArena
+from longvid.units import format_bytes, parse_bytes
 from longvid.video.sources import open_source
 
 __all__ = ["VideoSession"]
@@ -70,7 +71,11 @@ class VideoSession:
         dtype: compute dtype, a name such as ``"bfloat16"`` or a torch dtype; None for that of the weights.
         memory: budget of device bytes such as ``"8GiB"``, weights included; None for no limit. A run that would not
             fit is refused before anything is read or written.
-        offload: ``"auto"`` or ``"none"``; in this version contexts stay on the device.
+        offload: which contexts leave the device between chunks: ``"auto"`` (as much as ``memory`` needs), ``"none"``,
+            ``"all"``, or a size such as ``"512MiB"`` up to which they stay. The results are the same, bit for bit.
+        offload_dir: folder for an unnamed file that offloaded contexts go to; None for host memory.
+        reserved: part of ``memory`` for what a plan cannot see, such as workspaces; None for 0 on a CPU and 512 MiB on
+            an accelerator.
         chunk_frames: frames of a chunk after the first, for a model whose result does not depend on it; None for the
             model's own, or shorter where the budget asks for it.
         callbacks: called with a :class:`~longvid.events.ChunkEvent` after every chunk, in the caller's thread.
@@ -83,11 +88,15 @@ class VideoSession:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype | None = None,
         memory: str | int | None = None,
-        offload: str = "auto",
+        offload: Offload = "auto",
+        offload_dir: str | os.PathLike[str] | None = None,
+        reserved: str | int | None = None,
         chunk_frames: int | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        require_resident(offload)
+        self._offload = parse_offload(offload)
+        self._offload_dir = None if offload_dir is None else Path(offload_dir)
+        self._reserved_bytes = None if reserved is None else parse_bytes(reserved) if reserved else 0
         self._source_model = load_model(model)
         self._source_model.geometry.schedule_for(chunk_frames)  # refuses what cannot be, before anything is placed
         self._chunk_frames = chunk_frames
@@ -98,7 +107,7 @@ class VideoSession:
         self._state = _State.UNOPENED
         self._busy_with: str | None = None
         self._engine: Engine | None = None
-        self._plans: dict[tuple[int, int, int], Plan] = {}
+        self._plans: dict[tuple[int, int, int, int | None], Plan] = {}
         self._scopes: list[Scope] = []
 
     # ------------------------------------------------------------------------------------------- lifecycle
@@ -107,7 +116,13 @@ class VideoSession:
         if self._state is not _State.UNOPENED:
             raise SessionStateError(f"the session cannot be entered: it {self._state.value}")
         self._owner = (os.getpid(), threading.get_ident())
-        self._engine = Engine.on_device(self._source_model, self._requested_device, self._dtype)
+        self._engine = Engine.on_device(
+            self._source_model,
+            self._requested_device,
+            self._dtype,
+            offload_dir=self._offload_dir,
+            reserved_bytes=self._reserved_bytes,
+        )
         self._state = _State.OPEN
         return self
 
@@ -121,6 +136,8 @@ class VideoSession:
         for scope in self._scopes:
             scope.close()
         self._scopes.clear()
+        if self._engine is not None:
+            self._engine.transfer.close()
         self._engine = None
         self._state = _State.CLOSED
 
@@ -155,13 +172,14 @@ class VideoSession:
 
     def plan(self, *, height: int, width: int) -> Plan:
         """The plan for frames of this size under the session's dtype and budget; see :func:`longvid.make_plan`."""
-        engine = self._check_usable("plan")
-        return self._plan(engine, height, width, held_bytes=0)
+        return self._plan(self._check_usable("plan"), height, width)
 
-    def _plan(self, engine: Engine, height: int, width: int, *, held_bytes: int) -> Plan:
+    def _plan(
+        self, engine: Engine, height: int, width: int, *, held_bytes: int = 0, idle_limit_bytes: int | None = None
+    ) -> Plan:
         """The plan under what ``held_bytes`` of other videos leave of the budget."""
         height, width = engine.model.geometry.padded_size(height, width)
-        key = (height, width, held_bytes)
+        key = (height, width, held_bytes, idle_limit_bytes)
         if key not in self._plans:
             left = None if self._allowed_bytes is None else max(1, self._allowed_bytes - held_bytes)
             plan = make_plan(
@@ -170,32 +188,62 @@ class VideoSession:
                 width=width,
                 dtype=engine.dtype,
                 memory=left,
+                offload=self._offload,
                 chunk_frames=self._chunk_frames,
+                reserved=engine.reserved_bytes,
+                idle_limit_bytes=idle_limit_bytes,
             )
             self._plans[key] = replace(plan, allowed_bytes=self._allowed_bytes)
         return self._plans[key]
 
     def _admit(self, engine: Engine, direction: Direction, height: int, width: int) -> Admission:
-        """Check a video of this size against the budget, beside those that are open, and give it its chunk plan.
+        """Check a video of this size against all limits, beside those that are open, and give it its plan.
 
         One video computes at a time while the contexts of all are held; contexts count as planned, whether or not
         they have come into being yet.
         """
-        if self._allowed_bytes is None:
-            return Admission(engine.model.geometry.schedule_for(self._chunk_frames), None)
-        others = [s.admission.part for s in self._scopes if s.admission is not None and s.admission.part is not None]
-        held_bytes = sum(part.cache_bytes for part in others)
-        plan = self._plan(engine, height, width, held_bytes=held_bytes)
+        others = [s.admission.part for s in self._scopes if s.admission is not None]
+        held_bytes = sum(part.idle_bytes for part in others)
+        budget = MemoryBudget(allowed_bytes=self._allowed_bytes, reserved_bytes=engine.reserved_bytes)
+        # What this video may hold while the largest of the others computes.
+        room = [budget.left(other.projected_bytes + held_bytes - other.idle_bytes) for other in others]
+        plan = self._plan(
+            engine,
+            height,
+            width,
+            held_bytes=held_bytes,
+            idle_limit_bytes=min((r for r in room if r is not None), default=None),
+        )
         plan.check(direction, others_bytes=held_bytes)
         part = plan.direction(direction)
         for other in others:
-            beside = held_bytes - other.cache_bytes + part.cache_bytes
-            MemoryBudget(allowed_bytes=self._allowed_bytes).check(
+            beside = held_bytes - other.idle_bytes + part.idle_bytes
+            budget.check(
                 other.projected_bytes + beside,
                 {**other.parts, "contexts of other open videos": beside},
                 f"{direction} at {plan.width}x{plan.height} beside a larger video that is open",
             )
-        return Admission(plan.schedule, part)
+        self._check_host(engine, part)
+        return Admission(plan, direction)
+
+    def _check_host(self, engine: Engine, part: DirectionPlan) -> None:
+        """Host memory is a limit too, the machine's as well as a container's."""
+        parts = {}
+        if self._offload_dir is None:
+            parts["offloaded contexts"] = HostArena.room_for(part.host_sizes)
+        if engine.device.type == "cpu":
+            parts["tensors"] = part.projected_bytes - part.weights_bytes
+        available, needed = host_available_bytes(), sum(parts.values())
+        if needed > available:
+            listing = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+            raise MemoryBudgetError(
+                f"the run needs {format_bytes(needed)} of host memory ({listing}), and this machine or its container "
+                f"has {format_bytes(available)} left; send contexts to a folder with offload_dir (--offload-dir), or "
+                "choose a smaller frame size or a narrower dtype",
+                projected_bytes=needed,
+                allowed_bytes=available,
+                parts=parts,
+            )
 
     # ------------------------------------------------------------------------------------------- whole videos
 
@@ -244,10 +292,15 @@ class VideoSession:
             with ExitStack() as stack:
                 video = stack.enter_context(open_source(source, start=start, frames=frames, size=size, frame_rate=rate))
                 info, geometry = video.info, engine.model.geometry
-                schedule = self._admit(engine, "encode", info.height, info.width).schedule
+                admission = self._admit(engine, "encode", info.height, info.width)
+                schedule = admission.schedule
                 height, width = geometry.padded_size(info.height, info.width)
                 p = geometry.pixels_per_latent
-                target = stack.enter_context(
+                run = stack.enter_context(
+                    EncodeRun(engine, admission.part, representation, seed, traced=Job.wants_spans(self._callbacks))
+                )
+                job = stack.enter_context(Job(self._callbacks, run, admission.plan, info.num_frames))
+                with (
                     LatentWriter(
                         store,
                         schedule=schedule,
@@ -264,21 +317,16 @@ class VideoSession:
                             **({"seed": seed} if representation == "sample" else {}),
                         },
                         overwrite=overwrite,
-                    )
-                )
-                run = stack.enter_context(EncodeRun(engine, representation, seed))
-                job = Job(self._callbacks, "encode", info.num_frames)
-                writer: Writer[LatentPiece] = stack.enter_context(Writer(lambda item: store_latents(target, item)))
-                reader = stack.enter_context(
-                    Prefetcher(frame_chunks(video, schedule, (height, width)), check=writer.check)
-                )
-                for piece in reader:
-                    with job.timed():
-                        latents, moments = run.latents(piece.chunk, piece.frames)
-                    writer.put(LatentPiece(piece.chunk, piece.pts, latents, moments))
-                    job.emit(piece.chunk.num_frames, piece.chunk.num_latents, run, reader, writer)
-                cache_bytes = run.cache_bytes
-            return job.report(run, cache_bytes)
+                    ) as target,
+                    Writer[LatentPiece](lambda item: store_latents(target, item)) as writer,
+                    Prefetcher(frame_chunks(video, schedule, (height, width)), check=writer.check) as reader,
+                ):
+                    for piece in reader:
+                        with job.timed():
+                            latents, moments = run.latents(piece.chunk, piece.frames)
+                        writer.put(LatentPiece(piece.chunk, piece.pts, latents, moments))
+                        job.emit(piece.chunk.num_frames, piece.chunk.num_latents, reader, writer)
+                return job.finish()
 
     def decode(
         self,
@@ -310,26 +358,35 @@ class VideoSession:
             latents = store if isinstance(store, LatentStore) else open_store(store)
             _require_decodable(latents, engine.model)
             first, last = _frame_window(latents.num_frames, start, frames)
-            schedule = self._admit(engine, "decode", latents.height, latents.width).schedule
+            admission = self._admit(engine, "decode", latents.height, latents.width)
             if not callable(out):
                 _require_apart(latents.path, Path(out))
             sink = frame_sink(latents, out, overwrite)
             pts = latents.frame_pts
             with ExitStack() as stack:
-                write = stack.enter_context(sink)
-                run = stack.enter_context(DecodeRun(engine, (latents.height, latents.width)))
-                job = Job(self._callbacks, "decode", last - first)
-                writer: Writer[tuple[Frames, Times]] = stack.enter_context(Writer(lambda piece: write(*piece)))
-                reader = stack.enter_context(Prefetcher(latent_chunks(latents, schedule, last), check=writer.check))
-                for chunk, z_TCHW in reader:
-                    with job.timed():
-                        pixels = run.frames(chunk, z_TCHW)
-                    a, b = (min(max(edge, first), last) for edge in (chunk.frame_start, chunk.frame_stop))
-                    if b > a:
-                        writer.put((pixels[a - chunk.frame_start : b - chunk.frame_start], pts[a:b]))
-                    job.emit(b - a, chunk.num_latents, run, reader, writer)
-                cache_bytes = run.cache_bytes
-            return job.report(run, cache_bytes)
+                run = stack.enter_context(
+                    DecodeRun(
+                        engine,
+                        admission.part,
+                        (latents.height, latents.width),
+                        traced=Job.wants_spans(self._callbacks),
+                    )
+                )
+                job = stack.enter_context(Job(self._callbacks, run, admission.plan, last - first))
+                chunks = latent_chunks(latents, admission.schedule, last)
+                with (
+                    sink as write,
+                    Writer[tuple[Frames, Times]](lambda piece: write(*piece)) as writer,
+                    Prefetcher(chunks, check=writer.check) as reader,
+                ):
+                    for chunk, z_TCHW in reader:
+                        with job.timed():
+                            pixels = run.frames(chunk, z_TCHW)
+                        a, b = (min(max(edge, first), last) for edge in (chunk.frame_start, chunk.frame_stop))
+                        if b > a:
+                            writer.put((pixels[a - chunk.frame_start : b - chunk.frame_start], pts[a:b]))
+                        job.emit(b - a, chunk.num_latents, reader, writer)
+                return job.finish()
 
     # ------------------------------------------------------------------------------------------- push mode
 

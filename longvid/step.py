@@ -21,9 +21,12 @@ def encode_chunk(
     model: CausalVAE, cache: ConvCache, frames_THWC: Tensor, *, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """uint8 frames (T, H, W, 3) on any device to moments (1, 2 c, t, h, w) on ``device``."""
+    return model.encode(cache.attempt(lambda: _to_pixels(frames_THWC, device, dtype)), cache)
+
+
+def _to_pixels(frames_THWC: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     x = frames_THWC.to(device, copy=True, non_blocking=True).permute(3, 0, 1, 2)[None]
-    x = x.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0).to(dtype)
-    return model.encode(x, cache)
+    return x.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0).to(dtype)
 
 
 @torch.inference_mode()
@@ -35,14 +38,21 @@ def decode_chunk(
     Raises:
         ModelError: the model's output is not finite.
     """
-    z = latents_TCHW.to(device, copy=True, non_blocking=True).movedim(0, 1)[None].to(dtype).contiguous()
-    x = model.decode(z, cache)
-    _, C, T, H, W = x.shape
-    frames = torch.empty((T, H, W, C), dtype=torch.uint8, device=device)
+    x = model.decode(cache.attempt(lambda: _to_latents(latents_TCHW, device, dtype)), cache)
+    return cache.attempt(lambda: _to_frames(x))
+
+
+def _to_latents(latents_TCHW: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return latents_TCHW.to(device, copy=True, non_blocking=True).movedim(0, 1)[None].to(dtype).contiguous()
+
+
+def _to_frames(x_BCTHW: Tensor) -> Tensor:
+    _, C, T, H, W = x_BCTHW.shape
+    frames = torch.empty((T, H, W, C), dtype=torch.uint8, device=x_BCTHW.device)
     for t in range(T):
-        frame = x[0, :, t].float()
+        frame = x_BCTHW[0, :, t].to(torch.float32, copy=True)
         if not frame.is_meta and not bool(torch.isfinite(frame).all()):
-            raise ModelError(f"frame {t} of the decoded chunk is not finite in {dtype}; try float32")
+            raise ModelError(f"frame {t} of the decoded chunk is not finite in {x_BCTHW.dtype}; try float32")
         frames[t].copy_(frame.add_(1.0).mul_(127.5).round_().clamp_(0.0, 255.0).permute(1, 2, 0))
     return frames
 

@@ -12,7 +12,8 @@ import longvid
 ROOT = Path(longvid.__file__).parent
 RANKS = {
     "errors": 0, "units": 0, "events": 0, "video.frames": 0,
-    "schedule": 1, "memory": 1, "pipeline": 1, "reblock": 1,
+    "schedule": 1, "memory": 1, "pipeline": 1, "reblock": 1, "machine": 1,
+    "offload": 1, "transfer": 1.3, "timeline": 1.3, "residency": 1.5,
     "video.color": 1, "video.container": 1, "video.arrays": 1, "video.reader": 1.3, "video.writer": 1.3,
     "video.sources": 1.5, "video.picture": 1,
     "cache": 2, "store": 2, "store_writer": 2.5,
@@ -20,9 +21,12 @@ RANKS = {
     "models.loading": 3.7,
     "step": 4, "plan": 4.5, "engine": 5, "push": 5.5, "feeds": 5.5, "job": 5.5, "session": 6,
     "train.footage": 4, "train.fit": 5, "train.__main__": 9,
-    "progress": 7, "cli": 8, "__main__": 9, "demo.__main__": 9,
+    "target": 1, "progress": 7, "recorder": 7,
+    "history": 7, "report_text": 7.3, "report_charts": 7.4, "report": 7.5,
+    "cli": 8, "__main__": 9, "demo.__main__": 9,
 }  # fmt: skip
-NO_TORCH = ("schedule", "reblock", "pipeline", "video.", "store", "cli", "progress", "errors", "units", "events")
+NO_TORCH = ("schedule", "reblock", "pipeline", "video.", "store", "cli", "progress", "errors", "units", "events",
+            "machine", "history", "target", "recorder", "report", "timeline", "offload")  # fmt: skip
 
 
 def modules():

@@ -1,13 +1,16 @@
 """An exception anywhere, a signal at any time: nothing is held, and the next video is as if nothing had happened."""
 
 import gc
+import re
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from longvid import AllocationTracker, SessionStateError, VideoSession
+from longvid import AllocationTracker, MemoryBudgetError, SessionStateError, VideoSession
 
 NUM_CHUNKS = 3
 
@@ -139,3 +142,110 @@ def test_a_decode_that_fails_leaves_no_file(vae, tmp_path):
             assert run_and_drop(lambda out=out: session.decode(tmp_path / "a.zarr", tmp_path / out), Injected)
             hook.remove()
         assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
+
+
+# ------------------------------------------------------------------------------------------- out of memory
+
+
+def memory_error():
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free")
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize("offload", ["none", "all"])
+def test_memory_that_runs_out_in_any_layer_is_survived_bit_for_bit_or_told(vae, direction, offload):
+    """Once: the same bits, since contexts make room; if they had left already: an error with the numbers."""
+    module, run = (vae.encoder, encode) if direction == "encode" else (vae.decoder, decode)
+    with VideoSession(vae, offload=offload) as session:
+        expected, survived, told = run(session), 0, 0
+        for count, name in enumerate(convolutions(module)):
+            hook = failing(module.get_submodule(name), count % NUM_CHUNKS, memory_error())
+            tracker = AllocationTracker()
+            with warnings.catch_warnings(record=True) as said, tracker:
+                warnings.simplefilter("always")
+                try:
+                    got = run(session)
+                except MemoryBudgetError as exc:
+                    told += bool(re.search(rf"in chunk \d of {direction}: .* were planned", str(exc)))
+                else:
+                    survived += 1
+                    assert torch.equal(got, expected), name
+                    assert any("all contexts were moved" in str(w.message) for w in said)
+                    del got
+            hook.remove()
+            gc.collect()
+            assert tracker.live_bytes == 0, name
+            assert torch.equal(run(session), expected), name  # the session stays usable
+        assert survived
+        assert survived + told == len(convolutions(module))
+
+
+def test_memory_that_stays_short_is_an_error_with_the_numbers(vae, tmp_path):
+    hooks = [vae.encoder.mid_block.resnets[0].conv1.conv.register_forward_pre_hook(lambda *_: raise_(memory_error()))]
+    with VideoSession(vae) as session, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(MemoryBudgetError, match="the device ran out of memory in chunk 0 of encode") as caught:
+            session.encode(frames(), tmp_path / "a.zarr")
+        assert caught.value.projected_bytes > 0
+        assert caught.value.__context__ is None  # its frames would hold the chunk's tensors
+        hooks[0].remove()
+        assert session.encode(frames(), tmp_path / "a.zarr").complete
+
+
+def raise_(error):
+    raise error
+
+
+class FailingCall(TorchFunctionMode):
+    """Raises once, at the n-th call of a torch function that can take memory."""
+
+    def __init__(self, number):
+        self.left, self.reached = number, False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "").startswith(
+            ("conv", "empty", "group_norm", "native_group", "add", "pad", "to")
+        ):
+            self.left -= 1
+            if self.left == 0:
+                self.reached = True
+                raise memory_error()
+        return func(*args, **(kwargs or {}))
+
+
+def test_memory_that_runs_out_at_any_call_gives_the_same_bits_or_an_error(vae):
+    with VideoSession(vae) as session, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected, outcomes = encode(session), {"same": 0, "told": 0}
+        for number in range(1, 10_000, 23):
+            with FailingCall(number) as fault:
+                try:
+                    got = encode(session)
+                except MemoryBudgetError:
+                    outcomes["told"] += 1
+                else:
+                    assert torch.equal(got, expected), number
+                    outcomes["same"] += 1
+            if not fault.reached:
+                break
+            assert torch.equal(encode(session), expected)
+    assert outcomes["same"] > 2 * outcomes["told"]
+
+
+def test_a_measured_peak_above_the_plan_is_told_once(vae, monkeypatch):
+    from longvid.models.layers import CausalConv3d
+
+    real, kept = CausalConv3d.convolve, []
+
+    def wasteful(self, window):
+        out = real(self, window)
+        kept.append(torch.empty(300_000))
+        return out
+
+    monkeypatch.setattr(CausalConv3d, "convolve", wasteful)
+    with VideoSession(vae) as session, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        encode(session)
+    messages = [str(w.message) for w in said if "measured peak" in str(w.message)]
+    assert len(messages) == 1
+    assert "above the plan of" in messages[0]

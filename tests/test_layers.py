@@ -116,8 +116,8 @@ def test_spatial_norm_needs_a_latent():
 @pytest.mark.parametrize("time", [False, True])
 def test_downsample_halves(frames, time):
     layer, x = Downsample(3, time=time), torch.randn(1, 3, frames, 6, 8)
-    with torch.inference_mode():
-        out = layer(x, None)
+    with torch.inference_mode(), ConvCache(layer) as cache:
+        out = layer(x, cache)
     kept = frames % 2 + frames // 2 if time else frames
     assert out.shape == (1, 3, kept, 3, 4)
     last = x[:, :, -2:].mean(2) if time and frames > 1 else x[:, :, -1]
@@ -128,8 +128,8 @@ def test_downsample_halves(frames, time):
 @pytest.mark.parametrize("time", [False, True])
 def test_upsample_doubles(frames, time):
     layer, x = Upsample(3, time=time), torch.randn(1, 3, frames, 3, 4)
-    with torch.inference_mode():
-        out = layer(x, None)
+    with torch.inference_mode(), ConvCache(layer) as cache:
+        out = layer(x, cache)
     doubled = time and frames > 1
     assert out.shape == (1, 3, (2 * frames - frames % 2) if doubled else frames, 6, 8)
     torch.testing.assert_close(out[:, :, 0], layer.conv(F.interpolate(x[:, :, 0], scale_factor=2.0)))

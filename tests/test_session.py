@@ -255,13 +255,17 @@ def test_budget_is_checked_before_any_output(vae, frames, tmp_path):
     with VideoSession(vae, memory=need.encode.projected_bytes) as session:
         report = session.encode(frames, store)
     assert report.peak_device_bytes == need.encode.projected_bytes
-    with VideoSession(vae, memory=need.encode.projected_bytes - 1) as session:
-        with pytest.raises(MemoryBudgetError):
-            session.encode(frames, tmp_path / "b.zarr")
-        with session.encoder() as enc, pytest.raises(MemoryBudgetError):
-            enc.push(frames)
-    with VideoSession(vae, memory=need.decode.projected_bytes - 1) as session, pytest.raises(MemoryBudgetError):
-        session.decode(store, tmp_path / "a.mp4")
+    for offload, least in (("none", "projected_bytes"), ("auto", "minimum_bytes")):
+        with VideoSession(vae, memory=getattr(need.encode, least) - 1, offload=offload) as session:
+            with pytest.raises(MemoryBudgetError):
+                session.encode(frames, tmp_path / "b.zarr")
+            with session.encoder() as enc, pytest.raises(MemoryBudgetError):
+                enc.push(frames)
+        with (
+            VideoSession(vae, memory=getattr(need.decode, least) - 1, offload=offload) as session,
+            pytest.raises(MemoryBudgetError),
+        ):
+            session.decode(store, tmp_path / "a.mp4")
     assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
 
 
@@ -290,7 +294,7 @@ def test_several_open_videos_share_the_budget(vae, frames):
 
 def test_options_are_checked_by_the_constructor(vae, frames, tmp_path):
     for options, said in (
-        ({"offload": "all"}, "not in this version"),
+        ({"offload": "some"}, "choose auto, none, all"),
         ({"dtype": "int8"}, "int8"),
     ):
         with pytest.raises(ModelError, match=said):
@@ -370,7 +374,7 @@ def test_videos_that_have_not_started_count_as_planned(vae, frames):
     """Contexts come into being with the first chunk; the budget holds all the same."""
     need = make_plan(vae, height=24, width=40)
     first = frames[:1]  # not a whole chunk: nothing runs yet
-    with VideoSession(vae, memory=need.encode.projected_bytes + need.encode.cache_bytes) as session:
+    with VideoSession(vae, memory=need.encode.projected_bytes + need.encode.cache_bytes, offload="none") as session:
         with session.encoder() as a, session.encoder() as b, session.encoder() as c:
             a.push(first)
             b.push(first)
@@ -385,7 +389,7 @@ def test_a_small_video_beside_a_large_one_is_checked_for_both(vae, frames):
     large, small = make_plan(vae, height=24, width=40).encode, make_plan(vae, height=8, width=8).encode
     for spare, fits in ((small.cache_bytes, True), (small.cache_bytes - 1, False)):
         with (
-            VideoSession(vae, memory=large.projected_bytes + spare) as session,
+            VideoSession(vae, memory=large.projected_bytes + spare, offload="none") as session,
             session.encoder() as a,
             session.encoder() as b,
         ):

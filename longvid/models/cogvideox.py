@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -128,9 +129,9 @@ class Encoder(nn.Module):
         for stage in (*self.down_blocks, self.mid_block):
             for layer in stage.layers():
                 x = layer(x, cache)
-        affine = self.norm_out.fit(x)
+        affine = cache.attempt(partial(self.norm_out.fit, x))
         with cache.window(self.conv_out, like=x) as window:
-            affine.write_silu(x, window.new)
+            cache.attempt(partial(affine.write_silu, x, window.new))
             del x
             return self.conv_out.convolve(window)
 
@@ -170,9 +171,9 @@ class Decoder(nn.Module):
         for stage in (self.mid_block, *self.up_blocks):
             for layer in stage.layers():
                 x = layer(x, cache, z)
-        affine = self.norm_out.fit(x, z)
+        affine = cache.attempt(partial(self.norm_out.fit, x, z))
         with cache.window(self.conv_out, like=x) as window:
-            affine.write_silu(x, window.new)
+            cache.attempt(partial(affine.write_silu, x, window.new))
             del x
             return self.conv_out.convolve(window)
 

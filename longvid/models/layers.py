@@ -4,6 +4,9 @@ Two rules keep memory low. A layer that feeds a causal convolution takes ``out=`
 window. Everything that works frame by frame (norms, resampling, 1x1 shortcuts) does so in a loop over frames, so its
 temporaries are one frame large.
 
+A third rule makes a device that runs out of memory survivable: what takes memory and is harmless to repeat is called
+through :meth:`~longvid.cache.ConvCache.attempt`.
+
 The layers are for inference: they write in place and are not differentiable. The exception is
 :meth:`CausalConv3d.whole`, which small models that are trained here are built on.
 
@@ -13,6 +16,7 @@ Axes: B batch, C channels, T time, H height, W width; lower-case t h w are those
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -91,7 +95,7 @@ class CausalConv3d(nn.Module):
     def forward(self, x_BCTHW: Tensor, cache: ConvCache) -> Tensor:
         """Convolve T new frames into T output frames. Prefer writing into the window: see ConvCache."""
         if self.context_frames == 0:
-            return self._conv(x_BCTHW)
+            return cache.attempt(lambda: self._conv(x_BCTHW))
         with cache.window(self, like=x_BCTHW) as window:
             window.new.copy_(x_BCTHW)
             return self.convolve(window)
@@ -116,13 +120,17 @@ class CausalConv3d(nn.Module):
             limit=window.max_conv_elements,
         )
         if len(pieces) == 1:
-            return self._conv(x)
-        out = x.new_empty((B, out_channels, T, H, W))
-        for piece in pieces:
-            out[:, :, piece.start : piece.stop].copy_(
-                self._conv(x[:, :, piece.start : piece.stop + self.context_frames])
-            )
-        return out
+            return window.attempt(lambda: self._conv(x))
+
+        def in_pieces() -> Tensor:
+            out = x.new_empty((B, out_channels, T, H, W))
+            for piece in pieces:
+                out[:, :, piece.start : piece.stop].copy_(
+                    self._conv(x[:, :, piece.start : piece.stop + self.context_frames])
+                )
+            return out
+
+        return window.attempt(in_pieces)
 
     def _conv(self, x: Tensor) -> Tensor:
         """The convolution, without padding in time.
@@ -296,21 +304,24 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x_BCTHW: Tensor, cache: ConvCache, latent: Tensor | None = None) -> Tensor:
         """(B, in, T, H, W) to (B, out, T, H, W). Alive at the peak: the input, one window and one output."""
-        affine = self.norm1.fit(x_BCTHW, latent)
+        affine = cache.attempt(partial(self.norm1.fit, x_BCTHW, latent))
         with cache.window(self.conv1, like=x_BCTHW) as window:
-            affine.write_silu(x_BCTHW, window.new)
+            cache.attempt(partial(affine.write_silu, x_BCTHW, window.new))
             h = self.conv1.convolve(window)
-        affine = self.norm2.fit(h, latent)
+        affine = cache.attempt(partial(self.norm2.fit, h, latent))
         with cache.window(self.conv2, like=h) as window:
-            affine.write_silu(h, window.new)
+            cache.attempt(partial(affine.write_silu, h, window.new))
             del h
             h = self.conv2.convolve(window)
         if not hasattr(self, "conv_shortcut"):
             return h.add_(x_BCTHW)
-        weight, bias = self.conv_shortcut.weight[:, :, 0], self.conv_shortcut.bias
         for t in range(h.shape[2]):
-            h[:, :, t].add_(F.conv2d(x_BCTHW[:, :, t], weight, bias))
+            h[:, :, t].add_(self._shortcut(x_BCTHW[:, :, t], cache))
         return h
+
+    def _shortcut(self, frame_BCHW: Tensor, cache: ConvCache) -> Tensor:
+        weight, bias = self.conv_shortcut.weight[:, :, 0], self.conv_shortcut.bias
+        return cache.attempt(lambda: F.conv2d(frame_BCHW, weight, bias))
 
 
 class Downsample(nn.Module):
@@ -326,6 +337,9 @@ class Downsample(nn.Module):
 
     def forward(self, x_BCTHW: Tensor, cache: ConvCache, latent: Tensor | None = None) -> Tensor:
         """(B, C, T, H, W) to (B, C, T / 2 or T, H / 2, W / 2)."""
+        return cache.attempt(lambda: self._downsample(x_BCTHW))
+
+    def _downsample(self, x_BCTHW: Tensor) -> Tensor:
         B, C, T, H, W = x_BCTHW.shape
         if not self.time:
             sources = [(t, t) for t in range(T)]
@@ -353,6 +367,9 @@ class Upsample(nn.Module):
 
     def forward(self, x_BCTHW: Tensor, cache: ConvCache, latent: Tensor | None = None) -> Tensor:
         """(B, C, T, H, W) to (B, C, T, 2 T - 1 or 2 T, 2 H, 2 W)."""
+        return cache.attempt(lambda: self._upsample(x_BCTHW))
+
+    def _upsample(self, x_BCTHW: Tensor) -> Tensor:
         B, C, T, H, W = x_BCTHW.shape
         copies = [1] * T if not self.time or T == 1 else [1] * (T % 2) + [2] * (T - T % 2)
         out = x_BCTHW.new_empty((B, C, sum(copies), 2 * H, 2 * W))

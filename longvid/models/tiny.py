@@ -230,7 +230,8 @@ class TinyVAE(nn.Module):
         first = cache.num_chunks == 0
         _require_blocks(x_BCTHW, first)
         with cache.chunk():
-            mean: Tensor = self.encoder(self.transform(x_BCTHW, first), cache, first)
+            coefficients = cache.attempt(lambda: self.transform(x_BCTHW, first))
+            mean: Tensor = self.encoder(coefficients, cache, first)
             return torch.cat([mean, torch.full_like(mean, 2 * math.log(self.config.posterior_std))], dim=1)
 
     @torch.inference_mode()
@@ -242,7 +243,8 @@ class TinyVAE(nn.Module):
         """
         first = cache.num_chunks == 0
         with cache.chunk():
-            return self.transform.inverse(self.decoder(z_BCTHW, cache, first), first)
+            coefficients = self.decoder(z_BCTHW, cache, first)
+            return cache.attempt(lambda: self.transform.inverse(coefficients, first))
 
     def describe(self) -> dict[str, Any]:
         """Class, config and origin of the weights. The latents need no scaling: their spread is about 1."""

@@ -1,0 +1,71 @@
+"""What a run was made on, for records and reports: hardware and versions, and nothing that names its owner."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from longvid import __version__
+
+__all__ = ["describe_machine"]
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """Facts of this machine, ready for JSON. Holds no host name, no user name and no path.
+
+    Args:
+        device: where the model computes, such as ``"cpu"`` or ``"cuda:0"``. An accelerator that is not here (the
+            record of another machine, say) is given by this name alone.
+    """
+    import torch
+
+    name, memory_bytes = _accelerator(device)
+    return {
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "num_cores": _usable_cores(),
+        "ram_bytes": int(psutil.virtual_memory().total),
+        "accelerator": name,
+        "accelerator_bytes": memory_bytes,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "num_torch_threads": torch.get_num_threads(),
+        "longvid": __version__,
+    }
+
+
+def _cpu_model() -> str:
+    """The name on the box; some processors do not tell theirs, and give their architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name" and value.strip():
+                return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _usable_cores() -> int:
+    """Cores that this process may run on, which a container or ``taskset`` can make fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _accelerator(device: str) -> tuple[str | None, int | None]:
+    """Name and bytes of the device; None for the CPU, whose facts stand beside it."""
+    import torch
+
+    try:
+        where = torch.device(device)
+        if where.type == "cpu":
+            return None, None
+        facts = torch.get_device_module(where).get_device_properties(where)
+        return str(facts.name), int(facts.total_memory)
+    except (RuntimeError, AssertionError, AttributeError):
+        return device, None
