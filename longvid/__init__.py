@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from longvid.models.layers import CausalConv3d
     from longvid.models.loading import load_model
     from longvid.plan import Plan, make_plan
+    from longvid.profile import Profile
     from longvid.progress import ProgressBar
     from longvid.recorder import Recorder
     from longvid.report import ReportPage
@@ -50,6 +51,7 @@ __all__ = [
     "MemoryBudgetError",
     "ModelError",
     "Plan",
+    "Profile",
     "ProgressBar",
     "Recorder",
     "ReportPage",
@@ -83,6 +85,7 @@ _HOMES = {
     "longvid.models.layers": ("CausalConv3d",),
     "longvid.models.loading": ("load_model",),
     "longvid.plan": ("Plan", "make_plan"),
+    "longvid.profile": ("Profile",),
     "longvid.progress": ("ProgressBar",),
     "longvid.recorder": ("Recorder",),
     "longvid.report": ("ReportPage",),

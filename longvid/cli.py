@@ -171,6 +171,52 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def _tune(args: argparse.Namespace) -> int:
+    from longvid.profile import check_profile_target
+    from longvid.target import check_file_target
+
+    picture = args.plot or (None if args.save is None else str(Path(args.save).with_suffix(".png")))
+    if args.save is not None:
+        check_profile_target(args.save, overwrite=args.overwrite)
+    if picture is not None:
+        check_file_target(picture, overwrite=args.overwrite, what="picture", is_ours=lambda path: path.suffix == ".png")
+        _require_matplotlib()
+    _map_large_allocations()
+    from longvid.models.loading import load_model
+    from longvid.plan import parse_dtype
+    from longvid.tune import draw, tune
+
+    height, width = args.size
+    tuning = tune(
+        load_model(args.model, random_weights=args.random_weights, revision=args.revision),
+        height=height,
+        width=width,
+        device=args.device,
+        dtype=parse_dtype(args.dtype or _default_dtype(args.device)),
+        memory=args.memory,
+        offload_dir=None if args.offload_dir is None else Path(args.offload_dir),
+        directions=("encode", "decode") if args.direction == "both" else (args.direction,),
+        thresholds=args.thresholds,
+        rounds=args.rounds,
+        say=(lambda _: None) if args.quiet else (lambda text: print(text, file=sys.stderr)),
+    )
+    print(json.dumps(tuning.to_dict()) if args.json else tuning.explain())
+    if args.save is not None:
+        tuning.profile.write(args.save, overwrite=args.overwrite)
+    if picture is not None:
+        draw(tuning, picture)
+    if args.save is not None and not args.quiet:
+        print(f"longvid: saved {args.save} and {picture}; use it with --profile {args.save}", file=sys.stderr)
+    return 0
+
+
+def _require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as exc:
+        raise LongvidError('a plot is drawn by matplotlib, which is missing: pip install "longvid[plot]"') from exc
+
+
 # ------------------------------------------------------------------------------------------------- their parts
 
 
@@ -206,6 +252,7 @@ def _session(
                 offload=args.offload,
                 offload_dir=args.offload_dir,
                 reserved=args.reserved,
+                profile=args.profile,
                 chunk_frames=args.chunk_frames,
                 callbacks=callbacks,
             )
@@ -368,6 +415,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     _budget_options(plan)
     plan.add_argument("--json", action="store_true", help="print one JSON object")
+
+    tune = _command(commands, "tune", _tune, "measure peak memory against time for a row of offload thresholds")
+    _model_options(tune, default="tiny")
+    tune.add_argument("--size", type=_checked(parse_size), required=True, metavar="WxH", help="such as 720x480")
+    _device_options(tune)
+    tune.add_argument(
+        "--memory", type=_checked(parse_bytes), metavar="SIZE", help="leave out thresholds that need more than this"
+    )
+    tune.add_argument("--direction", choices=("both", "encode", "decode"), default="both", help="default: %(default)s")
+    tune.add_argument(
+        "--thresholds", type=_at_least(2), default=6, metavar="N", help="from none to all (default: %(default)s)"
+    )
+    tune.add_argument("--rounds", type=_at_least(1), default=3, metavar="N", help="of each (default: %(default)s)")
+    tune.add_argument("--save", metavar="FILE", help="write the profile for --profile, such as profile.toml")
+    tune.add_argument("--plot", metavar="FILE", help="draw the sweep (default: beside --save, as .png)")
+    tune.add_argument("--overwrite", action="store_true", help="replace an existing profile and plot")
+    tune.add_argument("--json", action="store_true", help="print the sweep as one JSON object")
+    tune.add_argument("--quiet", action="store_true", help="no progress")
     return parser
 
 
@@ -398,13 +463,18 @@ def _model_options(parser: argparse.ArgumentParser, default: str | None) -> None
 
 
 def _compute_options(parser: argparse.ArgumentParser) -> None:
+    _device_options(parser)
+    _budget_options(parser)
+    parser.add_argument("--profile", metavar="FILE", help="thresholds that longvid tune saved for this setting")
+
+
+def _device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
         help="compute dtype (default: bfloat16 on an accelerator, float32 on a CPU)",
     )
-    _budget_options(parser)
     parser.add_argument(
         "--offload-dir", metavar="DIR", help="send contexts to an unnamed file in this folder instead of host memory"
     )

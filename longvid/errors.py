@@ -5,7 +5,7 @@ handles it:
 
 * LongvidError
     * ScheduleError       ValueError    the video cannot be cut as asked
-    * ModelError          ValueError    weights, config or class cannot be used
+    * ModelError          ValueError    weights, config, class or profile cannot be used
     * MemoryBudgetError   MemoryError   projected > allowed
     * CacheError          RuntimeError  cache and input disagree: other video, batch, size, dtype, device, layer
     * SessionStateError   RuntimeError  not open, closed, busy, wrong thread, forked
@@ -41,7 +41,7 @@ class ScheduleError(LongvidError, ValueError):
 
 
 class ModelError(LongvidError, ValueError):
-    """Weights, configuration or class of a model cannot be used."""
+    """Weights, configuration, class or tuning profile of a model cannot be used."""
 
 
 class MemoryBudgetError(LongvidError, MemoryError):

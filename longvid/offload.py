@@ -24,6 +24,8 @@ class OffloadPolicy:
     kind: Kind = "auto"
     resident_bytes: int | None = None
     "for ``size``: contexts up to this many bytes stay on the device"
+    prefetch_bytes: int | None = None
+    "the window of :class:`Placement`; None for whatever the plan finds best"
 
     @classmethod
     def parse(cls, value: str | int | OffloadPolicy) -> OffloadPolicy:

@@ -57,6 +57,8 @@ class DirectionPlan:
     """Bytes of one direction, encode or decode, and where its contexts live."""
 
     timeline: Timeline = field(repr=False)
+    frame_size: tuple[int, int]
+    "height and width after padding to whole latents"
     placement: Placement
     offload: str
     "the policy that was asked for"
@@ -270,11 +272,13 @@ def _explain_direction(direction: Direction, part: DirectionPlan) -> list[str]:
         transfer = part.timeline.transfer_seconds(part.placement, part.rates)
         extra = part.timeline.chunk_seconds(part.placement, part.rates) / compute - 1 if compute else 0.0
         early = part.placement.prefetch_bytes
+        rates = part.rates
+        how = "measured" if rates.measured else "assumed"
         lines = [
             f"{direction}: {len(leaving)} of {len(part.layers)} contexts leave between chunks and come back "
             + (f"up to {format_bytes(early)} ahead of need" if early else "when needed"),
-            f"  predicted for a chunk, at {part.rates.flops_per_second / 1e12:.0f} TFLOP/s and "
-            f"{part.rates.link_bytes_per_second / 1e9:.0f} GB/s each way: compute {compute * 1e3:.1f} ms, transfer "
+            f"  predicted for a chunk, at {how} {rates.flops_per_second / 1e12:.3g} TFLOP/s and "
+            f"{rates.link_bytes_per_second / 1e9:.3g} GB/s each way: compute {compute * 1e3:.1f} ms, transfer "
             f"{transfer * 1e3:.1f} ms each way, {max(0.0, extra):.1%} longer than without",
         ]
         listed, title = leaving, "contexts that leave"
@@ -415,6 +419,7 @@ class _Planner:
 
         return DirectionPlan(
             timeline=timeline,
+            frame_size=(height, width),
             placement=choose_placement(timeline, policy, fits, self._rates),
             offload=str(policy),
             rates=self._rates,

@@ -18,7 +18,7 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from enum import Enum
@@ -37,8 +37,10 @@ from longvid.job import Job
 from longvid.memory import MemoryBudget, host_available_bytes
 from longvid.models.base import CausalVAE
 from longvid.models.loading import load_model
+from longvid.offload import OffloadPolicy
 from longvid.pipeline import Prefetcher, Writer
 from longvid.plan import DirectionPlan, Offload, Plan, make_plan, parse_dtype, parse_offload
+from longvid.profile import Profile, ProfileScope
 from longvid.push import Admission, PushDecoder, PushEncoder, Scope
 from longvid.store import LatentStore, check_target, open_store
 from longvid.store_writer import LatentWriter
@@ -76,6 +78,9 @@ class VideoSession:
         offload_dir: folder for an unnamed file that offloaded contexts go to; None for host memory.
         reserved: part of ``memory`` for what a plan cannot see, such as workspaces; None for 0 on a CPU and 512 MiB on
             an accelerator.
+        profile: what ``longvid tune`` found, or the path of it. Its thresholds take the place of ``offload="auto"``
+            where there is no ``memory``; its measured rates and reserve are used in any case. One of another model,
+            size, dtype or device is refused.
         chunk_frames: frames of a chunk after the first, for a model whose result does not depend on it; None for the
             model's own, or shorter where the budget asks for it.
         callbacks: called with a :class:`~longvid.events.ChunkEvent` after every chunk, in the caller's thread.
@@ -91,11 +96,13 @@ class VideoSession:
         offload: Offload = "auto",
         offload_dir: str | os.PathLike[str] | None = None,
         reserved: str | int | None = None,
+        profile: Profile | str | os.PathLike[str] | None = None,
         chunk_frames: int | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self._offload = parse_offload(offload)
         self._offload_dir = None if offload_dir is None else Path(offload_dir)
+        self._profile = profile if isinstance(profile, Profile) or profile is None else Profile.read(profile)
         self._reserved_bytes = None if reserved is None else parse_bytes(reserved) if reserved else 0
         self._source_model = load_model(model)
         self._source_model.geometry.schedule_for(chunk_frames)  # refuses what cannot be, before anything is placed
@@ -121,7 +128,7 @@ class VideoSession:
             self._requested_device,
             self._dtype,
             offload_dir=self._offload_dir,
-            reserved_bytes=self._reserved_bytes,
+            reserved_bytes=self._reserve(),
         )
         self._state = _State.OPEN
         return self
@@ -140,6 +147,11 @@ class VideoSession:
             self._engine.transfer.close()
         self._engine = None
         self._state = _State.CLOSED
+
+    def _reserve(self) -> int | None:
+        if self._reserved_bytes is None and self._profile is not None:
+            return self._profile.reserved_bytes
+        return self._reserved_bytes
 
     def _check_usable(self, what: str) -> Engine:
         if self._state is not _State.OPEN or self._engine is None:
@@ -181,6 +193,14 @@ class VideoSession:
         height, width = engine.model.geometry.padded_size(height, width)
         key = (height, width, held_bytes, idle_limit_bytes)
         if key not in self._plans:
+            profile = self._profile
+            offload: Offload | Mapping[Direction, OffloadPolicy] = self._offload
+            if profile is not None:
+                profile.check(
+                    ProfileScope.of(engine.model, height=height, width=width, dtype=engine.dtype, device=engine.device)
+                )
+                if self._offload.kind == "auto" and self._allowed_bytes is None:
+                    offload = profile.policies(self._offload)
             left = None if self._allowed_bytes is None else max(1, self._allowed_bytes - held_bytes)
             plan = make_plan(
                 engine.model,
@@ -188,10 +208,11 @@ class VideoSession:
                 width=width,
                 dtype=engine.dtype,
                 memory=left,
-                offload=self._offload,
+                offload=offload,
                 chunk_frames=self._chunk_frames,
                 reserved=engine.reserved_bytes,
                 idle_limit_bytes=idle_limit_bytes,
+                rates=None if profile is None else profile.rates,
             )
             self._plans[key] = replace(plan, allowed_bytes=self._allowed_bytes)
         return self._plans[key]

@@ -31,6 +31,7 @@ class DeviceRates:
     flops_per_second: float = 350e12
     link_bytes_per_second: float = 50e9
     "in each direction, both at once"
+    measured: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,11 @@ class Step:
     "any later chunk"
     flops: int
     "of a later chunk"
+
+    @property
+    def bytes_per_flop(self) -> float:
+        """How hard the context's transfer is to hide, whatever the rates: layers are put in order by it."""
+        return self.context_bytes / self.flops if self.flops else float("inf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +85,11 @@ class Timeline:
     def cache_bytes(self) -> int:
         """All contexts."""
         return sum(step.context_bytes for step in self.steps)
+
+    @cached_property
+    def total_flops(self) -> int:
+        """Of a chunk in the middle."""
+        return self.lead_flops + sum(step.flops for step in self.steps)
 
     @cached_property
     def layers(self) -> tuple[str, ...]:
@@ -146,7 +157,7 @@ class Timeline:
 
     def compute_seconds(self, rates: DeviceRates) -> float:
         """Of a chunk in the middle, without any transfer."""
-        return (self.lead_flops + sum(step.flops for step in self.steps)) / rates.flops_per_second
+        return self.total_flops / rates.flops_per_second
 
     def transfer_seconds(self, placement: Placement, rates: DeviceRates) -> float:
         """Time that each direction of the link is busy in a chunk."""
@@ -154,8 +165,7 @@ class Timeline:
 
     def exposure(self, step: Step, rates: DeviceRates) -> float:
         """Transfer time of a layer's context over the computing time of its own step; above 1 it cannot hide there."""
-        seconds = step.flops / rates.flops_per_second
-        return step.context_bytes / rates.link_bytes_per_second / seconds if seconds else float("inf")
+        return step.bytes_per_flop * rates.flops_per_second / rates.link_bytes_per_second
 
     def chunk_seconds(self, placement: Placement, rates: DeviceRates) -> float:
         """Of a chunk in the middle, transfers included: a small simulation of computation and the two lanes."""
@@ -196,11 +206,12 @@ def choose_placement(
     if policy.kind == "auto" and fits(Placement()):
         return Placement()
     candidates: list[Placement] = []
-    for prefetch_bytes in _windows(timeline):
+    windows = _windows(timeline) if policy.prefetch_bytes is None else [policy.prefetch_bytes]
+    for prefetch_bytes in windows:
         if policy.kind == "all":
             sets: Iterable[frozenset[str]] = [frozenset(timeline.layers)]
         elif policy.kind == "size":
-            sets = [_beyond(timeline, policy.resident_bytes or 0, rates)]
+            sets = [_beyond(timeline, policy.resident_bytes or 0)]
         else:
             sets = _covering_sets(timeline, prefetch_bytes, fits, rates)
         candidates += [Placement(offloaded=s, prefetch_bytes=prefetch_bytes if s else 0) for s in sets]
@@ -224,10 +235,10 @@ def _windows(timeline: Timeline) -> list[int]:
     return sorted({0, *sizes, 2 * largest, 3 * largest})
 
 
-def _beyond(timeline: Timeline, resident_bytes: int, rates: DeviceRates) -> frozenset[str]:
+def _beyond(timeline: Timeline, resident_bytes: int) -> frozenset[str]:
     """What leaves when contexts of at most ``resident_bytes`` may stay: those that are hardest to hide stay."""
     left, staying = resident_bytes, set()
-    for step in sorted(timeline.steps, key=lambda s: timeline.exposure(s, rates), reverse=True):
+    for step in sorted(timeline.steps, key=lambda s: s.bytes_per_flop, reverse=True):
         if step.context_bytes <= left:
             left -= step.context_bytes
             staying.add(step.layer)
@@ -249,10 +260,9 @@ def _covering_sets(
 
     if not fits(placement(timeline.layers)):
         return []
-    exposed = {step.layer: timeline.exposure(step, rates) for step in timeline.steps}
     orders = (
-        sorted(timeline.steps, key=lambda s: exposed[s.layer]),
-        sorted(timeline.steps, key=lambda s: (exposed[s.layer] > 1, -s.context_bytes, exposed[s.layer])),
+        sorted(timeline.steps, key=lambda s: s.bytes_per_flop),
+        sorted(timeline.steps, key=lambda s: (timeline.exposure(s, rates) > 1, -s.context_bytes, s.bytes_per_flop)),
     )
     found = []
     for order in orders:

@@ -19,7 +19,7 @@ RANKS = {
     "cache": 2, "store": 2, "store_writer": 2.5,
     "models.base": 3, "models.layers": 3, "models.cogvideox": 3.5, "models.tiny": 3.5,
     "models.loading": 3.7,
-    "step": 4, "plan": 4.5, "engine": 5, "push": 5.5, "feeds": 5.5, "job": 5.5, "session": 6,
+    "step": 4, "plan": 4.5, "profile": 4.7, "engine": 5, "push": 5.5, "feeds": 5.5, "job": 5.5, "session": 6, "tune": 6,
     "train.footage": 4, "train.fit": 5, "train.__main__": 9,
     "target": 1, "progress": 7, "recorder": 7,
     "history": 7, "report_text": 7.3, "report_charts": 7.4, "report": 7.5,
