@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # torch first and pinned: an unpinned torch pulls gigabytes of CUDA packages.
 TORCH  := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: venv demo test test-slow lint bench clean
+.PHONY: venv demo test test-slow lint bench bench-memory clean
 
 venv: $(VENV)/.ready
 
@@ -30,8 +30,14 @@ lint: venv
 	$(BIN)/mypy
 
 bench: venv
-	$(BIN)/python benchmarks/memory.py --out benchmarks/results/memory.json
+	$(BIN)/python benchmarks/peers_memory.py --out benchmarks/results/peers_memory.json \
+		--plot benchmarks/results/peers_memory.png docs/images/peers-memory.png
 	$(BIN)/python benchmarks/flat.py --out benchmarks/results/flat.json
+	$(BIN)/python benchmarks/hour.py --decode --out benchmarks/results/hour.json
+
+# Fails if anything needs more memory than benchmarks/results/memory_baseline.json says.
+bench-memory: venv
+	$(BIN)/python benchmarks/bench_memory.py --rss
 
 clean:
 	rm -rf $(VENV) demo-out .mypy_cache .ruff_cache

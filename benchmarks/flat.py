@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -43,10 +44,11 @@ def loop_clip(clip: Path, out: Path, num_frames: int) -> None:
                 target.mux(packet)
 
 
-def run(*args: object) -> dict[str, Any]:
-    """One process of the command line; its JSON report."""
+def run(*args: object, threads: int | None = None) -> dict[str, Any]:
+    """One process of the command line, its computing threads as torch chooses or as given; its JSON report."""
     command = [sys.executable, "-m", "longvid", *map(str, args), "--json", "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    env = dict(os.environ) if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     report: dict[str, Any] = json.loads(done.stdout)
     return report
 

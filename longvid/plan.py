@@ -35,6 +35,17 @@ __all__ = ["DirectionPlan", "LayerPlan", "Offload", "Plan", "make_plan", "model_
 
 Offload: TypeAlias = str | int | OffloadPolicy
 _META = torch.device("meta")
+_ROWS = (
+    ("peak, nothing offloaded", "nothing_offloaded_bytes"),
+    ("peak, the least possible", "minimum_bytes"),
+    ("peak of the run, as planned", "projected_bytes"),
+    ("peak of a middle chunk", "steady_chunk_bytes"),
+    ("  weights", "weights_bytes"),
+    ("  activations", "activation_bytes"),
+    ("all contexts", "cache_bytes"),
+    ("  stay on the device", "resident_cache_bytes"),
+    ("  leave for the host", "offloaded_cache_bytes"),
+)
 _MOST_ROWS = 12
 "contexts in a table for people"
 _DIRECTIONS: tuple[Direction, ...] = ("encode", "decode")
@@ -227,38 +238,26 @@ class Plan:
             "decode": self.decode.to_dict(),
         }
 
-    def explain(self) -> str:
-        """The plan as tables to read."""
+    def explain(self, *directions: Direction) -> str:
+        """The plan as tables to read, of both directions or of those named."""
+        directions = directions or _DIRECTIONS
+        parts = [self.direction(direction) for direction in directions]
         first = 1 + self.schedule.chunk_frames
         budget = "no limit" if self.allowed_bytes is None else f"{format_bytes(self.allowed_bytes)} allowed"
         if self.reserved_bytes:
             budget += f", {format_bytes(self.reserved_bytes)} of it reserved for workspaces"
-        rows = [
-            ("peak, nothing offloaded", "nothing_offloaded_bytes"),
-            ("peak, the least possible", "minimum_bytes"),
-            ("peak of the run, as planned", "projected_bytes"),
-            ("peak of a middle chunk", "steady_chunk_bytes"),
-            ("  weights", "weights_bytes"),
-            ("  activations", "activation_bytes"),
-            ("all contexts", "cache_bytes"),
-            ("  stay on the device", "resident_cache_bytes"),
-            ("  leave for the host", "offloaded_cache_bytes"),
-        ]
         lines = [
             f"{self.model} at {self.width}x{self.height} in {self.dtype}, {budget}",
             f"chunks of {first}, {self.schedule.chunk_frames}, {self.schedule.chunk_frames}, ... frames",
             "",
-            f"{'':28}{'encode':>14}{'decode':>14}",
+            " " * 28 + "".join(f"{direction:>14}" for direction in directions),
         ]
-        for label, key in rows:
-            lines.append(
-                f"{label:28}{format_bytes(getattr(self.encode, key)):>14}{format_bytes(getattr(self.decode, key)):>14}"
-            )
+        for label, key in _ROWS:
+            lines.append(f"{label:28}" + "".join(f"{format_bytes(getattr(part, key)):>14}" for part in parts))
         if self.allowed_bytes is not None:
-            fits = ["yes" if self.fits(d) else "no" for d in _DIRECTIONS]
-            lines.append(f"{'fits':28}{fits[0]:>14}{fits[1]:>14}")
-        for direction in _DIRECTIONS:
-            lines += ["", *_explain_direction(direction, self.direction(direction))]
+            lines.append(f"{'fits':28}" + "".join(f"{'yes' if self.fits(d) else 'no':>14}" for d in directions))
+        for direction, part in zip(directions, parts, strict=True):
+            lines += ["", *_explain_direction(direction, part)]
         return "\n".join(lines)
 
 
@@ -273,7 +272,7 @@ def _explain_direction(direction: Direction, part: DirectionPlan) -> list[str]:
         extra = part.timeline.chunk_seconds(part.placement, part.rates) / compute - 1 if compute else 0.0
         early = part.placement.prefetch_bytes
         rates = part.rates
-        how = "measured" if rates.measured else "assumed"
+        how = "measured" if rates.measured else "a fast GPU's"
         lines = [
             f"{direction}: {len(leaving)} of {len(part.layers)} contexts leave between chunks and come back "
             + (f"up to {format_bytes(early)} ahead of need" if early else "when needed"),

@@ -22,10 +22,10 @@ __all__ = ["DeviceRates", "Need", "Step", "Timeline", "choose_placement"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceRates:
-    """How fast a device computes and copies. The defaults are assumptions, not measurements.
+    """How fast a device computes and copies. Unless ``measured``, these are assumptions.
 
-    They are those of a fast card on a PCIe 5 bus: 350 TFLOP/s is the most that convolutions of a video VAE are known
-    to reach in practice, so a transfer that hides behind it hides on slower cards with the same bus.
+    The defaults are those of a fast card on a PCIe 5 bus: 350 TFLOP/s is the most that convolutions of a video VAE are
+    known to reach in practice, so a transfer that hides behind it hides on slower cards with the same bus.
     """
 
     flops_per_second: float = 350e12
