@@ -85,7 +85,7 @@ class Job:
             projected_bytes=part.projected_bytes,
             weights_bytes=part.weights_bytes,
             layers=tuple(LayerContext(name=x.name, bytes=x.bytes, resident=x.resident) for x in part.layers),
-            plan=plan.explain(run.direction),
+            plan=plan.explain(),
             machine=describe_machine(str(run.engine.device)),
         )
 

@@ -10,7 +10,7 @@ sets ``reserved_bytes`` aside for them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias, cast
 
@@ -190,17 +190,27 @@ class Plan:
     allowed_bytes: int | None
     reserved_bytes: int
     "part of the budget that is set aside for what a dry run cannot see"
-    encode: DirectionPlan
-    decode: DirectionPlan
+    parts: Mapping[Direction, DirectionPlan]
+    "what was planned, by direction"
+
+    @property
+    def encode(self) -> DirectionPlan:
+        """The part for encoding."""
+        return self.parts["encode"]
+
+    @property
+    def decode(self) -> DirectionPlan:
+        """The part for decoding."""
+        return self.parts["decode"]
 
     @property
     def projected_bytes(self) -> int:
-        """The higher peak of the two directions."""
-        return max(self.encode.projected_bytes, self.decode.projected_bytes)
+        """The higher peak of the directions."""
+        return max(part.projected_bytes for part in self.parts.values())
 
     def direction(self, direction: Direction) -> DirectionPlan:
         """The part for encoding or decoding."""
-        return self.encode if direction == "encode" else self.decode
+        return self.parts[direction]
 
     def fits(self, direction: Direction) -> bool:
         """Whether the direction is within the budget."""
@@ -234,14 +244,12 @@ class Plan:
             "allowed_bytes": self.allowed_bytes,
             "reserved_bytes": self.reserved_bytes,
             "projected_bytes": self.projected_bytes,
-            "encode": self.encode.to_dict(),
-            "decode": self.decode.to_dict(),
+            **{direction: part.to_dict() for direction, part in self.parts.items()},
         }
 
-    def explain(self, *directions: Direction) -> str:
-        """The plan as tables to read, of both directions or of those named."""
-        directions = directions or _DIRECTIONS
-        parts = [self.direction(direction) for direction in directions]
+    def explain(self) -> str:
+        """The plan as tables to read."""
+        directions, parts = list(self.parts), list(self.parts.values())
         first = 1 + self.schedule.chunk_frames
         budget = "no limit" if self.allowed_bytes is None else f"{format_bytes(self.allowed_bytes)} allowed"
         if self.reserved_bytes:
@@ -304,6 +312,7 @@ def make_plan(
     reserved: str | int = 0,
     rates: DeviceRates | None = None,
     idle_limit_bytes: int | None = None,
+    directions: Sequence[Direction] = _DIRECTIONS,
 ) -> Plan:
     """Plan encoding and decoding of ``height`` x ``width`` frames. Needs no weights, no device and about a second.
 
@@ -321,6 +330,7 @@ def make_plan(
         reserved: part of the budget to set aside for what a dry run cannot see.
         rates: of the device, for predicted times; assumptions by default.
         idle_limit_bytes: most bytes of contexts on the device between chunks; for several videos in one session.
+        directions: what to plan; both share the length of a chunk.
 
     Raises:
         ModelError: the model, the dtype or the policy cannot be used.
@@ -340,7 +350,7 @@ def make_plan(
     padded = vae.geometry.padded_size(height, width)
     chosen: tuple[ChunkSchedule, dict[Direction, DirectionPlan]] | None = None
     for schedule, tried in _attempts(vae, chunk_frames, policies):
-        parts = {d: planner.plan(d, *padded, schedule, tried[d]) for d in _DIRECTIONS}
+        parts = {d: planner.plan(d, *padded, schedule, tried[d]) for d in directions}
         chosen = schedule, parts
         if all(planner.fits(part) for part in parts.values()):
             break
@@ -357,8 +367,7 @@ def make_plan(
         schedule=schedule,
         allowed_bytes=allowed,
         reserved_bytes=reserved_bytes,
-        encode=parts["encode"],
-        decode=parts["decode"],
+        parts=parts,
     )
 
 
@@ -506,7 +515,7 @@ def _forget_hooks(module: nn.Module) -> None:
 def _dry_run(
     model: CausalVAE, direction: Direction, height: int, width: int, dtype: torch.dtype, schedule: ChunkSchedule
 ) -> Timeline:
-    """Run chunks on meta tensors: the first and a middle one for their bytes, another middle one for its FLOPs."""
+    """Run the first chunk and a middle one on meta tensors, and note bytes and, of the middle one, FLOPs."""
     p = model.geometry.pixels_per_latent
 
     def host(chunk: Chunk) -> Tensor:
@@ -518,17 +527,18 @@ def _dry_run(
     run = encode_chunk if direction == "encode" else decode_chunk
     probe = _Probe()
     with ConvCache(model.encoder if direction == "encode" else model.decoder, residency=probe) as cache:
-        records = []
-        for index in range(2):
-            chunk = host(schedule.full(index))  # outside of the tracker: it is not the device's
-            with probe.tracker:
-                run(model, cache, chunk, device=_META, dtype=dtype)
-            records.append(probe.take_bytes())
-        with probe.flop_counter:
-            run(model, cache, host(schedule.full(2)), device=_META, dtype=dtype)
-        flops = probe.take_flops()
+        first_host, middle_host = (
+            host(schedule.full(0)),
+            host(schedule.full(1)),
+        )  # not the device's: outside the tracker
+        with probe.tracker:
+            run(model, cache, first_host, device=_META, dtype=dtype)
+        first_lead, first, _ = probe.take()
+        # The tracker is the inner mode: it sees the same operations as without the counter.
+        with probe.flop_counter, probe.tracker:
+            run(model, cache, middle_host, device=_META, dtype=dtype)
+        steady_lead, steady, flops = probe.take()
         context_bytes = probe.layer_bytes()
-    (first_lead, first), (steady_lead, steady) = records
     return Timeline(
         steps=tuple(
             Step(
@@ -556,6 +566,7 @@ class _Probe(Residency):
         self.flop_counter = FlopCounterMode(display=False)
         self._bytes: dict[str, list[int]] = {"": []}
         self._flops: dict[str, int] = {}
+        self._flops_before = 0
         self._step = ""
 
     def open(self, path: str) -> Tensor | None:
@@ -571,26 +582,17 @@ class _Probe(Residency):
     def _cut(self) -> None:
         self._bytes[self._step].append(self.tracker.peak_bytes - self.device_bytes)
         self.tracker.reset_peak()
-        total = self.flop_counter.get_total_flops()
-        self._flops[self._step] = self._flops.get(self._step, 0) + total - sum(self._flops.values())
+        done = self.flop_counter.get_total_flops() - self._flops_before - sum(self._flops.values())
+        self._flops[self._step] = self._flops.get(self._step, 0) + done
 
-    def take_bytes(self) -> tuple[int, dict[str, list[int]]]:
-        """Peaks without contexts of the chunk that just ran: the lead's, and each step's before and after it keeps."""
+    def take(self) -> tuple[int, dict[str, list[int]], dict[str, int]]:
+        """Of the chunk that just ran: the lead's peak, each step's before and after it keeps, and FLOPs of all."""
         self._cut()
-        lead, steps = self._bytes.pop(""), self._bytes
-        self._restart()
-        return max(lead), steps
-
-    def take_flops(self) -> dict[str, int]:
-        """FLOPs of each step of the chunk that just ran, the lead under the empty name."""
-        self._cut()
-        flops = self._flops
-        self._restart()
-        return flops
-
-    def _restart(self) -> None:
+        lead, steps, flops = self._bytes.pop(""), self._bytes, self._flops
         self._bytes, self._flops, self._step = {"": []}, {}, ""
+        self._flops_before = self.flop_counter.get_total_flops()
         self.tracker.reset_peak()
+        return max(lead), steps, flops
 
 
 def _budget_text(num_bytes: int) -> str:

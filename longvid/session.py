@@ -114,7 +114,7 @@ class VideoSession:
         self._state = _State.UNOPENED
         self._busy_with: str | None = None
         self._engine: Engine | None = None
-        self._plans: dict[tuple[int, int, int, int | None], Plan] = {}
+        self._plans: dict[tuple[object, ...], Plan] = {}
         self._scopes: list[Scope] = []
 
     # ------------------------------------------------------------------------------------------- lifecycle
@@ -184,14 +184,21 @@ class VideoSession:
 
     def plan(self, *, height: int, width: int) -> Plan:
         """The plan for frames of this size under the session's dtype and budget; see :func:`longvid.make_plan`."""
-        return self._plan(self._check_usable("plan"), height, width)
+        return self._plan(self._check_usable("plan"), height, width, ("encode", "decode"))
 
     def _plan(
-        self, engine: Engine, height: int, width: int, *, held_bytes: int = 0, idle_limit_bytes: int | None = None
+        self,
+        engine: Engine,
+        height: int,
+        width: int,
+        directions: tuple[Direction, ...],
+        *,
+        held_bytes: int = 0,
+        idle_limit_bytes: int | None = None,
     ) -> Plan:
         """The plan under what ``held_bytes`` of other videos leave of the budget."""
         height, width = engine.model.geometry.padded_size(height, width)
-        key = (height, width, held_bytes, idle_limit_bytes)
+        key = (height, width, directions, held_bytes, idle_limit_bytes)
         if key not in self._plans:
             profile = self._profile
             offload: Offload | Mapping[Direction, OffloadPolicy] = self._offload
@@ -212,6 +219,7 @@ class VideoSession:
                 chunk_frames=self._chunk_frames,
                 reserved=engine.reserved_bytes,
                 idle_limit_bytes=idle_limit_bytes,
+                directions=directions,
                 rates=None if profile is None else profile.rates,
             )
             self._plans[key] = replace(plan, allowed_bytes=self._allowed_bytes)
@@ -228,13 +236,8 @@ class VideoSession:
         budget = MemoryBudget(allowed_bytes=self._allowed_bytes, reserved_bytes=engine.reserved_bytes)
         # What this video may hold while the largest of the others computes.
         room = [budget.left(other.projected_bytes + held_bytes - other.idle_bytes) for other in others]
-        plan = self._plan(
-            engine,
-            height,
-            width,
-            held_bytes=held_bytes,
-            idle_limit_bytes=min((r for r in room if r is not None), default=None),
-        )
+        idle_limit = min((r for r in room if r is not None), default=None)
+        plan = self._plan(engine, height, width, (direction,), held_bytes=held_bytes, idle_limit_bytes=idle_limit)
         plan.check(direction, others_bytes=held_bytes)
         part = plan.direction(direction)
         for other in others:

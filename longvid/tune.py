@@ -180,7 +180,15 @@ def _thresholds(
     rates = DeviceRates(link_bytes_per_second=link)
 
     def planned(policy: OffloadPolicy) -> tuple[ChunkSchedule, DirectionPlan]:
-        plan = make_plan(engine.model, height=height, width=width, dtype=engine.dtype, offload=policy, rates=rates)
+        plan = make_plan(
+            engine.model,
+            height=height,
+            width=width,
+            dtype=engine.dtype,
+            offload=policy,
+            rates=rates,
+            directions=(direction,),
+        )
         return plan.schedule, plan.direction(direction)
 
     none = planned(OffloadPolicy("none"))
