@@ -91,6 +91,8 @@ class ConvCache:
         self._state = _State.UNOPENED
         self._chunk = -1
         self._in_chunk = False
+        self._open_path: str | None = None
+        self._told = False
 
     def __enter__(self) -> Self:
         if self._state is not _State.UNOPENED:
@@ -143,6 +145,7 @@ class ConvCache:
         if self._in_chunk:
             raise CacheError("a chunk is already running on this cache; one cache serves one video, chunk by chunk")
         self._in_chunk = True
+        self._open_path = None
         self._chunk += 1
         try:
             yield
@@ -160,6 +163,14 @@ class ConvCache:
                 f"chunk {self._chunk} ended, but {len(left)} of {len(self._entries)} layers did not run in it, "
                 f"among them {left[0]!r}; a context that misses a chunk is wrong from then on"
             )
+
+    def _enter_window(self, path: str) -> None:
+        """One window at a time: plans and the moments at which contexts move are made for that."""
+        if self._open_path is not None:
+            raise CacheError(
+                f"layer {path!r} opened its window inside that of {self._open_path!r}; leave one before the next"
+            )
+        self._open_path = path
 
     def attempt(self, step: Callable[[], T]) -> T:
         """Run a step that takes device memory. If there is none left, move every context to the host and try once more.
@@ -179,11 +190,13 @@ class ConvCache:
         freed = self._residency.evict()
         if not freed:
             raise failure
-        warnings.warn(
-            f"the device ran out of memory in chunk {self.num_chunks}; all contexts were moved to the host, which set "
-            f"{format_bytes(freed)} free, and stay there for the rest of this video, which will be slower",
-            stacklevel=2,
-        )
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                f"the device ran out of memory in chunk {self.num_chunks}; all contexts were moved to the host, which "
+                f"set {format_bytes(freed)} free, and stay there for the rest of this video, which will be slower",
+                stacklevel=2,
+            )
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
         return step()
@@ -232,16 +245,20 @@ class Window:
         self._shape = (B, C, layer.context_frames + T, H, W)
         self._dtype, self._device = like.dtype, like.device
         self._tensor: Tensor | None = None
-        self._complete = False
+        self._complete = self._is_first = False
 
     def __enter__(self) -> Self:
-        residency, attempt = self._cache._residency, self.attempt
-        context = attempt(lambda: residency.open(self._entry.path))
-        tensor = attempt(lambda: torch.empty(self._shape, dtype=self._dtype, device=self._device))
+        self._cache._enter_window(self._entry.path)
+        self._tensor = self.attempt(self._open)
+        return self
+
+    def _open(self) -> Tensor:
+        context = self._cache._residency.open(self._entry.path)
+        tensor = torch.empty(self._shape, dtype=self._dtype, device=self._device)
         if context is not None:
             tensor[:, :, : self._layer.context_frames].copy_(context)
-        self._tensor, self._is_first = tensor, context is None
-        return self
+        self._is_first = context is None
+        return tensor
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
@@ -249,7 +266,7 @@ class Window:
         if exc_type is None:
             self.input()
             self._cache._residency.done(self._entry.path)
-        self._tensor = None
+        self._tensor = self._cache._open_path = None
 
     def _require(self) -> Tensor:
         if self._tensor is None:

@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,7 +23,7 @@ from longvid import __version__
 from longvid.errors import LongvidError, MemoryBudgetError, ModelError, ScheduleError, SourceError, StoreError
 from longvid.events import Callback, RunReport
 from longvid.offload import OffloadPolicy
-from longvid.units import format_bytes, parse_bytes, parse_size
+from longvid.units import format_bytes, parse_bytes, parse_reserve, parse_size
 
 if TYPE_CHECKING:
     from longvid.session import VideoSession
@@ -154,6 +155,8 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from longvid.memory import default_reserved_bytes
+    from longvid.models.base import resolve_device
     from longvid.plan import make_plan
 
     height, width = args.size
@@ -165,7 +168,7 @@ def _plan(args: argparse.Namespace) -> int:
         memory=args.memory,
         offload=args.offload,
         chunk_frames=args.chunk_frames,
-        reserved=args.reserved or 0,
+        reserved=default_reserved_bytes(resolve_device(args.device)) if args.reserved is None else args.reserved,
     )
     print(json.dumps(plan.to_dict()) if args.json else plan.explain())
     return 0
@@ -174,17 +177,16 @@ def _plan(args: argparse.Namespace) -> int:
 def _tune(args: argparse.Namespace) -> int:
     from longvid.profile import check_profile_target
     from longvid.target import check_file_target
+    from longvid.tune import draw, is_plot, tune
 
-    picture = args.plot or (None if args.save is None else str(Path(args.save).with_suffix(".png")))
     if args.save is not None:
         check_profile_target(args.save, overwrite=args.overwrite)
+    picture = _picture_path(args)
     if picture is not None:
-        check_file_target(picture, overwrite=args.overwrite, what="picture", is_ours=lambda path: path.suffix == ".png")
-        _require_matplotlib()
+        check_file_target(picture, overwrite=args.overwrite, what="plot", is_ours=is_plot)
     _map_large_allocations()
     from longvid.models.loading import load_model
     from longvid.plan import parse_dtype
-    from longvid.tune import draw, tune
 
     height, width = args.size
     tuning = tune(
@@ -206,15 +208,30 @@ def _tune(args: argparse.Namespace) -> int:
     if picture is not None:
         draw(tuning, picture)
     if args.save is not None and not args.quiet:
-        print(f"longvid: saved {args.save} and {picture}; use it with --profile {args.save}", file=sys.stderr)
+        print(f"longvid: saved {args.save}; use it with --profile {args.save}", file=sys.stderr)
     return 0
 
 
-def _require_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as exc:
-        raise LongvidError('a plot is drawn by matplotlib, which is missing: pip install "longvid[plot]"') from exc
+def _picture_path(args: argparse.Namespace) -> str | None:
+    """Where to draw: where asked, or beside the profile if there is something to draw with."""
+    can_draw = find_spec("matplotlib") is not None
+    if args.plot is None:
+        return str(Path(args.save).with_suffix(".png")) if args.save is not None and can_draw else None
+    if not can_draw:
+        raise LongvidError('a plot is drawn by matplotlib, which is missing: pip install "longvid[plot]"')
+    return str(args.plot)
+
+
+def _picture(text: str) -> str:
+    if Path(text).suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"{text!r} is not a picture; choose a name that ends in .png, .svg or .pdf")
+    return text
+
+
+def _profile_name(text: str) -> str:
+    if Path(text).suffix != ".toml":
+        raise ValueError(f"{text!r} is not a profile; choose a name that ends in .toml")
+    return text
 
 
 # ------------------------------------------------------------------------------------------------- their parts
@@ -413,6 +430,7 @@ def _parser() -> argparse.ArgumentParser:
         default="bfloat16",
         help="compute dtype (default: %(default)s)",
     )
+    plan.add_argument("--device", default="auto", help="for which --memory is planned (default: %(default)s)")
     _budget_options(plan)
     plan.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -428,8 +446,15 @@ def _parser() -> argparse.ArgumentParser:
         "--thresholds", type=_at_least(2), default=6, metavar="N", help="from none to all (default: %(default)s)"
     )
     tune.add_argument("--rounds", type=_at_least(1), default=3, metavar="N", help="of each (default: %(default)s)")
-    tune.add_argument("--save", metavar="FILE", help="write the profile for --profile, such as profile.toml")
-    tune.add_argument("--plot", metavar="FILE", help="draw the sweep (default: beside --save, as .png)")
+    tune.add_argument(
+        "--save",
+        type=_checked(_profile_name),
+        metavar="FILE",
+        help="write the profile for --profile, such as profile.toml",
+    )
+    tune.add_argument(
+        "--plot", type=_checked(_picture), metavar="FILE", help="draw the sweep (default: beside --save, as .png)"
+    )
     tune.add_argument("--overwrite", action="store_true", help="replace an existing profile and plot")
     tune.add_argument("--json", action="store_true", help="print the sweep as one JSON object")
     tune.add_argument("--quiet", action="store_true", help="no progress")
@@ -494,7 +519,7 @@ def _budget_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--reserved",
-        type=_checked(parse_bytes),
+        type=_checked(parse_reserve),
         metavar="SIZE",
         help="part of --memory for workspaces, which no plan sees (default: 512MiB on an accelerator, else nothing)",
     )

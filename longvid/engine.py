@@ -21,7 +21,7 @@ from longvid.cache import ConvCache
 from longvid.errors import MemoryBudgetError, ModelError
 from longvid.events import Direction, Span
 from longvid.memory import DeviceMeter, default_reserved_bytes, is_out_of_memory, tensor_bytes
-from longvid.models.base import CausalVAE, placed
+from longvid.models.base import CausalVAE, placed, resolve_device
 from longvid.plan import DirectionPlan
 from longvid.residency import Residency
 from longvid.schedule import Chunk
@@ -75,7 +75,7 @@ class Engine:
                 "load a folder or a hub id, or pass random_weights=SEED (--random-weights SEED) to try the engine"
             )
         compute = dtype or first.dtype
-        where = _resolve_device(device)
+        where = resolve_device(device)
         ready = placed(module, where, compute)
         return cls(
             model=cast("CausalVAE", ready),
@@ -139,7 +139,7 @@ class Run:
         """
         index = self.cache.num_chunks
         try:
-            with self.meter.measure():
+            with self.meter.measure(self.cache.device_bytes):
                 result = step()
         except RuntimeError as exc:
             if not is_out_of_memory(exc):
@@ -162,7 +162,7 @@ class Run:
         return self.part.projected_bytes + self.engine.reserved_bytes
 
     def _compare_with_plan(self) -> None:
-        measured = (self.meter.chunk_peak_bytes or 0) - self.meter.outside_bytes
+        measured = self.meter.chunk_peak_bytes or 0
         excess = measured - self._expected_bytes
         if excess > 0 and not self._warned:
             self._warned = True
@@ -236,15 +236,3 @@ def _device_numbers(engine: Engine) -> str:
 def _to_host(tensor: Tensor) -> Tensor:
     """A copy in host memory, also from the CPU: results wait in queues, and must not count as the device's."""
     return tensor.to("cpu", copy=True)
-
-
-def _resolve_device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        accelerator = torch.accelerator.current_accelerator()
-        return accelerator if accelerator is not None and torch.accelerator.is_available() else torch.device("cpu")
-    try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError, ValueError) as exc:
-        raise ModelError(f"device {str(device)!r} cannot be used here: {str(exc).splitlines()[0]}") from exc
-    return torch.empty(0, device=where).device

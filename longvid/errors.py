@@ -45,7 +45,8 @@ class ModelError(LongvidError, ValueError):
 
 
 class MemoryBudgetError(LongvidError, MemoryError):
-    """The plan needs more bytes than allowed. Raised before the first frame is read.
+    """There is not enough memory: of the budget, of the host or of the disk, before the first frame is read; or of
+    the device in the middle of a run, when something else took it.
 
     Attributes:
         projected_bytes: what the run would need at its peak.

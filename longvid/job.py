@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -45,26 +45,34 @@ class Job:
         return any(getattr(callback, "wants_spans", False) for callback in callbacks)
 
     def __enter__(self) -> Self:
-        if any(hasattr(callback, "run_started") for callback in self._callbacks):
-            self._tell("run_started", self._start())
+        observers = [callback for callback in self._callbacks if hasattr(callback, "run_started")]
+        start = self._start() if observers else None
+        for count, observer in enumerate(observers):
+            try:
+                observer.run_started(start)
+            except BaseException:
+                self._tell_end(observers[:count])
+                raise
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        try:
-            self._tell("run_finished", self._report)
-        except Exception as failed:
-            if exc is None:
-                raise
-            # The run's own error is what the caller must see.
-            warnings.warn(f"a callback failed after the run did: {failed}", stacklevel=2)
+        failures = self._tell_end(self._callbacks)
+        if failures and exc is None:
+            raise failures[0]
+        for failure in failures:  # the run's own error is what the caller must see
+            warnings.warn(f"a callback failed after the run did: {failure}", stacklevel=2)
 
-    def _tell(self, method: str, what: object) -> None:
-        for callback in self._callbacks:
-            listener = getattr(callback, method, None)
-            if listener is not None:
-                listener(what)
+    def _tell_end(self, callbacks: Sequence[Any]) -> list[Exception]:
+        """Tell everybody, whoever of them fails."""
+        failures: list[Exception] = []
+        for callback in callbacks:
+            try:
+                getattr(callback, "run_finished", lambda _: None)(self._report)
+            except Exception as exc:
+                failures.append(exc)
+        return failures
 
     def _start(self) -> RunStart:
         plan, run, part = self._plan, self._run, self._run.part

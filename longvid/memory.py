@@ -111,7 +111,7 @@ class DeviceMeter:
     """Measures the peak of device bytes over the stretches wrapped in :meth:`measure`.
 
     On a CPU these are exact tensor bytes from an :class:`AllocationTracker`; on an accelerator the peak that its
-    allocator reports. ``base_bytes`` (the weights) are added where the tracker cannot see them.
+    allocator reports, less what others held before. ``base_bytes`` (the weights) are included in both.
 
     Tracking costs tens of microseconds an operation, and all chunks after the first allocate alike. So the tracker
     looks at the first three stretches and at every 32nd after them.
@@ -126,39 +126,35 @@ class DeviceMeter:
         "the peak of the last chunk, weights included; None if it was not measured"
         self.peak_bytes = base_bytes
         "the highest of them so far"
-        self.outside_bytes = 0
-        "device bytes that others held when the run began"
-        if self._tracker is None:
-            self.outside_bytes = max(0, int(torch.accelerator.memory_allocated(device)) - base_bytes)
-            torch.accelerator.reset_peak_memory_stats(device)
 
     @contextmanager
-    def measure(self) -> Iterator[None]:
-        """Count what is allocated inside; one stretch is one chunk."""
+    def measure(self, held_bytes: int = 0) -> Iterator[None]:
+        """Count what is allocated inside; one stretch is one chunk.
+
+        Args:
+            held_bytes: device bytes, beside the weights, that the run holds when the stretch begins.
+        """
         index, self._count = self._count, self._count + 1
         self.chunk_peak_bytes = None
         if self._tracker is None:
-            yield
-            self._note(int(torch.accelerator.max_memory_allocated(self._device)))
+            outside_bytes = int(torch.accelerator.memory_allocated(self._device)) - self._base_bytes - held_bytes
             torch.accelerator.reset_peak_memory_stats(self._device)
-        elif index >= 3 and index % 32:
             yield
-        else:
+            self._note(int(torch.accelerator.max_memory_allocated(self._device)) - max(0, outside_bytes))
+        elif index < 3 or index % 32 == 0:
             self._tracker.reset_peak()
             with self._tracker:
                 yield
             self._note(self._base_bytes + self._tracker.peak_bytes)
+        elif index % 32 == 31:
+            with self._tracker:  # what this stretch leaves behind belongs to the next one, which is measured
+                yield
+        else:
+            yield
 
     def _note(self, chunk_peak_bytes: int) -> None:
         self.chunk_peak_bytes = chunk_peak_bytes
         self.peak_bytes = max(self.peak_bytes, chunk_peak_bytes)
-
-    @property
-    def live_bytes(self) -> int:
-        """Bytes of tensors that were created under the meter and are alive now; weights not included."""
-        if self._tracker is None:
-            return int(torch.accelerator.memory_allocated(self._device)) - self._base_bytes
-        return self._tracker.live_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +163,11 @@ class MemoryBudget:
 
     allowed_bytes: int | None = None
     reserved_bytes: int = 0
+
+    def fits(self, needed_bytes: int) -> bool:
+        """Whether ``needed_bytes`` and the reserve are within the limit."""
+        left = self.left(needed_bytes)
+        return left is None or left >= 0
 
     def left(self, needed_bytes: int) -> int | None:
         """What remains for others beside ``needed_bytes`` and the reserve; None if there is no limit."""
@@ -181,8 +182,7 @@ class MemoryBudget:
             what: what was to be done, for the message.
             would_fit: settings that are known to fit, for the message.
         """
-        left = self.left(projected_bytes)
-        if self.allowed_bytes is None or left is None or left >= 0:
+        if self.allowed_bytes is None or self.fits(projected_bytes):
             return
         listing = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
         reserve = f", of which {format_bytes(self.reserved_bytes)} are reserved" if self.reserved_bytes else ""

@@ -1,6 +1,6 @@
 """Plan: what a run will need and where its contexts will live, known before it starts.
 
-A dry run of the first and of a middle chunk on ``meta`` tensors, under the :class:`AllocationTracker`, gives a
+A dry run of the first and of a middle chunk (:mod:`longvid.dryrun`) gives a
 :class:`~longvid.timeline.Timeline`, from which the peak of every placement of the contexts follows to the byte: without
 a device, without weights, in about a second. The real run executes the same code, so on a CPU its tracked peak is the
 same. Workspaces of kernels and the rounding of an allocator are not tensors and are not in these numbers; the budget
@@ -11,30 +11,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
-from longvid.cache import ConvCache
+from longvid.dryrun import dry_run, skeleton_of
 from longvid.errors import ModelError, ScheduleError
 from longvid.events import Direction
-from longvid.memory import AllocationTracker, MemoryBudget, tensor_bytes
-from longvid.models.base import CausalVAE, placed
+from longvid.memory import MemoryBudget, tensor_bytes
+from longvid.models.base import CausalVAE
 from longvid.models.loading import load_model
 from longvid.offload import OffloadPolicy, Placement
-from longvid.residency import Residency
-from longvid.schedule import Chunk, ChunkSchedule
-from longvid.step import decode_chunk, encode_chunk
-from longvid.timeline import DeviceRates, Step, Timeline, choose_placement
-from longvid.units import format_bytes, parse_bytes
+from longvid.schedule import ChunkSchedule
+from longvid.timeline import DeviceRates, Timeline, choose_placement
+from longvid.units import format_bytes, parse_bytes, parse_reserve
 
 __all__ = ["DirectionPlan", "LayerPlan", "Offload", "Plan", "make_plan", "model_name", "parse_dtype", "parse_offload"]
 
 Offload: TypeAlias = str | int | OffloadPolicy
-_META = torch.device("meta")
 _ROWS = (
     ("peak, nothing offloaded", "nothing_offloaded_bytes"),
     ("peak, the least possible", "minimum_bytes"),
@@ -112,7 +109,7 @@ class DirectionPlan:
     @property
     def resident_cache_bytes(self) -> int:
         """Contexts that stay on the device."""
-        return sum(layer.bytes for layer in self.layers if layer.resident)
+        return self.timeline.resident_bytes(self.placement)
 
     @property
     def offloaded_cache_bytes(self) -> int:
@@ -190,6 +187,8 @@ class Plan:
     allowed_bytes: int | None
     reserved_bytes: int
     "part of the budget that is set aside for what a dry run cannot see"
+    held_bytes: int = 0
+    "contexts of other videos that are open at the same time"
     parts: Mapping[Direction, DirectionPlan]
     "what was planned, by direction"
 
@@ -212,26 +211,24 @@ class Plan:
         """The part for encoding or decoding."""
         return self.parts[direction]
 
+    @property
+    def budget(self) -> MemoryBudget:
+        """The limit that the plan was made for."""
+        return MemoryBudget(allowed_bytes=self.allowed_bytes, reserved_bytes=self.reserved_bytes)
+
     def fits(self, direction: Direction) -> bool:
         """Whether the direction is within the budget."""
-        needed = self.direction(direction).projected_bytes + self.reserved_bytes
-        return self.allowed_bytes is None or needed <= self.allowed_bytes
+        return self.budget.fits(self.direction(direction).projected_bytes + self.held_bytes)
 
-    def check(self, direction: Direction, *, others_bytes: int = 0) -> None:
-        """Raise MemoryBudgetError if the direction does not fit the budget.
-
-        Args:
-            direction: what is about to run.
-            others_bytes: contexts of other videos that are open at the same time.
-        """
+    def check(self, direction: Direction) -> None:
+        """Raise MemoryBudgetError if the direction does not fit the budget."""
         part = self.direction(direction)
-        parts = {**part.parts, **({"contexts of other open videos": others_bytes} if others_bytes else {})}
+        others = {"contexts of other open videos": self.held_bytes} if self.held_bytes else {}
         what = f"{direction} at {self.width}x{self.height} in {self.dtype}"
         if part.placement.offloaded:
             what += f" with {len(part.placement.offloaded)} of {len(part.layers)} contexts offloaded"
-        MemoryBudget(allowed_bytes=self.allowed_bytes, reserved_bytes=self.reserved_bytes).check(
-            part.projected_bytes + others_bytes, parts, what, part.suggestions
-        )
+        needed = part.projected_bytes + self.held_bytes
+        self.budget.check(needed, {**part.parts, **others}, what, part.suggestions)
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, ready for JSON."""
@@ -243,6 +240,7 @@ class Plan:
             "schedule": self.schedule.to_dict(),
             "allowed_bytes": self.allowed_bytes,
             "reserved_bytes": self.reserved_bytes,
+            "held_bytes": self.held_bytes,
             "projected_bytes": self.projected_bytes,
             **{direction: part.to_dict() for direction, part in self.parts.items()},
         }
@@ -310,7 +308,8 @@ def make_plan(
     offload: Offload | Mapping[Direction, OffloadPolicy] = "auto",
     chunk_frames: int | None = None,
     reserved: str | int = 0,
-    rates: DeviceRates | None = None,
+    rates: DeviceRates | Mapping[Direction, DeviceRates] | None = None,
+    held_bytes: int = 0,
     idle_limit_bytes: int | None = None,
     directions: Sequence[Direction] = _DIRECTIONS,
 ) -> Plan:
@@ -328,7 +327,8 @@ def make_plan(
             and its own length does not fit the budget, None takes the longest of a half, a quarter, ... that does;
             only if none fits does ``"auto"`` offload.
         reserved: part of the budget to set aside for what a dry run cannot see.
-        rates: of the device, for predicted times; assumptions by default.
+        rates: of the device, for predicted times, also by direction; assumptions by default.
+        held_bytes: contexts of other videos on the device while this one computes.
         idle_limit_bytes: most bytes of contexts on the device between chunks; for several videos in one session.
         directions: what to plan; both share the length of a chunk.
 
@@ -344,20 +344,26 @@ def make_plan(
         raise ModelError(f"{type(vae).__name__} is not a torch module, so its memory cannot be planned")
     compute = parse_dtype(dtype) if dtype is not None else next(vae.parameters()).dtype
     allowed = None if memory is None else parse_bytes(memory)
-    reserved_bytes = parse_bytes(reserved) if reserved else 0
-    limit_bytes = None if allowed is None else allowed - reserved_bytes
-    planner = _Planner(vae, compute, limit_bytes, idle_limit_bytes, rates or DeviceRates())
+    reserved_bytes = parse_reserve(reserved)
+    planner = _Planner(
+        vae,
+        compute,
+        MemoryBudget(allowed_bytes=allowed, reserved_bytes=reserved_bytes),
+        held_bytes,
+        idle_limit_bytes,
+        rates if isinstance(rates, Mapping) else dict.fromkeys(_DIRECTIONS, rates or DeviceRates()),
+    )
     padded = vae.geometry.padded_size(height, width)
     chosen: tuple[ChunkSchedule, dict[Direction, DirectionPlan]] | None = None
     for schedule, tried in _attempts(vae, chunk_frames, policies):
         parts = {d: planner.plan(d, *padded, schedule, tried[d]) for d in directions}
         chosen = schedule, parts
-        if all(planner.fits(part) for part in parts.values()):
+        if all(planner.fits(part, part.placement) for part in parts.values()):
             break
     assert chosen is not None
     schedule, parts = chosen
     for direction, part in parts.items():
-        if not planner.fits(part):
+        if not planner.fits(part, part.placement):
             parts[direction] = planner.with_suggestions(direction, *padded, schedule, part)
     return Plan(
         model=model_name(vae),
@@ -367,6 +373,7 @@ def make_plan(
         schedule=schedule,
         allowed_bytes=allowed,
         reserved_bytes=reserved_bytes,
+        held_bytes=held_bytes,
         parts=parts,
     )
 
@@ -392,108 +399,113 @@ def _schedules(model: CausalVAE, chunk_frames: int | None) -> Iterator[ChunkSche
 
 
 class _Planner:
-    """Plans of one model in one dtype under one limit."""
+    """Plans of one model in one dtype under one budget."""
 
     def __init__(
         self,
         model: CausalVAE,
         dtype: torch.dtype,
-        limit_bytes: int | None,
+        budget: MemoryBudget,
+        held_bytes: int,
         idle_limit_bytes: int | None,
-        rates: DeviceRates,
+        rates: Mapping[Direction, DeviceRates],
     ) -> None:
         self._model = model
-        self._limit_bytes = limit_bytes
+        self._dtype = dtype
+        self._budget = budget
+        self._held_bytes = held_bytes
         self._idle_limit_bytes = idle_limit_bytes
         self._rates = rates
-        self._dtype = dtype
         self._timelines: dict[tuple[object, ...], Timeline] = {}
         self._skeletons: dict[torch.dtype, CausalVAE] = {}
 
-    def fits(self, part: DirectionPlan) -> bool:
-        return self._limit_bytes is None or part.projected_bytes <= self._limit_bytes
+    def fits(self, part: DirectionPlan, placement: Placement) -> bool:
+        """Whether the direction would be within all limits with this placement."""
+        if self._idle_limit_bytes is not None:
+            idle_bytes = part.timeline.idle_need(placement).total_bytes
+            if idle_bytes > self._idle_limit_bytes:
+                return False
+        return self._within(part.weights_bytes + part.timeline.peak(placement).total_bytes)
+
+    def _within(self, peak_bytes: int) -> bool:
+        return self._budget.fits(peak_bytes + self._held_bytes)
 
     def plan(
         self, direction: Direction, height: int, width: int, schedule: ChunkSchedule, policy: OffloadPolicy
     ) -> DirectionPlan:
-        timeline = self._timeline(direction, height, width, self._dtype, schedule)
-        weights_bytes = self._weights_bytes(self._dtype)
-
-        def fits(placement: Placement) -> bool:
-            peak, idle = timeline.peak(placement).total_bytes, timeline.idle_need(placement).total_bytes
-            if self._idle_limit_bytes is not None and idle > self._idle_limit_bytes:
-                return False
-            return self._limit_bytes is None or weights_bytes + peak <= self._limit_bytes
-
-        return DirectionPlan(
-            timeline=timeline,
+        """A direction with the placement that the policy and the limits give it."""
+        rates = self._rates[direction]
+        part = DirectionPlan(
+            timeline=self._timeline(direction, height, width, self._dtype, schedule),
             frame_size=(height, width),
-            placement=choose_placement(timeline, policy, fits, self._rates),
+            placement=Placement(),
             offload=str(policy),
-            rates=self._rates,
-            weights_bytes=weights_bytes,
+            rates=rates,
+            weights_bytes=self._weights_bytes(self._dtype),
             chunk_frames=schedule.chunk_frames,
         )
+        chosen = choose_placement(part.timeline, policy, partial(self.fits, part), rates)
+        return replace(part, placement=chosen)
 
     def with_suggestions(
         self, direction: Direction, height: int, width: int, schedule: ChunkSchedule, part: DirectionPlan
     ) -> DirectionPlan:
         """The same plan with the nearest settings that would fit, each tried by a dry run of its own."""
-        assert self._limit_bytes is not None
         found = []
         if part.minimum_bytes < part.projected_bytes:
-            if part.minimum_bytes <= self._limit_bytes:
+            if self.fits(part, part.timeline.least):
                 found.append("offload auto or all")
             else:
-                found.append(f"a budget of {_budget_text(part.minimum_bytes)} and offload auto")
-        found.append(f"a budget of {_budget_text(part.projected_bytes)}" + (" as it is" if found else ""))
-        if self._dtype == torch.float32 and self._minimum(direction, height, width, torch.bfloat16, schedule) <= (
-            self._limit_bytes
-        ):
+                found.append(f"a budget of {self._budget_text(part.minimum_bytes)} and offload auto")
+        found.append(f"a budget of {self._budget_text(part.projected_bytes)}" + (" as it is" if found else ""))
+        for shorter in _schedules(self._model, None):
+            if shorter.chunk_frames < schedule.chunk_frames and self._minimum_fits(
+                direction, height, width, self._dtype, shorter
+            ):
+                found.append(f"chunks of {shorter.chunk_frames} frames")
+                break
+        if self._dtype == torch.float32 and self._minimum_fits(direction, height, width, torch.bfloat16, schedule):
             found.append("dtype bfloat16")
         smaller = self._smaller_size(direction, height, width, schedule, part)
         if smaller is not None:
             found.append(f"frames of {smaller[1]}x{smaller[0]}")
-        values = {name: getattr(part, name) for name in part.__dataclass_fields__}
-        return DirectionPlan(**{**values, "suggestions": tuple(found)})
+        return replace(part, suggestions=tuple(found))
+
+    def _budget_text(self, peak_bytes: int) -> str:
+        """A budget that, read back, holds this peak."""
+        needed = peak_bytes + self._held_bytes + self._budget.reserved_bytes
+        return f"{math.ceil(needed / 2**20)}MiB"
 
     def _smaller_size(
         self, direction: Direction, height: int, width: int, schedule: ChunkSchedule, part: DirectionPlan
     ) -> tuple[int, int] | None:
         """The largest frame of about the same shape whose smallest plan fits. Bytes grow with the area."""
-        assert self._limit_bytes is not None
         p = self._model.geometry.pixels_per_latent
-        free, needed = self._limit_bytes - part.weights_bytes, part.minimum_bytes - part.weights_bytes
-        if free <= 0:
+        free = self._budget.left(part.weights_bytes + self._held_bytes)
+        if free is None or free <= 0:
             return None
-        scale = min(1.0, math.sqrt(free / needed))
+        scale = min(1.0, math.sqrt(free / (part.minimum_bytes - part.weights_bytes)))
         while scale > 0:
             smaller = int(height * scale) // p * p, int(width * scale) // p * p
             if 0 in smaller:
                 return None
-            if smaller != (height, width) and (
-                self._minimum(direction, *smaller, self._dtype, schedule) <= self._limit_bytes
-            ):
+            if smaller != (height, width) and self._minimum_fits(direction, *smaller, self._dtype, schedule):
                 return smaller
             scale -= 0.02
         return None
 
-    def _minimum(
+    def _minimum_fits(
         self, direction: Direction, height: int, width: int, dtype: torch.dtype, schedule: ChunkSchedule
-    ) -> int:
+    ) -> bool:
         timeline = self._timeline(direction, height, width, dtype, schedule)
-        return self._weights_bytes(dtype) + timeline.peak(timeline.least).total_bytes
+        return self._within(self._weights_bytes(dtype) + timeline.peak(timeline.least).total_bytes)
 
     def _weights_bytes(self, dtype: torch.dtype) -> int:
         return tensor_bytes(cast("nn.Module", self._skeleton(dtype)))
 
     def _skeleton(self, dtype: torch.dtype) -> CausalVAE:
         if dtype not in self._skeletons:
-            model = cast("nn.Module", self._model)
-            skeleton = placed(model, _META, dtype)
-            if skeleton is not model:
-                _forget_hooks(skeleton)
-            self._skeletons[dtype] = cast("CausalVAE", skeleton)
+            self._skeletons[dtype] = skeleton_of(self._model, dtype)
         return self._skeletons[dtype]
 
     def _timeline(
@@ -501,103 +513,8 @@ class _Planner:
     ) -> Timeline:
         key = (direction, height, width, dtype, schedule)
         if key not in self._timelines:
-            self._timelines[key] = _dry_run(self._skeleton(dtype), direction, height, width, dtype, schedule)
+            self._timelines[key] = dry_run(self._skeleton(dtype), direction, height, width, dtype, schedule)
         return self._timelines[key]
-
-
-def _forget_hooks(module: nn.Module) -> None:
-    """Whoever hooked into the model wants to hear of real chunks, not of a dry run on a copy."""
-    for part in module.modules():
-        part._forward_hooks.clear()
-        part._forward_pre_hooks.clear()
-
-
-def _dry_run(
-    model: CausalVAE, direction: Direction, height: int, width: int, dtype: torch.dtype, schedule: ChunkSchedule
-) -> Timeline:
-    """Run the first chunk and a middle one on meta tensors, and note bytes and, of the middle one, FLOPs."""
-    p = model.geometry.pixels_per_latent
-
-    def host(chunk: Chunk) -> Tensor:
-        if direction == "encode":
-            return torch.empty((chunk.padded_frames, height, width, 3), dtype=torch.uint8, device=_META)
-        shape = (chunk.num_latents, model.geometry.latent_channels, height // p, width // p)
-        return torch.empty(shape, dtype=torch.float32, device=_META)
-
-    run = encode_chunk if direction == "encode" else decode_chunk
-    probe = _Probe()
-    with ConvCache(model.encoder if direction == "encode" else model.decoder, residency=probe) as cache:
-        first_host, middle_host = (
-            host(schedule.full(0)),
-            host(schedule.full(1)),
-        )  # not the device's: outside the tracker
-        with probe.tracker:
-            run(model, cache, first_host, device=_META, dtype=dtype)
-        first_lead, first, _ = probe.take()
-        # The tracker is the inner mode: it sees the same operations as without the counter.
-        with probe.flop_counter, probe.tracker:
-            run(model, cache, middle_host, device=_META, dtype=dtype)
-        steady_lead, steady, flops = probe.take()
-        context_bytes = probe.layer_bytes()
-    return Timeline(
-        steps=tuple(
-            Step(
-                layer=layer,
-                context_bytes=context_bytes[layer],
-                first_open_bytes=first[layer][0],
-                first_kept_bytes=first[layer][1],
-                steady_bytes=max(steady[layer]),
-                flops=flops[layer],
-            )
-            for layer in context_bytes
-        ),
-        first_lead_bytes=first_lead,
-        steady_lead_bytes=steady_lead,
-        lead_flops=flops[""],
-    )
-
-
-class _Probe(Residency):
-    """Keeps everything on the device, and notes the peak between the moments at which contexts could move."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tracker = AllocationTracker()
-        self.flop_counter = FlopCounterMode(display=False)
-        self._bytes: dict[str, list[int]] = {"": []}
-        self._flops: dict[str, int] = {}
-        self._flops_before = 0
-        self._step = ""
-
-    def open(self, path: str) -> Tensor | None:
-        self._cut()
-        self._step = path
-        self._bytes[path] = []
-        return super().open(path)
-
-    def keep(self, path: str, tail: Tensor) -> None:
-        self._cut()
-        super().keep(path, tail)
-
-    def _cut(self) -> None:
-        self._bytes[self._step].append(self.tracker.peak_bytes - self.device_bytes)
-        self.tracker.reset_peak()
-        done = self.flop_counter.get_total_flops() - self._flops_before - sum(self._flops.values())
-        self._flops[self._step] = self._flops.get(self._step, 0) + done
-
-    def take(self) -> tuple[int, dict[str, list[int]], dict[str, int]]:
-        """Of the chunk that just ran: the lead's peak, each step's before and after it keeps, and FLOPs of all."""
-        self._cut()
-        lead, steps, flops = self._bytes.pop(""), self._bytes, self._flops
-        self._bytes, self._flops, self._step = {"": []}, {}, ""
-        self._flops_before = self.flop_counter.get_total_flops()
-        self.tracker.reset_peak()
-        return max(lead), steps, flops
-
-
-def _budget_text(num_bytes: int) -> str:
-    """A size that, read back, is at least this many bytes."""
-    return f"{math.ceil(num_bytes / 2**20)}MiB"
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

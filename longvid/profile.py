@@ -23,7 +23,7 @@ from longvid.machine import describe_machine
 from longvid.models.base import CausalVAE
 from longvid.offload import OffloadPolicy
 from longvid.plan import model_name
-from longvid.target import check_file_target
+from longvid.target import check_file_target, write_whole
 from longvid.timeline import DeviceRates
 from longvid.units import format_bytes
 
@@ -107,9 +107,11 @@ class Profile:
         return policies
 
     @property
-    def rates(self) -> DeviceRates:
-        """Measured rates, of the slower direction where there are two."""
-        return min((part.rates for part in self.directions.values()), key=lambda rates: rates.flops_per_second)
+    def rates(self) -> dict[Direction, DeviceRates]:
+        """Measured rates; those of the other direction for one that was not tuned."""
+        known = {direction: part.rates for direction, part in self.directions.items()}
+        other = next(iter(known.values()))
+        return {"encode": known.get("encode", other), "decode": known.get("decode", other)}
 
     def check(self, scope: ProfileScope) -> None:
         """Raise ModelError, with what differs, unless the profile holds for ``scope``. Names of models may differ."""
@@ -118,7 +120,7 @@ class Profile:
         if not differs:
             return
         listing = ", ".join(
-            f"{_NAMES[key]} {mine['model']} instead of {asked['model']}"
+            _other_model(mine["model"], asked["model"])
             if key == "architecture"
             else f"{_NAMES[key]} {mine[key]} instead of {asked[key]}"
             for key in differs
@@ -143,10 +145,7 @@ class Profile:
         }
         for direction, part in self.directions.items():
             content[direction] = asdict(part)
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.partial")
-        partial.write_text(tomli_w.dumps(content), encoding="utf-8")
-        os.replace(partial, target)
+        write_whole(path, tomli_w.dumps(content), what="the profile")
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Profile:
@@ -169,12 +168,12 @@ class Profile:
             directions: dict[Direction, DirectionProfile] = {}
             for name in names:
                 if name in content:
-                    directions[name] = DirectionProfile(**content[name])
+                    directions[name] = DirectionProfile(**_numbers(content[name], name))
             if not directions:
                 raise ValueError("it has neither encode nor decode")
             profile = cls(
                 scope=ProfileScope(**content["scope"]),
-                reserved_bytes=int(content["reserved_bytes"]),
+                **_numbers({"reserved_bytes": content["reserved_bytes"]}, "profile"),
                 directions=directions,
             )
         except (KeyError, TypeError, ValueError) as exc:
@@ -189,6 +188,19 @@ class Profile:
             f"{part.slowdown:.2f} times the time"
             for direction, part in self.directions.items()
         )
+
+
+def _other_model(mine: str, asked: str) -> str:
+    return f"another configuration of {mine}" if mine == asked else f"model {mine} instead of {asked}"
+
+
+def _numbers(table: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The table, if its bytes are whole numbers from 0 and its rates positive numbers: people edit these files."""
+    for key, value in table.items():
+        good = isinstance(value, int) if key.endswith("_bytes") else isinstance(value, (int, float))
+        if not good or isinstance(value, bool) or value < 0 or (value == 0 and not key.endswith("_bytes")):
+            raise ValueError(f"{key} = {value!r} of {name} is not a {'number of bytes' if 'bytes' in key else 'rate'}")
+    return dict(table)
 
 
 def check_profile_target(path: str | os.PathLike[str], *, overwrite: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
@@ -72,7 +73,8 @@ class Recorder:
         """Close the file. May be called again."""
         self._closed = True
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # every line was flushed; what a full disk refused was told then
+                self._file.close()
             self._file = None
 
     def __enter__(self) -> Recorder:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from longvid.errors import LongvidError, SessionStateError, StoreError
+from longvid.errors import LongvidError, SessionStateError
 from longvid.events import ChunkEvent, RunReport, RunStart
 from longvid.history import RunHistory
 from longvid.report_text import REPORT_MARK, headline, page, section, short_section
-from longvid.target import check_file_target
+from longvid.target import check_file_target, write_whole
 
 __all__ = ["ReportPage"]
 
@@ -66,7 +65,7 @@ class ReportPage:
         self._sections.append(_Section.of(len(self._sections) + 1, run))
         for old in self._sections[:-_MAX_DRAWN_RUNS]:
             old.shorten()
-        _write(self._path, _page(self._sections))
+        write_whole(self._path, _page(self._sections), what="the report")
 
     def _running(self) -> RunHistory:
         if self._run is None:
@@ -128,17 +127,3 @@ def _page(sections: list[_Section]) -> str:
     if scripts:
         scripts.insert(0, report_charts.library_script())
     return page([section.whole for section in sections], [section.title for section in sections], scripts)
-
-
-def _write(path: Path, text: str) -> None:
-    """All or nothing: who looks at the page while it is written sees the old one."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as exc:
-        with suppress(OSError):
-            partial.unlink()
-        raise StoreError(
-            f"the report {path} cannot be written: {exc.strerror}; the run itself is not affected"
-        ) from exc

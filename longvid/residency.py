@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longvid.arena import HostArena, HostSlot
 from longvid.events import Lane, Span
 from longvid.offload import Placement
-from longvid.transfer import HostArena, HostSlot, HostTransfer, Mark, Ticket
+from longvid.transfer import HostTransfer, Mark, Ticket
 
 __all__ = ["Residency"]
 
@@ -100,11 +101,13 @@ class Residency:
     # ------------------------------------------------------------------------------------------- one layer
 
     def open(self, path: str) -> Tensor | None:
-        """The context of a layer whose window opens, on the device; None in the first chunk of a video."""
+        """The context of a layer whose window opens, on the device; None in the first chunk of a video.
+
+        May be repeated after it failed.
+        """
         self._free_what_left()
-        home = self._homes.get(path)
-        if home is None:
-            self._homes[path] = _Home()
+        home = self._homes.setdefault(path, _Home())
+        if not home.num_bytes:
             self._mark_open(path)
             return None
         if not self._contexts:
@@ -161,22 +164,25 @@ class Residency:
             self._arenas.append(self._transfer.arena(homeless))
         for path, home in moving.items():
             self._send(path, home)
-        self._settle()
+        self._transfer.drain()
+        self._free_what_left()
         return before - self.device_bytes
 
     def drop(self) -> None:
         """Free every context, after waiting for what is on its way. May be called again."""
-        for home in self._homes.values():
-            if home.arriving is not None:
-                home.arriving.synchronize()
-        self._settle()
-        for home in self._homes.values():
-            home.device = home.host = home.sent = None
-            home.num_bytes = 0
+        try:
+            # All of it, not only what is listed as leaving: to be ordered behind a copy is not to know that it is done.
+            if self._transfer is not None:
+                self._transfer.drain()
+        finally:
+            self._leaving.clear()
+            for home in self._homes.values():
+                home.device = home.host = home.arriving = home.leaving = home.sent = None
+                home.num_bytes = 0
+            arenas, self._arenas = self._arenas, []
         if self._transfer is not None:
-            for arena in self._arenas:
+            for arena in arenas:
                 self._transfer.release(arena)
-        self._arenas.clear()
 
     def collect_spans(self, origin_seconds: float) -> tuple[Span, ...]:
         """Timed moves and computations that ended since the last call; times count from ``origin_seconds``."""
@@ -220,18 +226,11 @@ class Residency:
         self._note("to_device", path, home.arriving, home.num_bytes)
 
     def _free_what_left(self) -> None:
-        for home in self._leaving:
-            assert home.leaving is not None
-            home.leaving.wait()
+        while self._leaving:
+            home = self._leaving.pop()
+            if home.leaving is not None:
+                home.leaving.wait()
             home.device = home.leaving = None
-        self._leaving.clear()
-
-    def _settle(self) -> None:
-        """Block until everything that was sent has left."""
-        for home in self._leaving:
-            assert home.leaving is not None
-            home.leaving.synchronize()
-        self._free_what_left()
 
     def _slot(self, context: Tensor) -> HostSlot:
         size = context.numel() * context.element_size()

@@ -20,7 +20,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from enum import Enum
 from fractions import Fraction
 from pathlib import Path
@@ -29,6 +28,7 @@ from typing import Any, Literal, Self, TypeVar
 
 import torch
 
+from longvid.arena import HostArena
 from longvid.engine import DecodeRun, EncodeRun, Engine, Frames, Representation, Times
 from longvid.errors import MemoryBudgetError, ModelError, ScheduleError, SessionStateError, SourceError, StoreError
 from longvid.events import Callback, Direction, RunReport
@@ -44,8 +44,7 @@ from longvid.profile import Profile, ProfileScope
 from longvid.push import Admission, PushDecoder, PushEncoder, Scope
 from longvid.store import LatentStore, check_target, open_store
 from longvid.store_writer import LatentWriter
-from longvid.transfer import HostArena
-from longvid.units import format_bytes, parse_bytes
+from longvid.units import format_bytes, parse_bytes, parse_reserve
 from longvid.video.sources import open_source
 
 __all__ = ["VideoSession"]
@@ -103,7 +102,7 @@ class VideoSession:
         self._offload = parse_offload(offload)
         self._offload_dir = None if offload_dir is None else Path(offload_dir)
         self._profile = profile if isinstance(profile, Profile) or profile is None else Profile.read(profile)
-        self._reserved_bytes = None if reserved is None else parse_bytes(reserved) if reserved else 0
+        self._reserved_bytes = None if reserved is None else parse_reserve(reserved)
         self._source_model = load_model(model)
         self._source_model.geometry.schedule_for(chunk_frames)  # refuses what cannot be, before anything is placed
         self._chunk_frames = chunk_frames
@@ -140,13 +139,13 @@ class VideoSession:
 
     def close(self) -> None:
         """Free everything the session holds, open push-mode videos included. May be called again."""
-        for scope in self._scopes:
-            scope.close()
-        self._scopes.clear()
-        if self._engine is not None:
-            self._engine.transfer.close()
-        self._engine = None
-        self._state = _State.CLOSED
+        engine, self._engine, self._state = self._engine, None, _State.CLOSED
+        with ExitStack() as stack:  # each of them, whichever fails
+            if engine is not None:
+                stack.callback(engine.transfer.close)
+            for scope in self._scopes:
+                stack.callback(scope.close)
+            self._scopes.clear()
 
     def _reserve(self) -> int | None:
         if self._reserved_bytes is None and self._profile is not None:
@@ -208,21 +207,20 @@ class VideoSession:
                 )
                 if self._offload.kind == "auto" and self._allowed_bytes is None:
                     offload = profile.policies(self._offload)
-            left = None if self._allowed_bytes is None else max(1, self._allowed_bytes - held_bytes)
-            plan = make_plan(
+            self._plans[key] = make_plan(
                 engine.model,
                 height=height,
                 width=width,
                 dtype=engine.dtype,
-                memory=left,
+                memory=self._allowed_bytes,
                 offload=offload,
                 chunk_frames=self._chunk_frames,
                 reserved=engine.reserved_bytes,
+                held_bytes=held_bytes,
                 idle_limit_bytes=idle_limit_bytes,
                 directions=directions,
                 rates=None if profile is None else profile.rates,
             )
-            self._plans[key] = replace(plan, allowed_bytes=self._allowed_bytes)
         return self._plans[key]
 
     def _admit(self, engine: Engine, direction: Direction, height: int, width: int) -> Admission:
@@ -238,7 +236,7 @@ class VideoSession:
         room = [budget.left(other.projected_bytes + held_bytes - other.idle_bytes) for other in others]
         idle_limit = min((r for r in room if r is not None), default=None)
         plan = self._plan(engine, height, width, (direction,), held_bytes=held_bytes, idle_limit_bytes=idle_limit)
-        plan.check(direction, others_bytes=held_bytes)
+        plan.check(direction)
         part = plan.direction(direction)
         for other in others:
             beside = held_bytes - other.idle_bytes + part.idle_bytes
@@ -257,7 +255,7 @@ class VideoSession:
             parts["offloaded contexts"] = HostArena.room_for(part.host_sizes)
         if engine.device.type == "cpu":
             parts["tensors"] = part.projected_bytes - part.weights_bytes
-        available, needed = host_available_bytes(), sum(parts.values())
+        available, needed = host_available_bytes() + engine.transfer.spare_bytes, sum(parts.values())
         if needed > available:
             listing = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
             raise MemoryBudgetError(

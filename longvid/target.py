@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from longvid.errors import StoreError
 
-__all__ = ["check_file_target"]
+__all__ = ["check_file_target", "write_whole"]
 
 
 def check_file_target(
@@ -32,6 +33,28 @@ def check_file_target(
     if target.exists() or target.is_symlink():
         _check_existing(target, overwrite, what, is_ours)
     _check_writable(target)
+
+
+def write_whole(path: str | os.PathLike[str], text: str, *, what: str) -> None:
+    """Write a text file, all or nothing: who reads meanwhile sees the old one.
+
+    Args:
+        path: where.
+        text: what.
+        what: what it is, such as ``"the report"``, for the message.
+
+    Raises:
+        StoreError: the disk says no. The old file, if there was one, is untouched.
+    """
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
+    except OSError as exc:
+        with suppress(OSError):
+            partial.unlink()
+        raise StoreError(f"{what} {target} cannot be written: {exc.strerror}") from exc
 
 
 def _check_existing(target: Path, overwrite: bool, what: str, is_ours: Callable[[Path], bool]) -> None:

@@ -107,7 +107,8 @@ class Timeline:
         """Offloaded contexts on the device during step ``position`` of a later chunk."""
         return sum(self.steps[i].context_bytes for i in placement.staged(position, self.contexts))
 
-    def _resident(self, placement: Placement) -> int:
+    def resident_bytes(self, placement: Placement) -> int:
+        """Contexts that stay on the device."""
         return sum(step.context_bytes for step in self.steps if step.layer not in placement.offloaded)
 
     def idle_need(self, placement: Placement) -> Need:
@@ -115,7 +116,7 @@ class Timeline:
         if not self.steps:
             return Need(working_bytes=0, resident_bytes=0, transit_bytes=0)
         transit = self._transit(len(self.steps) - 1, placement)
-        return Need(working_bytes=0, resident_bytes=self._resident(placement), transit_bytes=transit)
+        return Need(working_bytes=0, resident_bytes=self.resident_bytes(placement), transit_bytes=transit)
 
     def steady_needs(self, placement: Placement) -> list[Need]:
         """A chunk in the middle, the lead first."""
@@ -161,7 +162,7 @@ class Timeline:
 
     def transfer_seconds(self, placement: Placement, rates: DeviceRates) -> float:
         """Time that each direction of the link is busy in a chunk."""
-        return (self.cache_bytes - self._resident(placement)) / rates.link_bytes_per_second
+        return (self.cache_bytes - self.resident_bytes(placement)) / rates.link_bytes_per_second
 
     def exposure(self, step: Step, rates: DeviceRates) -> float:
         """Transfer time of a layer's context over the computing time of its own step; above 1 it cannot hide there."""

@@ -14,35 +14,26 @@ to it, the lane waits for that stream; before its last reference is dropped, tha
 from __future__ import annotations
 
 import contextlib
-import errno
-import mmap
-import os
-import tempfile
 import time
 import warnings
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from longvid.errors import MemoryBudgetError, StoreError
+from longvid.arena import HostArena, HostSlot
 from longvid.units import format_bytes
 
-__all__ = ["HostArena", "HostSlot", "HostTransfer", "Mark", "Ticket"]
-
-Pin: TypeAlias = Callable[[Tensor], Callable[[], None] | None]
+__all__ = ["HostTransfer", "Mark", "Ticket"]
 
 _PORTABLE = 1
 "cudaHostRegisterPortable: locked for every device"
-_ALIGNMENT = mmap.PAGESIZE
-"of a slot: files are dropped from memory page by page"
 
 
 class Mark(Protocol):
@@ -68,111 +59,6 @@ class Ticket(Protocol):
         ...
 
 
-class HostArena:
-    """Host memory for the contexts of one video, taken once and given back as a whole.
-
-    Args:
-        num_bytes: how much; slots are rounded up to pages.
-        directory: folder for an unnamed file instead of memory.
-        pin: page-locks a buffer and returns what undoes it, or None if it cannot; None for pageable memory.
-
-    Raises:
-        MemoryBudgetError: the machine, or the disk, does not have that much.
-        StoreError: no file can be made in ``directory``.
-    """
-
-    def __init__(self, num_bytes: int, directory: Path | None = None, pin: Pin | None = None) -> None:
-        self.num_bytes = max(num_bytes, _ALIGNMENT)
-        self._used = 0
-        self._file_backed = directory is not None
-        self._map = _map_memory(self.num_bytes) if directory is None else _map_file(self.num_bytes, directory)
-        with torch.inference_mode(False):
-            self._buffer = torch.frombuffer(self._map, dtype=torch.uint8)
-        unpin = pin(self._buffer) if directory is None and pin is not None else None
-        self.pinned = unpin is not None
-        if unpin is not None:  # before the memory is unmapped, which happens after this object is gone
-            weakref.finalize(self, unpin)
-
-    @staticmethod
-    def room_for(sizes: Sequence[int]) -> int:
-        """Bytes of an arena that holds tensors of these sizes."""
-        return sum(_aligned(size) for size in sizes)
-
-    def take(self, like: Tensor) -> HostSlot:
-        """Room for a tensor of ``like``'s shape and dtype."""
-        size = like.numel() * like.element_size()
-        start, self._used = self._used, self._used + _aligned(size)
-        if self._used > self.num_bytes:
-            raise ValueError(f"the arena of {self.num_bytes} bytes is full; {self._used} are needed")
-        with torch.inference_mode(False):
-            tensor = self._buffer[start : start + size].view(like.dtype).view(like.shape)
-        return HostSlot(self, tensor, start, size)
-
-    @property
-    def free_bytes(self) -> int:
-        """What is not taken, in whole pages."""
-        return self.num_bytes - self._used
-
-    def clear(self) -> None:
-        """Forget all slots, so that the memory serves another video."""
-        self._used = 0
-
-    def settle(self, start: int, size: int) -> None:
-        """After a copy: let the OS write a file's pages out and forget them, so that they do not count as resident."""
-        if self._file_backed:
-            self._map.madvise(mmap.MADV_DONTNEED, start, size)
-
-
-class HostSlot:
-    """The place of one context in an arena."""
-
-    def __init__(self, arena: HostArena, tensor: Tensor, start: int, size: int) -> None:
-        self.tensor = tensor
-        self._arena, self._start, self._size = arena, start, size
-
-    def settle(self) -> None:
-        """See :meth:`HostArena.settle`."""
-        self._arena.settle(self._start, self._size)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _map_memory(num_bytes: int) -> mmap.mmap:
-    try:
-        return mmap.mmap(-1, num_bytes)
-    except OSError as exc:
-        raise MemoryBudgetError(
-            f"{format_bytes(num_bytes)} of host memory for offloaded contexts cannot be had ({exc.strerror}); "
-            "offload less, or to a folder with offload_dir (--offload-dir)",
-            projected_bytes=num_bytes,
-        ) from exc
-
-
-def _map_file(num_bytes: int, directory: Path) -> mmap.mmap:
-    """An unnamed file that is gone with its last user, whatever ends the process. Its blocks are taken now: later a
-    full disk would be a SIGBUS in the middle of a copy."""
-    try:
-        with tempfile.TemporaryFile(dir=directory, prefix="longvid-contexts-") as file:
-            os.posix_fallocate(file.fileno(), 0, num_bytes)
-            return mmap.mmap(file.fileno(), num_bytes)
-    except OSError as exc:
-        if exc.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            stat = os.statvfs(directory)
-            raise MemoryBudgetError(
-                f"{format_bytes(num_bytes)} for offloaded contexts do not fit in {directory} ({exc.strerror}; "
-                f"{format_bytes(stat.f_bavail * stat.f_frsize)} are free); name another folder, or offload less",
-                projected_bytes=num_bytes,
-                allowed_bytes=stat.f_bavail * stat.f_frsize,
-            ) from exc
-        raise StoreError(
-            f"contexts cannot be kept in {directory} ({exc.strerror}); name a folder that can be written to with "
-            "offload_dir (--offload-dir)",
-            kind="missing" if isinstance(exc, FileNotFoundError) else "other",
-        ) from exc
-
-
 class HostTransfer:
     """Moves contexts of every video of one session. Use it in a ``with`` statement; leaving waits for all copies.
 
@@ -192,6 +78,11 @@ class HostTransfer:
         if self._made is None:
             self._made = _lanes_of(self.device)
         return self._made
+
+    @property
+    def spare_bytes(self) -> int:
+        """Host memory that is kept for the next video."""
+        return 0 if self._spare is None or self.directory is not None else self._spare.num_bytes
 
     @property
     def tier(self) -> str:
@@ -233,8 +124,13 @@ class HostTransfer:
             )
         return arena
 
+    def drain(self) -> None:
+        """Block until no copy is under way on any lane."""
+        if self._made is not None:
+            self._made.drain()
+
     def release(self, arena: HostArena) -> None:
-        """Take an arena back whose slots nobody uses any more."""
+        """Take an arena back whose slots nobody uses any more, the lanes included: see :meth:`drain`."""
         arena.clear()
         self._spare = arena
 
@@ -271,8 +167,12 @@ class _Lanes(ABC):
     def mark(self) -> Mark: ...
 
     @abstractmethod
+    def drain(self) -> None:
+        """Block until no copy is under way."""
+
     def close(self) -> None:
-        """Wait for what is under way."""
+        """Wait for what is under way and end the lanes."""
+        self.drain()
 
 
 def _lanes_of(device: torch.device) -> _Lanes:
@@ -323,7 +223,7 @@ class _InlineLanes(_Lanes):
     def mark(self) -> Mark:
         return _Instant(time.perf_counter())
 
-    def close(self) -> None: ...
+    def drain(self) -> None: ...
 
 
 class _MetaLanes(_Lanes):
@@ -336,7 +236,7 @@ class _MetaLanes(_Lanes):
     def mark(self) -> Mark:
         return _Instant(0.0)
 
-    def close(self) -> None: ...
+    def drain(self) -> None: ...
 
 
 class _ThreadTicket:
@@ -373,15 +273,20 @@ class _ThreadLanes(_Lanes):
     def to_host(self, source: Tensor, target: HostSlot) -> Ticket:
         if self._out is None:
             self._out = ThreadPoolExecutor(1, thread_name_prefix="longvid-to-host")
-        return _ThreadTicket(self._out.submit(_copy_bytes, target.tensor, source, target, None))
+        return _ThreadTicket(self._out.submit(_copy_bytes, [target.tensor, source], target, None))
 
     def to_device(self, source: HostSlot, target: Tensor, after: Ticket | None) -> Ticket:
         if self._in is None:
             self._in = ThreadPoolExecutor(1, thread_name_prefix="longvid-to-device")
-        return _ThreadTicket(self._in.submit(_copy_bytes, target, source.tensor, source, after))
+        return _ThreadTicket(self._in.submit(_copy_bytes, [target, source.tensor], source, after))
 
     def mark(self) -> Mark:
         return _Instant(time.perf_counter())
+
+    def drain(self) -> None:
+        for lane in (self._out, self._in):
+            if lane is not None:
+                lane.submit(lambda: None).result()  # one thread each, in order
 
     def close(self) -> None:
         for lane in (self._in, self._out):
@@ -390,7 +295,9 @@ class _ThreadLanes(_Lanes):
         self._in = self._out = None
 
 
-def _copy_bytes(target: Tensor, source: Tensor, slot: HostSlot, after: Ticket | None) -> tuple[float, float]:
+def _copy_bytes(tensors: list[Tensor], slot: HostSlot, after: Ticket | None) -> tuple[float, float]:
+    target, source = tensors
+    tensors.clear()  # the pool holds on to arguments for a moment after the result is there
     if after is not None:
         after.synchronize()
     started = time.perf_counter()
@@ -432,9 +339,8 @@ class _EventMark:
 class _StreamLanes(_Lanes):
     """One stream for each direction; an accelerator copies both ways at once while it computes."""
 
-    wants_pinned = True
-
     def __init__(self, device: torch.device) -> None:
+        self.wants_pinned = device.type == "cuda"
         self._device = device
         self._out = torch.Stream(device=device)
         self._in = torch.Stream(device=device)
@@ -484,6 +390,6 @@ class _StreamLanes(_Lanes):
     def mark(self) -> Mark:
         return self._as_mark(self._record(torch.accelerator.current_stream(self._device)))
 
-    def close(self) -> None:
+    def drain(self) -> None:
         self._out.synchronize()
         self._in.synchronize()

@@ -32,11 +32,12 @@ from longvid.timeline import DeviceRates
 from longvid.transfer import HostTransfer, Ticket
 from longvid.units import format_bytes
 
-__all__ = ["ThresholdPoint", "Tuning", "draw", "tune"]
+__all__ = ["ThresholdPoint", "Tuning", "draw", "is_plot", "tune"]
 
 _FIRST_TIMED = 3
 "chunks before it warm up, and on a CPU they are the ones whose allocations are tracked, which takes time of its own"
 _LINK_BYTES = 64 * 2**20
+_MARK = "longvid tune"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,7 +247,7 @@ def _run_once(engine: Engine, direction: Direction, schedule: ChunkSchedule, par
             _wait_for(engine)
             if index >= _FIRST_TIMED:
                 times.append(time.perf_counter() - started)
-        return min(times), run.meter.peak_bytes - run.meter.outside_bytes
+        return min(times), run.meter.peak_bytes
 
 
 def _chunks(run: EncodeRun | DecodeRun, schedule: ChunkSchedule) -> Iterator[Callable[[], object]]:
@@ -357,4 +358,9 @@ def draw(tuning: Tuning, path: str | os.PathLike[str]) -> None:
     axes.legend(frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, metadata={"Software" if str(path).endswith(".png") else "Creator": _MARK})
+
+
+def is_plot(path: Path) -> bool:
+    """Whether a file is a picture that :func:`draw` made."""
+    return _MARK.encode() in path.read_bytes()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["format_bytes", "parse_bytes", "parse_size"]
+__all__ = ["format_bytes", "parse_bytes", "parse_reserve", "parse_size"]
 
 _FACTORS = {
     "": 1,
@@ -38,6 +38,11 @@ def parse_bytes(text: str | int) -> int:
     if value <= 0:
         raise ValueError(f"{text!r} is not a positive size in bytes")
     return value
+
+
+def parse_reserve(text: str | int) -> int:
+    """As :func:`parse_bytes`, and 0 is a size."""
+    return 0 if text in (0, "0") else parse_bytes(text)
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -165,6 +165,18 @@ def test_life_outside_its_bounds_is_refused(model, x):
     cache.close()
 
 
+def test_one_window_at_a_time(model, x):
+    with (
+        ConvCache(model) as cache,
+        torch.inference_mode(),
+        pytest.raises(CacheError, match="'second' opened its window inside that of 'first'"),
+        cache.chunk(),
+        cache.window(model.first, like=x),
+        cache.window(model.second, like=torch.zeros(2, 4, 21, 6, 5)),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
 def test_after_an_exception_nothing_is_held(model, x, error):
     with ConvCache(model) as cache:

@@ -75,7 +75,7 @@ def test_meter_adds_the_weights():
     meter = DeviceMeter(torch.device("cpu"), base_bytes=1000)
     with meter.measure():
         torch.zeros(10)
-    assert (meter.peak_bytes, meter.live_bytes) == (1040, 0)
+    assert (meter.peak_bytes, meter.chunk_peak_bytes) == (1040, 1040)
 
 
 def test_meter_looks_at_the_first_three_chunks_and_every_32nd():

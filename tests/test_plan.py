@@ -1,5 +1,7 @@
 """The dry run is exact: equal to the byte to a tracked run on real CPU tensors, and pinned by golden numbers."""
 
+import re
+
 import pytest
 import torch
 
@@ -143,7 +145,45 @@ def test_budget(vae):
         make_plan(vae, height=32, width=32, memory=needed - 1, offload="none").check("encode")
     assert caught.value.projected_bytes == needed
     with pytest.raises(MemoryBudgetError, match="contexts of other open videos"):
-        make_plan(vae, height=32, width=32, memory=needed).check("encode", others_bytes=1)
+        make_plan(vae, height=32, width=32, memory=needed, offload="none", held_bytes=1).check("encode")
+
+
+@pytest.mark.parametrize(("reserved", "held"), [(0, 0), (3_000_000, 0), (3_000_000, 1_500_000)])
+def test_what_is_suggested_fits(vae, reserved, held):
+    """Every suggestion, read back and planned with, is within the budget."""
+    setting = {"height": 64, "width": 96, "reserved": reserved, "held_bytes": held}
+    need = make_plan(vae, **setting).encode
+    memory = (need.weights_bytes + need.minimum_bytes) // 2 + reserved + held
+    plan = make_plan(vae, **setting, memory=memory, offload="none")
+    assert not plan.fits("encode")
+    suggestions = plan.encode.suggestions
+    assert len(suggestions) >= 3
+    for text in suggestions:
+        changed = {**setting, "memory": memory, "offload": "auto"}
+        if found := re.search(r"a budget of (\w+)( as it is)?", text):
+            changed |= {"memory": found[1], "offload": "none" if found[2] else "auto"}
+        elif found := re.search(r"frames of (\d+)x(\d+)", text):
+            changed |= {"width": int(found[1]), "height": int(found[2])}
+        elif found := re.search(r"dtype (\w+)", text):
+            changed |= {"dtype": found[1]}
+        else:
+            assert text == "offload auto or all"
+        assert make_plan(vae, **changed).fits("encode"), text
+
+
+def test_shorter_chunks_are_suggested_where_the_cut_is_free():
+    eight = make_plan("tiny", height=64, width=96, chunk_frames=8)
+    plan = make_plan("tiny", height=64, width=96, chunk_frames=16, memory=eight.projected_bytes)
+    direction = next(d for d in ("encode", "decode") if not plan.fits(d))
+    assert "chunks of 8 frames" in plan.direction(direction).suggestions
+
+
+def test_what_may_be_held_between_chunks_is_a_limit_for_any_chunk_length():
+    need = make_plan("tiny", height=64, width=96)
+    limit = need.decode.cache_bytes // 2
+    plan = make_plan("tiny", height=64, width=96, memory="1GiB", idle_limit_bytes=limit, directions=["decode"])
+    assert plan.decode.idle_bytes <= limit
+    assert plan.decode.placement.offloaded
 
 
 def test_explained_and_recorded(vae):

@@ -72,8 +72,9 @@ class _LazyLanes(_InlineLanes):
         ticket.after = after
         return ticket
 
-    def close(self):
-        assert not self.pending, "a copy was never waited for"
+    def drain(self):
+        for ticket in list(self.pending):
+            ticket.wait()
 
 
 class _LazyTicket:
@@ -167,6 +168,66 @@ def test_contexts_that_stay_are_never_moved(model, video):
 def test_offloading_without_anything_to_move_with_is_refused():
     with pytest.raises(ValueError, match="pass a HostTransfer"):
         Residency(Placement(offloaded=frozenset("a")))
+
+
+class _OrderingLanes(_InlineLanes):
+    """As on a stream: to wait orders what is computed next; only draining knows that a copy is done."""
+
+    def __init__(self):
+        self.under_way = 0
+
+    def _copy(self, target, source, slot):
+        self.under_way += 1
+        return super()._copy(target, source, slot)
+
+    def drain(self):
+        self.under_way = 0
+
+
+@pytest.mark.parametrize("fails_in", [None, 0, 2, 4])
+def test_no_arena_is_given_back_while_a_copy_may_be_under_way(model, video, monkeypatch, fails_in):
+    released, real = [], HostTransfer.release
+    monkeypatch.setattr(
+        HostTransfer, "release", lambda self, arena: released.append(self._made.under_way) or real(self, arena)
+    )
+    calls = []
+
+    def fail(*_):
+        calls.append(0)
+        if len(calls) == 3:
+            raise ZeroDivisionError
+
+    handle = None if fails_in is None else model.layers[fails_in].conv.register_forward_pre_hook(fail)
+    placement = Placement(offloaded=frozenset(sizes(model)), prefetch_bytes=3000)
+    with HostTransfer(CPU) as transfer, contextlib.suppress(ZeroDivisionError):
+        transfer._made = _OrderingLanes()
+        run(model, video, placement, transfer, host_sizes=tuple(sizes(model).values()))
+    if handle is not None:
+        handle.remove()
+    assert released == [0]
+
+
+def test_a_copy_that_fails_ends_the_video_and_frees_everything(model, video, monkeypatch):
+    import longvid.transfer
+
+    calls, real = [], longvid.transfer._bytes_of
+
+    def failing(tensor):
+        calls.append(0)
+        if len(calls) == 25:
+            raise OSError(5, "Input/output error")
+        return real(tensor)
+
+    monkeypatch.setattr(longvid.transfer, "_bytes_of", failing)
+    residency = None
+    with HostTransfer(CPU) as transfer:
+        residency = Residency(Placement(offloaded=frozenset(sizes(model))), transfer)
+        with ConvCache(model, residency=residency) as cache:  # leaving raises nothing of its own
+            with pytest.raises(OSError, match="Input/output"):
+                for part in video.split(CHUNK, dim=2):
+                    model(part, cache)
+            assert cache.nbytes == cache.device_bytes == 0
+        assert transfer.spare_bytes > 0
 
 
 @pytest.mark.parametrize("offloaded", [(), ("layers.1",), ("layers.0", "layers.1", "layers.2")])

@@ -455,3 +455,63 @@ def test_odd_calls_get_our_errors(vae, frames, tmp_path):
         with session.decoder() as decoder, pytest.raises(ScheduleError, match="latents are"):
             decoder.push(torch.zeros(1, 16, 1, 0, 2))
     assert list(tmp_path.iterdir()) == []
+
+
+class Observer:
+    def __init__(self, fails_in=()):
+        self.heard, self.fails_in = [], fails_in
+
+    def _hear(self, what):
+        self.heard.append(what)
+        if what in self.fails_in:
+            raise ValueError(what)
+
+    def run_started(self, start):
+        self._hear("started")
+
+    def __call__(self, event):
+        self._hear("chunk")
+
+    def run_finished(self, report):
+        self._hear("failed" if report is None else "finished")
+
+
+def test_every_observer_hears_the_end_whoever_fails(vae, frames, tmp_path):
+    first, second = Observer(["finished"]), Observer()
+    with VideoSession(vae, callbacks=[first, second]) as session:
+        with pytest.raises(ValueError, match="finished"):
+            session.encode(frames[:9], tmp_path / "a.zarr")
+        assert first.heard == second.heard == ["started", "chunk", "finished"]
+        assert open_store(tmp_path / "a.zarr").complete
+    first, second = Observer(), Observer(["started"])
+    with VideoSession(vae, callbacks=[first, second]) as session, pytest.raises(ValueError, match="started"):
+        session.encode(frames, tmp_path / "b.zarr")
+    assert (first.heard, second.heard) == (["started", "failed"], ["started"])
+    first, second = Observer(["chunk"]), Observer()
+    with VideoSession(vae, callbacks=[first, second]) as session, pytest.raises(ValueError, match="chunk"):
+        session.encode(frames, tmp_path / "c.zarr")
+    assert (first.heard, second.heard) == (["started", "chunk", "failed"], ["started", "failed"])
+
+
+def test_a_failing_end_does_not_hide_why_the_run_failed(vae, frames, tmp_path):
+    with (
+        VideoSession(vae, callbacks=[Observer(["chunk", "failed"])]) as session,
+        pytest.warns(UserWarning, match="a callback failed after the run did: failed"),
+        pytest.raises(ValueError, match="chunk"),
+    ):
+        session.encode(frames, tmp_path / "c.zarr")
+
+
+def test_a_session_may_use_its_own_host_memory_again(vae, frames, tmp_path, monkeypatch):
+    """What the first video's contexts took is kept for the second one, and is not counted against it."""
+    import longvid.session
+    from longvid.arena import HostArena
+
+    plan = make_plan(vae, height=24, width=40, offload="all").encode
+    needed = HostArena.room_for(plan.host_sizes) + plan.projected_bytes - plan.weights_bytes
+    with VideoSession(vae, device="cpu", offload="all") as session:
+        monkeypatch.setattr(
+            longvid.session, "host_available_bytes", lambda: needed - session._engine.transfer.spare_bytes
+        )
+        for name in ("a.zarr", "b.zarr"):
+            session.encode(frames, tmp_path / name)

@@ -1,6 +1,7 @@
 """Peaks are sums that can be checked by hand; the choice is feasible, thin, and prefers what hides."""
 
 from itertools import combinations
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -102,23 +103,28 @@ def test_the_choice_fits_whenever_anything_does_and_nobody_leaves_in_vain(steps,
     assert choose_placement(t, OffloadPolicy("auto"), limited(t, low - 1), RATES).offloaded == frozenset(t.layers)
 
 
-@given(steps=steps, share=st.floats(0, 1))
-@settings(max_examples=60, deadline=None)
-def test_the_choice_is_near_the_best_of_all_sets(steps, share):
-    """Against every subset and every window: never slower than the best by more than a fifth."""
-    t = timeline(*steps)
-    low, high = t.peak(t.least).total_bytes, t.peak(Placement()).total_bytes
-    limit = low + round(share * (high - low))
-    chosen = choose_placement(t, OffloadPolicy("auto"), limited(t, limit), RATES)
-    windows = {0, *(c for c, _, _ in steps), 2 * max(c for c, _, _ in steps), 3 * max(c for c, _, _ in steps)}
-    every = [
-        Placement(offloaded=frozenset(names), prefetch_bytes=w)
-        for n in range(len(steps) + 1)
-        for names in combinations(t.layers, n)
-        for w in windows
-    ]
-    best = min(t.chunk_seconds(p, RATES) for p in every if limited(t, limit)(p))
-    assert t.chunk_seconds(chosen, RATES) <= 1.2 * best
+def test_the_choice_is_nearly_always_the_best_of_all_sets():
+    """Against every subset and every window of 300 small timelines: 95 in 100 as fast, 1 % slower on average."""
+    random, ratios = Random(1), []
+    for _ in range(300):
+        steps = [
+            (random.randint(1, 30), random.randint(0, 60), random.randint(1, 40)) for _ in range(random.randint(1, 6))
+        ]
+        t = timeline(*steps)
+        low, high = t.peak(t.least).total_bytes, t.peak(Placement()).total_bytes
+        fits = limited(t, low + round(random.random() * (high - low)))
+        chosen = choose_placement(t, OffloadPolicy("auto"), fits, RATES)
+        largest = max(c for c, _, _ in steps)
+        every = [
+            Placement(offloaded=frozenset(names), prefetch_bytes=window)
+            for n in range(len(steps) + 1)
+            for names in combinations(t.layers, n)
+            for window in {0, *(c for c, _, _ in steps), 2 * largest, 3 * largest}
+        ]
+        best = min(t.chunk_seconds(p, RATES) for p in every if fits(p))
+        ratios.append(t.chunk_seconds(chosen, RATES) / best)
+    assert sum(ratio < 1.001 for ratio in ratios) >= 0.95 * len(ratios)
+    assert sum(ratios) / len(ratios) <= 1.01
 
 
 @given(steps=steps, share=st.floats(0, 1))

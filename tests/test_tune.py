@@ -87,6 +87,22 @@ def test_what_is_not_a_profile_is_refused(tmp_path, content, said):
         assert path.read_text() == content
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("resident_bytes = 0", 'resident_bytes = "512MiB"'), ("reserved_bytes = 0", "reserved_bytes = -5"),
+        ("flops_per_second = 1000000000.0", "flops_per_second = 0.0"), ("slowdown = 1.0", "slowdown = true"),
+    ],
+)  # fmt: skip
+def test_a_profile_that_was_edited_badly_is_refused(tmp_path, old, new):
+    path = tmp_path / "p.toml"
+    replace_profile().write(path)
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(ModelError, match=r"is not a (number of bytes|rate)"):
+        Profile.read(path)
+
+
 def replace_profile(**changes):
     scope = ProfileScope(model="m", architecture="a", size="24x16", dtype="float32", device="d")
     part = DirectionProfile(
@@ -98,7 +114,7 @@ def replace_profile(**changes):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"architecture": "b", "model": "other"}, "architecture other instead of m"),
+        ({"architecture": "b", "model": "other"}, "model other instead of m"),
         ({"size": "8x8"}, "frame size 8x8 instead of 24x16"),
         ({"dtype": "bfloat16"}, "dtype bfloat16 instead of float32"),
         ({"device": "abacus"}, "device abacus instead of d"),
@@ -163,6 +179,16 @@ def test_the_command_saves_what_encode_reads(tmp_path, capsys):
     record = json.loads(capsys.readouterr().out)
     assert {point["direction"] for point in record["points"]} == {"encode", "decode"}
     assert (tmp_path / "p.png").exists()
+    assert main([*sweep, "--save", str(profile)]) == 4
+    for option, name in (("--plot", "sweep.foo"), ("--save", "q.png")):
+        with pytest.raises(SystemExit) as usage:
+            main([*sweep, option, str(tmp_path / name)])
+        assert usage.value.code == 2
+    (tmp_path / "holiday.png").write_bytes(b"a picture of somebody else")
+    assert main([*sweep, "--plot", str(tmp_path / "holiday.png"), "--overwrite"]) == 4
+    assert (tmp_path / "holiday.png").read_bytes() == b"a picture of somebody else"
+    assert main([*sweep, "--plot", str(tmp_path / "p.png"), "--overwrite", "--quiet", "--json"]) == 0
+    capsys.readouterr()
     assert main([*sweep, "--save", str(profile)]) == 4
     assert "--overwrite" in capsys.readouterr().err
     from longvid.demo.__main__ import CLIP

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from longvid.cache import ConvCache
-from longvid.errors import ScheduleError
+from longvid.errors import ModelError, ScheduleError
 from longvid.schedule import ChunkSchedule
 
-__all__ = ["CausalVAE", "LatentGeometry", "placed"]
+__all__ = ["CausalVAE", "LatentGeometry", "placed", "resolve_device"]
 
 
 _LONGEST_CHUNK = 1024
@@ -125,3 +125,20 @@ def placed(module: _Module, device: torch.device, dtype: torch.dtype | None) -> 
         id(t): nn.Parameter(moved(t), requires_grad=False) if isinstance(t, nn.Parameter) else moved(t) for t in tensors
     }
     return copy.deepcopy(module, memo)
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """A device by name; ``"auto"`` is the accelerator if there is one, else the CPU.
+
+    Raises:
+        ModelError: it cannot be used here.
+    """
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator()
+        return accelerator if accelerator is not None and torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError, ValueError) as exc:
+        raise ModelError(f"device {str(device)!r} cannot be used here: {str(exc).splitlines()[0]}") from exc
+    return torch.empty(0, device=where).device

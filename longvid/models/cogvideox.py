@@ -221,7 +221,7 @@ class CogVideoXVAE(nn.Module):
         """
         with cache.chunk():
             moments: Tensor = self.encoder(x_BCTHW, cache)
-            return moments if self.quant_conv is None else self.quant_conv(moments)
+            return moments if self.quant_conv is None else cache.attempt(partial(self.quant_conv, moments))
 
     @torch.inference_mode()
     def decode(self, z_BCTHW: Tensor, cache: ConvCache) -> Tensor:
@@ -231,7 +231,8 @@ class CogVideoXVAE(nn.Module):
             CacheError: the cache is of another module or another video.
         """
         with cache.chunk():
-            z = z_BCTHW if self.post_quant_conv is None else self.post_quant_conv(z_BCTHW)
+            conv = self.post_quant_conv
+            z = z_BCTHW if conv is None else cache.attempt(partial(conv, z_BCTHW))
             pixels: Tensor = self.decoder(z, cache)
             return pixels
 

@@ -21,7 +21,7 @@ Axes: B batch, C channels, T time, H height, W width; lower-case c t h w are tho
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -130,12 +130,17 @@ class Block(nn.Module):
         """(B, C, t, h, w) to the same; without a cache, a whole video at once and differentiable."""
         if cache is None:
             return x_BCTHW + self.temporal.whole(F.silu(self.spatial.whole(F.silu(x_BCTHW))))
-        h = self.spatial(F.silu(x_BCTHW), cache)
+        h = self.spatial(cache.attempt(lambda: F.silu(x_BCTHW)), cache)
         with cache.window(self.temporal, like=h) as window:
             F.silu(window.new.copy_(h), inplace=True)
             del h
             out = self.temporal.convolve(window)
         return out.add_(x_BCTHW)
+
+
+def _once(step: Callable[[], Tensor]) -> Tensor:
+    """In training nothing can be moved out of the way."""
+    return step()
 
 
 class Encoder(nn.Module):
@@ -152,9 +157,13 @@ class Encoder(nn.Module):
 
     def forward(self, c_BKthw: Tensor, cache: ConvCache | None, first: bool) -> Tensor:
         """One chunk, or without a cache a whole video; ``first`` if it starts with the video's first frame."""
-        h = self.stem.whole(c_BKthw)
+        attempt = _once if cache is None else cache.attempt
+        h = attempt(lambda: self.stem.whole(c_BKthw))
         for block in self.blocks:
             h = block(h, cache)
+        return attempt(lambda: self._join(h, c_BKthw, first))
+
+    def _join(self, h: Tensor, c_BKthw: Tensor, first: bool) -> Tensor:
         both = self.head.whole(F.silu(h)) + self.linear.whole(c_BKthw)
         alone, grouped = both.chunk(2, dim=1)
         return torch.cat([alone[:, :, :1], grouped[:, :, 1:]], dim=2) if first else grouped
@@ -173,13 +182,18 @@ class Decoder(nn.Module):
 
     def forward(self, z_BCthw: Tensor, cache: ConvCache | None, first: bool) -> Tensor:
         """One chunk, or without a cache a whole video; ``first`` if it starts with the video's first latent."""
+        attempt = _once if cache is None else cache.attempt
+        z = attempt(lambda: self._two_sets(z_BCthw, first))
+        h = attempt(lambda: self.stem.whole(z))
+        for block in self.blocks:
+            h = block(h, cache)
+        return attempt(lambda: self.head.whole(F.silu(h)) + self.linear.whole(z))
+
+    def _two_sets(self, z_BCthw: Tensor, first: bool) -> Tensor:
         z = F.pad(z_BCthw, (0, 0, 0, 0, 0, 0, z_BCthw.shape[1], 0))  # the groups' set; the first frame's is empty
         if first:
             z = torch.cat([F.pad(z_BCthw[:, :, :1], (0, 0, 0, 0, 0, 0, 0, z_BCthw.shape[1])), z[:, :, 1:]], dim=2)
-        h = self.stem.whole(z)
-        for block in self.blocks:
-            h = block(h, cache)
-        return self.head.whole(F.silu(h)) + self.linear.whole(z)
+        return z
 
 
 class TinyVAE(nn.Module):
@@ -232,7 +246,10 @@ class TinyVAE(nn.Module):
         with cache.chunk():
             coefficients = cache.attempt(lambda: self.transform(x_BCTHW, first))
             mean: Tensor = self.encoder(coefficients, cache, first)
-            return torch.cat([mean, torch.full_like(mean, 2 * math.log(self.config.posterior_std))], dim=1)
+            return cache.attempt(lambda: self._moments(mean))
+
+    def _moments(self, mean: Tensor) -> Tensor:
+        return torch.cat([mean, torch.full_like(mean, 2 * math.log(self.config.posterior_std))], dim=1)
 
     @torch.inference_mode()
     def decode(self, z_BCTHW: Tensor, cache: ConvCache) -> Tensor:
