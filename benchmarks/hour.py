@@ -1,0 +1,170 @@
+"""Is memory flat over an hour of video? One process encodes 86,400 frames; minute 60 of the video beside minute 1.
+
+    python benchmarks/hour.py [--frames 86400] [--size 96x64] [--threads 1] [--decode [.mkv]]
+        [--out benchmarks/results/hour.json]
+
+The embedded clip, its packets copied again and again, goes through `longvid encode --offload all` with `tiny` on the
+CPU, with a report page and a recording. From the recording: resident set size and measured device peak, medians over
+100 chunks around the end of the first minute of video (24 frames a second) and over the last 100. They must agree
+within 2 %, and the report must stay below 3 MB, or the exit code is 1. ``--decode`` does the same on the way back, to
+a file whose frames are counted: Matroska, since an MP4 file ends with a list of all its frames, which FFmpeg keeps in
+memory until then, 72 bytes a frame or 6 MB an hour (``--decode .mp4`` shows it).
+
+One thread computes by default: frames this small gain nothing from a second, and on a busy machine two that wait for
+each other are ten times slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import av
+from flat import loop_clip, run
+
+from longvid import ChunkEvent, RunStart
+from longvid.demo.__main__ import CLIP
+from longvid.recorder import read_recording
+
+FRAMES_PER_MINUTE = 24 * 60
+WINDOW = 100
+"chunks in a median"
+TOLERANCE = 0.02
+MAX_REPORT_BYTES = 3_000_000
+
+
+def read_run(recording: Path) -> tuple[dict[str, Any], list[ChunkEvent]]:
+    """The machine, and every chunk without what its lanes did."""
+    machine: dict[str, Any] = {}
+    chunks = []
+    for event in read_recording(recording):
+        if isinstance(event, RunStart):
+            machine = dict(event.machine)
+        elif isinstance(event, ChunkEvent):
+            chunks.append(replace(event, spans=()))
+    return machine, chunks
+
+
+def window_around(chunks: Sequence[ChunkEvent], num_frames: int) -> Sequence[ChunkEvent]:
+    """The chunks around the moment at which ``num_frames`` were done, moved inwards at the ends."""
+    centre = sum(chunk.frames_done <= num_frames for chunk in chunks)
+    first = max(0, min(centre - WINDOW // 2, len(chunks) - WINDOW))
+    return chunks[first : first + WINDOW]
+
+
+def medians(chunks: Sequence[ChunkEvent]) -> dict[str, Any]:
+    """Resident set size, and device peak of the chunks of these that were measured."""
+    peaks = [chunk.chunk_peak_bytes for chunk in chunks if chunk.chunk_peak_bytes is not None]
+    return {
+        "chunks": [chunks[0].index, chunks[-1].index],
+        "rss_bytes": statistics.median(chunk.rss_bytes for chunk in chunks),
+        "chunk_peak_bytes": statistics.median(peaks),
+        "measured_peaks": len(peaks),
+    }
+
+
+def by_minute(chunks: Sequence[ChunkEvent]) -> list[float]:
+    """Median resident set size in MB of every minute of the video."""
+    minutes: dict[int, list[int]] = {}
+    for chunk in chunks:
+        minutes.setdefault((chunk.frames_done - 1) // FRAMES_PER_MINUTE, []).append(chunk.rss_bytes)
+    return [round(statistics.median(values) / 1e6, 2) for values in minutes.values()]
+
+
+def judge(direction: str, report: dict[str, Any], recording: Path, page: Path, num_frames: int) -> dict[str, Any]:
+    """Numbers of one run, and what is wrong with them."""
+    machine, chunks = read_run(recording)
+    early, late = medians(window_around(chunks, FRAMES_PER_MINUTE)), medians(chunks[-WINDOW:])
+    ratios = {key: late[key] / early[key] for key in ("rss_bytes", "chunk_peak_bytes")}
+    problems = [f"{key} changed by {ratio - 1:+.2%}" for key, ratio in ratios.items() if abs(ratio - 1) > TOLERANCE]
+    if report["frames"] != num_frames:
+        problems.append(f"{report['frames']} frames instead of {num_frames}")
+    if page.stat().st_size > MAX_REPORT_BYTES:
+        problems.append(f"the report page has {page.stat().st_size} bytes")
+    minutes = by_minute(chunks)
+    print(f"\n{direction}: {report['frames']} frames in {report['seconds']:.0f} s, {len(chunks)} chunks")
+    print(f"{'median over 100 chunks':26}{'minute 1':>12}{'minute ' + str(len(minutes)):>12}{'ratio':>9}")
+    for key, label in (("rss_bytes", "resident set, MB"), ("chunk_peak_bytes", "device peak, MB")):
+        print(f"{label:26}{early[key] / 1e6:>12.2f}{late[key] / 1e6:>12.2f}{ratios[key]:>9.4f}")
+    print(f"resident set by minute of video, MB: lowest {min(minutes):.2f}, highest {max(minutes):.2f}")
+    print(f"report page {page.stat().st_size / 1e6:.2f} MB, recording {recording.stat().st_size / 1e6:.1f} MB")
+    for problem in problems:
+        print(f"NOT FLAT: {problem}" if "changed" in problem else f"WRONG: {problem}")
+    return {
+        "direction": direction,
+        "machine": machine,
+        "frames": report["frames"],
+        "seconds": report["seconds"],
+        "chunks": len(chunks),
+        "minute_1": early,
+        "last_minute": late,
+        "ratios": ratios,
+        "rss_mb_by_minute": minutes,
+        "peak_rss_bytes": report["peak_rss_bytes"],
+        "peak_device_bytes": report["peak_device_bytes"],
+        "projected_bytes": report["projected_bytes"],
+        "report_page_bytes": page.stat().st_size,
+        "recording_bytes": recording.stat().st_size,
+        "problems": problems,
+    }
+
+
+def count_frames(video: Path) -> int:
+    """Video packets in a file, which are frames."""
+    with av.open(str(video)) as container:
+        return sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
+
+
+def main() -> int:
+    """Measure, print tables and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=86_400)
+    parser.add_argument("--size", default="96x64")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--decode", nargs="?", const=".mkv", metavar="SUFFIX", help="and back to such a file")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        loop_clip(CLIP, folder / "loop.mp4", args.frames)
+        runs: list[tuple[str, list[object]]] = [
+            ("encode", [folder / "loop.mp4", folder / "out.zarr", "--size", args.size, "--model", "tiny"])
+        ]
+        back = folder / f"back{args.decode}"
+        if args.decode:
+            runs.append(("decode", [folder / "out.zarr", back]))
+        for direction, targets in runs:
+            page, recording = folder / f"{direction}.html", folder / f"{direction}.jsonl"
+            report = run(
+                *(direction, *targets, "--frames", args.frames, "--device", "cpu", "--offload", "all"),
+                *("--report", page, "--record", recording),
+                threads=args.threads,
+            )
+            rows.append(judge(direction, report, recording, page, args.frames))
+        if args.decode:
+            found = count_frames(back)
+            print(f"the decoded file holds {found} frames")
+            if found != args.frames:
+                rows[-1]["problems"].append(f"the file holds {found} frames")
+    if args.out:
+        record = {
+            "command": "python " + " ".join(sys.argv),
+            "size": args.size,
+            "threads": args.threads,
+            "tolerance": TOLERANCE,
+            "rows": rows,
+        }
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    return int(any(row["problems"] for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
