@@ -197,6 +197,8 @@ class VideoSession:
     ) -> Plan:
         """The plan under what ``held_bytes`` of other videos leave of the budget."""
         height, width = engine.model.geometry.padded_size(height, width)
+        if engine.model.geometry.chunk_invariant and self._allowed_bytes is not None:
+            directions = ("encode", "decode")  # the budget may shorten chunks, and both directions share their length
         key = (height, width, directions, held_bytes, idle_limit_bytes)
         if key not in self._plans:
             profile = self._profile

@@ -153,12 +153,16 @@ def memory_error():
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 @pytest.mark.parametrize("offload", ["none", "all"])
-def test_memory_that_runs_out_in_any_layer_is_survived_bit_for_bit_or_told(vae, direction, offload):
-    """Once: the same bits, since contexts make room; if they had left already: an error with the numbers."""
+def test_memory_that_runs_out_in_a_layer_is_survived_bit_for_bit_or_told(vae, direction, offload):
+    """Once: the same bits, since contexts make room; if they had left already: an error with the numbers.
+
+    Every layer of the encoder, every fourth elsewhere.
+    """
     module, run = (vae.encoder, encode) if direction == "encode" else (vae.decoder, decode)
     with VideoSession(vae, offload=offload) as session:
         expected, survived, told = run(session), 0, 0
-        for count, name in enumerate(convolutions(module)):
+        layers = convolutions(module)[:: 1 if offload == "none" and direction == "encode" else 4]
+        for count, name in enumerate(layers):
             hook = failing(module.get_submodule(name), count % NUM_CHUNKS, memory_error())
             tracker = AllocationTracker()
             with warnings.catch_warnings(record=True) as said, tracker:
@@ -177,7 +181,7 @@ def test_memory_that_runs_out_in_any_layer_is_survived_bit_for_bit_or_told(vae, 
             assert tracker.live_bytes == 0, name
             assert torch.equal(run(session), expected), name  # the session stays usable
         assert survived
-        assert survived + told == len(convolutions(module))
+        assert survived + told == len(layers)
 
 
 def test_memory_that_stays_short_is_an_error_with_the_numbers(vae, tmp_path):

@@ -57,7 +57,7 @@ def test_golden_numbers(full_plan, direction):
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 def test_peak_of_a_middle_chunk_against_diffusers(full_plan, direction):
-    """6.60 and 15.82 GB is what diffusers needs; `python benchmarks/memory.py` measures both sides."""
+    """Against 6.60 and 15.8 GB; `python benchmarks/peers_memory.py --meta-only` measures both sides."""
     part = full_plan.direction(direction)
     ours = part.steady_chunk_bytes - part.weights_bytes
     assert ours <= {"encode": 0.76 * 6.60e9, "decode": 0.48 * 15.8e9}[direction]
