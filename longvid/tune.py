@@ -325,39 +325,25 @@ def draw(tuning: Tuning, path: str | os.PathLike[str]) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for direction, color, marker in (("encode", "#1f6f8b", "o"), ("decode", "#c8553d", "s")):
+    directions = [d for d in ("encode", "decode") if any(point.direction == d for point in tuning.points)]
+    figure = Figure(figsize=(4.2 * len(directions) + 0.6, 4.0), layout="constrained")
+    scope = tuning.scope
+    figure.suptitle(f"{scope.model}, {scope.size}, {scope.dtype}, {scope.device}", fontsize=10)
+    panels = figure.subplots(1, len(directions), sharey=True, squeeze=False)[0]
+    for axes, direction in zip(panels, directions, strict=True):
         row = [point for point in tuning.points if point.direction == direction]
-        if not row:
-            continue
+        (knee,) = (point for point in row if point.knee)
+        axes.axhline(1 + tuning.slack, color="#888888", linewidth=0.8, linestyle=":")
         x, y = [point.peak_bytes / 2**20 for point in row], [point.slowdown for point in row]
-        axes.plot(x, y, color=color, marker=marker, label=direction)
-        knee = next(point for point in row if point.knee)
-        at = knee.peak_bytes / 2**20, knee.slowdown
-        axes.plot(
-            [at[0]],
-            [at[1]],
-            marker="o",
-            markersize=15,
-            markerfacecolor="none",
-            markeredgecolor=color,
-            markeredgewidth=1.5,
-        )
-        axes.annotate(
-            f"knee: {format_bytes(knee.peak_bytes)}", at, textcoords="offset points", xytext=(0, 14), ha="center",
-            color=color,
-        )  # fmt: skip
-    axes.axhline(1 + tuning.slack, color="#888888", linewidth=0.8, linestyle=":")
-    axes.set_xlabel("measured peak in MiB, weights included")
-    axes.set_ylabel("time of a chunk / nothing offloaded")
-    axes.set_title(
-        f"{tuning.scope.model}, {tuning.scope.size}, {tuning.scope.dtype}, {tuning.scope.device}", fontsize=10
-    )
-    axes.margins(x=0.12, y=0.3)
-    axes.legend(frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+        axes.plot(x, y, color="#b8cdd6", zorder=1)
+        axes.scatter(x, y, color="#1f6f8b", zorder=2)
+        axes.scatter(knee.peak_bytes / 2**20, knee.slowdown, s=200, facecolors="none", edgecolors="#c8553d", zorder=3)
+        axes.set_title(f"{direction}: knee at {format_bytes(knee.peak_bytes)}", fontsize=10)
+        axes.set_xlabel("measured peak in MiB, weights included")
+        axes.margins(x=0.12, y=0.15)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    panels[0].set_ylabel("time of a chunk / nothing offloaded")
     figure.savefig(path, dpi=130, metadata={"Software" if str(path).endswith(".png") else "Creator": _MARK})
 
 

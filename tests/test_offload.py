@@ -260,3 +260,17 @@ def test_what_is_staged_is_a_window_in_bytes():
     assert staged(3, everything, 9) == [3, 4]
     assert staged(3, everything, 8) == [3]  # a context that does not fit is not skipped
     assert staged(3, everything, 100) == [3, 4, 0, 1, 2]
+
+
+@pytest.mark.cuda
+def test_on_a_device_too_no_policy_changes_a_bit(vae, frames, tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    part = make_plan(vae, height=HEIGHT, width=WIDTH).encode
+    results = []
+    for index, policy in enumerate(["none", part.cache_bytes // 2, "all"]):
+        got, report = encoded(vae, frames, tmp_path / f"{index}.zarr", device="cuda", offload=policy)
+        results.append(got)
+        assert report.peak_device_bytes <= report.projected_bytes + 512 * 2**20
+    assert np.array_equal(results[0], results[1])
+    assert np.array_equal(results[0], results[2])
