@@ -15,6 +15,7 @@ from longvid.units import format_bytes, parse_bytes
 __all__ = ["OffloadPolicy", "Placement"]
 
 Kind: TypeAlias = Literal["auto", "none", "all", "size"]
+_NAMED: dict[str, Kind] = {"auto": "auto", "none": "none", "all": "all", "0": "all"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +37,8 @@ class OffloadPolicy:
         """
         if isinstance(value, OffloadPolicy):
             return value
-        if value in ("auto", "none", "all"):
-            return cls(value)  # type: ignore[arg-type]
-        if value in (0, "0"):
-            return cls("all")
+        if isinstance(value, str) and value in _NAMED:
+            return cls(_NAMED[value])
         try:
             return cls("size", parse_bytes(value))
         except ValueError as exc:

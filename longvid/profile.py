@@ -25,7 +25,6 @@ from longvid.offload import OffloadPolicy
 from longvid.plan import model_name
 from longvid.target import check_file_target, write_whole
 from longvid.timeline import DeviceRates
-from longvid.units import format_bytes
 
 __all__ = ["DirectionProfile", "Profile", "ProfileScope", "check_profile_target"]
 
@@ -179,15 +178,6 @@ class Profile:
         except (KeyError, TypeError, ValueError) as exc:
             raise ModelError(f"{where} is not a profile that longvid tune wrote: {exc}") from exc
         return profile
-
-    def explain(self) -> str:
-        """One line for each direction."""
-        return "\n".join(
-            f"{direction}: contexts up to {format_bytes(part.resident_bytes)} stay, up to "
-            f"{format_bytes(part.prefetch_bytes)} fetched early; peak {format_bytes(part.peak_bytes)}, "
-            f"{part.slowdown:.2f} times the time"
-            for direction, part in self.directions.items()
-        )
 
 
 def _other_model(mine: str, asked: str) -> str:

@@ -211,7 +211,7 @@ def test_locked_memory_is_unlocked_before_it_is_unmapped():
 
 
 @pytest.mark.cuda
-def test_streams_overlap_and_memory_is_locked():
+def test_copies_on_streams_arrive_and_memory_is_locked():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     device = torch.device("cuda", 0)
