@@ -65,7 +65,7 @@ class ReportPage:
         self._sections.append(_Section.of(len(self._sections) + 1, run))
         for old in self._sections[:-_MAX_DRAWN_RUNS]:
             old.shorten()
-        write_whole(self._path, _page(self._sections), what="the report")
+        write_whole(self._path, _page(self._sections), what="the run itself is not affected, but its report")
 
     def _running(self) -> RunHistory:
         if self._run is None:
