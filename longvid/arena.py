@@ -19,6 +19,7 @@ from torch import Tensor
 
 from longvid.errors import MemoryBudgetError, StoreError
 from longvid.units import format_bytes
+from longvid.workspace import layout_of
 
 __all__ = ["HostArena", "HostSlot", "Pin"]
 
@@ -61,13 +62,17 @@ class HostArena:
         return sum(_aligned(size) for size in sizes)
 
     def take(self, like: Tensor) -> HostSlot:
-        """Room for a tensor of ``like``'s shape and dtype."""
+        """Room for a tensor of ``like``'s shape, dtype and layout."""
         size = like.numel() * like.element_size()
         start, self._used = self._used, self._used + _aligned(size)
         if self._used > self.num_bytes:
             raise ValueError(f"the arena of {self.num_bytes} bytes is full; {self._used} are needed")
         with torch.inference_mode(False):
-            tensor = self._buffer[start : start + size].view(like.dtype).view(like.shape)
+            tensor = self._buffer[start : start + size].view(like.dtype)
+            if layout_of(like) == torch.channels_last_3d:
+                tensor = tensor.view(like.movedim(1, -1).shape).movedim(-1, 1)
+            else:
+                tensor = tensor.view(like.shape)
         return HostSlot(self, tensor, start, size)
 
     @property

@@ -11,8 +11,15 @@ A layer reads from a **window**, one tensor ``[context | new frames]``::
         h = layer.convolve(window)              # reads window.input()
     # the window is gone; its last k - 1 frames are the context of the next chunk
 
-There is one copy of every context and no copy of the input. Layers with one tap in time have no entry. Where a context
-is between chunks, on the device or on the host, is the business of :class:`~longvid.residency.Residency`.
+There is one copy of every context and no copy of the input. A window may be shorter than a chunk and roll over it::
+
+    with cache.window(layer, like=x, frames=2) as window:
+        for piece in window.roll([range(0, 2), range(2, 4), ...]):
+            produce(piece, out=window.new)
+            y = layer.convolve(window)          # the output frames of this piece
+
+Layers with one tap in time have no entry. Where a context is between chunks, on the device or on the host, is the
+business of :class:`~longvid.residency.Residency`.
 
 Axes: B batch, C channels, T time, H height, W width.
 """
@@ -20,7 +27,7 @@ Axes: B batch, C channels, T time, H height, W width.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -34,6 +41,7 @@ from longvid.errors import CacheError
 from longvid.memory import is_out_of_memory
 from longvid.residency import Residency
 from longvid.units import format_bytes
+from longvid.workspace import TensorKind, Workspace
 
 __all__ = ["CausalLayer", "ConvCache", "Window"]
 
@@ -72,8 +80,12 @@ class ConvCache:
 
     Args:
         module: the encoder or the decoder. Every submodule with ``context_frames > 0`` gets an entry.
-        max_conv_elements: a convolution whose window or output has more elements than this runs over time in
-            pieces; the default is what 32-bit indexing in convolution kernels can address.
+        max_conv_elements: a convolution whose window or output has more elements than this runs in parts, over time
+            and, where a frame is too large, over rows; the default is what 32-bit indexing in kernels can address.
+        slice_elements: layers run in slices of so many frames that neither the new input nor the output of a slice has
+            more elements than this, but of one frame at least. Slices save memory and never change a result.
+        paired_frames: layers with three taps in time convolve frames in pairs where that is possible, with a third
+            fewer multiplications; to rounding. Only in the channels-last layout.
         residency: where the contexts live; on the device by default.
 
     Use it in a ``with`` statement; leaving it frees every context. Each chunk runs inside :meth:`chunk`. If a chunk
@@ -81,9 +93,19 @@ class ConvCache:
     """
 
     def __init__(
-        self, module: nn.Module, *, max_conv_elements: int = 2**31 - 1, residency: Residency | None = None
+        self,
+        module: nn.Module,
+        *,
+        max_conv_elements: int = 2**31 - 1,
+        slice_elements: int = 2**31 - 1,
+        paired_frames: bool = False,
+        residency: Residency | None = None,
     ) -> None:
         self.max_conv_elements = max_conv_elements
+        self.slice_elements = slice_elements
+        self.paired_frames = paired_frames
+        self.workspace = Workspace()
+        "memory that the layers of this video take turns with; empty between chunks"
         self._residency = residency or Residency()
         self._entries = {
             layer: _Entry(path) for path, layer in module.named_modules() if getattr(layer, "context_frames", 0) > 0
@@ -111,6 +133,7 @@ class ConvCache:
 
     def _drop(self, state: _State) -> None:
         self._state = state
+        self.workspace.clear()
         self._residency.drop()
 
     @property
@@ -154,6 +177,7 @@ class ConvCache:
             self._drop(_State.FAILED)
             raise
         finally:
+            self.workspace.clear()
             self._in_chunk = False
 
     def _require_all_advanced(self) -> None:
@@ -187,6 +211,7 @@ class ConvCache:
             if not is_out_of_memory(exc) or self._state is not _State.OPEN:
                 raise
             failure = exc.with_traceback(None)  # the frames would keep alive what the step had allocated
+        self.workspace.clear()
         freed = self._residency.evict()
         if not freed:
             raise failure
@@ -201,12 +226,13 @@ class ConvCache:
             torch.accelerator.empty_cache()
         return step()
 
-    def window(self, layer: CausalLayer, *, like: Tensor) -> Window:
+    def window(self, layer: CausalLayer, *, like: Tensor, frames: int | None = None) -> Window:
         """The window of ``layer`` for as many new frames as ``like`` has.
 
         Args:
             layer: a layer of the module this cache was made for, with ``context_frames > 0``.
-            like: a tensor (B, C, T, H, W) with the shape, dtype and device of the layer's input.
+            like: a tensor (B, C, T, H, W) with the shape, dtype, device and memory layout of the layer's input.
+            frames: new frames that the window holds at a time; it then has to :meth:`~Window.roll` over all of them.
 
         Raises:
             CacheError: the layer is not of this module, ran already in this chunk, or its context is of another
@@ -225,27 +251,31 @@ class ConvCache:
                 f"layer {entry.path!r} ran twice in chunk {self._chunk}; every call needs a layer of its own"
             )
         _require_same_video(entry, like)
-        return Window(self, layer, entry, like)
+        return Window(self, layer, entry, like, frames)
 
 
 class Window:
     """The input of one causal layer for one chunk: ``[context | new frames]``. Made by :meth:`ConvCache.window`.
 
-    Its last frames become the layer's next context when :meth:`input` is first called, or else when the ``with`` block
-    is left; leaving the block frees the window.
+    Its last frames become the layer's next context when :meth:`input` is called for the last of the new frames, or else
+    when the ``with`` block is left; leaving the block frees the window.
     """
 
-    def __init__(self, cache: ConvCache, layer: CausalLayer, entry: _Entry, like: Tensor) -> None:
+    def __init__(self, cache: ConvCache, layer: CausalLayer, entry: _Entry, like: Tensor, frames: int | None) -> None:
         self.max_conv_elements = cache.max_conv_elements
         self.attempt = cache.attempt
         self._cache = cache
-        self._layer = layer
         self._entry = entry
-        B, C, T, H, W = like.shape
-        self._shape = (B, C, layer.context_frames + T, H, W)
-        self._dtype, self._device = like.dtype, like.device
+        self._initial_context = layer.initial_context
+        self._context_frames = layer.context_frames
+        B, C, self._num_frames, H, W = like.shape
+        held = self._num_frames if frames is None else min(frames, self._num_frames)
+        self._shape = (B, C, layer.context_frames + held, H, W)
+        self._kind = TensorKind.of(like)
+        self._piece = range(held)
+        "the new frames that are in the window now"
         self._tensor: Tensor | None = None
-        self._complete = self._is_first = False
+        self._kept = self._has_front = False
 
     def __enter__(self) -> Self:
         self._cache._enter_window(self._entry.path)
@@ -254,10 +284,10 @@ class Window:
 
     def _open(self) -> Tensor:
         context = self._cache._residency.open(self._entry.path)
-        tensor = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        tensor = self._cache.workspace.take(self._shape, self._kind)
         if context is not None:
-            tensor[:, :, : self._layer.context_frames].copy_(context)
-        self._is_first = context is None
+            tensor[:, :, : self._context_frames].copy_(context)
+        self._has_front = context is not None
         return tensor
 
     def __exit__(
@@ -267,6 +297,27 @@ class Window:
             self.input()
             self._cache._residency.done(self._entry.path)
         self._tensor = self._cache._open_path = None
+        if len(self._piece) == self._num_frames:
+            # Memory of this size is better given up than kept beside the statistics of the next norm.
+            self._cache.workspace.clear()
+
+    def roll(self, pieces: Iterable[range]) -> Iterator[range]:
+        """Go over all new frames piece by piece; each has to be written and convolved before the next.
+
+        Args:
+            pieces: ranges that cover the new frames in order, each of at most ``frames`` of them.
+        """
+        for piece in pieces:
+            if piece.start:
+                self._advance()
+            self._piece = piece
+            yield piece
+
+    def _advance(self) -> None:
+        """The last frames of this piece are the context of the next one."""
+        tensor, step = self._require(), len(self._piece)
+        for i in range(self._context_frames):  # one by one: source and target may overlap
+            tensor[:, :, i].copy_(tensor[:, :, step + i])
 
     def _require(self) -> Tensor:
         if self._tensor is None:
@@ -275,21 +326,22 @@ class Window:
 
     @property
     def new(self) -> Tensor:
-        """The part (B, C, T, H, W) into which the producer of the layer's input writes every element."""
-        return self._require()[:, :, self._layer.context_frames :]
+        """The part (B, C, T, H, W) into which the producer of the layer's input writes every element of a piece."""
+        return self._require()[:, :, self._context_frames : self._context_frames + len(self._piece)]
 
     def input(self) -> Tensor:
         """The whole window (B, C, k - 1 + T, H, W), once ``new`` is written; it may not change any more."""
-        tensor = self._require()
-        if not self._complete:
-            self._complete = True
-            if self._is_first:
-                self._fill_front(tensor[:, :, : self._layer.context_frames])
-            self._keep(tensor[:, :, -self._layer.context_frames :].detach())
+        tensor = self._require()[:, :, : self._context_frames + len(self._piece)]
+        if not self._has_front:
+            self._has_front = True
+            self._fill_front(tensor[:, :, : self._context_frames])
+        if self._piece.stop == self._num_frames and not self._kept:
+            self._kept = True
+            self._keep(tensor[:, :, -self._context_frames :].detach())
         return tensor
 
     def _fill_front(self, front: Tensor) -> None:
-        if self._layer.initial_context == "zeros":
+        if self._initial_context == "zeros":
             front.zero_()
         else:
             front.copy_(self.new[:, :, :1].expand_as(front))

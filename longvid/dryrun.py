@@ -15,9 +15,10 @@ from longvid.cache import ConvCache
 from longvid.events import Direction
 from longvid.memory import AllocationTracker
 from longvid.models.base import CausalVAE, placed
+from longvid.numerics import Numerics
 from longvid.residency import Residency
 from longvid.schedule import Chunk, ChunkSchedule
-from longvid.step import decode_chunk, encode_chunk
+from longvid.step import decode_chunk, encode_chunk, memory_format
 from longvid.timeline import Step, Timeline
 
 __all__ = ["dry_run", "skeleton_of"]
@@ -37,9 +38,18 @@ def skeleton_of(model: CausalVAE, dtype: torch.dtype) -> CausalVAE:
 
 
 def dry_run(
-    model: CausalVAE, direction: Direction, height: int, width: int, dtype: torch.dtype, schedule: ChunkSchedule
+    model: CausalVAE,
+    direction: Direction,
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    schedule: ChunkSchedule,
+    *,
+    numerics: Numerics | None = None,
+    slice_elements: int = 2**31 - 1,
 ) -> Timeline:
     """Run the first chunk and a middle one on meta tensors, and note bytes and, of the middle one, FLOPs."""
+    numerics = numerics or Numerics()
     p = model.geometry.pixels_per_latent
 
     def host(chunk: Chunk) -> Tensor:
@@ -50,17 +60,23 @@ def dry_run(
 
     run = encode_chunk if direction == "encode" else decode_chunk
     probe = _Probe()
-    with ConvCache(model.encoder if direction == "encode" else model.decoder, residency=probe) as cache:
+    layout = memory_format(numerics)
+    with ConvCache(
+        model.encoder if direction == "encode" else model.decoder,
+        slice_elements=slice_elements,
+        paired_frames=numerics.paired_frames,
+        residency=probe,
+    ) as cache:
         first_host, middle_host = (
             host(schedule.full(0)),
             host(schedule.full(1)),
         )  # not the device's: outside the tracker
         with probe.tracker:
-            run(model, cache, first_host, device=_META, dtype=dtype)
+            run(model, cache, first_host, device=_META, dtype=dtype, layout=layout)
         first_lead, first, _ = probe.take()
         # The tracker is the inner mode: it sees the same operations as without the counter.
         with probe.flop_counter, probe.tracker:
-            run(model, cache, middle_host, device=_META, dtype=dtype)
+            run(model, cache, middle_host, device=_META, dtype=dtype, layout=layout)
         steady_lead, steady, flops = probe.take()
         context_bytes = probe.layer_bytes()
     return Timeline(

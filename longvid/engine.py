@@ -25,7 +25,7 @@ from longvid.models.base import CausalVAE, placed, resolve_device
 from longvid.plan import DirectionPlan
 from longvid.residency import Residency
 from longvid.schedule import Chunk
-from longvid.step import decode_chunk, encode_chunk, sample_posterior
+from longvid.step import decode_chunk, encode_chunk, memory_format, sample_posterior
 from longvid.transfer import HostTransfer
 from longvid.units import format_bytes
 
@@ -103,8 +103,12 @@ class Run:
         self.part = part
         self._residency = Residency(part.placement, engine.transfer, host_sizes=part.host_sizes, traced=traced)
         self.cache = ConvCache(
-            engine.model.encoder if self.direction == "encode" else engine.model.decoder, residency=self._residency
+            engine.model.encoder if self.direction == "encode" else engine.model.decoder,
+            slice_elements=part.slicing.elements,
+            paired_frames=part.numerics.paired_frames,
+            residency=self._residency,
         )
+        self._layout = memory_format(part.numerics)
         self.meter = DeviceMeter(engine.device, engine.weights_bytes)
         self._warned = False
 
@@ -190,11 +194,13 @@ class EncodeRun(Run):
     def moments(self, frames_THWC: Frames) -> Tensor:
         """Padded frames of one chunk to moments (1, 2 c, t, h, w) on the host."""
         host, engine = torch.from_numpy(frames_THWC), self.engine
-        return _to_host(
-            self._compute(
-                lambda: encode_chunk(engine.model, self.cache, host, device=engine.device, dtype=engine.dtype)
+
+        def chunk() -> Tensor:
+            return encode_chunk(
+                engine.model, self.cache, host, device=engine.device, dtype=engine.dtype, layout=self._layout
             )
-        )
+
+        return _to_host(self._compute(chunk))
 
     def latents(self, chunk: Chunk, frames_THWC: Frames) -> tuple[Tensor, Tensor | None]:
         """Padded frames to latents (1, c, t, h, w) and, if asked for, moments (1, 2 c, t, h, w), on the host."""
@@ -219,9 +225,13 @@ class DecodeRun(Run):
     def frames(self, chunk: Chunk, z_TCHW: npt.NDArray[np.float32]) -> Frames:
         """Latents of one chunk to its true frames (T, H, W, 3) on the host, cropped to size."""
         host, engine = torch.from_numpy(z_TCHW), self.engine
-        frames = self._compute(
-            lambda: decode_chunk(engine.model, self.cache, host, device=engine.device, dtype=engine.dtype)
-        )
+
+        def decoded() -> Tensor:
+            return decode_chunk(
+                engine.model, self.cache, host, device=engine.device, dtype=engine.dtype, layout=self._layout
+            )
+
+        frames = self._compute(decoded)
         height, width = self.size or frames.shape[1:3]
         return cast("Frames", _to_host(frames).numpy()[: chunk.num_frames, :height, :width])
 

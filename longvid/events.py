@@ -106,6 +106,10 @@ class ChunkEvent:
     "time in the model, transfers of the chunk's input and output included"
     wait_seconds: float
     "time in which compute waited for the reader or for the writer"
+    read_seconds: float
+    "time since the last event in which the reading thread was at work, beside all else"
+    write_seconds: float
+    "time since the last event in which the writing thread was at work, beside all else"
     cache_bytes: int
     "bytes of all contexts of this video, wherever they are"
     offloaded_bytes: int
@@ -130,6 +134,14 @@ class RunReport:
     latent_frames: int
     seconds: float
     frames_per_second: float
+    compute_seconds: float
+    "time in the model, transfers of its input and output included"
+    wait_seconds: float
+    "time in which compute waited for the reader or for the writer, at the end of the run too"
+    read_seconds: float
+    "time in which the reading thread was at work, beside all else"
+    write_seconds: float
+    "time in which the writing thread was at work, beside all else"
     peak_device_bytes: int
     """highest number of device bytes, weights included: exact tensor bytes on a CPU (of the first three chunks and
     every 32nd), the allocator's peak elsewhere"""
@@ -144,9 +156,14 @@ class RunReport:
     resumed_from_frame: int
     complete: bool
 
+    @property
+    def compute_share(self) -> float:
+        """Share of the run's time in which compute ran, 0 to 1."""
+        return self.compute_seconds / self.seconds if self.seconds > 0 else 0.0
+
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
-        return asdict(self)
+        """All fields and what follows from them, ready for JSON."""
+        return {**asdict(self), "compute_share": self.compute_share}
 
 
 Callback: TypeAlias = Callable[[ChunkEvent], None]

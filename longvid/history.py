@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from longvid.events import ChunkEvent, LayerContext, RunReport, RunStart, Span
 
@@ -27,6 +27,8 @@ class Point:
     stop_seconds: float
     compute_seconds: float
     wait_seconds: float
+    read_seconds: float
+    write_seconds: float
     peak_bytes: int | None
     "None if no chunk of these was measured"
     rss_bytes: int
@@ -43,6 +45,15 @@ class Point:
         spent = self.compute_seconds + self.wait_seconds
         total = max(self.stop_seconds - self.start_seconds, spent) or 1.0
         return self.compute_seconds / total, self.wait_seconds / total, (total - spent) / total
+
+    @property
+    def stage_shares(self) -> tuple[float, float, float]:
+        """Shares of the time in which reading, computing and writing were under way; they overlap."""
+        total = self.stop_seconds - self.start_seconds or 1.0
+        read, compute, write = (
+            min(1.0, seconds / total) for seconds in (self.read_seconds, self.compute_seconds, self.write_seconds)
+        )
+        return read, compute, write
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +85,8 @@ def merged(points: Sequence[Point]) -> Point:
         stop_seconds=points[-1].stop_seconds,
         compute_seconds=sum(p.compute_seconds for p in points),
         wait_seconds=sum(p.wait_seconds for p in points),
+        read_seconds=sum(p.read_seconds for p in points),
+        write_seconds=sum(p.write_seconds for p in points),
         peak_bytes=max(peaks, default=None),
         rss_bytes=max(p.rss_bytes for p in points),
     )
@@ -135,6 +148,8 @@ class RunHistory:
                 stop_seconds=event.seconds,
                 compute_seconds=event.compute_seconds,
                 wait_seconds=event.wait_seconds,
+                read_seconds=event.read_seconds,
+                write_seconds=event.write_seconds,
                 peak_bytes=event.chunk_peak_bytes,
                 rss_bytes=event.rss_bytes,
             )
@@ -162,6 +177,21 @@ class RunHistory:
         self.views.append(view)
         while len(self.views) > 1 and sum(len(v.spans) for v in self.views) > _MAX_SPANS:
             self.views.popleft()
+
+    @property
+    def whole(self) -> Point:
+        """All points as one. Of a run that did not fail, what came after its last chunk is in it, such as writing."""
+        whole = merged(self.points)
+        if self.report is None:
+            return whole
+        return replace(
+            whole,
+            stop_seconds=self.report.seconds,
+            compute_seconds=self.report.compute_seconds,
+            wait_seconds=self.report.wait_seconds,
+            read_seconds=self.report.read_seconds,
+            write_seconds=self.report.write_seconds,
+        )
 
     @property
     def windows(self) -> list[Point]:

@@ -36,7 +36,10 @@ class Job:
         self._total = total
         self._started = time.perf_counter()
         self._chunks = self._frames = self._latents = 0
-        self._compute_seconds = self._waited = 0.0
+        self._compute_seconds = self._computed = 0.0
+        self._threads: tuple[Prefetcher[Any], Writer[Any]] | None = None
+        self._spent = (0.0, 0.0, 0.0)
+        "what :func:`_thread_seconds` said at the last chunk"
         self._report: RunReport | None = None
 
     @staticmethod
@@ -103,13 +106,16 @@ class Job:
         started = time.perf_counter()
         yield
         self._compute_seconds = time.perf_counter() - started
+        self._computed += self._compute_seconds
 
     def emit(self, num_frames: int, num_latents: int, reader: Prefetcher[Any], writer: Writer[Any]) -> None:
         """Tell the callbacks that a chunk is done."""
         run = self._run
         self._frames += num_frames
         self._latents += num_latents
-        waited = reader.wait_seconds + writer.wait_seconds
+        self._threads = (reader, writer)
+        spent = _thread_seconds(reader, writer)
+        wait_seconds, read_seconds, write_seconds = (now - then for now, then in zip(spent, self._spent, strict=True))
         event = ChunkEvent(
             direction=run.direction,
             index=self._chunks,
@@ -119,7 +125,9 @@ class Job:
             num_latents=num_latents,
             seconds=time.perf_counter() - self._started,
             compute_seconds=self._compute_seconds,
-            wait_seconds=waited - self._waited,
+            wait_seconds=wait_seconds,
+            read_seconds=read_seconds,
+            write_seconds=write_seconds,
             cache_bytes=run.cache_bytes,
             offloaded_bytes=run.cache_bytes - run.cache.device_bytes,
             chunk_peak_bytes=run.meter.chunk_peak_bytes,
@@ -127,19 +135,24 @@ class Job:
             rss_bytes=rss_bytes(),
             spans=run.spans(self._started),
         )
-        self._chunks, self._waited = self._chunks + 1, waited
+        self._chunks, self._spent = self._chunks + 1, spent
         for callback in self._callbacks:
             callback(event)
 
     def finish(self) -> RunReport:
-        """The whole run. Called while its contexts are still there."""
+        """The whole run. Called when its threads are done, and while its contexts are still there."""
         seconds, run = time.perf_counter() - self._started, self._run
+        wait_seconds, read_seconds, write_seconds = _thread_seconds(*self._threads) if self._threads else self._spent
         self._report = RunReport(
             direction=run.direction,
             frames=self._frames,
             latent_frames=self._latents,
             seconds=seconds,
             frames_per_second=self._frames / seconds,
+            compute_seconds=self._computed,
+            wait_seconds=wait_seconds,
+            read_seconds=read_seconds,
+            write_seconds=write_seconds,
             peak_device_bytes=run.meter.peak_bytes,
             projected_bytes=run.part.projected_bytes,
             peak_rss_bytes=peak_rss_bytes(),
@@ -149,3 +162,8 @@ class Job:
             complete=True,
         )
         return self._report
+
+
+def _thread_seconds(reader: Prefetcher[Any], writer: Writer[Any]) -> tuple[float, float, float]:
+    """Seconds so far in which compute waited for either, in which the reader worked, and in which the writer did."""
+    return reader.wait_seconds + writer.wait_seconds, reader.busy_seconds, writer.busy_seconds

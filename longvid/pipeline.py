@@ -2,6 +2,9 @@
 
 A full queue makes its producer wait, so memory is bounded whichever side is slow. Errors of a thread appear in the
 compute loop with their own traceback. The compute loop itself stays a plain ``for`` in the caller's thread.
+
+Who waits for an item or for room is woken by it; nobody waits for the next look of a poll, neither while the items flow
+nor when they end or are to stop. The poll is for what a queue cannot tell: that the other thread has failed.
 """
 
 from __future__ import annotations
@@ -12,14 +15,39 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 __all__ = ["Prefetcher", "Writer"]
 
 T = TypeVar("T")
 
 _POLL_SECONDS = 0.05
-"how often a waiting thread looks whether it is to stop"
+"how often a waiting thread looks whether the other one has failed"
+
+
+class _Stopwatch:
+    """Adds up the time for which one thread is inside it. Any thread may read it, at any moment."""
+
+    def __init__(self) -> None:
+        self._state: tuple[float, float | None] = (0.0, None)
+        "seconds until the last exit, and the moment of the last entry; one object, so that they are read as a pair"
+
+    def __enter__(self) -> None:
+        self._state = (self._state[0], time.perf_counter())
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        seconds, entered = self._state
+        assert entered is not None
+        self._state = (seconds + (time.perf_counter() - entered), None)
+
+    @property
+    def seconds(self) -> float:
+        """Time inside so far; never less than it was."""
+        now = time.perf_counter()  # read before the state: read after it, it could count what came after an exit
+        seconds, entered = self._state
+        return seconds if entered is None else seconds + max(0.0, now - entered)
 
 
 class _Failure:
@@ -58,23 +86,32 @@ class Prefetcher(Generic[T]):
         self._queue: queue.Queue[T | _Failure | type[_End]] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._work = _Stopwatch()
         self.wait_seconds = 0.0
         "time for which the consumer waited"
 
+    @property
+    def busy_seconds(self) -> float:
+        """Time for which the thread has been making items, the one in hand included; not that for which it waited."""
+        return self._work.seconds
+
     def _run(self) -> None:
         try:
-            for item in self._items:
-                if not self._put(item):
+            while True:
+                with self._work:
+                    item = next(self._items, _End)
+                if not self._put(item) or item is _End:
                     return
-            self._put(_End)
+                del item  # it is the consumer's; the next one may be as large
         except BaseException as exc:  # carried to the consumer
             self._put(_Failure(exc))
 
     def _put(self, item: T | _Failure | type[_End]) -> bool:
+        """Wait for room; False if there is no need to go on."""
         while not self._stop.is_set():
             with contextlib.suppress(queue.Full):
                 self._queue.put(item, timeout=_POLL_SECONDS)
-                return True
+                return not self._stop.is_set()
         return False
 
     def __enter__(self) -> Self:
@@ -91,6 +128,7 @@ class Prefetcher(Generic[T]):
             if isinstance(item, _Failure):
                 raise item.error
             yield item  # type: ignore[misc]
+            del item
 
     def _get(self) -> T | _Failure | type[_End]:
         while True:
@@ -102,6 +140,7 @@ class Prefetcher(Generic[T]):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._stop.set()
+        _empty(self._queue)  # wakes the thread if it waits for room
         self._thread.join()
 
 
@@ -118,8 +157,14 @@ class Writer(Generic[T]):
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._work = _Stopwatch()
         self.wait_seconds = 0.0
-        "time for which the producer waited"
+        "time for which the producer waited, also for the last items when it left"
+
+    @property
+    def busy_seconds(self) -> float:
+        """Time for which the thread has been consuming items, the one in hand included."""
+        return self._work.seconds
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -127,13 +172,15 @@ class Writer(Generic[T]):
                 item = self._queue.get(timeout=_POLL_SECONDS)
             except queue.Empty:
                 continue
-            if item is _End:
+            if item is _End or self._stop.is_set():
                 return
             try:
-                self._consume(item)  # type: ignore[arg-type]
+                with self._work:
+                    self._consume(item)  # type: ignore[arg-type]
             except BaseException as exc:  # carried to the producer
                 self._error = exc
                 self._stop.set()
+                _empty(self._queue)  # wakes the producer if it waits for room
             del item
 
     def put(self, item: T) -> None:
@@ -164,9 +211,19 @@ class Writer(Generic[T]):
         try:
             if exc_type is None:
                 self._put(_End)
+                started = time.perf_counter()
                 self._thread.join()
+                self.wait_seconds += time.perf_counter() - started
         finally:
             self._stop.set()
+            with contextlib.suppress(queue.Full):
+                self._queue.put_nowait(_End)  # wakes the thread if it waits for an item
             self._thread.join()
         if exc_type is None and self._error is not None:
             raise self._error
+
+
+def _empty(items: queue.Queue[Any]) -> None:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            items.get_nowait()

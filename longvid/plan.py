@@ -18,18 +18,30 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import nn
 
+from longvid.cache import CausalLayer
 from longvid.dryrun import dry_run, skeleton_of
 from longvid.errors import ModelError, ScheduleError
 from longvid.events import Direction
 from longvid.memory import MemoryBudget, tensor_bytes
 from longvid.models.base import CausalVAE
 from longvid.models.loading import load_model
+from longvid.numerics import Numerics
 from longvid.offload import OffloadPolicy, Placement
 from longvid.schedule import ChunkSchedule
 from longvid.timeline import DeviceRates, Timeline, choose_placement
 from longvid.units import format_bytes, parse_bytes, parse_reserve
 
-__all__ = ["DirectionPlan", "LayerPlan", "Offload", "Plan", "make_plan", "model_name", "parse_dtype", "parse_offload"]
+__all__ = [
+    "DirectionPlan",
+    "LayerPlan",
+    "Offload",
+    "Plan",
+    "Slicing",
+    "make_plan",
+    "model_name",
+    "parse_dtype",
+    "parse_offload",
+]
 
 Offload: TypeAlias = str | int | OffloadPolicy
 _ROWS = (
@@ -60,6 +72,19 @@ class LayerPlan:
     "predicted time of its transfer over the computing time of its own step; above 1 it cannot hide there"
 
 
+@dataclass(frozen=True, slots=True)
+class Slicing:
+    """How long the slices are in which layers run. Never changes a result."""
+
+    elements: int = 2**31 - 1
+    "most elements of a slice's new input frames and of its output; at least one frame"
+    frames: int | None = None
+    "that many frames in the layer with the largest frames, and more in the others; None for whole chunks"
+
+    def __str__(self) -> str:
+        return "whole chunks" if self.frames is None else f"slices of {self.frames}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class DirectionPlan:
     """Bytes of one direction, encode or decode, and where its contexts live."""
@@ -73,6 +98,10 @@ class DirectionPlan:
     rates: DeviceRates
     weights_bytes: int
     chunk_frames: int
+    numerics: Numerics = field(default_factory=Numerics)
+    slicing: Slicing = field(default_factory=lambda: Slicing())
+    least_timeline: Timeline | None = field(default=None, repr=False)
+    "with the shortest slices; None if there are none shorter than the plan's"
     suggestions: tuple[str, ...] = ()
     "if it does not fit: the nearest settings that would"
 
@@ -93,8 +122,9 @@ class DirectionPlan:
 
     @property
     def minimum_bytes(self) -> int:
-        """Peak of the run if every context left the device and none came early: no placement needs less."""
-        return self.weights_bytes + self.timeline.peak(self.timeline.least).total_bytes
+        """Peak of the run in the shortest slices if every context left and none came early: nothing needs less."""
+        timeline = self.least_timeline or self.timeline
+        return self.weights_bytes + timeline.peak(timeline.least).total_bytes
 
     @property
     def cache_bytes(self) -> int:
@@ -162,6 +192,9 @@ class DirectionPlan:
         return {
             **{name: getattr(self, name) for name in names},
             "prefetch_bytes": self.placement.prefetch_bytes,
+            "slice_frames": self.slicing.frames,
+            "slice_elements": self.slicing.elements,
+            "numerics": self.numerics.to_dict(),
             "suggestions": list(self.suggestions),
             "rates": asdict(self.rates),
             "predicted_compute_seconds": self.timeline.compute_seconds(self.rates),
@@ -312,6 +345,9 @@ def make_plan(
     held_bytes: int = 0,
     idle_limit_bytes: int | None = None,
     directions: Sequence[Direction] = _DIRECTIONS,
+    numerics: Numerics | None = None,
+    slice_frames: int | None = None,
+    slice_bytes: int | None = None,
 ) -> Plan:
     """Plan encoding and decoding of ``height`` x ``width`` frames. Needs no weights, no device and about a second.
 
@@ -331,6 +367,10 @@ def make_plan(
         held_bytes: contexts of other videos on the device while this one computes.
         idle_limit_bytes: most bytes of contexts on the device between chunks; for several videos in one session.
         directions: what to plan; both share the length of a chunk.
+        numerics: layout and form of the convolutions; contiguous and plain by default.
+        slice_frames: frames of a slice in the layer with the largest frames; None for the longest slices that fit the
+            budget, whole chunks first.
+        slice_bytes: most bytes of a slice if ``slice_frames`` is None, for devices that prefer short ones.
 
     Raises:
         ModelError: the model, the dtype or the policy cannot be used.
@@ -352,6 +392,9 @@ def make_plan(
         held_bytes,
         idle_limit_bytes,
         rates if isinstance(rates, Mapping) else dict.fromkeys(_DIRECTIONS, rates or DeviceRates()),
+        numerics or Numerics(),
+        slice_frames,
+        slice_bytes,
     )
     padded = vae.geometry.padded_size(height, width)
     chosen: tuple[ChunkSchedule, dict[Direction, DirectionPlan]] | None = None
@@ -409,6 +452,9 @@ class _Planner:
         held_bytes: int,
         idle_limit_bytes: int | None,
         rates: Mapping[Direction, DeviceRates],
+        numerics: Numerics,
+        slice_frames: int | None,
+        slice_bytes: int | None,
     ) -> None:
         self._model = model
         self._dtype = dtype
@@ -416,7 +462,12 @@ class _Planner:
         self._held_bytes = held_bytes
         self._idle_limit_bytes = idle_limit_bytes
         self._rates = rates
+        self._numerics = numerics
+        self._slice_frames = slice_frames
+        self._most_elements = 2**31 - 1 if slice_bytes is None else min(2**31 - 1, slice_bytes // dtype.itemsize)
         self._timelines: dict[tuple[object, ...], Timeline] = {}
+        self._frames: dict[Direction, tuple[int, int]] = {}
+        "elements of the largest frame of a layer's input, for frames of how many pixels"
         self._skeletons: dict[torch.dtype, CausalVAE] = {}
 
     def fits(self, part: DirectionPlan, placement: Placement) -> bool:
@@ -433,19 +484,72 @@ class _Planner:
     def plan(
         self, direction: Direction, height: int, width: int, schedule: ChunkSchedule, policy: OffloadPolicy
     ) -> DirectionPlan:
-        """A direction with the placement that the policy and the limits give it."""
-        rates = self._rates[direction]
-        part = DirectionPlan(
-            timeline=self._timeline(direction, height, width, self._dtype, schedule),
+        """A direction with the slices and the placement that the policy and the limits give it.
+
+        Shorter slices cost next to nothing, transfers may cost a lot: contexts leave only if the shortest slices are
+        not enough.
+        """
+        candidates = self._slicings(direction, height, width, schedule)
+        least = self._timeline(direction, height, width, self._dtype, schedule, candidates[-1])
+        staying = OffloadPolicy("none") if policy.kind == "auto" else policy
+        for slicing in candidates:
+            part = self._part(direction, height, width, schedule, policy, slicing, least)
+            part = self._placed(part, staying)
+            if self.fits(part, part.placement):
+                return part
+        return self._placed(part, policy)
+
+    def _part(
+        self,
+        direction: Direction,
+        height: int,
+        width: int,
+        schedule: ChunkSchedule,
+        policy: OffloadPolicy,
+        slicing: Slicing,
+        least: Timeline | None = None,
+    ) -> DirectionPlan:
+        return DirectionPlan(
+            timeline=self._timeline(direction, height, width, self._dtype, schedule, slicing),
             frame_size=(height, width),
             placement=Placement(),
             offload=str(policy),
-            rates=rates,
+            rates=self._rates[direction],
             weights_bytes=self._weights_bytes(self._dtype),
             chunk_frames=schedule.chunk_frames,
+            numerics=self._numerics,
+            slicing=slicing,
+            least_timeline=least,
         )
-        chosen = choose_placement(part.timeline, policy, partial(self.fits, part), rates)
+
+    def _placed(self, part: DirectionPlan, policy: OffloadPolicy) -> DirectionPlan:
+        chosen = choose_placement(part.timeline, policy, partial(self.fits, part), part.rates)
         return replace(part, placement=chosen)
+
+    def _slicings(self, direction: Direction, height: int, width: int, schedule: ChunkSchedule) -> list[Slicing]:
+        """What to try, longest first. The unit is a frame of the layer whose frames are the largest."""
+        if direction not in self._frames:
+            timeline = self._timeline(direction, height, width, self._dtype, schedule, Slicing(self._most_elements))
+            module = self._model.encoder if direction == "encode" else self._model.decoder
+            layers = dict(module.named_modules())
+            context_frames = (cast("CausalLayer", layers[step.layer]).context_frames for step in timeline.steps)
+            sizes = (s.context_bytes // n for s, n in zip(timeline.steps, context_frames, strict=True))
+            self._frames[direction] = (max(sizes, default=0) // self._dtype.itemsize, height * width)
+        largest, area = self._frames[direction]
+        frame = largest * height * width // area
+        if not frame:
+            return [Slicing()]
+        if self._slice_frames is not None:
+            return [Slicing(self._slice_frames * frame, self._slice_frames)]
+        shortest = 2 if self._numerics.paired_frames else 1
+        preferred = max(shortest, self._most_elements // frame)
+        whole = preferred >= schedule.chunk_frames
+        found = [Slicing(self._most_elements, None if whole else preferred)]
+        frames = min(preferred, schedule.chunk_frames) // 2
+        while frames >= shortest:
+            found.append(Slicing(frames * frame, frames))
+            frames //= 2
+        return found
 
     def with_suggestions(
         self, direction: Direction, height: int, width: int, schedule: ChunkSchedule, part: DirectionPlan
@@ -497,7 +601,8 @@ class _Planner:
     def _minimum_fits(
         self, direction: Direction, height: int, width: int, dtype: torch.dtype, schedule: ChunkSchedule
     ) -> bool:
-        timeline = self._timeline(direction, height, width, dtype, schedule)
+        shortest = self._slicings(direction, height, width, schedule)[-1]
+        timeline = self._timeline(direction, height, width, dtype, schedule, shortest)
         return self._within(self._weights_bytes(dtype) + timeline.peak(timeline.least).total_bytes)
 
     def _weights_bytes(self, dtype: torch.dtype) -> int:
@@ -509,11 +614,26 @@ class _Planner:
         return self._skeletons[dtype]
 
     def _timeline(
-        self, direction: Direction, height: int, width: int, dtype: torch.dtype, schedule: ChunkSchedule
+        self,
+        direction: Direction,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        schedule: ChunkSchedule,
+        slicing: Slicing,
     ) -> Timeline:
-        key = (direction, height, width, dtype, schedule)
+        key = (direction, height, width, dtype, schedule, slicing.elements)
         if key not in self._timelines:
-            self._timelines[key] = dry_run(self._skeleton(dtype), direction, height, width, dtype, schedule)
+            self._timelines[key] = dry_run(
+                self._skeleton(dtype),
+                direction,
+                height,
+                width,
+                dtype,
+                schedule,
+                numerics=self._numerics,
+                slice_elements=slicing.elements,
+            )
         return self._timelines[key]
 
 

@@ -55,7 +55,7 @@ class Recorder:
 
     def run_finished(self, report: RunReport | None) -> None:
         """Record how a run ended."""
-        self._write("finish", {"failed": True} if report is None else report.to_dict())
+        self._write("finish", {"failed": True} if report is None else asdict(report))
 
     def _write(self, event: str, fields: dict[str, Any]) -> None:
         if self._closed:

@@ -21,8 +21,9 @@ _MAX_DRAWN_RUNS = 5
 class ReportPage:
     """Collects what a run tells, and writes a page about it when the run is over, also when it failed.
 
-    The page shows memory, the contexts on the device, transfers beside computation and throughput, with the plan and
-    the machine. What is kept while a run goes on does not grow with the video. The page is below 3 MB.
+    The page shows memory, the contexts on the device, transfers beside computation, throughput and the share of time
+    in which compute ran beside reading and writing, with the plan and the machine. What is kept while a run goes on
+    does not grow with the video. The page is below 3 MB.
 
     Args:
         path: where to write. The file appears whole when a run ends, and nothing is written before.

@@ -23,6 +23,7 @@ from longvid.report_text import COLORS
 __all__ = ["draw", "library_script"]
 
 _LANES = {"compute": "compute", "to_device": "to device", "to_host": "to host"}
+_STAGES = {"read": "reading", "compute": "compute", "write": "writing", "wait": "waiting"}
 _UNIT_WORDS = {"ms": "milliseconds", "s": "seconds", "min": "minutes", "h": "hours"}
 _LEFT, _LEFT_OF_VIEWS = 60, 112
 "pixels left of a chart, so that charts that share a time axis stand flush"
@@ -45,7 +46,7 @@ def draw(history: RunHistory) -> tuple[str, dict[str, str]]:
         charts["memory"] = _draw_memory(history)
     if history.points:
         charts |= {"process": _draw_process(history), "throughput": _draw_throughput(history)}
-        charts["shares"] = _draw_shares(history)
+        charts |= {"shares": _draw_shares(history), "stages": _draw_stages(history)}
     if history.views and history.start.layers:
         charts |= {"residency": _draw_residency(history), "lanes": _draw_lanes(history)}
     if not charts:
@@ -181,6 +182,37 @@ def _draw_shares(history: RunHistory) -> figure:
         tooltips=[("computing", "@compute{0.0} %"), ("waiting", "@wait{0.0} %"), ("other", "@other{0.0} %")],
     )
     chart.add_tools(hover)
+    return chart
+
+
+def _draw_stages(history: RunHistory) -> figure:
+    """One row per stage, filled as high as the share of each window in which it was at work."""
+    windows = history.windows
+    factor, x_range, x_label = _run_axis(history)
+    chart = _blank(210, x_range, x_label, (len(_STAGES), 0), None)
+    read, compute, write = np.array([p.stage_shares for p in windows]).T
+    shares = {"read": read, "compute": compute, "write": write, "wait": np.array([p.time_shares[1] for p in windows])}
+    for row, (stage, label) in enumerate(_STAGES.items()):
+        share = shares[stage]
+        source = ColumnDataSource(
+            {
+                **_edges(windows, factor),
+                "bottom": np.full(len(windows), row + 1.0),
+                "top": row + 1 - 0.8 * share,
+                "full": np.full(len(windows), row + 0.2),
+                "share": share * 100,
+            }
+        )
+        whole = chart.quad(
+            "left", "right", "full", "bottom", source=source, color=COLORS[stage], alpha=0.12, line_color=None
+        )
+        chart.quad("left", "right", "top", "bottom", source=source, color=COLORS[stage], line_color=None)
+        chart.add_tools(HoverTool(visible=False, renderers=[whole], tooltips=[(label, "@share{0.0} %")]))
+    chart.yaxis.ticker = FixedTicker(ticks=[row + 0.6 for row in range(len(_STAGES))])
+    chart.yaxis.major_label_overrides = {row + 0.6: label for row, label in enumerate(_STAGES.values())}
+    chart.yaxis.major_tick_in = chart.yaxis.major_tick_out = 0  # room for the labels, so that it stands flush
+    chart.yaxis.major_label_standoff = 4
+    chart.ygrid.ticker = FixedTicker(ticks=list(range(len(_STAGES) + 1)))
     return chart
 
 

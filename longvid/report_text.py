@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 from longvid import __version__
 from longvid.events import LayerContext, RunStart, Span
-from longvid.history import RunHistory, merged
+from longvid.history import RunHistory
 from longvid.units import format_bytes
 
 __all__ = ["COLORS", "REPORT_MARK", "format_seconds", "headline", "page", "section", "short_section"]
@@ -36,6 +36,8 @@ COLORS = {
     "to_host": "#d55e00",
     "wait": "#e69f00",
     "other": "#9aa5b1",
+    "read": "#009e73",
+    "write": "#d55e00",
 }
 """of lines and bars, in charts and legends: told apart, also by the colour-blind, on a light and on a dark page"""
 _MACHINE_LABELS = {
@@ -139,6 +141,7 @@ def section(number: int, history: RunHistory, places: Mapping[str, str]) -> str:
         "lanes": _lanes_caption,
         "throughput": _throughput_caption,
         "shares": _shares_caption,
+        "stages": _stages_caption,
     }
     for name, caption in captions.items():
         if name in places:
@@ -165,7 +168,7 @@ def _opening(history: RunHistory) -> str:
     return f"""
 <h2{kind}>{escape(headline(history))}</h2>
 <p class="headline">{escape(_memory_words(history))}</p>
-<p>{escape(what)}</p>
+{_compute_line(history)}<p>{escape(what)}</p>
 <p>{escape(_context_words(start))}</p>
 """
 
@@ -177,6 +180,15 @@ def _memory_words(history: RunHistory) -> str:
     if start.allowed_bytes is not None and peak > start.allowed_bytes:
         words += " The run used more than it was allowed."
     return words
+
+
+def _compute_line(history: RunHistory) -> str:
+    """How busy the device was kept; nothing if no chunk was finished."""
+    if not history.points:
+        return ""
+    compute, wait, _ = history.whole.time_shares
+    words = f"Compute ran {compute:.1%} of the time and waited for the reader or the writer {wait:.1%}."
+    return f'<p class="headline">{escape(words)}</p>\n'
 
 
 def _allowed_words(start: RunStart) -> str:
@@ -288,13 +300,28 @@ def _throughput_caption(history: RunHistory) -> _Caption:
 
 
 def _shares_caption(history: RunHistory) -> _Caption:
-    compute, wait, other = (f"{share:.1%}" for share in merged(history.points).time_shares)
+    compute, wait, other = (f"{share:.1%}" for share in history.whole.time_shares)
     legend = [
         _Key("compute", "box", f"computing {compute}"),
         _Key("wait", "box", f"waiting for the reader or the writer {wait}"),
         _Key("other", "box", f"other {other}"),
     ]
     return "Where the time went", "Shares of the time of each step; the numbers are of the whole run.", legend
+
+
+def _stages_caption(history: RunHistory) -> _Caption:
+    read, compute, write = (f"{share:.1%}" for share in history.whole.stage_shares)
+    legend = [
+        _Key("read", "box", f"reading {read}"),
+        _Key("compute", "box", f"computing {compute}"),
+        _Key("write", "box", f"writing {write}"),
+        _Key("wait", "box", f"compute waits {history.whole.time_shares[1]:.1%}"),
+    ]
+    text = (
+        "How much of the time of each step a stage was at work; a full row is all of it. Stages run beside each other, "
+        "so their shares need not add up to 100 %. The numbers are of the whole run."
+    )
+    return "Stages beside each other", text, legend
 
 
 def _plan(start: RunStart) -> str:

@@ -24,6 +24,7 @@ from longvid.arena import HostArena, HostSlot
 from longvid.events import Lane, Span
 from longvid.offload import Placement
 from longvid.transfer import HostTransfer, Mark, Ticket
+from longvid.workspace import layout_of
 
 __all__ = ["Residency"]
 
@@ -253,6 +254,7 @@ class Residency:
 
 
 def _empty_like(tensor: Tensor, device: torch.device | None = None) -> Tensor:
-    """Contiguous, and an ordinary tensor, so that chunks may run inside and outside of inference mode."""
+    """Dense in the same layout, and an ordinary tensor, so that chunks may run inside and outside of inference mode."""
+    layout = layout_of(tensor)
     with torch.inference_mode(False):
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device or tensor.device)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device or tensor.device, memory_format=layout)

@@ -37,9 +37,11 @@ from longvid.job import Job
 from longvid.memory import MemoryBudget, host_available_bytes
 from longvid.models.base import CausalVAE
 from longvid.models.loading import load_model
+from longvid.numerics import Numerics, parse_layout, parse_paired_frames
 from longvid.offload import OffloadPolicy
 from longvid.pipeline import Prefetcher, Writer
 from longvid.plan import DirectionPlan, Offload, Plan, make_plan, parse_dtype, parse_offload
+from longvid.probe import choose_numerics, preferred_slice_bytes
 from longvid.profile import Profile, ProfileScope
 from longvid.push import Admission, PushDecoder, PushEncoder, Scope
 from longvid.store import LatentStore, check_target, open_store
@@ -82,6 +84,13 @@ class VideoSession:
             size, dtype or device is refused.
         chunk_frames: frames of a chunk after the first, for a model whose result does not depend on it; None for the
             model's own, or shorter where the budget asks for it.
+        slice_frames: frames of a slice, in which the layers with the largest frames run; None for whole chunks on an
+            accelerator and short slices on a CPU, and shorter where the budget asks for it. Never changes a bit.
+        layout: of activations in memory: ``"auto"``, ``"contiguous"`` or ``"channels_last"``. Seen in the last bits of
+            a result and recorded in the store. ``"auto"`` is channels last where it is not slower, except for small
+            frames on a CPU, for which contiguous is bit for bit what diffusers computes in the bfloat16 encoder.
+        paired_frames: whether convolutions take frames in pairs, with a third fewer multiplications: ``"auto"`` (in
+            float32 on a CPU, if it is faster), ``"on"`` or ``"off"``. To rounding; recorded in the store.
         callbacks: called with a :class:`~longvid.events.ChunkEvent` after every chunk, in the caller's thread.
     """
 
@@ -97,8 +106,16 @@ class VideoSession:
         reserved: str | int | None = None,
         profile: Profile | str | os.PathLike[str] | None = None,
         chunk_frames: int | None = None,
+        slice_frames: int | None = None,
+        layout: str = "auto",
+        paired_frames: str | bool = "auto",
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        self._layout = parse_layout(layout)
+        self._paired_frames = parse_paired_frames(paired_frames)
+        if slice_frames is not None and slice_frames < 1:
+            raise ScheduleError(f"slices of {slice_frames} frames were asked for; one frame is the least")
+        self._slice_frames = slice_frames
         self._offload = parse_offload(offload)
         self._offload_dir = None if offload_dir is None else Path(offload_dir)
         self._profile = profile if isinstance(profile, Profile) or profile is None else Profile.read(profile)
@@ -114,6 +131,7 @@ class VideoSession:
         self._busy_with: str | None = None
         self._engine: Engine | None = None
         self._plans: dict[tuple[object, ...], Plan] = {}
+        self._numerics: dict[tuple[int, int], Numerics] = {}
         self._scopes: list[Scope] = []
 
     # ------------------------------------------------------------------------------------------- lifecycle
@@ -222,8 +240,25 @@ class VideoSession:
                 idle_limit_bytes=idle_limit_bytes,
                 directions=directions,
                 rates=None if profile is None else profile.rates,
+                numerics=self._numerics_for(engine, height, width),
+                slice_frames=self._slice_frames,
+                slice_bytes=preferred_slice_bytes(engine.device),
             )
         return self._plans[key]
+
+    def _numerics_for(self, engine: Engine, height: int, width: int) -> Numerics:
+        """Of frames of this size; chosen once, so that all videos of a session are computed alike."""
+        if (height, width) not in self._numerics:
+            self._numerics[height, width] = choose_numerics(
+                engine.model,
+                device=engine.device,
+                dtype=engine.dtype,
+                height=height,
+                width=width,
+                layout=self._layout,
+                paired_frames=self._paired_frames,
+            )
+        return self._numerics[height, width]
 
     def _admit(self, engine: Engine, direction: Direction, height: int, width: int) -> Admission:
         """Check a video of this size against all limits, beside those that are open, and give it its plan.
@@ -336,6 +371,7 @@ class VideoSession:
                         extra={
                             "compute_dtype": str(engine.dtype).removeprefix("torch."),
                             "compute_device": engine.device.type,
+                            "numerics": admission.part.numerics.to_dict(),
                             "padded_size": [height, width],
                             "pixel_range": [-1, 1],
                             **({"seed": seed} if representation == "sample" else {}),

@@ -12,38 +12,57 @@ from torch import Tensor
 from longvid.cache import ConvCache
 from longvid.errors import ModelError
 from longvid.models.base import CausalVAE
+from longvid.numerics import Numerics
 
-__all__ = ["decode_chunk", "encode_chunk", "sample_posterior"]
+__all__ = ["decode_chunk", "encode_chunk", "memory_format", "sample_posterior"]
+
+
+def memory_format(numerics: Numerics) -> torch.memory_format:
+    """Torch's name for the layout."""
+    return torch.channels_last_3d if numerics.layout == "channels_last" else torch.contiguous_format
 
 
 @torch.inference_mode()
 def encode_chunk(
-    model: CausalVAE, cache: ConvCache, frames_THWC: Tensor, *, device: torch.device, dtype: torch.dtype
+    model: CausalVAE,
+    cache: ConvCache,
+    frames_THWC: Tensor,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    layout: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """uint8 frames (T, H, W, 3) on any device to moments (1, 2 c, t, h, w) on ``device``."""
-    return model.encode(cache.attempt(lambda: _to_pixels(frames_THWC, device, dtype)), cache)
+    """uint8 frames (T, H, W, 3) on any device to moments (1, 2 c, t, h, w) on ``device``, computed in ``layout``."""
+    return model.encode(cache.attempt(lambda: _to_pixels(frames_THWC, device, dtype, layout)), cache)
 
 
-def _to_pixels(frames_THWC: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _to_pixels(frames_THWC: Tensor, device: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
     x = frames_THWC.to(device, copy=True, non_blocking=True).permute(3, 0, 1, 2)[None]
-    return x.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0).to(dtype)
+    return x.to(torch.float32, memory_format=layout).div_(127.5).sub_(1.0).to(dtype)
 
 
 @torch.inference_mode()
 def decode_chunk(
-    model: CausalVAE, cache: ConvCache, latents_TCHW: Tensor, *, device: torch.device, dtype: torch.dtype
+    model: CausalVAE,
+    cache: ConvCache,
+    latents_TCHW: Tensor,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    layout: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """Raw latents (t, c, h, w) on any device to uint8 frames (T, H, W, 3) on ``device``.
+    """Raw latents (t, c, h, w) on any device to uint8 frames (T, H, W, 3) on ``device``, computed in ``layout``.
 
     Raises:
         ModelError: the model's output is not finite.
     """
-    x = model.decode(cache.attempt(lambda: _to_latents(latents_TCHW, device, dtype)), cache)
+    x = model.decode(cache.attempt(lambda: _to_latents(latents_TCHW, device, dtype, layout)), cache)
     return cache.attempt(lambda: _to_frames(x))
 
 
-def _to_latents(latents_TCHW: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return latents_TCHW.to(device, copy=True, non_blocking=True).movedim(0, 1)[None].to(dtype).contiguous()
+def _to_latents(latents_TCHW: Tensor, device: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+    z = latents_TCHW.to(device, copy=True, non_blocking=True).movedim(0, 1)[None].to(dtype)
+    return z.contiguous(memory_format=layout)
 
 
 def _to_frames(x_BCTHW: Tensor) -> Tensor:

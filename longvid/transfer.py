@@ -29,6 +29,7 @@ from torch import Tensor
 
 from longvid.arena import HostArena, HostSlot
 from longvid.units import format_bytes
+from longvid.workspace import flattened
 
 __all__ = ["HostTransfer", "Mark", "Ticket"]
 
@@ -135,11 +136,11 @@ class HostTransfer:
         self._spare = arena
 
     def to_host(self, source: Tensor, target: HostSlot) -> Ticket:
-        """Copy a contiguous device tensor out, once all that was computed so far is done."""
+        """Copy a dense device tensor out, once all that was computed so far is done."""
         return self._lanes.to_host(source, target)
 
     def to_device(self, source: HostSlot, target: Tensor, after: Ticket | None) -> Ticket:
-        """Copy into a new contiguous device tensor, once ``after``, the copy that filled the slot, is done."""
+        """Copy into a new tensor of the slot's layout, once ``after``, the copy that filled the slot, is done."""
         return self._lanes.to_device(source, target, after)
 
     def mark(self) -> Mark:
@@ -307,7 +308,7 @@ def _copy_bytes(tensors: list[Tensor], slot: HostSlot, after: Ticket | None) -> 
 
 
 def _bytes_of(tensor: Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    return tensor.detach().view(-1).view(torch.uint8).numpy()
+    return flattened(tensor.detach()).view(torch.uint8).numpy()
 
 
 class _StreamTicket:

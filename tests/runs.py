@@ -57,8 +57,9 @@ def chunk_event(index: int = 0, **changes) -> ChunkEvent:
     facts = {
         "direction": "encode", "index": index, "num_frames": CHUNK_FRAMES, "frames_done": (index + 1) * CHUNK_FRAMES,
         "frames_total": None, "num_latents": 2, "seconds": (index + 1) * 0.5, "compute_seconds": 0.42,
-        "wait_seconds": 0.05, "cache_bytes": 700 * MIB, "offloaded_bytes": 0, "chunk_peak_bytes": BASE_BYTES,
-        "peak_device_bytes": BASE_BYTES, "rss_bytes": RSS_BYTES, "spans": (),
+        "wait_seconds": 0.05, "read_seconds": 0.2, "write_seconds": 0.1, "cache_bytes": 700 * MIB,
+        "offloaded_bytes": 0, "chunk_peak_bytes": BASE_BYTES, "peak_device_bytes": BASE_BYTES, "rss_bytes": RSS_BYTES,
+        "spans": (),
     }  # fmt: skip
     return ChunkEvent(**{**facts, **changes})
 
@@ -67,6 +68,8 @@ def run_report(last: ChunkEvent, **changes) -> RunReport:
     facts = {
         "direction": last.direction, "frames": last.frames_done, "latent_frames": 2 * (last.index + 1),
         "seconds": last.seconds, "frames_per_second": last.frames_done / last.seconds,
+        "compute_seconds": 0.75 * last.seconds, "wait_seconds": 0.125 * last.seconds,
+        "read_seconds": 0.5 * last.seconds, "write_seconds": 0.25 * last.seconds,
         "peak_device_bytes": last.peak_device_bytes, "projected_bytes": BASE_BYTES + 200 * MIB,
         "peak_rss_bytes": last.rss_bytes, "cache_bytes": last.cache_bytes, "offloaded_bytes": last.offloaded_bytes,
         "resumed_from_frame": 0, "complete": True,

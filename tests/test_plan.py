@@ -7,8 +7,9 @@ import torch
 
 from longvid import AllocationTracker, ConvCache, MemoryBudgetError, ModelError, ScheduleError, load_model, make_plan
 from longvid.models.base import placed
+from longvid.numerics import Numerics
 from longvid.plan import parse_dtype
-from longvid.step import decode_chunk, encode_chunk
+from longvid.step import decode_chunk, encode_chunk, memory_format
 
 # bytes at 720x480 in bfloat16: projected peak of the run and all contexts, weights (431,167,814) included in the first
 GOLDEN = {"encode": (4_726_285_638, 1_801_267_200), "decode": (7_144_795_462, 2_809_382_400)}
@@ -71,12 +72,14 @@ def test_parts_add_up(full_plan):
     assert full_plan.projected_bytes == full_plan.decode.projected_bytes
 
 
-def run_for_real(model, direction, height, width, dtype):
+def run_for_real(model, direction, height, width, dtype, numerics=None, slice_elements=2**31 - 1):
     """Peak bytes of the first and of three middle chunks on CPU tensors."""
+    numerics = numerics or Numerics()
     device = torch.device("cpu")
     ready, tracker, peaks = placed(model, device, dtype), AllocationTracker(), []
     plan, p = model.geometry.schedule, model.geometry.pixels_per_latent
-    with ConvCache(ready.encoder if direction == "encode" else ready.decoder) as cache:
+    module = ready.encoder if direction == "encode" else ready.decoder
+    with ConvCache(module, slice_elements=slice_elements, paired_frames=numerics.paired_frames) as cache:
         for chunk in (plan.full(i) for i in range(4)):
             if direction == "encode":
                 host, step = (
@@ -88,19 +91,35 @@ def run_for_real(model, direction, height, width, dtype):
                 step = decode_chunk
             with tracker:
                 tracker.reset_peak()
-                step(ready, cache, host, device=device, dtype=dtype)
+                step(ready, cache, host, device=device, dtype=dtype, layout=memory_format(numerics))
             peaks.append(tracker.peak_bytes)
             assert tracker.live_bytes == cache.nbytes
     assert tracker.live_bytes == 0
     return peaks
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [(32, 48), (64, 40)])
+PLAIN, LAST = Numerics(), Numerics(layout="channels_last")
+PAIRED = Numerics(layout="channels_last", paired_frames=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "numerics", "slice_frames"),
+    [
+        ((32, 48), torch.float32, PLAIN, None),
+        ((64, 40), torch.bfloat16, PLAIN, None),
+        ((32, 48), torch.bfloat16, PLAIN, 3),
+        ((32, 48), torch.float32, PLAIN, 1),
+        ((32, 48), torch.bfloat16, LAST, None),
+        ((64, 40), torch.float32, LAST, 1),
+        ((32, 48), torch.float32, PAIRED, None),
+        ((64, 40), torch.float32, PAIRED, 3),
+    ],
+)
 @pytest.mark.parametrize("direction", ["encode", "decode"])
-def test_projection_equals_a_tracked_run_to_the_byte(vae, direction, size, dtype):
-    plan = make_plan(vae, height=size[0], width=size[1], dtype=dtype).direction(direction)
-    first, *middle = run_for_real(vae, direction, *size, dtype)
+def test_projection_equals_a_tracked_run_to_the_byte(vae, direction, size, dtype, slice_frames, numerics):
+    setting = {"dtype": dtype, "numerics": numerics, "slice_frames": slice_frames}
+    plan = make_plan(vae, height=size[0], width=size[1], **setting).direction(direction)
+    first, *middle = run_for_real(vae, direction, *size, dtype, numerics, plan.slicing.elements)
     assert set(middle) == {plan.steady_chunk_bytes - plan.weights_bytes}
     assert plan.projected_bytes - plan.weights_bytes == max(first, middle[0])
 
@@ -139,13 +158,39 @@ def test_sizes_are_padded_up_to_latents(vae):
 
 
 def test_budget(vae):
-    needed = make_plan(vae, height=32, width=32).encode.projected_bytes
-    make_plan(vae, height=32, width=32, memory=needed, offload="none").check("encode")
+    fixed = {"height": 32, "width": 32, "offload": "none", "slice_frames": 8}
+    needed = make_plan(vae, **fixed).encode.projected_bytes
+    make_plan(vae, **fixed, memory=needed).check("encode")
     with pytest.raises(MemoryBudgetError, match="encode at 32x32 in float32 needs") as caught:
-        make_plan(vae, height=32, width=32, memory=needed - 1, offload="none").check("encode")
+        make_plan(vae, **fixed, memory=needed - 1).check("encode")
     assert caught.value.projected_bytes == needed
     with pytest.raises(MemoryBudgetError, match="contexts of other open videos"):
-        make_plan(vae, height=32, width=32, memory=needed, offload="none", held_bytes=1).check("encode")
+        make_plan(vae, **fixed, memory=needed, held_bytes=1).check("encode")
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize("numerics", [Numerics(), Numerics(layout="channels_last", paired_frames=True)], ids=str)
+def test_slices_get_shorter_before_contexts_leave(vae, direction, numerics):
+    """The longest slices that fit; transfers only when the shortest do not."""
+    setting = {"height": 32, "width": 48, "numerics": numerics, "directions": (direction,)}
+    free = make_plan(vae, **setting).direction(direction)
+    assert free.slicing.frames is None
+    # Slices that are in between may need as much as whole chunks: a longer window at a time, but an output beside it.
+    shortest = make_plan(vae, **setting, slice_frames=2 if numerics.paired_frames else 1).direction(direction)
+    assert shortest.projected_bytes < free.projected_bytes
+    seen = []
+    for step in range(5):
+        memory = shortest.projected_bytes + (free.projected_bytes - shortest.projected_bytes) * step // 4
+        part = make_plan(vae, **setting, memory=memory).direction(direction)
+        assert part.projected_bytes <= memory
+        assert not part.placement.offloaded
+        seen.append(part.slicing.frames or 8)
+    assert seen == sorted(seen)
+    assert make_plan(vae, **setting, memory=free.projected_bytes).direction(direction).slicing.frames is None
+    less = make_plan(vae, **setting, memory=shortest.projected_bytes - 1).direction(direction)
+    assert less.slicing == shortest.slicing
+    assert less.placement.offloaded
+    assert less.minimum_bytes == shortest.minimum_bytes < shortest.projected_bytes
 
 
 @pytest.mark.parametrize(("reserved", "held"), [(0, 0), (3_000_000, 0), (3_000_000, 1_500_000)])

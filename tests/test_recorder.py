@@ -44,7 +44,9 @@ def test_a_line_is_an_object_with_the_fields(tmp_path):
     assert [line["event"] for line in lines] == ["start", "chunk", "finish", "start", "finish"]
     assert lines[0]["layers"][0] == {"name": "conv_in", "bytes": 90 * 2**20, "resident": False}
     assert lines[1]["spans"][0]["lane"] == "compute"
+    assert lines[1]["read_seconds"] == 0.2
     assert lines[2]["complete"] is True
+    assert lines[2]["write_seconds"] == 0.25 * lines[2]["seconds"]
     assert lines[4] == {"event": "finish", "failed": True}
 
 

@@ -91,14 +91,39 @@ def test_every_part_is_there_in_order(source):
     titles = re.findall(r"<h3>(.*?)</h3>", source)
     assert titles == [
         "Device memory", "Process memory", "Contexts on the device", "Transfers beside computation", "Throughput",
-        "Where the time went", "Plan", "Layers", "Machine",
+        "Where the time went", "Stages beside each other", "Plan", "Layers", "Machine",
     ]  # fmt: skip
     page = Page(source)
-    assert page.count("div", **{"class": "chart", "role": "img"}) == 6
+    assert page.count("div", **{"class": "chart", "role": "img"}) == 7
     assert "THUDM/CogVideoX-2b at 720x480 in bfloat16, 4.00 GiB allowed encode 3.03 GiB" in page.text
     for layer in encoder_layers():
         assert layer.name in page.text
     assert "a processor" in page.text
+
+
+def test_the_share_of_time_in_which_compute_ran_is_that_of_the_whole_run(tmp_path):
+    events = [chunk_event(index) for index in range(4)]
+    with ReportPage(tmp_path / "r.html") as page:
+        for report in (run_report(events[-1]), None):
+            page.run_started(run_start())
+            for event in events:
+                page(event)
+            page.run_finished(report)
+    done, failed = Page((tmp_path / "r.html").read_text()).text.split("Encoding failed after")[-2:]
+    assert "Compute ran 75.0% of the time and waited for the reader or the writer 12.5%." in done
+    assert "computing 75.0% waiting for the reader or the writer 12.5% other 12.5%" in done
+    assert "reading 50.0% computing 75.0% writing 25.0% compute waits 12.5%" in done
+    # A run that failed has no totals, and what its chunks said is added up.
+    assert "Compute ran 84.0% of the time and waited for the reader or the writer 10.0%." in failed
+    assert "reading 40.0% computing 84.0% writing 20.0% compute waits 10.0%" in failed
+
+
+def test_shares_of_a_clock_that_did_not_move_are_no_error(tmp_path):
+    history = RunHistory(run_start())
+    history.add(chunk_event(seconds=0.0))
+    assert history.whole.stage_shares == (0.2, 0.42, 0.1)
+    history.add(chunk_event(1, seconds=0.1, read_seconds=7.0))
+    assert history.points[-1].stage_shares[0] == 1.0
 
 
 def test_several_runs_have_a_section_each(tmp_path):
@@ -146,7 +171,7 @@ def test_without_spans_and_measured_peaks_the_other_charts_remain(tmp_path):
     report(chunk_event(chunk_peak_bytes=None))
     report.run_finished(run_report(chunk_event()))
     page = Page((tmp_path / "r.html").read_text())
-    assert page.count("div", **{"class": "chart"}) == 3
+    assert page.count("div", **{"class": "chart"}) == 4
     assert "What each layer did was not recorded" in page.text
     assert "no limit set" in page.text
 
@@ -302,7 +327,7 @@ def test_many_runs_fit_into_the_same_page(tmp_path):
     source = (tmp_path / "r.html").read_text()
     assert len(source) < 3_000_000
     assert Page(source).count("section") == 9
-    assert Page(source).count("div", **{"class": "chart"}) == 5 * 6
+    assert Page(source).count("div", **{"class": "chart"}) == 5 * 7
 
 
 @pytest.mark.parametrize("num_chunks", [1, MAX_POINTS, MAX_POINTS + 1, 20_000])
@@ -320,7 +345,8 @@ def test_history_is_bounded_and_keeps_extremes_and_sums(num_chunks):
     assert max(p.rss_bytes for p in points) == RSS_BYTES + 10 * MIB
     assert sum(p.num_chunks for p in points) == num_chunks
     assert sum(p.num_frames for p in points) == num_chunks * CHUNK_FRAMES
-    assert sum(p.compute_seconds for p in points) == pytest.approx(0.42 * num_chunks)
+    for name, seconds in (("compute", 0.42), ("wait", 0.05), ("read", 0.2), ("write", 0.1)):
+        assert sum(getattr(p, f"{name}_seconds") for p in points) == pytest.approx(seconds * num_chunks)
     assert points[0].start_seconds == 0
     assert all(a.stop_seconds == b.start_seconds for a, b in pairwise(points))
     assert sum(w.num_chunks for w in history.windows) == num_chunks
@@ -432,7 +458,7 @@ def test_a_browser_draws_every_chart_without_complaint(tmp_path, width):
         capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
     body = next(attributes for tag, attributes in Page(done.stdout).tags if tag == "body")
-    assert int(body["data-drawn"]) >= 6
+    assert int(body["data-drawn"]) >= 7
     assert body["data-overflow"] == "false"
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     complaints = [line for line in console if "setting log level" not in line]

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from longvid.cache import ConvCache
 from longvid.errors import ModelError
 from longvid.models.base import LatentGeometry
-from longvid.models.layers import CausalConv3d, Downsample, GroupNormSiLU, ResnetBlock, SpatialNormSiLU, Upsample
+from longvid.models.layers import CausalConv3d, Downsample, ResnetBlock, Upsample
+from longvid.models.norms import GroupNormSiLU, SpatialNormSiLU
 
 __all__ = ["CogVideoXConfig", "CogVideoXVAE"]
 
@@ -129,11 +130,9 @@ class Encoder(nn.Module):
         for stage in (*self.down_blocks, self.mid_block):
             for layer in stage.layers():
                 x = layer(x, cache)
-        affine = cache.attempt(partial(self.norm_out.fit, x))
-        with cache.window(self.conv_out, like=x) as window:
-            cache.attempt(partial(affine.write_silu, x, window.new))
-            del x
-            return self.conv_out.convolve(window)
+        normed = cache.attempt(partial(self.norm_out.fit, x))
+        del x
+        return self.conv_out.stream(normed, cache)
 
 
 class Decoder(nn.Module):
@@ -171,11 +170,9 @@ class Decoder(nn.Module):
         for stage in (self.mid_block, *self.up_blocks):
             for layer in stage.layers():
                 x = layer(x, cache, z)
-        affine = cache.attempt(partial(self.norm_out.fit, x, z))
-        with cache.window(self.conv_out, like=x) as window:
-            cache.attempt(partial(affine.write_silu, x, window.new))
-            del x
-            return self.conv_out.convolve(window)
+        normed = cache.attempt(partial(self.norm_out.fit, x, z))
+        del x
+        return self.conv_out.stream(normed, cache)
 
 
 class CogVideoXVAE(nn.Module):

@@ -1,61 +1,91 @@
 """The layers that causal video VAEs are built from.
 
-Two rules keep memory low. A layer that feeds a causal convolution takes ``out=`` and writes into that convolution's
-window. Everything that works frame by frame (norms, resampling, 1x1 shortcuts) does so in a loop over frames, so its
-temporaries are one frame large.
+Three rules keep memory low. What feeds a causal convolution is a :class:`~longvid.models.norms.Producer`, which writes
+into that convolution's window. A convolution may run in slices of frames, through a window that rolls on, so that
+beside the input and the output of a layer only one slice is alive. Everything that works frame by frame (resampling,
+1x1 shortcuts) does so in a loop over frames, so its temporaries are one frame large.
 
-A third rule makes a device that runs out of memory survivable: what takes memory and is harmless to repeat is called
+A fourth rule makes a device that runs out of memory survivable: what takes memory and is harmless to repeat is called
 through :meth:`~longvid.cache.ConvCache.attempt`.
 
 The layers are for inference: they write in place and are not differentiable. The exception is
 :meth:`CausalConv3d.whole`, which small models that are trained here are built on.
+
+Whatever memory layout comes in (contiguous or channels last) is that of everything within and of what goes out.
 
 Axes: B batch, C channels, T time, H height, W width; lower-case t h w are those of a latent.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longvid.cache import ConvCache, Window
+from longvid.models.convolution import Conv2d, Conv3d, convolution, filters_of_pairs, paired, row_bands
+from longvid.models.norms import GroupNormSiLU, Producer, SpatialNormSiLU
+from longvid.workspace import TensorKind, layout_of
 
-__all__ = [
-    "CausalConv3d",
-    "Downsample",
-    "GroupNormSiLU",
-    "NormAffine",
-    "ResnetBlock",
-    "SpatialNormSiLU",
-    "Upsample",
-    "group_moments",
-    "time_pieces",
-]
+__all__ = ["CausalConv3d", "Downsample", "ResnetBlock", "Upsample", "time_slices"]
+
+_LEAST_PAIRED_CHANNELS = 16
+
+Finish: TypeAlias = Callable[[range, Tensor], None]
+"""Changes the output frames of a slice in place, knowing which they are."""
 
 
-def time_pieces(num_frames: int, *, context_frames: int, in_frame: int, out_frame: int, limit: int) -> list[range]:
-    """Cut the output frames of a causal convolution so that no tensor of a piece exceeds ``limit`` elements.
+def time_slices(
+    num_frames: int,
+    *,
+    context_frames: int,
+    in_frame: int,
+    out_frame: int,
+    window_limit: int,
+    slice_limit: int,
+    multiple: int = 1,
+) -> list[range]:
+    """Cut the output frames of a causal convolution into slices.
 
-    The piece for output frames ``[a, b)`` reads the window's frames ``[a, b + context_frames)``, so no piece is
-    ever shorter than the kernel, however large a frame is.
+    The slice for output frames ``[a, b)`` reads input frames ``[a - context_frames, b)``, so none is ever shorter than
+    the kernel, however large a frame is.
 
     Args:
         num_frames: output frames.
         context_frames: kernel size in time minus 1.
         in_frame: elements of one input frame, batch and channels included.
         out_frame: elements of one output frame, likewise.
-        limit: most elements of a piece's input or output; a single output frame is never cut further.
+        window_limit: most elements of a slice's input, context included, and of its output.
+        slice_limit: most elements of a slice's new input frames and of its output.
+        multiple: all slices but the last are a multiple of this long, whatever the limits say.
     """
-    longest = max(1, min(limit // in_frame - context_frames, limit // out_frame))
-    num_pieces = -(-num_frames // longest)
-    edges = [num_frames * i // num_pieces for i in range(num_pieces + 1)]
+    longest = min(
+        window_limit // in_frame - context_frames,
+        window_limit // out_frame,
+        slice_limit // max(in_frame, out_frame),
+    )
+    num_steps = -(-num_frames // multiple)
+    num_slices = -(-num_steps // max(1, longest // multiple))
+    edges = [min(num_frames, num_steps * i // num_slices * multiple) for i in range(num_slices + 1)]
     return [range(a, b) for a, b in pairwise(edges)]
+
+
+class _Copied:
+    """A convolution's input that exists already."""
+
+    def __init__(self, x_BCTHW: Tensor) -> None:
+        self.like = x_BCTHW
+
+    def write(self, frames: range, out_BCTHW: Tensor) -> None:
+        out_BCTHW.copy_(self.like[:, :, frames.start : frames.stop])
+
+    def release(self) -> Tensor:
+        return self.like
 
 
 class CausalConv3d(nn.Module):
@@ -90,50 +120,105 @@ class CausalConv3d(nn.Module):
             raise ValueError(f"kernel size {kernel_size} is even in height or width; the size would not be kept")
         self.context_frames = kt - 1
         self.initial_context = initial_context
-        self.conv = nn.Conv3d(in_channels, out_channels, (kt, kh, kw), padding=(0, kh // 2, kw // 2), bias=bias)
+        self.conv = Conv3d(in_channels, out_channels, (kt, kh, kw), padding=(0, kh // 2, kw // 2), bias=bias)
 
     def forward(self, x_BCTHW: Tensor, cache: ConvCache) -> Tensor:
-        """Convolve T new frames into T output frames. Prefer writing into the window: see ConvCache."""
+        """Convolve T new frames into T output frames. Prefer :meth:`stream`, which needs no copy of them."""
         if self.context_frames == 0:
-            return cache.attempt(lambda: self._conv(x_BCTHW))
-        with cache.window(self, like=x_BCTHW) as window:
-            window.new.copy_(x_BCTHW)
-            return self.convolve(window)
+            return cache.attempt(lambda: self._conv(x_BCTHW, cache.max_conv_elements))
+        return self.stream(_Copied(x_BCTHW), cache)
 
     def whole(self, x_BCTHW: Tensor) -> Tensor:
         """Convolve a whole video at once, without a cache. Differentiable; for training."""
         if self.context_frames:
             first = x_BCTHW[:, :, :1] if self.initial_context == "repeat" else torch.zeros_like(x_BCTHW[:, :, :1])
             x_BCTHW = torch.cat([first] * self.context_frames + [x_BCTHW], dim=2)
-        return self._conv(x_BCTHW)
+        return self._conv(x_BCTHW, 2**31 - 1)
 
-    def convolve(self, window: Window) -> Tensor:
-        """Convolve a window whose new frames are written; in pieces over time where it is too large for one call."""
-        x = window.input()
-        B, C, frames, H, W = x.shape
-        T, area, out_channels = frames - self.context_frames, B * H * W, self.conv.out_channels
-        pieces = time_pieces(
+    def slices(self, like: Tensor, cache: ConvCache) -> list[range]:
+        """The slices of frames that this layer runs in for an input like this one."""
+        B, _, T, H, W = like.shape
+        return time_slices(
             T,
             context_frames=self.context_frames,
-            in_frame=C * area,
-            out_frame=out_channels * area,
-            limit=window.max_conv_elements,
+            in_frame=B * self.conv.in_channels * H * W,
+            out_frame=B * self.conv.out_channels * H * W,
+            window_limit=cache.max_conv_elements,
+            slice_limit=cache.slice_elements,
+            multiple=2 if self._pairs(like, cache) else 1,
         )
-        if len(pieces) == 1:
-            return window.attempt(lambda: self._conv(x))
 
-        def in_pieces() -> Tensor:
-            out = x.new_empty((B, out_channels, T, H, W))
-            for piece in pieces:
-                out[:, :, piece.start : piece.stop].copy_(
-                    self._conv(x[:, :, piece.start : piece.stop + self.context_frames])
-                )
-            return out
+    def _pairs(self, like: Tensor, cache: ConvCache) -> bool:
+        """Whether frames are convolved in pairs: thin layers gain nothing, and other layouts have no dense frames."""
+        return (
+            cache.paired_frames
+            and self.conv.kernel_size[0] == 3
+            and min(self.conv.in_channels, self.conv.out_channels) >= _LEAST_PAIRED_CHANNELS
+            and layout_of(like) == torch.channels_last_3d
+        )
 
-        return window.attempt(in_pieces)
+    def stream(
+        self, source: Producer, cache: ConvCache, *, finish: Finish | None = None, overwrite: bool = False
+    ) -> Tensor:
+        """Convolve what ``source`` writes, slice by slice, into T output frames. Every slicing gives the same.
 
-    def _conv(self, x: Tensor) -> Tensor:
-        """The convolution, without padding in time.
+        Args:
+            source: writes the input into the window; let go of as soon as nothing reads from it any more.
+            cache: of the video; its ``slice_elements`` says how long slices are.
+            finish: changes the output of a slice in place, before it is stored: the place of a residual.
+            overwrite: the output may take the place of what the source reads, if it is in slices and of its shape.
+                Slices of the output then overwrite what the source has read.
+
+        Returns:
+            (B, out_channels, T, H, W) in the layout of the input.
+        """
+        like = source.like
+        B, _, T, H, W = like.shape
+        kind, shape = TensorKind.of(like), (B, self.conv.out_channels, T, H, W)
+        pieces, in_pairs = self.slices(like, cache), self._pairs(like, cache)
+        out: Tensor | None = None
+        if len(pieces) > 1:
+            reuse = overwrite and like.shape == shape
+            out = like if reuse else cache.attempt(partial(cache.workspace.take, shape, kind))
+        with cache.window(self, like=like, frames=max(map(len, pieces))) as window:
+            del like
+            filters = cache.attempt(partial(filters_of_pairs, self.conv.weight)) if in_pairs else None
+            for piece in window.roll(pieces):
+                cache.attempt(partial(source.write, piece, window.new))
+                if piece.stop == T:
+                    source.release()
+                if filters is not None:
+                    if out is None:
+                        out = cache.attempt(partial(cache.workspace.take, shape, kind))
+                    y = out[:, :, piece.start : piece.stop]
+                    self._convolve_pairs(window, filters, y)
+                else:
+                    y = self.convolve(window)
+                if finish is not None:
+                    finish(piece, y)
+                if out is None:
+                    return y
+                if filters is None:
+                    out[:, :, piece.start : piece.stop].copy_(y)
+                del y
+        assert out is not None
+        return out
+
+    def _convolve_pairs(self, window: Window, filters: tuple[Tensor, ...], out: Tensor) -> None:
+        x, bias, limit = window.input(), self.conv.bias, window.max_conv_elements
+        for t in range(0, out.shape[2] - 1, 2):
+            pair = partial(paired, x[:, :, t : t + 4], filters, bias, out[:, :, t : t + 2], limit=limit)
+            window.attempt(pair)
+        if out.shape[2] % 2:
+            out[:, :, -1:].copy_(window.attempt(lambda: self._conv(x[:, :, -3:], limit)))
+
+    def convolve(self, window: Window) -> Tensor:
+        """Convolve a window whose new frames are written; in parts where it is too large for one call."""
+        x = window.input()
+        return window.attempt(lambda: self._conv(x, window.max_conv_elements))
+
+    def _conv(self, x: Tensor, limit: int) -> Tensor:
+        """The convolution, without padding in time, in parts of at most ``limit`` elements where that can be.
 
         A kernel that is flat in time or in space runs as the 2-D convolution that it is: on a CPU PyTorch's 3-D one
         is up to ten times slower for small float32 inputs (channels x frames x height up to 20,480).
@@ -146,132 +231,7 @@ class CausalConv3d(nn.Module):
             return frames.view(B, T, -1, H, W).transpose(1, 2)
         if kt > 1 and kh * kw == 1:
             return F.conv2d(x.flatten(3), weight[..., 0], bias).view(B, -1, T - kt + 1, H, W)
-        out: Tensor = self.conv(x)
-        return out
-
-
-@dataclass(frozen=True, slots=True)
-class NormAffine:
-    """A norm reduced to what one pass over the frames applies: x * scale + shift, then * y + b if there are maps.
-
-    Made before the next convolution's window is opened, so that the statistics and the window do not add up.
-    """
-
-    scale_BC: Tensor
-    shift_BC: Tensor
-    maps: tuple[Tensor, Tensor] | None = None
-    "y and b at the latent's size, (B, C, t, h, w)"
-
-    def write_silu(self, x_BCTHW: Tensor, out: Tensor) -> None:
-        """Write silu(norm(x)) into ``out``, a tensor of x's shape and dtype, frame by frame.
-
-        The norm is computed in float32. Below float32 every step is rounded where plain PyTorch modules round it,
-        so the result is theirs bit for bit on a CPU.
-        """
-        B, C, T, H, W = x_BCTHW.shape
-        scale, shift = self.scale_BC[:, :, None, None], self.shift_BC[:, :, None, None]
-        narrow = out.dtype != torch.float32
-        wide = torch.empty((B, C, H, W), dtype=torch.float32, device=x_BCTHW.device) if narrow else None
-        for t in range(T):
-            frame = out[:, :, t]
-            if wide is None:
-                torch.addcmul(shift, x_BCTHW[:, :, t], scale, out=frame)
-            else:
-                wide.copy_(x_BCTHW[:, :, t])
-                frame.copy_(torch.addcmul(shift, wide, scale, out=wide))
-            if self.maps is not None:
-                _modulate(frame, *(m[:, :, _latent_frame(t, T, m.shape[2])] for m in self.maps))
-            F.silu(frame, inplace=True)
-
-
-def _norm_affine(norm: nn.GroupNorm, x: Tensor, maps: tuple[Tensor, Tensor] | None = None) -> NormAffine:
-    """Statistics over the chunk, folded with the norm's own weight and bias, in float32."""
-    mean, rstd = group_moments(x, norm.num_groups, norm.eps)
-    repeats = x.shape[1] // norm.num_groups
-    scale = rstd.repeat_interleave(repeats, dim=1).mul_(norm.weight.float())
-    # addcmul, not a product and a sum: it rounds once, as the kernels of torch.group_norm do.
-    shift = torch.addcmul(norm.bias.float(), mean.repeat_interleave(repeats, dim=1), scale, value=-1)
-    return NormAffine(scale, shift, maps)
-
-
-def group_moments(x_BCTHW: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and reciprocal standard deviation of each group over a chunk, (B, groups) each, in float32."""
-    B, C, T, H, W = x_BCTHW.shape
-    if x_BCTHW.dtype != torch.float32 and x_BCTHW.device.type not in ("cpu", "meta"):
-        return _moments_by_frame(x_BCTHW, num_groups, eps)
-    # float32 weights make the kernel return float32 moments; other devices' kernels do not take the mixture.
-    weight = torch.ones(C, dtype=torch.float32, device=x_BCTHW.device)
-    bias = torch.zeros_like(weight)
-    if x_BCTHW.is_meta:  # its kernel would give moments of x's dtype: allocate what the real one does
-        _normed = torch.empty_like(x_BCTHW)
-        mean, rstd = weight.new_empty((B, num_groups)), weight.new_empty((B, num_groups))
-    else:
-        _normed, mean, rstd = torch.native_group_norm(x_BCTHW, weight, bias, B, C, T * H * W, num_groups, eps)
-    return mean, rstd
-
-
-def _moments_by_frame(x_BCTHW: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """The same with one frame of memory: two passes within a frame, frames joined as Chan, Golub and LeVeque do."""
-    B, C, T, H, W = x_BCTHW.shape
-    frame = torch.empty((B, num_groups, C // num_groups * H * W), dtype=torch.float32, device=x_BCTHW.device)
-    means, squares = [], []
-    for t in range(T):
-        frame.view(B, C, H, W).copy_(x_BCTHW[:, :, t])
-        mean = frame.mean(dim=-1)
-        means.append(mean)
-        squares.append(torch.linalg.vector_norm(frame.sub_(mean[..., None]), dim=-1).square_())
-    mean_T = torch.stack(means)
-    mean = mean_T.mean(dim=0)
-    variance = torch.stack(squares).sum(dim=0).div_(T * frame.shape[-1])
-    variance += (mean_T - mean).square_().mean(dim=0)
-    return mean, (variance + eps).rsqrt_()
-
-
-class GroupNormSiLU(nn.GroupNorm):
-    """GroupNorm over the frames of a chunk, then SiLU, written where the next convolution reads."""
-
-    def fit(self, x_BCTHW: Tensor, latent: Tensor | None = None) -> NormAffine:
-        """First pass: the statistics of x. Second pass: :meth:`NormAffine.write_silu`."""
-        return _norm_affine(self, x_BCTHW)
-
-
-class SpatialNormSiLU(nn.Module):
-    """GroupNorm whose scale and offset are 1x1 convolutions of the latent, then SiLU.
-
-    A 1x1 convolution commutes with nearest interpolation, so both maps are computed at the latent's size and only
-    read at the feature map's: nothing is interpolated.
-
-    Source: MoVQ, Zheng et al. 2022, arXiv 2209.09002, as used in CogVideoX.
-    """
-
-    def __init__(self, channels: int, latent_channels: int, *, num_groups: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.norm_layer = nn.GroupNorm(num_groups, channels, eps=eps)
-        self.conv_y = CausalConv3d(latent_channels, channels, 1)
-        self.conv_b = CausalConv3d(latent_channels, channels, 1)
-
-    def fit(self, x_BCTHW: Tensor, latent: Tensor | None = None) -> NormAffine:
-        """First pass: the statistics of x and the maps of the latent (B, c, t, h, w), which this norm needs."""
-        if latent is None:
-            raise ValueError("a spatial norm is steered by a latent; none was given")
-        return _norm_affine(self.norm_layer, x_BCTHW, (self.conv_y.conv(latent), self.conv_b.conv(latent)))
-
-
-def _latent_frame(t: int, num_frames: int, num_latents: int) -> int:
-    """The latent frame that feature frame ``t`` belongs to: the first one alone when the chunk has it."""
-    if num_frames > 1 and num_frames % 2 == 1:
-        return 0 if t == 0 else 1 + (t - 1) * (num_latents - 1) // (num_frames - 1)
-    return t * num_latents // num_frames
-
-
-def _modulate(frame_BCHW: Tensor, scale_BChw: Tensor, offset_BChw: Tensor) -> None:
-    """frame * scale + offset in place, both maps read as if enlarged to the frame by nearest neighbour."""
-    B, C, H, W = frame_BCHW.shape
-    h, w = scale_BChw.shape[-2:]
-    rows = frame_BCHW.view(B, C, h, H // h, W)
-    # Enlarged along the width only, so that the innermost loop of the kernels is a whole row.
-    rows.mul_(scale_BChw.repeat_interleave(W // w, dim=-1)[:, :, :, None])
-    rows.add_(offset_BChw.repeat_interleave(W // w, dim=-1)[:, :, :, None])
+        return self.conv.in_parts(x, limit)
 
 
 class ResnetBlock(nn.Module):
@@ -303,25 +263,23 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv3d(in_channels, out_channels, 1)
 
     def forward(self, x_BCTHW: Tensor, cache: ConvCache, latent: Tensor | None = None) -> Tensor:
-        """(B, in, T, H, W) to (B, out, T, H, W). Alive at the peak: the input, one window and one output."""
-        affine = cache.attempt(partial(self.norm1.fit, x_BCTHW, latent))
-        with cache.window(self.conv1, like=x_BCTHW) as window:
-            cache.attempt(partial(affine.write_silu, x_BCTHW, window.new))
-            h = self.conv1.convolve(window)
-        affine = cache.attempt(partial(self.norm2.fit, h, latent))
-        with cache.window(self.conv2, like=h) as window:
-            cache.attempt(partial(affine.write_silu, h, window.new))
-            del h
-            h = self.conv2.convolve(window)
-        if not hasattr(self, "conv_shortcut"):
-            return h.add_(x_BCTHW)
-        for t in range(h.shape[2]):
-            h[:, :, t].add_(self._shortcut(x_BCTHW[:, :, t], cache))
-        return h
+        """(B, in, T, H, W) to (B, out, T, H, W). Alive at the peak: the input, the hidden state, one window, one slice.
 
-    def _shortcut(self, frame_BCHW: Tensor, cache: ConvCache) -> Tensor:
+        In one slice the hidden state is gone when the second convolution runs, and the output takes its place.
+        """
+        h = self.conv1.stream(cache.attempt(partial(self.norm1.fit, x_BCTHW, latent)), cache)
+        normed = cache.attempt(partial(self.norm2.fit, h, latent))
+        del h
+        return self.conv2.stream(normed, cache, finish=partial(self._add, x_BCTHW, cache), overwrite=True)
+
+    def _add(self, x_BCTHW: Tensor, cache: ConvCache, frames: range, y_BCTHW: Tensor) -> None:
+        if not hasattr(self, "conv_shortcut"):
+            y_BCTHW.add_(x_BCTHW[:, :, frames.start : frames.stop])
+            return
         weight, bias = self.conv_shortcut.weight[:, :, 0], self.conv_shortcut.bias
-        return cache.attempt(lambda: F.conv2d(frame_BCHW, weight, bias))
+        for i, t in enumerate(frames):
+            shortcut = partial(convolution, x_BCTHW[:, :, t], weight, bias, padding=(0, 0))
+            y_BCTHW[:, :, i].add_(cache.attempt(shortcut))
 
 
 class Downsample(nn.Module):
@@ -332,20 +290,20 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, *, time: bool) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
         self.time = time
 
     def forward(self, x_BCTHW: Tensor, cache: ConvCache, latent: Tensor | None = None) -> Tensor:
         """(B, C, T, H, W) to (B, C, T / 2 or T, H / 2, W / 2)."""
-        return cache.attempt(lambda: self._downsample(x_BCTHW))
+        return cache.attempt(lambda: self._downsample(x_BCTHW, cache))
 
-    def _downsample(self, x_BCTHW: Tensor) -> Tensor:
+    def _downsample(self, x_BCTHW: Tensor, cache: ConvCache) -> Tensor:
         B, C, T, H, W = x_BCTHW.shape
         if not self.time:
             sources = [(t, t) for t in range(T)]
         else:
             sources = [(0, 0)] * (T % 2) + [(t, t + 1) for t in range(T % 2, T, 2)]
-        out = x_BCTHW.new_empty((B, C, len(sources), H // 2, W // 2))
+        out = cache.workspace.take((B, C, len(sources), H // 2, W // 2), TensorKind.of(x_BCTHW))
         for t, (first, second) in enumerate(sources):
             frame = x_BCTHW[:, :, first]
             if second != first:
@@ -362,20 +320,27 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, *, time: bool) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
         self.time = time
 
     def forward(self, x_BCTHW: Tensor, cache: ConvCache, latent: Tensor | None = None) -> Tensor:
         """(B, C, T, H, W) to (B, C, T, 2 T - 1 or 2 T, 2 H, 2 W)."""
-        return cache.attempt(lambda: self._upsample(x_BCTHW))
+        return cache.attempt(lambda: self._upsample(x_BCTHW, cache))
 
-    def _upsample(self, x_BCTHW: Tensor) -> Tensor:
+    def _upsample(self, x_BCTHW: Tensor, cache: ConvCache) -> Tensor:
         B, C, T, H, W = x_BCTHW.shape
         copies = [1] * T if not self.time or T == 1 else [1] * (T % 2) + [2] * (T - T % 2)
-        out = x_BCTHW.new_empty((B, C, sum(copies), 2 * H, 2 * W))
+        out = cache.workspace.take((B, C, sum(copies), 2 * H, 2 * W), TensorKind.of(x_BCTHW))
+        # An enlarged band is four times as large as what it is made of, and as large as what comes of it.
+        limit = min(cache.max_conv_elements, cache.slice_elements) // 4
+        bands = row_bands(H, halo=1, row=B * C * W, limit=limit)
         done = 0
         for t, count in enumerate(copies):
-            frame = self.conv(F.interpolate(x_BCTHW[:, :, t], scale_factor=2.0, mode="nearest"))
-            out[:, :, done : done + count].copy_(frame[:, :, None].expand(-1, -1, count, -1, -1))
+            for read, rows in bands:
+                band = F.interpolate(x_BCTHW[:, :, t, read.start : read.stop], scale_factor=2.0, mode="nearest")
+                band = self.conv(band)
+                kept = band[:, :, 2 * (rows.start - read.start) : 2 * (rows.stop - read.start)]
+                target = out[:, :, done : done + count, 2 * rows.start : 2 * rows.stop]
+                target.copy_(kept[:, :, None].expand(-1, -1, count, -1, -1))
             done += count
         return out

@@ -1,0 +1,311 @@
+"""Speed of the compute path: longvid and diffusers chunk by chunk in one process, and the bare convolutions as a floor.
+
+    python benchmarks/speed.py [--sizes 240x160 480x272] [--dtypes bfloat16 float32] [--threads 2] [--rounds 3]
+        [--contestants ...] [--out benchmarks/results/speed.json] [--plot docs/images/speed.png]
+    python benchmarks/speed.py --merge A.json B.json --out ... --plot ...
+
+Contestants, all with the same random weights at the full width of CogVideoX, on the CPU:
+
+* diffusers: its encoder or decoder with its own ``conv_cache``, as its ``encode`` and ``decode`` loop over chunks.
+* longvid: layout, form of the convolutions and slices as a session chooses them.
+* longvid plain: the same without frames in pairs (only where the session pairs them).
+* longvid pairs: with frames in pairs (only where the session does not).
+
+Each runs the first chunk of a video, which is not timed, and then as many middle chunks of 8 frames as there are
+rounds; contestants take turns chunk by chunk. The error is that of the first chunk timed against diffusers' output.
+
+Bare convolutions: every convolution that longvid would run on whole chunks, by shape, context frames included, called
+as ``torch.nn.functional`` does on tensors that are there already, in both layouts; of each shape the faster median
+counts. So what a contestant takes beyond that is norms, activations, residuals, resampling, caches and copies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+
+from longvid import ConvCache, load_model
+from longvid.dryrun import skeleton_of
+from longvid.events import Direction
+from longvid.machine import describe_machine
+from longvid.models.base import CausalVAE
+from longvid.numerics import Numerics
+from longvid.plan import make_plan
+from longvid.probe import choose_numerics, preferred_slice_bytes
+from longvid.step import memory_format
+from longvid.units import parse_size
+
+Step: TypeAlias = Callable[[Tensor], Tensor]
+Shape: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""Input, weight, stride and padding of a convolution."""
+
+DIRECTIONS: tuple[Direction, ...] = ("encode", "decode")
+BARS = {"encode": 1.35, "decode": 1.8}
+CPU = torch.device("cpu")
+
+
+class _Convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts convolutions by shape."""
+
+    def __init__(self, found: Counter[Shape]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            x, weight, _, stride, padding = args[:5]
+            self.found[tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def chunk(direction: str, height: int, width: int, dtype: torch.dtype, index: int) -> Tensor:
+    """Input of a chunk: noise that depends on the index only."""
+    shape = (1, 3, 8, height, width) if direction == "encode" else (1, 16, 2, height // 8, width // 8)
+    if index == 0:
+        shape = (*shape[:2], shape[2] + 1, *shape[3:])
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(index))
+    return (noise.clamp(-1, 1) if direction == "encode" else noise).to(dtype)
+
+
+def open_diffusers(vae: Any, direction: str) -> Step:
+    """Its own modules with its own cache handling."""
+    module, kept = (vae.encoder if direction == "encode" else vae.decoder), {"cache": None}
+
+    @torch.no_grad()
+    def step(x: Tensor) -> Tensor:
+        out, kept["cache"] = module(x, conv_cache=kept["cache"])
+        return cast("Tensor", out)
+
+    return step
+
+
+def open_longvid(
+    stack: ExitStack, model: CausalVAE, direction: Direction, numerics: Numerics, height: int, width: int
+) -> Step:
+    """As a session without a budget would run it."""
+    part = make_plan(
+        model,
+        height=height,
+        width=width,
+        numerics=numerics,
+        slice_bytes=preferred_slice_bytes(CPU),
+        directions=(direction,),
+    ).direction(direction)
+    module, run = (model.encoder, model.encode) if direction == "encode" else (model.decoder, model.decode)
+    cache = stack.enter_context(
+        ConvCache(module, slice_elements=part.slicing.elements, paired_frames=numerics.paired_frames)
+    )
+    return lambda x: run(x.contiguous(memory_format=memory_format(numerics)), cache)
+
+
+def convolutions_of(model: CausalVAE, direction: str, height: int, width: int, dtype: torch.dtype) -> Counter[Shape]:
+    """Of a middle chunk, in whole chunks and without pairs."""
+    skeleton = skeleton_of(model, dtype)
+    module, run = (skeleton.encoder, skeleton.encode) if direction == "encode" else (skeleton.decoder, skeleton.decode)
+    with ConvCache(module) as cache:
+        run(chunk(direction, height, width, dtype, 0).to("meta"), cache)
+        found: Counter[Shape] = Counter()
+        with _Convolutions(found):
+            run(chunk(direction, height, width, dtype, 1).to("meta"), cache)
+    return found
+
+
+@torch.inference_mode()
+def floor_seconds(shapes: Counter[Shape], dtype: torch.dtype, rounds: int) -> float:
+    """Seconds of all convolutions of a chunk: for each shape the median of the faster layout."""
+    total = 0.0
+    for (x_shape, w_shape, stride, padding), count in tqdm(shapes.items(), desc="bare convolutions", leave=False):
+        call = F.conv3d if len(x_shape) == 5 else F.conv2d
+        x, weight, bias = torch.randn(x_shape).to(dtype), torch.randn(w_shape).to(dtype), torch.zeros(w_shape[0])
+        last = torch.channels_last_3d if len(x_shape) == 5 else torch.channels_last
+        inputs = [x, x.contiguous(memory_format=last)]
+        seconds: list[list[float]] = [[], []]
+        for turn in range(rounds + 1):
+            for one, times in zip(inputs, seconds, strict=True):
+                started = time.perf_counter()
+                call(one, weight, bias.to(dtype), stride=stride, padding=padding)
+                if turn:
+                    times.append(time.perf_counter() - started)
+        total += count * min(map(statistics.median, seconds))
+    return total
+
+
+def measure(
+    theirs: Any,
+    ours: CausalVAE,
+    direction: Direction,
+    size: str,
+    dtype: torch.dtype,
+    rounds: int,
+    wanted: Sequence[str],
+) -> dict[str, Any]:
+    """One row of the results: every contestant at one setting."""
+    height, width = parse_size(size)
+    numerics = choose_numerics(ours, device=CPU, dtype=dtype, height=height, width=width)
+    variants = {
+        "longvid": numerics,
+        "longvid plain": Numerics(layout=numerics.layout),
+        "longvid pairs": Numerics(layout="channels_last", paired_frames=True),
+    }
+    del variants["longvid plain" if not numerics.paired_frames else "longvid pairs"]
+    x = chunk(direction, height, width, dtype, 1)
+    with ExitStack() as stack:
+        steps = {"diffusers": open_diffusers(theirs, direction)}
+        for name, choice in variants.items():
+            if name in wanted:
+                steps[name] = open_longvid(stack, ours, direction, choice, height, width)
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        errors, names = {}, list(steps)
+        for step in steps.values():
+            step(chunk(direction, height, width, dtype, 0))
+        for turn in tqdm(range(rounds), desc=f"{direction} {size} {dtype}"):
+            outs = {}
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                started = time.perf_counter()
+                outs[name] = steps[name](x)
+                seconds[name].append(time.perf_counter() - started)
+            if turn == 0:
+                expected = outs["diffusers"].float()
+                errors = {n: float((out.float() - expected).norm() / expected.norm()) for n, out in outs.items()}
+            outs.clear()
+    floor = floor_seconds(convolutions_of(ours, direction, height, width, dtype), dtype, max(2, rounds))
+    base = seconds["diffusers"]
+    return {
+        "size": size,
+        "direction": direction,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "numerics": numerics.to_dict(),
+        "bare_convolutions_seconds": floor,
+        "contestants": {
+            name: {
+                "seconds": times,
+                "frames_per_second": 8 / statistics.median(times),
+                "speedup": statistics.median(b / t for b, t in zip(base, times, strict=True)),
+                "over_bare_convolutions": statistics.median(times) / floor,
+                "relative_error": errors[name],
+            }
+            for name, times in seconds.items()
+        },
+    }
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The rows as a table."""
+    print(f"\n{'':34}{'contestant':16}{'frames/s':>10}{'speedup':>9}{'range':>15}{'/ bare convs':>14}{'error':>10}")
+    for row in rows:
+        label = f"{row['direction']} {row['size']} {row['dtype']}, {row['threads']} thr."
+        base = row["contestants"]["diffusers"]["seconds"]
+        for name, got in row["contestants"].items():
+            ratios = [b / t for b, t in zip(base, got["seconds"], strict=True)]
+            print(
+                f"{label:34}{name:16}{got['frames_per_second']:>10.3f}{got['speedup']:>9.2f}"
+                f"{f'{min(ratios):.2f} to {max(ratios):.2f}':>15}{got['over_bare_convolutions']:>14.2f}"
+                f"{got['relative_error']:>10.1e}"
+            )
+            label = ""
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Time of a chunk over that of the bare convolutions, as bars."""
+    from matplotlib.figure import Figure
+
+    colours = {"diffusers": "#8a8a8a", "longvid": "#1b4f80", "longvid plain": "#7fb0d8", "longvid pairs": "#7fb0d8"}
+    rows = [row for row in rows if row["threads"] == max(r["threads"] for r in rows)]
+    figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    labels, seen = [], set()
+    for i, row in enumerate(rows):
+        labels.append(f"{row['direction']}\n{row['size']}\n{row['dtype']}")
+        for k, (name, got) in enumerate(row["contestants"].items()):
+            label = {"longvid plain": "longvid, the other form", "longvid pairs": "longvid, the other form"}.get(
+                name, name
+            )
+            bar = axes.bar(
+                i + (k - 1) * 0.27,
+                got["over_bare_convolutions"],
+                0.25,
+                color=colours[name],
+                label=None if label in seen else label,
+            )
+            axes.bar_label(bar, fmt="%.2f", padding=2, fontsize=8)
+            seen.add(label)
+    axes.axhline(1, color="#c8553d", linewidth=1, linestyle=":", label="bare convolutions")
+    axes.set_xticks(range(len(rows)), labels, fontsize=9)
+    axes.tick_params(axis="x", length=0)
+    axes.set_ylabel("time of a chunk / its bare convolutions")
+    axes.legend(frameon=False, fontsize=9, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.12))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def main() -> int:
+    """Measure, print the table, write the results and draw."""
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["240x160", "480x272"])
+    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
+    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
+    parser.add_argument("--contestants", nargs="+", default=["longvid", "longvid plain", "longvid pairs"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--merge", type=Path, nargs="+", help="results to put together instead of measuring")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    if args.merge:
+        parts = [json.loads(path.read_text()) for path in args.merge]
+        record = {
+            **parts[0],
+            "command": " ; ".join(p["command"] for p in parts),
+            "rows": [r for p in parts for r in p["rows"]],
+        }
+    else:
+        torch.set_num_threads(args.threads)
+        rows = []
+        for name in args.dtypes:
+            dtype = getattr(torch, name)
+            torch.manual_seed(0)
+            theirs: Any = diffusers.AutoencoderKLCogVideoX()  # type: ignore[no-untyped-call]
+            theirs = theirs.to(dtype).eval().requires_grad_(False)
+            ours = load_model(theirs)
+            assert isinstance(ours, nn.Module)
+            for size in args.sizes:
+                for direction in args.directions:
+                    rows.append(measure(theirs, ours, direction, size, dtype, args.rounds, args.contestants))
+                    show(rows[-1:])
+        record = {
+            "command": "python " + " ".join(sys.argv),
+            "machine": describe_machine("cpu"),
+            "diffusers": diffusers.__version__,
+            "rows": rows,
+        }
+    show(record["rows"])
+    if args.out:
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    if args.plot:
+        draw(record["rows"], args.plot)
+    for row in record["rows"]:
+        if row["contestants"]["longvid"]["speedup"] < BARS[row["direction"]]:
+            print(f"below {BARS[row['direction']]}: {row['direction']} {row['size']} {row['dtype']}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

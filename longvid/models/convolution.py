@@ -1,0 +1,175 @@
+"""One convolution, kept out of the slow corners of the libraries that compute it.
+
+Four things are done here and nowhere else:
+
+* On a CPU, PyTorch does not ask oneDNN for a float32 convolution when the first four sizes of its input multiply to
+  20,480 or less, and takes 10 to 50 times longer; oneDNN is then called by its own name. (bfloat16 is not affected.)
+* Kernels address elements with 32 bits. Input and output of a call stay below a limit: longer inputs are cut in time,
+  larger frames in bands of rows with a halo, whose doubly computed rows are thrown away. Nothing is blended and every
+  element comes from the same products, in the same order on a CPU.
+* Three taps in time over pairs of frames need four 2-D convolutions, not six: Winograd's minimal filtering F(2, 3)
+  along time (:func:`paired`). A third fewer multiplications, to rounding.
+
+The layout of the input is that of the output.
+
+Axes: B batch, C channels, T time, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Conv2d", "Conv3d", "convolution", "filters_of_pairs", "paired", "row_bands"]
+
+MAX_ELEMENTS = 2**31 - 1
+
+
+@cache
+def _has_onednn() -> bool:
+    return bool(torch._C._has_mkldnn)
+
+
+class Conv2d(nn.Conv2d):
+    """PyTorch's, by way of :func:`_call`. Padding is zeros, strides are alike in every axis, nothing is dilated."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _call(input, weight, bias, cast("tuple[int, ...]", self.padding), self.stride[0])
+
+    def in_parts(self, x_BCHW: Tensor, limit: int = MAX_ELEMENTS) -> Tensor:
+        """The same in bands of rows, if it is too large for one call; see :func:`convolution`."""
+        return _in_parts(self, x_BCHW, self.out_channels, (1, *self.kernel_size), limit)
+
+
+class Conv3d(nn.Conv3d):
+    """PyTorch's, by way of :func:`_call`. Padding is zeros and none in time, nothing is strided or dilated."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _call(input, weight, bias, cast("tuple[int, ...]", self.padding), 1)
+
+    def in_parts(self, x_BCTHW: Tensor, limit: int = MAX_ELEMENTS) -> Tensor:
+        """The same in slices of frames and bands of rows, if it is too large for one call; see :func:`convolution`."""
+        return _in_parts(self, x_BCTHW, self.out_channels, self.kernel_size, limit)
+
+
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, padding: tuple[int, ...], limit: int = MAX_ELEMENTS
+) -> Tensor:
+    """A 2-D or 3-D convolution of any size, with stride 1.
+
+    Args:
+        x: (B, C, T, H, W) with a 3-D kernel, (B, C, H, W) with a 2-D one.
+        weight: (out channels, C, *kernel).
+        bias: (out channels,) or None.
+        padding: zeros on both sides of each axis: half a kernel in height and width, none in time.
+        limit: most elements of the input and of the output of one call of a kernel, as far as rows can be cut.
+    """
+    kernel = tuple(weight.shape[2:]) if x.ndim == 5 else (1, *weight.shape[2:])
+    return _in_parts(lambda part: _call(part, weight, bias, padding, 1), x, len(weight), kernel, limit)
+
+
+def _in_parts(
+    call: Callable[[Tensor], Tensor], x: Tensor, out_channels: int, kernel: tuple[int, ...], limit: int
+) -> Tensor:
+    taps, halo = kernel[0], kernel[1] // 2
+    time = x.shape[2] - taps + 1 if x.ndim == 5 else 1
+    frame = max(x.shape[1], out_channels) * x.shape[0] * x.shape[-2] * x.shape[-1]
+    if frame * (time + taps - 1) <= limit:
+        return call(x)
+    longest = max(1, limit // frame - taps + 1)
+    bands = row_bands(x.shape[-2], halo=halo, row=frame // x.shape[-2] * (longest + taps - 1), limit=limit)
+    shape = (x.shape[0], out_channels, *((time,) if x.ndim == 5 else ()), *x.shape[-2:])
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+    for start in range(0, time, longest):
+        stop = min(start + longest, time)
+        part, target = (x[:, :, start : stop + taps - 1], out[:, :, start:stop]) if x.ndim == 5 else (x, out)
+        for read, rows in bands:
+            y = call(part[..., read.start : read.stop, :])
+            target[..., rows.start : rows.stop, :].copy_(y[..., rows.start - read.start : rows.stop - read.start, :])
+    return out
+
+
+def filters_of_pairs(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four 2-D kernels that take the place of one with three taps in time; see :func:`paired`."""
+    first, middle, last = weight.unbind(2)
+    outer = first + last
+    return first.contiguous(), outer.add(middle).mul_(0.5), outer.sub_(middle).mul_(0.5), last.contiguous()
+
+
+def paired(
+    x_BCTHW: Tensor, filters: tuple[Tensor, ...], bias: Tensor | None, out_BCTHW: Tensor, *, limit: int = MAX_ELEMENTS
+) -> None:
+    """Two output frames of a convolution with three taps in time, from four input frames, by four 2-D convolutions.
+
+    With input frames d and taps g::
+
+        m0 = (d0 - d2) g0    m1 = (d1 + d2) (g0 + g1 + g2) / 2    m2 = (d2 - d1) (g0 - g1 + g2) / 2    m3 = (d1 - d3) g2
+        y0 = m0 + m1 + m2    y1 = m1 - m2 - m3
+
+    Sums of inputs and of taps are rounded to the dtype. In float32 the result is as near to the truth as the plain
+    form; in bfloat16 its error is about twice that of the plain form.
+
+    Args:
+        x_BCTHW: four frames.
+        filters: from :func:`filters_of_pairs`.
+        bias: (out channels,) or None.
+        out_BCTHW: two frames, written; dense in each frame.
+        limit: as for :func:`convolution`.
+
+    Source: Lavin and Gray 2016, arXiv 1509.09308, in one dimension; Winograd 1980.
+    """
+    d0, d1, d2, d3 = x_BCTHW.unbind(2)
+    y0, y1 = out_BCTHW.unbind(2)
+    padding = (filters[0].shape[-2] // 2, filters[0].shape[-1] // 2)
+
+    def product(d: Tensor, index: int, bias: Tensor | None = None) -> Tensor:
+        return convolution(d, filters[index], bias, padding=padding, limit=limit)
+
+    d = d1 + d2
+    m1 = product(d, 1, bias)
+    m2 = product(torch.sub(d2, d1, out=d), 2)
+    torch.add(m1, m2, out=y0)
+    torch.sub(m1, m2, out=y1)
+    del m1, m2
+    y0.add_(product(torch.sub(d0, d2, out=d), 0))
+    y1.sub_(product(torch.sub(d1, d3, out=d), 3))
+
+
+def row_bands(height: int, *, halo: int, row: int, limit: int) -> list[tuple[range, range]]:
+    """Cut a frame into bands: the rows that each reads, halo included, and the rows that it gives.
+
+    Args:
+        height: rows of a frame.
+        halo: rows above and below that an output row depends on.
+        row: elements of one row.
+        limit: most elements of the rows that a band reads; a band gives at least one row.
+    """
+    most = height if row * height <= limit else max(1, limit // row - 2 * halo)
+    num_bands = -(-height // most)
+    edges = [height * i // num_bands for i in range(num_bands + 1)]
+    return [(range(max(0, a - halo), min(height, b + halo)), range(a, b)) for a, b in pairwise(edges)]
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    if x.shape[1] > 1 and x.stride(1) == 1 and max(x.stride()[2:]) > 1:
+        return torch.channels_last_3d if x.ndim == 5 else torch.channels_last
+    return torch.contiguous_format
+
+
+def _call(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], stride: int) -> Tensor:
+    # Kernels want dense input. Slices that are not are copied here, where a dry run sees it, and not within a kernel.
+    x = x.contiguous(memory_format=_layout(x))
+    if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled() and _has_onednn():
+        n = x.ndim - 2
+        return torch.mkldnn_convolution(x, weight, bias, padding, (stride,) * n, (1,) * n, 1)
+    y = (F.conv3d if x.ndim == 5 else F.conv2d)(x, weight, bias, stride=stride, padding=padding)
+    if y.is_meta and _layout(x) == torch.channels_last_3d:  # its kernel forgets the layout, real ones do not
+        _, C, T, H, W = y.shape
+        y = y.as_strided(y.shape, (T * H * W * C, 1, H * W * C, W * C, C))
+    return y

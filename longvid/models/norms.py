@@ -1,0 +1,295 @@
+"""Norm and activation in two passes: statistics of a chunk, then silu(norm(x)) written where a convolution reads.
+
+A norm of a chunk is fitted once and written slice by slice, into the window of the convolution behind it. Statistics
+are of the whole chunk, however it is sliced, so slices never change a bit.
+
+Two layouts, two ways to the same numbers:
+
+* contiguous on a CPU: moments from ``torch.native_group_norm``, rounding where plain modules round. Bit for bit what
+  they give (decision 2).
+* channels last: moments of every channel in one pass without an output, joined to groups; the maps of a spatial norm
+  are folded into its scale and shift at the size of the latent. To rounding.
+
+Axes: B batch, C channels, T time, H height, W width; lower-case t h w are those of a latent.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longvid.models import triton_norm
+from longvid.workspace import layout_of
+
+__all__ = ["Fitted", "GroupNormSiLU", "Producer", "SpatialNormSiLU", "group_moments"]
+
+_SLAB_ELEMENTS = 2**18
+"of the float32 copy that a slab of rows is normalised in: it stays in a core's cache between the operations"
+_NORM_CALLS = 4
+"in how many parts moments are gathered where the kernel writes a copy that nobody needs"
+
+
+class Producer(Protocol):
+    """Something that can write the input of a convolution, any frames of it, into the convolution's window."""
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor with the shape (B, C, T, H, W), dtype, device and layout of that input."""
+        ...
+
+    def write(self, frames: range, out_BCTHW: Tensor) -> None:
+        """Write these frames of the input into ``out``. Harmless to repeat."""
+        ...
+
+    def release(self) -> Tensor:
+        """Let go of whatever it reads, which is returned; it cannot write any more."""
+        ...
+
+
+class Fitted:
+    """silu(norm(x)) of a chunk whose statistics are known and whose values are not computed yet.
+
+    Args:
+        x_BCTHW: what is normalised; held until :meth:`release`.
+        scale_BC: float32, the norm's own weight in it.
+        shift_BC: float32; the norm is x * scale + shift.
+        maps: y and b at the latent's size, (B, C, t, h, w): the norm is then multiplied by y, and b added.
+    """
+
+    def __init__(
+        self, x_BCTHW: Tensor, scale_BC: Tensor, shift_BC: Tensor, maps: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        self._x: Tensor | None = x_BCTHW
+        self._scale, self._shift, self._maps = scale_BC, shift_BC, maps
+        self._triton = triton_norm.available(x_BCTHW)
+        self._folded: tuple[Tensor, Tensor] | None = None
+        if maps is not None and layout_of(x_BCTHW) == torch.channels_last_3d and not self._triton:
+            # (x s + t) y + b = x (s y) + (t y + b)
+            y, b = (m.to(torch.float32, memory_format=torch.channels_last_3d) for m in maps)
+            wide = (slice(None), slice(None), None, None, None)
+            self._folded = (y * scale_BC[wide], torch.addcmul(b, y, shift_BC[wide]))
+
+    @property
+    def like(self) -> Tensor:
+        """What is normalised."""
+        if self._x is None:
+            raise ValueError("what was normalised has been released")
+        return self._x
+
+    def release(self) -> Tensor:
+        """Let go of what is normalised, and return it."""
+        x, self._x = self.like, None
+        return x
+
+    def write(self, frames: range, out_BCTHW: Tensor) -> None:
+        """Write silu(norm(x)) of these frames into ``out`` (B, C, frames, H, W)."""
+        T = self.like.shape[2]
+        x = self.like[:, :, frames.start : frames.stop]
+        if self._triton:
+            latents = [_latent_frame(t, T, self._maps[0].shape[2]) for t in frames] if self._maps else None
+            triton_norm.apply_silu(x, out_BCTHW, self._scale, self._shift, self._maps, latents)
+        elif layout_of(self.like) == torch.channels_last_3d:
+            for i, t in enumerate(frames):
+                self._write_slabs(x[:, :, i], out_BCTHW[:, :, i], t, T)
+        else:
+            self._write_frames(x, out_BCTHW, frames, T)
+
+    def _write_frames(self, x: Tensor, out: Tensor, frames: range, T: int) -> None:
+        """Frame by frame, rounded where plain modules round."""
+        scale, shift = self._scale[:, :, None, None], self._shift[:, :, None, None]
+        B, C, _, H, W = x.shape
+        narrow = out.dtype != torch.float32
+        wide = torch.empty((B, C, H, W), dtype=torch.float32, device=x.device) if narrow else None
+        for i, t in enumerate(frames):
+            frame = out[:, :, i]
+            if wide is None:
+                torch.addcmul(shift, x[:, :, i], scale, out=frame)
+            else:
+                wide.copy_(x[:, :, i])
+                frame.copy_(torch.addcmul(shift, wide, scale, out=wide))
+            if self._maps is not None:
+                _modulate(frame, *(m[:, :, _latent_frame(t, T, m.shape[2])] for m in self._maps))
+            F.silu(frame, inplace=True)
+
+    def _write_slabs(self, x_BCHW: Tensor, out_BCHW: Tensor, t: int, T: int) -> None:
+        """One frame in channels last, in slabs of rows small enough to stay in a cache from operation to operation."""
+        B, C, H, W = x_BCHW.shape
+        x_BHWC, out_BHWC = x_BCHW.permute(0, 2, 3, 1), out_BCHW.permute(0, 2, 3, 1)
+        if self._folded is None:
+            h, w = H, 1
+        else:
+            h, w = self._folded[0].shape[-2:]
+            scale_BhwC, shift_BhwC = (
+                m[:, :, _latent_frame(t, T, m.shape[2])].permute(0, 2, 3, 1) for m in self._folded
+            )
+        repeat = H // h  # rows of x to a row of the maps
+        step = max(1, _SLAB_ELEMENTS // (repeat * W * C)) if x_BCHW.device.type in ("cpu", "meta") else h
+        narrow = out_BCHW.dtype != torch.float32
+        shape = (min(step, h), repeat, w, W // w, C)
+        wide = torch.empty(shape, dtype=torch.float32, device=x_BCHW.device) if narrow else None
+        if x_BCHW.is_meta:  # nothing else is allocated, and a dry run need not go over hundreds of slabs
+            return
+        for batch in range(B):
+            for row in range(0, h, step):
+                rows = slice(row * repeat, min(row + step, h) * repeat)
+                slab, target = (a[batch, rows].view(-1, repeat, w, W // w, C) for a in (x_BHWC, out_BHWC))
+                if self._folded is None:
+                    scale, shift = self._scale[batch], self._shift[batch]
+                else:
+                    scale, shift = (m[batch, row : row + step, None, :, None] for m in (scale_BhwC, shift_BhwC))
+                if wide is None:
+                    torch.addcmul(shift, slab, scale, out=target)
+                else:
+                    copy = wide[: len(slab)].copy_(slab)
+                    target.copy_(torch.addcmul(shift, copy, scale, out=copy))
+                F.silu(target, inplace=True)
+
+
+def _fit(norm: nn.GroupNorm, x: Tensor, maps: tuple[Tensor, Tensor] | None = None) -> Fitted:
+    """Statistics over the chunk, folded with the norm's own weight and bias, in float32."""
+    mean, rstd = group_moments(x, norm.num_groups, norm.eps)
+    repeats = x.shape[1] // norm.num_groups
+    scale = rstd.repeat_interleave(repeats, dim=1).mul_(norm.weight.float())
+    # addcmul, not a product and a sum: it rounds once, as the kernels of torch.group_norm do.
+    shift = torch.addcmul(norm.bias.float(), mean.repeat_interleave(repeats, dim=1), scale, value=-1)
+    return Fitted(x, scale, shift, maps)
+
+
+def group_moments(x_BCTHW: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal standard deviation of each group over a chunk, (B, groups) each, in float32."""
+    if triton_norm.available(x_BCTHW):
+        return _groups_of_channels(*triton_norm.channel_moments(x_BCTHW), num_groups, eps)
+    if x_BCTHW.device.type not in ("cpu", "meta"):
+        return _moments_by_frame(x_BCTHW, num_groups, eps)
+    if layout_of(x_BCTHW) == torch.channels_last_3d:
+        return _groups_of_channels(*_channel_moments(x_BCTHW), num_groups, eps)
+    return _native_moments(x_BCTHW, num_groups, eps)
+
+
+def _native_moments(x_BCTHW: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """From PyTorch's own kernel, a few groups at a time, since it also writes the normed values, which are not used."""
+    B, C, T, H, W = x_BCTHW.shape
+    at_once = -(-num_groups // _NORM_CALLS)
+    mean = torch.empty((B, num_groups), dtype=torch.float32, device=x_BCTHW.device)
+    rstd = torch.empty_like(mean)
+    for batch in range(B):
+        for group in range(0, num_groups, at_once):
+            groups = slice(group, min(group + at_once, num_groups))
+            width = C // num_groups * (groups.stop - groups.start)
+            part = x_BCTHW[batch : batch + 1, groups.start * (C // num_groups) :][:, :width]
+            # float32 weights make the kernel return float32 moments, unrounded.
+            weight = torch.ones(width, dtype=torch.float32, device=part.device)
+            bias = torch.zeros_like(weight)
+            num = groups.stop - groups.start
+            if part.is_meta:  # its kernel would give moments of x's dtype: allocate what the real one does
+                normed = torch.empty_like(part), weight.new_empty((1, num)), weight.new_empty((1, num))
+            else:
+                normed = torch.native_group_norm(part, weight, bias, 1, width, T * H * W, num, eps)
+            mean[batch, groups], rstd[batch, groups] = normed[1][0], normed[2][0]
+            del normed
+    return mean, rstd
+
+
+def _channel_moments(x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of every channel over a chunk in channels last, (B, C) each, float64; one pass, no output.
+
+    Frame by frame, which bounds the float32 sums; frames are joined in float64 as Chan, Golub and LeVeque do.
+    """
+    B, C, T = x_BCTHW.shape[:3]
+    shape, device = (B, T, C), x_BCTHW.device
+    means, variances = (torch.empty(shape, dtype=torch.float64, device=device) for _ in range(2))
+    # The running statistics are not wanted, but float32 ones make the kernel return float32 moments.
+    running = torch.zeros(C, dtype=torch.float32, device=device), torch.ones(C, dtype=torch.float32, device=device)
+    for batch in range(B):
+        for t in range(T):
+            frame = x_BCTHW[batch : batch + 1, :, t]
+            if frame.is_meta:
+                mean, variance = (torch.empty_like(running[0]) for _ in range(2))
+            else:
+                mean, variance = torch.batch_norm_update_stats(frame, *running, 0.0)
+            means[batch, t], variances[batch, t] = mean, variance
+    mean = means.mean(dim=1)
+    return mean, variances.mean(dim=1) + (means - mean[:, None]).square_().mean(dim=1)
+
+
+def _groups_of_channels(mean_BC: Tensor, variance_BC: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal standard deviation of groups of equally long channels, float32."""
+    mean_BGc, variance_BGc = (m.double().view(len(m), num_groups, -1) for m in (mean_BC, variance_BC))
+    mean = mean_BGc.mean(dim=2)
+    variance = variance_BGc.mean(dim=2) + (mean_BGc - mean[..., None]).square_().mean(dim=2)
+    return mean.float(), (variance + eps).rsqrt_().float()
+
+
+def _moments_by_frame(x_BCTHW: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """The same with one frame of memory: two passes within a frame, frames joined as Chan, Golub and LeVeque do."""
+    B, C, T, H, W = x_BCTHW.shape
+    frame = torch.empty((B, num_groups, C // num_groups * H * W), dtype=torch.float32, device=x_BCTHW.device)
+    means, squares = [], []
+    for t in range(T):
+        frame.view(B, C, H, W).copy_(x_BCTHW[:, :, t])
+        mean = frame.mean(dim=-1)
+        means.append(mean)
+        squares.append(torch.linalg.vector_norm(frame.sub_(mean[..., None]), dim=-1).square_())
+    mean_T = torch.stack(means)
+    mean = mean_T.mean(dim=0)
+    variance = torch.stack(squares).sum(dim=0).div_(T * frame.shape[-1])
+    variance += (mean_T - mean).square_().mean(dim=0)
+    return mean, (variance + eps).rsqrt_()
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """GroupNorm over the frames of a chunk, then SiLU, written where the next convolution reads."""
+
+    def fit(self, x_BCTHW: Tensor, latent: Tensor | None = None) -> Fitted:
+        """First pass: the statistics of x. Second pass: :meth:`Fitted.write`."""
+        return _fit(self, x_BCTHW)
+
+
+class SpatialNormSiLU(nn.Module):
+    """GroupNorm whose scale and offset are 1x1 convolutions of the latent, then SiLU.
+
+    A 1x1 convolution commutes with nearest interpolation, so both maps are computed at the latent's size and only
+    read at the feature map's: nothing is interpolated.
+
+    Source: MoVQ, Zheng et al. 2022, arXiv 2209.09002, as used in CogVideoX.
+    """
+
+    def __init__(self, channels: int, latent_channels: int, *, num_groups: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.norm_layer = nn.GroupNorm(num_groups, channels, eps=eps)
+        self.conv_y = _Named(latent_channels, channels)
+        self.conv_b = _Named(latent_channels, channels)
+
+    def fit(self, x_BCTHW: Tensor, latent: Tensor | None = None) -> Fitted:
+        """First pass: the statistics of x and the maps of the latent (B, c, t, h, w), which this norm needs."""
+        if latent is None:
+            raise ValueError("a spatial norm is steered by a latent; none was given")
+        return _fit(self.norm_layer, x_BCTHW, (self.conv_y.conv(latent), self.conv_b.conv(latent)))
+
+
+class _Named(nn.Module):
+    """A 1x1 convolution under the name that checkpoints have for it."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, out_channels, 1)
+
+
+def _latent_frame(t: int, num_frames: int, num_latents: int) -> int:
+    """The latent frame that feature frame ``t`` belongs to: the first one alone when the chunk has it."""
+    if num_frames > 1 and num_frames % 2 == 1:
+        return 0 if t == 0 else 1 + (t - 1) * (num_latents - 1) // (num_frames - 1)
+    return t * num_latents // num_frames
+
+
+def _modulate(frame_BCHW: Tensor, scale_BChw: Tensor, offset_BChw: Tensor) -> None:
+    """frame * scale + offset in place, both maps read as if enlarged to the frame by nearest neighbour."""
+    B, C, H, W = frame_BCHW.shape
+    h, w = scale_BChw.shape[-2:]
+    rows = frame_BCHW.view(B, C, h, H // h, W)
+    # Enlarged along the width only, so that the innermost loop of the kernels is a whole row.
+    rows.mul_(scale_BChw.repeat_interleave(W // w, dim=-1)[:, :, :, None])
+    rows.add_(offset_BChw.repeat_interleave(W // w, dim=-1)[:, :, :, None])

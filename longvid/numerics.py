@@ -1,0 +1,61 @@
+"""Numerics: choices that decide the last bits of a result. Fixed for a video, recorded in its store.
+
+Neither is a matter of right or wrong: kernels add the same products in another order, or fewer products that amount to
+the same. What never changes a bit (budgets, offloading, slices, prefetch) is not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+from longvid.errors import ModelError
+
+__all__ = ["Layout", "Numerics", "parse_layout", "parse_paired_frames"]
+
+Layout: TypeAlias = Literal["contiguous", "channels_last"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numerics:
+    """How a model is computed, as far as it can be seen in the result."""
+
+    layout: Layout = "contiguous"
+    """of activations in memory. ``contiguous``: B C T H W, in which the bfloat16 encoder of CogVideoX is diffusers' bit
+    for bit on a CPU. ``channels_last``: B T H W C, in which convolutions need no reordering"""
+    paired_frames: bool = False
+    "whether convolutions over three frames take two frames at a time, with a third fewer multiplications"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> Numerics:
+        """What :meth:`to_dict` gave."""
+        return cls(layout=parse_layout(facts["layout"]) or "contiguous", paired_frames=bool(facts["paired_frames"]))
+
+
+def parse_layout(layout: str) -> Layout | None:
+    """A layout by name; None for ``"auto"``.
+
+    Raises:
+        ModelError: there is no such layout.
+    """
+    known: dict[str, Layout | None] = {"auto": None, **{name: name for name in get_args(Layout)}}
+    if layout not in known:
+        raise ModelError(f"layout {layout!r} is not known; choose {', '.join(known)}")
+    return known[layout]
+
+
+def parse_paired_frames(paired_frames: str | bool) -> bool | None:
+    """``True`` or ``"on"``, ``False`` or ``"off"``; None for ``"auto"``.
+
+    Raises:
+        ModelError: it is none of these.
+    """
+    known = {"auto": None, "on": True, "off": False, True: True, False: False}
+    if paired_frames not in known:
+        raise ModelError(f"paired_frames {paired_frames!r} is not known; choose auto, on or off")
+    return known[paired_frames]

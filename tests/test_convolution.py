@@ -1,0 +1,78 @@
+"""One convolution: parts equal the whole, pairs of frames agree to rounding, small float32 ones are not slow."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longvid.models.convolution import convolution, filters_of_pairs, paired, row_bands
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
+
+
+@given(st.integers(1, 200), st.integers(0, 3), st.integers(1, 50), st.integers(1, 3000))
+def test_bands_give_every_row_once_and_read_what_they_need(height, halo, row, limit):
+    bands = row_bands(height, halo=halo, row=row, limit=limit)
+    assert [r for _, rows in bands for r in rows] == list(range(height))
+    for read, rows in bands:
+        assert read == range(max(0, rows.start - halo), min(height, rows.stop + halo))
+        assert len(read) * row <= limit or len(rows) == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("limit", [1, 500, 2000, 10**9])
+def test_parts_equal_the_whole_bit_for_bit(limit, dtype, layout):
+    x = torch.randn(1, 6, 5, 13, 9).to(dtype).contiguous(memory_format=layout)
+    weight, bias = torch.randn(4, 6, 3, 3, 3).to(dtype), torch.randn(4).to(dtype)
+    with torch.inference_mode():
+        got = convolution(x, weight, bias, padding=(0, 1, 1), limit=limit)
+        whole = convolution(x, weight, bias, padding=(0, 1, 1))
+        flat = convolution(x[:, :, 0], weight[:, :, 0], bias, padding=(1, 1), limit=limit)
+        flat_whole = F.conv2d(x[:, :, 0], weight[:, :, 0], bias, padding=1)
+    assert torch.equal(got, whole)
+    assert got.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(flat, flat_whole, rtol=1e-5, atol=2e-2 if dtype == torch.bfloat16 else 1e-5)
+    expected = F.conv3d(x.double(), weight.double(), bias.double(), padding=(0, 1, 1))
+    assert (whole.double() - expected).norm() / expected.norm() < (3e-3 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_no_part_is_larger_than_the_limit(monkeypatch):
+    from longvid.models import convolution as module
+
+    sizes, real = [], module._call
+    monkeypatch.setattr(module, "_call", lambda x, *args: sizes.append(x.numel()) or real(x, *args))
+    x = torch.randn(1, 4, 6, 20, 10)
+    with torch.inference_mode():
+        convolution(x, torch.randn(8, 4, 3, 3, 3), None, padding=(0, 1, 1), limit=1500)
+    assert len(sizes) > 4
+    assert 2 * max(sizes) <= 1500  # twice as many channels come out
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_pair_of_frames_equals_its_definition(dtype, bias):
+    x = torch.randn(2, 16, 4, 7, 6, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
+    weight = torch.randn(12, 16, 3, 3, 3, dtype=dtype) / 20
+    offset = torch.randn(12, dtype=dtype) if bias else None
+    out = torch.empty(2, 12, 2, 7, 6, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
+    with torch.inference_mode():
+        paired(x, filters_of_pairs(weight), offset, out)
+    expected = F.conv3d(x.double(), weight.double(), None if offset is None else offset.double(), padding=(0, 1, 1))
+    error = (out.double() - expected).norm() / expected.norm()
+    assert error < {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}[dtype]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_small_float32_convolutions_go_to_onednn(monkeypatch, layout):
+    """PyTorch itself would not: the first four sizes of this input multiply to less than 20,480."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of PyTorch has no oneDNN")
+    calls, real = [], torch.mkldnn_convolution
+    monkeypatch.setattr(torch, "mkldnn_convolution", lambda *args: calls.append(1) or real(*args))
+    x = torch.randn(1, 16, 4, 12, 12).contiguous(memory_format=layout)
+    with torch.inference_mode():
+        y = convolution(x[:, :, 1:], torch.randn(16, 16, 3, 3, 3), None, padding=(0, 1, 1))
+    assert calls == [1]
+    assert y.is_contiguous(memory_format=layout)

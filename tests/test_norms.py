@@ -1,0 +1,108 @@
+"""Norm and activation in two passes, in both layouts, against plain PyTorch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from longvid.models.norms import GroupNormSiLU, SpatialNormSiLU, _moments_by_frame, group_moments
+
+DTYPES = [torch.float32, torch.bfloat16]
+LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
+
+
+def torch_norm_silu(norm, x):
+    return F.silu(F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("frames", [1, 2, 9])
+def test_norm_equals_torch(dtype, frames, layout):
+    norm = GroupNormSiLU(4, 16, eps=1e-6).to(dtype)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = (torch.randn(2, 16, frames, 6, 10) * 3 + 5).to(dtype).contiguous(memory_format=layout)
+    window = torch.full((2, 16, frames + 2, 6, 10), float("nan"), dtype=dtype).contiguous(memory_format=layout)
+    with torch.inference_mode():
+        norm.fit(x).write(range(frames), window[:, :, 2:])
+        expected = torch_norm_silu(norm, x)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5}
+    if dtype == torch.bfloat16:  # contiguous is bit for bit; otherwise the moments differ in the last bit of a float32
+        tolerance = {"rtol": 0, "atol": 0} if layout == torch.contiguous_format else {"rtol": 2**-7, "atol": 2**-7}
+    torch.testing.assert_close(window[:, :, 2:], expected, **tolerance)
+    assert window[:, :, :2].isnan().all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_moments_frame_by_frame_equal_those_over_the_chunk(offset):
+    """The path of devices whose kernel has no float32 moments for a narrow dtype."""
+    x = torch.randn(2, 12, 5, 4, 6) * torch.rand(1, 1, 5, 1, 1) + offset
+    for got, expected in zip(_moments_by_frame(x, 3, 1e-6), group_moments(x, 3, 1e-6), strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_moments_against_float64(layout, scale):
+    """Also where the mean is large beside the deviation."""
+    x = (torch.randn(2, 12, 5, 40, 60) * scale + 1.0).contiguous(memory_format=layout)
+    mean, rstd = group_moments(x, 3, 1e-12)
+    groups = x.double().view(2, 3, -1) if layout == LAYOUTS[0] else x.double().contiguous().view(2, 3, -1)
+    torch.testing.assert_close(mean.double(), groups.mean(-1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rstd.double(), groups.var(-1, unbiased=False).rsqrt(), rtol=3e-3 * 1e-3 / scale, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@settings(deadline=None, max_examples=20)
+@given(st.sampled_from([(1, 1), (2, 2), (4, 2), (8, 2), (3, 3), (5, 3), (9, 3)]), st.sampled_from([1, 2, 4]))
+def test_spatial_norm_equals_its_definition(layout, times, factor):
+    """Against the plain form: interpolate the latent to the feature size, then convolve it; written in two parts."""
+    T, t = times
+    norm = SpatialNormSiLU(8, 5, num_groups=2)
+    x, z = torch.randn(1, 8, T, 3 * factor, 4 * factor), torch.randn(1, 5, t, 3, 4)
+    x, z = (a.contiguous(memory_format=layout) for a in (x, z))
+    out, half = torch.empty_like(x), T // 2
+    with torch.inference_mode():
+        fitted = norm.fit(x, z)
+        fitted.write(range(half), out[:, :, :half])
+        fitted.write(range(half, T), out[:, :, half:])
+        if T > 1 and T % 2:
+            first = F.interpolate(z[:, :, :1], size=(1, *x.shape[3:]))
+            large = torch.cat([first, F.interpolate(z[:, :, 1:], size=(T - 1, *x.shape[3:]))], dim=2)
+        else:
+            large = F.interpolate(z, size=x.shape[2:])
+        expected = F.silu(norm.norm_layer(x) * norm.conv_y.conv(large) + norm.conv_b.conv(large))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_spatial_norm_needs_a_latent():
+    with pytest.raises(ValueError, match="latent"):
+        SpatialNormSiLU(4, 2, num_groups=1).fit(torch.zeros(1, 4, 1, 2, 2))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_slabs_of_any_height_write_the_same(monkeypatch, rows):
+    from longvid.models import norms
+
+    norm = SpatialNormSiLU(8, 5, num_groups=2)
+    x, z = (
+        torch.randn(1, c, t, h, w).contiguous(memory_format=torch.channels_last_3d)
+        for c, t, h, w in ((8, 4, 24, 16), (5, 2, 6, 4))
+    )
+    outs = []
+    for elements in (2**18, rows * 16 * 8):
+        monkeypatch.setattr(norms, "_SLAB_ELEMENTS", elements)
+        outs.append(torch.empty_like(x))
+        with torch.inference_mode():
+            norm.fit(x, z).write(range(4), outs[-1])
+    assert torch.equal(*outs)
+
+
+def test_what_was_released_cannot_be_written():
+    fitted = GroupNormSiLU(2, 4).fit(torch.zeros(1, 4, 1, 2, 2))
+    fitted.release()
+    with pytest.raises(ValueError, match="released"):
+        fitted.write(range(1), torch.zeros(1, 4, 1, 2, 2))

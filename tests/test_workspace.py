@@ -1,0 +1,85 @@
+"""The workspace: memory is handed out again when it is free, and never a moment earlier."""
+
+import pytest
+import torch
+
+from longvid import AllocationTracker
+from longvid.workspace import TensorKind, Workspace, flattened, layout_of
+
+CPU = torch.device("cpu")
+LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
+SHAPE = (1, 4, 3, 5, 6)
+
+
+def kind(layout=torch.contiguous_format, device=CPU):
+    return TensorKind(torch.float32, device, layout)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_of_a_dead_tensor_is_handed_out_again(layout, device):
+    workspace, tracker = Workspace(), AllocationTracker()
+    with tracker:
+        for _ in range(5):
+            tensor = workspace.take(SHAPE, kind(layout, torch.device(device)))
+            assert tensor.shape == SHAPE
+            assert tensor.is_contiguous(memory_format=layout)
+            assert layout_of(tensor) == layout
+            del tensor
+    assert tracker.peak_bytes == tracker.live_bytes == 4 * 360
+    workspace.clear()
+    assert tracker.live_bytes == 0
+
+
+@pytest.mark.parametrize("hold", [lambda t: t, lambda t: t[:, :, 1:], lambda t: t.permute(0, 2, 1, 3, 4).detach()])
+def test_memory_that_anything_refers_to_is_not(hold):
+    workspace = Workspace()
+    tensor = workspace.take(SHAPE, kind()).fill_(1.0)
+    held = hold(tensor)
+    del tensor
+    for _ in range(4):
+        workspace.take(SHAPE, kind()).fill_(2.0)
+    assert (held == 1.0).all()
+    workspace.clear()
+    workspace.take(SHAPE, kind()).fill_(3.0)
+    assert (held == 1.0).all()
+
+
+def test_idle_memory_of_another_size_is_let_go_before_more_is_taken():
+    workspace, tracker = Workspace(), AllocationTracker()
+    with tracker:
+        for t in (7, 5, 3):
+            workspace.take((1, 4, t, 5, 6), kind())
+    assert tracker.peak_bytes == 7 * 480
+    assert tracker.live_bytes == 3 * 480
+
+
+def test_what_is_not_asked_for_again_goes_after_two_requests():
+    workspace, tracker = Workspace(), AllocationTracker()
+    with tracker:
+        large, small = workspace.take((1, 4, 9, 5, 6), kind()), workspace.take(SHAPE, kind())
+        del large, small
+        live = []
+        for _ in range(3):
+            workspace.take(SHAPE, kind())
+            live.append(tracker.live_bytes)
+    assert live[-1] == 3 * 480
+    assert live[0] == 12 * 480
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_flattened_is_a_view_in_the_order_of_memory(layout):
+    tensor = torch.arange(360.0).view(SHAPE).contiguous(memory_format=layout)
+    flat = flattened(tensor)
+    assert flat.data_ptr() == tensor.data_ptr()
+    assert flat.shape == (360,)
+    assert torch.equal(torch.as_strided(tensor, (360,), (1,)), flat)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3, 5, 6), (1, 4, 1, 1, 1), (2, 3, 1, 1, 2), (1, 8, 2, 1, 1)])
+def test_layouts_of_odd_shapes_survive_a_slice(shape):
+    for layout in LAYOUTS:
+        tensor = torch.zeros(shape).contiguous(memory_format=layout)
+        found = layout_of(tensor)
+        assert tensor.is_contiguous(memory_format=found)
+        assert tensor[:, :, :1].is_contiguous(memory_format=layout_of(tensor[:, :, :1])) or layout_of(tensor) == found
