@@ -32,6 +32,9 @@ lint: venv
 bench: venv
 	$(BIN)/python benchmarks/peers_memory.py --out benchmarks/results/peers_memory.json \
 		--plot benchmarks/results/peers_memory.png docs/images/peers-memory.png
+	$(BIN)/python benchmarks/speed.py --out benchmarks/results/speed.json --plot docs/images/speed.png
+	$(BIN)/python benchmarks/rss.py --out benchmarks/results/rss.json
+	$(BIN)/python benchmarks/pipeline.py --out benchmarks/results/pipeline.json
 	$(BIN)/python benchmarks/flat.py --out benchmarks/results/flat.json
 	$(BIN)/python benchmarks/hour.py --decode --out benchmarks/results/hour.json
 

@@ -136,6 +136,7 @@ def _info(args: argparse.Namespace) -> int:
         "representation": store.representation,
         "model": store.vae,
         "chunk_plan": store.schedule.to_dict(),
+        "numerics": store.attrs["longvid"].get("numerics"),
         "source": store.source,
         "stored_bytes": store.stored_bytes,
     }
@@ -149,6 +150,10 @@ def _info(args: argparse.Namespace) -> int:
     print(f"latents   {shape} (t c y x) {store.latents.dtype}, {store.representation}, raw (not scaled)")
     print(f"stored    {format_bytes(store.stored_bytes)}")
     print(f"chunks    {1 + plan.chunk_frames}, {plan.chunk_frames}, {plan.chunk_frames}, ... frames")
+    computed = store.attrs["longvid"].get("numerics") or {}
+    if computed:
+        pairs = ", frames in pairs" if computed.get("paired_frames") else ""
+        print(f"computed  {str(computed.get('layout')).replace('_', ' ')} layout{pairs}")
     print(f"model     {_model_name(store.vae)}, scaling_factor {store.vae.get('scaling_factor')}")
     print(f"source    {store.source.get('name')}")
     return 0
@@ -157,6 +162,7 @@ def _info(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from longvid.memory import default_reserved_bytes
     from longvid.models.base import resolve_device
+    from longvid.numerics import Numerics, parse_layout, parse_paired_frames
     from longvid.plan import make_plan
 
     height, width = args.size
@@ -168,6 +174,11 @@ def _plan(args: argparse.Namespace) -> int:
         memory=args.memory,
         offload=args.offload,
         chunk_frames=args.chunk_frames,
+        numerics=Numerics(
+            layout=parse_layout(args.layout) or "channels_last",
+            paired_frames=bool(parse_paired_frames(args.paired_frames)),
+        ),
+        slice_frames=args.slice_frames,
         reserved=default_reserved_bytes(resolve_device(args.device)) if args.reserved is None else args.reserved,
     )
     print(json.dumps(plan.to_dict()) if args.json else plan.explain())
@@ -271,6 +282,9 @@ def _session(
                 reserved=args.reserved,
                 profile=args.profile,
                 chunk_frames=args.chunk_frames,
+                slice_frames=args.slice_frames,
+                layout=args.layout,
+                paired_frames=args.paired_frames,
                 callbacks=callbacks,
             )
         )
@@ -280,9 +294,12 @@ def _session(
 def _map_large_allocations() -> None:
     """Have glibc map every tensor of its own, so that the process's peak does not depend on how its heap fragments.
 
-    Left alone, glibc moves the limit up to 32 MiB as it goes, and small tensors of three threads share one heap.
+    Left alone, glibc moves the limit up to 32 MiB as it goes, and small tensors of three threads share one heap. Pages
+    that are mapped anew have to be filled anew, so torch is told, before it is imported, to ask for those of 2 MiB.
     """
     import ctypes
+
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -529,6 +546,26 @@ def _budget_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="frames of a chunk after the first, for models whose result does not depend on it, such as tiny "
         "(default: the model's own, or shorter if --memory asks for it)",
+    )
+    parser.add_argument(
+        "--slice-frames",
+        type=_at_least(1),
+        metavar="N",
+        help="frames at a time in the layers with the largest frames; results are the same (default: whole chunks, a "
+        "few frames on a CPU, or fewer if --memory asks for it)",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=("auto", "contiguous", "channels_last"),
+        default="auto",
+        help="memory layout of activations; results agree to rounding (default: %(default)s, what is faster here)",
+    )
+    parser.add_argument(
+        "--paired-frames",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="convolve frames in pairs, with a third fewer multiplications; to rounding, which in bfloat16 doubles "
+        "(default: %(default)s, in float32 on a CPU)",
     )
 
 

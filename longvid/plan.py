@@ -10,7 +10,7 @@ sets ``reserved_bytes`` aside for them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias, cast
@@ -100,8 +100,8 @@ class DirectionPlan:
     chunk_frames: int
     numerics: Numerics = field(default_factory=Numerics)
     slicing: Slicing = field(default_factory=lambda: Slicing())
-    least_timeline: Timeline | None = field(default=None, repr=False)
-    "with the shortest slices; None if there are none shorter than the plan's"
+    least_timeline: Callable[[], Timeline] | None = field(default=None, repr=False, compare=False)
+    "makes that of the shortest slices, by a dry run of its own; None if there are none shorter than the plan's"
     suggestions: tuple[str, ...] = ()
     "if it does not fit: the nearest settings that would"
 
@@ -123,7 +123,7 @@ class DirectionPlan:
     @property
     def minimum_bytes(self) -> int:
         """Peak of the run in the shortest slices if every context left and none came early: nothing needs less."""
-        timeline = self.least_timeline or self.timeline
+        timeline = self.least_timeline() if self.least_timeline is not None else self.timeline
         return self.weights_bytes + timeline.peak(timeline.least).total_bytes
 
     @property
@@ -288,11 +288,14 @@ class Plan:
         lines = [
             f"{self.model} at {self.width}x{self.height} in {self.dtype}, {budget}",
             f"chunks of {first}, {self.schedule.chunk_frames}, {self.schedule.chunk_frames}, ... frames",
+            f"computed in the {parts[0].numerics.layout.replace('_', ' ')} layout"
+            + (", frames in pairs" if parts[0].numerics.paired_frames else ""),
             "",
             " " * 28 + "".join(f"{direction:>14}" for direction in directions),
         ]
         for label, key in _ROWS:
             lines.append(f"{label:28}" + "".join(f"{format_bytes(getattr(part, key)):>14}" for part in parts))
+        lines.append(f"{'layers run in':28}" + "".join(f"{part.slicing!s:>14}" for part in parts))
         if self.allowed_bytes is not None:
             lines.append(f"{'fits':28}" + "".join(f"{'yes' if self.fits(d) else 'no':>14}" for d in directions))
         for direction, part in zip(directions, parts, strict=True):
@@ -346,7 +349,7 @@ def make_plan(
     idle_limit_bytes: int | None = None,
     directions: Sequence[Direction] = _DIRECTIONS,
     numerics: Numerics | None = None,
-    slice_frames: int | None = None,
+    slice_frames: int | Mapping[Direction, int | None] | None = None,
     slice_bytes: int | None = None,
 ) -> Plan:
     """Plan encoding and decoding of ``height`` x ``width`` frames. Needs no weights, no device and about a second.
@@ -369,7 +372,7 @@ def make_plan(
         directions: what to plan; both share the length of a chunk.
         numerics: layout and form of the convolutions; contiguous and plain by default.
         slice_frames: frames of a slice in the layer with the largest frames; None for the longest slices that fit the
-            budget, whole chunks first.
+            budget, whole chunks first. A mapping gives each direction its own.
         slice_bytes: most bytes of a slice if ``slice_frames`` is None, for devices that prefer short ones.
 
     Raises:
@@ -393,7 +396,7 @@ def make_plan(
         idle_limit_bytes,
         rates if isinstance(rates, Mapping) else dict.fromkeys(_DIRECTIONS, rates or DeviceRates()),
         numerics or Numerics(),
-        slice_frames,
+        slice_frames if isinstance(slice_frames, Mapping) else dict.fromkeys(_DIRECTIONS, slice_frames),
         slice_bytes,
     )
     padded = vae.geometry.padded_size(height, width)
@@ -453,7 +456,7 @@ class _Planner:
         idle_limit_bytes: int | None,
         rates: Mapping[Direction, DeviceRates],
         numerics: Numerics,
-        slice_frames: int | None,
+        slice_frames: Mapping[Direction, int | None],
         slice_bytes: int | None,
     ) -> None:
         self._model = model
@@ -490,7 +493,7 @@ class _Planner:
         not enough.
         """
         candidates = self._slicings(direction, height, width, schedule)
-        least = self._timeline(direction, height, width, self._dtype, schedule, candidates[-1])
+        least = partial(self._timeline, direction, height, width, self._dtype, schedule, candidates[-1])
         staying = OffloadPolicy("none") if policy.kind == "auto" else policy
         for slicing in candidates:
             part = self._part(direction, height, width, schedule, policy, slicing, least)
@@ -507,7 +510,7 @@ class _Planner:
         schedule: ChunkSchedule,
         policy: OffloadPolicy,
         slicing: Slicing,
-        least: Timeline | None = None,
+        least: Callable[[], Timeline],
     ) -> DirectionPlan:
         return DirectionPlan(
             timeline=self._timeline(direction, height, width, self._dtype, schedule, slicing),
@@ -539,8 +542,9 @@ class _Planner:
         frame = largest * height * width // area
         if not frame:
             return [Slicing()]
-        if self._slice_frames is not None:
-            return [Slicing(self._slice_frames * frame, self._slice_frames)]
+        asked = self._slice_frames[direction]
+        if asked is not None:
+            return [Slicing(asked * frame, asked)]
         shortest = 2 if self._numerics.paired_frames else 1
         preferred = max(shortest, self._most_elements // frame)
         whole = preferred >= schedule.chunk_frames

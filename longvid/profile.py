@@ -28,7 +28,7 @@ from longvid.timeline import DeviceRates
 
 __all__ = ["DirectionProfile", "Profile", "ProfileScope", "check_profile_target"]
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _NAMES = {"model": "model", "architecture": "architecture", "size": "frame size", "dtype": "dtype", "device": "device"}
 
 
@@ -64,6 +64,8 @@ class ProfileScope:
 class DirectionProfile:
     """The chosen threshold of one direction, and the rates that were measured."""
 
+    slice_frames: int
+    "frames of a slice in the layer with the largest frames"
     resident_bytes: int
     "contexts that stay on the device, together"
     prefetch_bytes: int
@@ -104,6 +106,12 @@ class Profile:
         for direction, part in self.directions.items():
             policies[direction] = part.policy
         return policies
+
+    @property
+    def slice_frames(self) -> dict[Direction, int | None]:
+        """The slices of each direction; None for one that was not tuned."""
+        slices: dict[Direction, int | None] = {"encode": None, "decode": None}
+        return slices | {direction: part.slice_frames for direction, part in self.directions.items()}
 
     @property
     def rates(self) -> dict[Direction, DeviceRates]:
@@ -187,7 +195,7 @@ def _other_model(mine: str, asked: str) -> str:
 def _numbers(table: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The table, if its bytes are whole numbers from 0 and its rates positive numbers: people edit these files."""
     for key, value in table.items():
-        good = isinstance(value, int) if key.endswith("_bytes") else isinstance(value, (int, float))
+        good = isinstance(value, int) if key.endswith(("_bytes", "_frames")) else isinstance(value, (int, float))
         if not good or isinstance(value, bool) or value < 0 or (value == 0 and not key.endswith("_bytes")):
             raise ValueError(f"{key} = {value!r} of {name} is not a {'number of bytes' if 'bytes' in key else 'rate'}")
     return dict(table)

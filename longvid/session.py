@@ -221,12 +221,14 @@ class VideoSession:
         if key not in self._plans:
             profile = self._profile
             offload: Offload | Mapping[Direction, OffloadPolicy] = self._offload
+            slice_frames: int | Mapping[Direction, int | None] | None = self._slice_frames
             if profile is not None:
                 profile.check(
                     ProfileScope.of(engine.model, height=height, width=width, dtype=engine.dtype, device=engine.device)
                 )
                 if self._offload.kind == "auto" and self._allowed_bytes is None:
                     offload = profile.policies(self._offload)
+                    slice_frames = profile.slice_frames if slice_frames is None else slice_frames
             self._plans[key] = make_plan(
                 engine.model,
                 height=height,
@@ -241,7 +243,7 @@ class VideoSession:
                 directions=directions,
                 rates=None if profile is None else profile.rates,
                 numerics=self._numerics_for(engine, height, width),
-                slice_frames=self._slice_frames,
+                slice_frames=slice_frames,
                 slice_bytes=preferred_slice_bytes(engine.device),
             )
         return self._plans[key]

@@ -26,6 +26,7 @@ from longvid.machine import describe_machine
 from longvid.models.base import CausalVAE
 from longvid.offload import OffloadPolicy
 from longvid.plan import DirectionPlan, make_plan
+from longvid.probe import choose_numerics
 from longvid.profile import DirectionProfile, Profile, ProfileScope
 from longvid.schedule import ChunkSchedule
 from longvid.timeline import DeviceRates
@@ -45,6 +46,8 @@ class ThresholdPoint:
     """One threshold of one direction, measured."""
 
     direction: Direction
+    slice_frames: int
+    "frames of a slice in the layer with the largest frames; as many as a chunk has if it is not cut"
     resident_bytes: int
     "contexts that stay on the device, together"
     offloaded_bytes: int
@@ -75,7 +78,7 @@ class Tuning:
         """The sweep as a table, the knees marked."""
         lines = [
             f"{self.scope.model} at {self.scope.size} in {self.scope.dtype} on {self.scope.device}",
-            f"{'':8}{'stay':>12}{'leave':>12}{'early':>12}{'planned':>12}{'measured':>12}{'ms/chunk':>10}{'ratio':>8}",
+            f"{'':8}{'slices':>8}{'stay':>12}{'leave':>12}{'early':>12}{'planned':>12}{'measured':>12}{'ms/chunk':>10}{'ratio':>8}",
         ]
         for point in self.points:
             sizes = (
@@ -86,7 +89,7 @@ class Tuning:
                 point.peak_bytes,
             )
             lines.append(
-                f"{point.direction:8}"
+                f"{point.direction:8}{point.slice_frames:>8}"
                 + "".join(f"{format_bytes(size):>12}" for size in sizes)
                 + f"{point.seconds * 1e3:>10.1f}{point.slowdown:>8.3f}"
                 + ("  <- knee" if point.knee else "")
@@ -121,7 +124,7 @@ def tune(
     slack: float = 0.05,
     say: Callable[[str], None] = lambda _: None,
 ) -> Tuning:
-    """Measure a row of thresholds from everything resident to everything offloaded.
+    """Measure a row of thresholds: ever shorter slices, then, in the shortest, ever more offloaded contexts.
 
     Args:
         model: with weights; random ones will do.
@@ -156,6 +159,7 @@ def tune(
             excess = max(excess, *(point.peak_bytes - point.projected_bytes for point in row))
             flops = plans[0][1].timeline.total_flops
             parts[direction] = DirectionProfile(
+                slice_frames=knee.slice_frames,
                 resident_bytes=knee.resident_bytes,
                 prefetch_bytes=knee.prefetch_bytes,
                 peak_bytes=knee.peak_bytes,
@@ -176,11 +180,16 @@ def tune(
 def _thresholds(
     engine: Engine, direction: Direction, height: int, width: int, count: int, memory: int | None, link: float
 ) -> list[tuple[ChunkSchedule, DirectionPlan]]:
-    """Plans from nothing to everything offloaded, each different from the others."""
+    """Plans in ever shorter slices, then from nothing to everything offloaded, each different from the others."""
 
     rates = DeviceRates(link_bytes_per_second=link)
 
-    def planned(policy: OffloadPolicy) -> tuple[ChunkSchedule, DirectionPlan]:
+    padded = engine.model.geometry.padded_size(height, width)
+    numerics = choose_numerics(
+        engine.model, device=engine.device, dtype=engine.dtype, height=padded[0], width=padded[1]
+    )
+
+    def planned(policy: OffloadPolicy, slice_frames: int | None = None) -> tuple[ChunkSchedule, DirectionPlan]:
         plan = make_plan(
             engine.model,
             height=height,
@@ -189,6 +198,8 @@ def _thresholds(
             offload=policy,
             rates=rates,
             directions=(direction,),
+            numerics=numerics,
+            slice_frames=slice_frames,
         )
         return plan.schedule, plan.direction(direction)
 
@@ -200,7 +211,15 @@ def _thresholds(
     sizes = [int(none[1].cache_bytes * (count - 1 - i) / (count - 1)) for i in range(1, count - 1)]
     policies = [*(OffloadPolicy("size", size) for size in sizes if size > 0), OffloadPolicy("all")]
     found = [none]
-    for candidate in map(planned, policies):
+    shortest, frames = none[1].chunk_frames, none[1].chunk_frames // 2
+    while frames:
+        shorter = planned(OffloadPolicy("none"), frames)
+        if shorter[1].projected_bytes < found[-1][1].projected_bytes:
+            found.append(shorter)
+            shortest = frames
+        frames //= 2
+    for policy in policies:
+        candidate = planned(policy, shortest)
         if all(candidate[1].placement.offloaded != other.placement.offloaded for _, other in found):
             found.append(candidate)
     fitting = [(s, part) for s, part in found if memory is None or part.projected_bytes <= memory]
@@ -281,6 +300,7 @@ def _as_points(
     return [
         ThresholdPoint(
             direction=direction,
+            slice_frames=part.slicing.frames or part.chunk_frames,
             resident_bytes=part.resident_cache_bytes,
             offloaded_bytes=part.offloaded_cache_bytes,
             prefetch_bytes=part.placement.prefetch_bytes,

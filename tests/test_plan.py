@@ -132,24 +132,28 @@ def test_projection_equals_a_tracked_run_of_the_full_architecture(direction):
     assert max(run_for_real(model, direction, 64, 96, torch.float32)) == plan.projected_bytes - plan.weights_bytes
 
 
-def test_1920x1088_is_planned_and_no_convolution_exceeds_32_bit_indexing(monkeypatch):
-    from longvid.models import layers
+@pytest.mark.parametrize(
+    ("size", "numerics"), [((1080, 1920), PLAIN), ((1080, 1920), LAST), ((2160, 3840), LAST)], ids=str
+)
+def test_no_convolution_of_a_large_frame_exceeds_32_bit_indexing(monkeypatch, size, numerics):
+    """Long chunks are cut in slices; at 3840x2160 not even three frames fit, and bands of rows come in."""
+    from longvid.models import convolution
 
-    largest = []
+    largest, heights, real = [], set(), convolution._call
 
-    def recording(x, *args, real=torch.nn.functional.conv3d, **kwargs):
-        out = real(x, *args, **kwargs)
+    def recording(x, *args):
+        out = real(x, *args)
         largest.append(max(x.numel(), out.numel()))
+        heights.add(x.shape[-2])
         return out
 
-    monkeypatch.setattr(
-        layers.nn.Conv3d, "forward", lambda self, x: recording(x, self.weight, self.bias, padding=self.padding)
-    )
-    plan = make_plan("cogvideox-2b", height=1080, width=1920, dtype="bfloat16")
-    assert (plan.height, plan.width) == (1080, 1920)
-    plan = make_plan("cogvideox-2b", height=1088, width=1920, dtype="bfloat16")
-    assert plan.decode.projected_bytes > plan.encode.projected_bytes > 20e9
+    monkeypatch.setattr(convolution, "_call", recording)
+    plan = make_plan("cogvideox-2b", height=size[0], width=size[1], dtype="bfloat16", numerics=numerics)
+    assert (plan.height, plan.width) == (size[0], size[1])
+    assert plan.decode.projected_bytes > plan.encode.projected_bytes > 18e9
     assert max(largest) <= 2**31 - 1
+    if size[0] == 2160:
+        assert any(h not in {2160 >> k for k in range(4)} | {(2160 >> k) + 1 for k in range(4)} for h in heights)
 
 
 def test_sizes_are_padded_up_to_latents(vae):

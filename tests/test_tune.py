@@ -32,6 +32,11 @@ def test_the_sweep_goes_from_nothing_to_everything_and_is_exact(vae, tuning):
         assert all(point.resident_bytes + point.offloaded_bytes == part.cache_bytes for point in row)
         assert all(point.seconds > 0 and point.spread >= 1 for point in row)
         assert row[0].slowdown == 1
+        slices = [point.slice_frames for point in row]
+        assert slices == sorted(slices, reverse=True)
+        assert slices[0] == 8
+        assert slices[-1] < 8
+        assert all(point.slice_frames == slices[-1] for point in row if point.offloaded_bytes)
         (knee,) = (point for point in row if point.knee)
         assert knee.slowdown <= 1 + tuning.slack
         assert knee.peak_bytes == min(point.peak_bytes for point in row if point.slowdown <= 1 + tuning.slack)
@@ -43,7 +48,7 @@ def test_the_sweep_goes_from_nothing_to_everything_and_is_exact(vae, tuning):
 
 
 def test_thresholds_beyond_the_budget_are_left_out(vae):
-    part = make_plan(vae, height=HEIGHT, width=WIDTH, offload="all").encode
+    part = make_plan(vae, height=HEIGHT, width=WIDTH, offload="all", slice_frames=1).encode
     most = part.nothing_offloaded_bytes - 1
     found = tune(
         vae, height=HEIGHT, width=WIDTH, device="cpu", memory=most, directions=["encode"], thresholds=3, rounds=1
@@ -106,7 +111,13 @@ def test_a_profile_that_was_edited_badly_is_refused(tmp_path, old, new):
 def replace_profile(**changes):
     scope = ProfileScope(model="m", architecture="a", size="24x16", dtype="float32", device="d")
     part = DirectionProfile(
-        resident_bytes=0, prefetch_bytes=0, peak_bytes=1, slowdown=1.0, flops_per_second=1e9, link_bytes_per_second=1e9
+        slice_frames=2,
+        resident_bytes=0,
+        prefetch_bytes=0,
+        peak_bytes=1,
+        slowdown=1.0,
+        flops_per_second=1e9,
+        link_bytes_per_second=1e9,
     )
     return Profile(scope=replace(scope, **changes), reserved_bytes=0, directions={"encode": part})
 
@@ -132,7 +143,8 @@ def test_a_session_runs_as_its_profile_says(vae, tuning, tmp_path):
     part = tuning.profile.directions["encode"]
     half = replace(part, resident_bytes=make_plan(vae, height=HEIGHT, width=WIDTH).encode.cache_bytes // 2)
     profile = replace(tuning.profile, directions={"encode": half})
-    expected = make_plan(vae, height=HEIGHT, width=WIDTH, offload=half.policy).encode
+    setting = {"offload": half.policy, "slice_frames": half.slice_frames}
+    expected = make_plan(vae, height=HEIGHT, width=WIDTH, **setting).encode
     assert expected.placement.prefetch_bytes == half.prefetch_bytes
     with VideoSession(vae, device="cpu", profile=profile) as session:
         report = session.encode(frames, tmp_path / "a.zarr")

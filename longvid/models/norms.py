@@ -92,7 +92,7 @@ class Fitted:
             latents = [_latent_frame(t, T, self._maps[0].shape[2]) for t in frames] if self._maps else None
             triton_norm.apply_silu(x, out_BCTHW, self._scale, self._shift, self._maps, latents)
         elif layout_of(self.like) == torch.channels_last_3d:
-            for i, t in enumerate(frames):
+            for i, t in enumerate(_allocating(frames, x)):
                 self._write_slabs(x[:, :, i], out_BCTHW[:, :, i], t, T)
         else:
             self._write_frames(x, out_BCTHW, frames, T)
@@ -103,7 +103,7 @@ class Fitted:
         B, C, _, H, W = x.shape
         narrow = out.dtype != torch.float32
         wide = torch.empty((B, C, H, W), dtype=torch.float32, device=x.device) if narrow else None
-        for i, t in enumerate(frames):
+        for i, t in enumerate(_allocating(frames, x)):
             frame = out[:, :, i]
             if wide is None:
                 torch.addcmul(shift, x[:, :, i], scale, out=frame)
@@ -190,6 +190,8 @@ def _native_moments(x_BCTHW: Tensor, num_groups: int, eps: float) -> tuple[Tenso
                 normed = torch.native_group_norm(part, weight, bias, 1, width, T * H * W, num, eps)
             mean[batch, groups], rstd[batch, groups] = normed[1][0], normed[2][0]
             del normed
+            if part.is_meta:  # the other parts allocate the same
+                return mean, rstd
     return mean, rstd
 
 
@@ -204,7 +206,7 @@ def _channel_moments(x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
     # The running statistics are not wanted, but float32 ones make the kernel return float32 moments.
     running = torch.zeros(C, dtype=torch.float32, device=device), torch.ones(C, dtype=torch.float32, device=device)
     for batch in range(B):
-        for t in range(T):
+        for t in _allocating(range(T), x_BCTHW):
             frame = x_BCTHW[batch : batch + 1, :, t]
             if frame.is_meta:
                 mean, variance = (torch.empty_like(running[0]) for _ in range(2))
@@ -276,6 +278,11 @@ class _Named(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv3d(in_channels, out_channels, 1)
+
+
+def _allocating(frames: range, x: Tensor) -> range:
+    """The frames to go over: on meta tensors one is enough, since all of them allocate and free the same."""
+    return frames[:1] if x.is_meta else frames
 
 
 def _latent_frame(t: int, num_frames: int, num_latents: int) -> int:

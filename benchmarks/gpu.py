@@ -1,0 +1,240 @@
+"""All of it on CUDA in one call, a few minutes: rates of the device, then longvid and diffusers chunk by chunk.
+
+    python benchmarks/gpu.py [--size 720x480] [--rounds 5] [--skip-large] [--out benchmarks/results/gpu.json]
+
+1. Convolutions in bfloat16 in both layouts for the widths of the model, with a look for the slow fallback that some
+   versions of PyTorch take (``slow_conv_dilated3d``, vol2col).
+2. Norms: PyTorch's GroupNorm and SiLU against longvid's two passes (Triton where it runs).
+3. The link: pinned and pageable, each way, and both ways at once.
+4. A middle chunk of the full CogVideoX model, encode and decode, alternating: diffusers, longvid with nothing and with
+   everything offloaded; times by events, peaks by the allocator, beside the plan.
+5. A first and a middle chunk of a 1920x1088 decode, which diffusers cannot run untiled.
+
+Bars: decode at least 2.5 times and encode at least 2 times the speed of diffusers at 720x480; measured peak within 10 %
+of the plan and the reserve; no fallback; the large decode runs. Exit code 1 if one is missed, 2 without a device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from longvid import ConvCache, load_model, make_plan
+from longvid.events import Direction
+from longvid.machine import describe_machine
+from longvid.memory import default_reserved_bytes
+from longvid.models.cogvideox import CogVideoXVAE
+from longvid.models.norms import GroupNormSiLU
+from longvid.numerics import Numerics
+from longvid.residency import Residency
+from longvid.transfer import HostTransfer
+from longvid.units import parse_size
+
+CUDA = torch.device("cuda")
+DTYPE = torch.bfloat16
+LAST = torch.channels_last_3d
+DIRECTIONS: tuple[Direction, ...] = ("encode", "decode")
+BARS = {"encode": 2.0, "decode": 2.5}
+_LINK_BYTES = 256 * 2**20
+
+
+def _events() -> tuple[Any, Any]:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    return start, stop
+
+
+def seconds(work: Callable[[], object], rounds: int = 5) -> float:
+    """Median by events, after one call that is not counted."""
+    work()
+    found: list[float] = []
+    for _ in range(rounds):
+        start, stop = _events()
+        start.record()
+        work()
+        stop.record()
+        torch.cuda.synchronize()
+        found.append(start.elapsed_time(stop) / 1e3)
+    return statistics.median(found)
+
+
+def convolution_rates() -> list[dict[str, Any]]:
+    """TFLOP/s of 3x3x3 convolutions by width, frames and layout, and whether a kernel for dilation or im2col ran."""
+    rows = []
+    for channels, height, width in ((96, 480, 720), (128, 480, 720), (256, 240, 360), (512, 60, 90)):
+        weight = torch.randn(channels, channels, 3, 3, 3, device=CUDA, dtype=DTYPE)
+        for frames in (1, 4, 8):
+            row: dict[str, Any] = {"channels": channels, "size": f"{width}x{height}", "frames": frames}
+            for name, layout in (("contiguous", torch.contiguous_format), ("channels_last", LAST)):
+                x = torch.randn(1, channels, frames + 2, height, width, device=CUDA, dtype=DTYPE)
+                x = x.contiguous(memory_format=layout)
+                flops = 2 * 27 * channels**2 * frames * height * width
+                row[f"{name}_tflops"] = flops / seconds(lambda x=x, w=weight: F.conv3d(x, w, padding=(0, 1, 1))) / 1e12  # type: ignore[misc]
+            with torch.profiler.profile() as profile:
+                F.conv3d(x, weight, padding=(0, 1, 1))
+            names = " ".join(event.key for event in profile.key_averages())
+            row["fallback"] = any(word in names for word in ("slow_conv", "vol2col"))
+            rows.append(row)
+    return rows
+
+
+def norm_rates() -> list[dict[str, Any]]:
+    """GB/s, counting one read for the statistics, one for the second pass and one write."""
+    rows = []
+    for channels, height, width in ((128, 480, 720), (256, 240, 360), (512, 60, 90)):
+        norm = GroupNormSiLU(32, channels, eps=1e-6).to(CUDA, DTYPE)
+        x = torch.randn(1, channels, 8, height, width, device=CUDA, dtype=DTYPE)
+        y, out = x.contiguous(memory_format=LAST), torch.empty_like(x, memory_format=LAST)
+        moved = 3 * x.numel() * x.element_size()
+        rows.append(
+            {
+                "channels": channels,
+                "torch_gb_per_second": moved
+                / seconds(lambda x=x, n=norm: F.silu(F.group_norm(x, 32, n.weight, n.bias, n.eps)))  # type: ignore[misc]
+                / 1e9,
+                "longvid_gb_per_second": moved / seconds(lambda y=y, o=out, n=norm: n.fit(y).write(range(8), o)) / 1e9,  # type: ignore[misc]
+            }
+        )
+    return rows
+
+
+def link_rates() -> dict[str, float]:
+    """GB/s of host and device, one way at a time and both at once."""
+    device = torch.empty(_LINK_BYTES, dtype=torch.uint8, device=CUDA)
+    other = torch.empty_like(device)
+    pageable, pinned = (
+        torch.empty(_LINK_BYTES, dtype=torch.uint8),
+        torch.empty(_LINK_BYTES, dtype=torch.uint8).pin_memory(),
+    )
+    second = torch.empty(_LINK_BYTES, dtype=torch.uint8).pin_memory()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def both() -> None:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            second.copy_(other, non_blocking=True)
+        device.copy_(pinned, non_blocking=True)
+        torch.cuda.current_stream().wait_stream(side)
+
+    works: dict[str, Callable[[], object]] = {
+        "pinned_to_device": lambda: device.copy_(pinned, non_blocking=True),
+        "pinned_to_host": lambda: pinned.copy_(device, non_blocking=True),
+        "pageable_to_device": lambda: device.copy_(pageable),
+        "pageable_to_host": lambda: pageable.copy_(device),
+        "both_ways_each": both,
+    }
+    return {name: _LINK_BYTES / seconds(work) / 1e9 for name, work in works.items()}
+
+
+def chunk(direction: str, height: int, width: int, index: int) -> Tensor:
+    """Noise in the layout that longvid computes in."""
+    shape = (1, 3, 8, height, width) if direction == "encode" else (1, 16, 2, height // 8, width // 8)
+    shape = (*shape[:2], shape[2] + (index == 0), *shape[3:])
+    return torch.randn(shape, device=CUDA, dtype=DTYPE).clamp_(-2, 2).contiguous(memory_format=LAST)
+
+
+@torch.no_grad()
+def chunks(theirs: Any, ours: CogVideoXVAE, direction: Direction, size: str, rounds: int) -> dict[str, Any]:
+    """Seconds, peaks and plans of the contestants, which take turns chunk by chunk."""
+    height, width = parse_size(size)
+    numerics, reserved = Numerics(layout="channels_last"), default_reserved_bytes(CUDA)
+    row: dict[str, Any] = {"direction": direction, "size": size}
+    with ExitStack() as stack:
+        steps: dict[str, Callable[[Tensor], Tensor]] = {}
+        if theirs is not None:
+            module, kept = (theirs.encoder if direction == "encode" else theirs.decoder), {"cache": None}
+
+            def reference(x: Tensor) -> Tensor:
+                out, kept["cache"] = module(x.contiguous(), conv_cache=kept["cache"])
+                assert isinstance(out, Tensor)
+                return out
+
+            steps["diffusers"] = reference
+        for offload in ("none", "all"):
+            part = make_plan(
+                ours, height=height, width=width, offload=offload, numerics=numerics, directions=(direction,)
+            ).direction(direction)
+            transfer = stack.enter_context(HostTransfer(CUDA))
+            residency = Residency(part.placement, transfer, host_sizes=part.host_sizes)
+            module_, run = (ours.encoder, ours.encode) if direction == "encode" else (ours.decoder, ours.decode)
+            cache = stack.enter_context(ConvCache(module_, slice_elements=part.slicing.elements, residency=residency))
+            steps[f"longvid {offload}"] = lambda x, run=run, cache=cache: run(x, cache)  # type: ignore[misc]
+            row[f"planned {offload}"] = part.steady_chunk_bytes + reserved
+        for index in range(2):
+            for step in steps.values():
+                step(chunk(direction, height, width, index))
+        found: dict[str, list[float]] = {name: [] for name in steps}
+        for _ in tqdm(range(rounds), desc=f"{direction} {size}"):
+            x = chunk(direction, height, width, 1)
+            for name, step in steps.items():
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                start, stop = _events()
+                start.record()
+                step(x)
+                stop.record()
+                torch.cuda.synchronize()
+                found[name].append(start.elapsed_time(stop) / 1e3)
+                row[f"peak above idle {name}"] = torch.cuda.max_memory_allocated() - before
+        row["seconds"] = found
+        for name, times in found.items():
+            row[f"frames per second {name}"] = 8 / statistics.median(times)
+    return row
+
+
+def main() -> int:
+    """Measure everything, print it, write it."""
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="720x480")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--skip-large", action="store_true", help="no 1920x1088 decode")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("there is no CUDA device here", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    theirs: Any = diffusers.AutoencoderKLCogVideoX()  # type: ignore[no-untyped-call]
+    theirs = theirs.to(CUDA, DTYPE).eval().requires_grad_(False)
+    ours = load_model(theirs)
+    assert isinstance(ours, CogVideoXVAE)
+    record: dict[str, Any] = {
+        "command": "python " + " ".join(sys.argv),
+        "machine": describe_machine("cuda"),
+        "diffusers": diffusers.__version__,
+        "convolutions": convolution_rates(),
+        "norms": norm_rates(),
+        "link": link_rates(),
+        "chunks": [chunks(theirs, ours, direction, args.size, args.rounds) for direction in DIRECTIONS],
+    }
+    if not args.skip_large:
+        record["large"] = chunks(None, ours, "decode", "1920x1088", 2)
+    text = json.dumps(record, indent=1)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+    missed = [f"fallback at {row['channels']} channels" for row in record["convolutions"] if row["fallback"]]
+    for row in record["chunks"]:
+        ratio = row["frames per second longvid none"] / row["frames per second diffusers"]
+        if ratio < BARS[row["direction"]]:
+            missed.append(f"{row['direction']} is {ratio:.2f} times diffusers, the bar is {BARS[row['direction']]}")
+    for line in missed:
+        print(line, file=sys.stderr)
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,90 @@
+"""Resident memory of a whole process on the CPU: the full CogVideoX model in diffusers and in longvid.
+
+    python benchmarks/rss.py [--size 480x272] [--dtype bfloat16] [--chunks 2] [--out benchmarks/results/rss.json]
+
+Each contestant runs the first chunks of a video in a process of its own, which builds the model with random weights in
+the dtype, so weights, libraries and all are included; the figure is the peak that the OS reports. longvid runs as a
+session without a budget would: layout, pairing and slices by its own choice. Bars: encode at most 0.5, decode at most
+0.4 of diffusers; exit code 1 if one is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from speed import CPU, DIRECTIONS, chunk, open_diffusers, open_longvid
+
+from longvid import load_model
+from longvid.machine import describe_machine
+from longvid.memory import peak_rss_bytes
+from longvid.models.base import placed
+from longvid.models.cogvideox import CogVideoXVAE
+from longvid.probe import choose_numerics
+from longvid.units import format_bytes, parse_size
+
+BARS = {"encode": 0.5, "decode": 0.4}
+
+
+def run(contestant: str, direction: str, size: str, dtype: torch.dtype, chunks: int) -> int:
+    """Peak resident bytes of this process after the chunks."""
+    height, width = parse_size(size)
+    torch.set_default_dtype(dtype)
+    with ExitStack() as stack, torch.inference_mode():
+        if contestant == "diffusers":
+            import diffusers
+
+            logging.getLogger("diffusers").setLevel(logging.ERROR)
+            theirs: Any = diffusers.AutoencoderKLCogVideoX()  # type: ignore[no-untyped-call]
+            step = open_diffusers(theirs.eval(), direction)
+        else:
+            ours = placed(cast("CogVideoXVAE", load_model("cogvideox-2b", random_weights=0)), CPU, dtype)
+            numerics = choose_numerics(ours, device=CPU, dtype=dtype, height=height, width=width)
+            (found,) = (d for d in DIRECTIONS if d == direction)
+            step = open_longvid(stack, ours, found, numerics, height, width)
+        for index in range(chunks):
+            step(chunk(direction, height, width, dtype, index))
+    return peak_rss_bytes()
+
+
+def main() -> int:
+    """Run both in processes of their own, or one of them in this one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="480x272")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--chunks", type=int, default=2)
+    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
+    parser.add_argument("--contestant", choices=("diffusers", "longvid"), help="run this one here and print its bytes")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if args.contestant:
+        print(run(args.contestant, args.directions[0], args.size, getattr(torch, args.dtype), args.chunks))
+        return 0
+    rows: list[dict[str, Any]] = []
+    for direction in args.directions:
+        row: dict[str, Any] = {"direction": direction, "size": args.size, "dtype": args.dtype}
+        for contestant in ("diffusers", "longvid"):
+            command = [sys.executable, __file__, "--contestant", contestant, "--directions", direction]
+            command += ["--size", args.size, "--dtype", args.dtype, "--chunks", str(args.chunks)]
+            row[contestant] = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        row["ratio"] = row["longvid"] / row["diffusers"]
+        rows.append(row)
+        print(
+            f"{direction}: diffusers {format_bytes(row['diffusers'])}, longvid {format_bytes(row['longvid'])}, "
+            f"ratio {row['ratio']:.3f} (bar {BARS[direction]})"
+        )
+    if args.out:
+        record = {"command": "python " + " ".join(sys.argv), "machine": describe_machine("cpu"), "rows": rows}
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    return int(any(row["ratio"] > BARS[row["direction"]] for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

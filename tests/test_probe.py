@@ -1,0 +1,117 @@
+"""Which numerics are chosen, that they are seen where they should be, and that they are recorded."""
+
+import numpy as np
+import pytest
+import torch
+
+import longvid.probe
+from longvid import ModelError, VideoSession, load_model, open_store
+from longvid.models.cogvideox import CogVideoXConfig, CogVideoXVAE
+from longvid.numerics import Numerics, parse_layout, parse_paired_frames
+from longvid.probe import choose_numerics, preferred_slice_bytes
+
+CPU = torch.device("cpu")
+WIDE = {"block_out_channels": (16, 16, 16, 16), "norm_num_groups": 4, "layers_per_block": 1}
+
+
+@pytest.fixture(scope="module")
+def wide():
+    torch.manual_seed(0)
+    return CogVideoXVAE(CogVideoXConfig(**WIDE)).eval()
+
+
+def chosen(model, monkeypatch=None, seconds=(1.0, 1.0), dtype=torch.float32, size=(64, 96), **asked):
+    if monkeypatch is not None:
+        monkeypatch.setattr(longvid.probe, "_race", lambda makers: list(seconds))
+        monkeypatch.setattr(longvid.probe, "_SMALL_BYTES", 1)
+    return choose_numerics(model, device=CPU, dtype=dtype, height=size[0], width=size[1], **asked)
+
+
+def test_small_frames_on_a_cpu_stay_contiguous_and_nothing_is_measured(wide, monkeypatch):
+    monkeypatch.setattr(longvid.probe, "_race", lambda makers: pytest.fail("measured"))
+    assert chosen(wide) == Numerics()
+    assert chosen(load_model("tiny"), size=(720, 1280)) == Numerics()  # no kernel that the choice is about
+
+
+@pytest.mark.parametrize(
+    ("seconds", "dtype", "expected"),
+    [
+        ((1.0, 1.1), torch.float32, Numerics(layout="channels_last")),
+        ((1.0, 1.3), torch.float32, Numerics()),
+        ((1.4, 1.0), torch.float32, Numerics(layout="channels_last", paired_frames=True)),
+        ((1.4, 1.0), torch.bfloat16, Numerics(layout="channels_last")),
+    ],
+)
+def test_what_is_measured_decides_by_a_wide_margin(wide, monkeypatch, seconds, dtype, expected):
+    assert chosen(wide, monkeypatch, seconds, dtype) == expected
+
+
+def test_what_is_asked_for_is_taken(wide, monkeypatch):
+    monkeypatch.setattr(longvid.probe, "_race", lambda makers: pytest.fail("measured"))
+    for layout in ("contiguous", "channels_last"):
+        for paired in (False, True):
+            found = chosen(wide, layout=layout, paired_frames=paired)
+            assert found == Numerics(layout=layout, paired_frames=paired)
+
+
+def test_the_real_race_runs_in_both_forms(wide, monkeypatch):
+    monkeypatch.setattr(longvid.probe, "_SMALL_BYTES", 1)
+    seen, real = [], longvid.probe._race
+    monkeypatch.setattr(longvid.probe, "_race", lambda makers: seen.append(real(makers)) or seen[-1])
+    chosen(wide, layout=None)
+    chosen(wide, layout="channels_last")
+    assert len(seen) >= 2
+    assert all(len(row) == 2 and min(row) > 0 for row in seen)
+
+
+@pytest.mark.parametrize("parse", [parse_layout, parse_paired_frames])
+def test_what_does_not_exist_is_refused(parse):
+    with pytest.raises(ModelError, match="is not known; choose auto"):
+        parse("sideways")
+    assert parse("auto") is None
+
+
+def test_a_cpu_prefers_short_slices_and_a_device_whole_chunks():
+    assert preferred_slice_bytes(CPU) == 24 * 2**20
+    assert preferred_slice_bytes(torch.device("cuda")) is None
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return np.random.default_rng(0).integers(0, 256, (20, 32, 48, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("paired", [False, True])
+def test_a_session_computes_as_asked_and_records_it(wide, frames, tmp_path, layout, paired):
+    asked = {"layout": layout, "paired_frames": paired}
+    with VideoSession(wide, **asked) as session:
+        session.encode(frames, tmp_path / "a.zarr", representation="moments", store_dtype="float32")
+    with VideoSession(wide, **asked, slice_frames=2) as session:
+        session.encode(frames, tmp_path / "b.zarr", representation="moments", store_dtype="float32")
+    with VideoSession(wide) as session:
+        session.encode(frames, tmp_path / "c.zarr", representation="moments", store_dtype="float32")
+    stores = [open_store(tmp_path / f"{name}.zarr") for name in "abc"]
+    a, b, c = (store.moments[:] for store in stores)
+    assert np.array_equal(a, b)  # slices never change a bit
+    assert np.linalg.norm(a - c) <= 1e-5 * np.linalg.norm(c)
+    assert np.array_equal(a, c) == (layout == "contiguous")  # pairs need channels last
+    assert stores[0].attrs["longvid"]["numerics"] == {"layout": layout, "paired_frames": paired}
+
+
+def test_a_video_comes_back_alike_in_every_form(wide, frames, tmp_path):
+    with VideoSession(wide) as session:
+        session.encode(frames, tmp_path / "a.zarr")
+    found = {}
+    for asked in ({}, {"layout": "channels_last"}, {"layout": "channels_last", "paired_frames": "on"}):
+        for slices in (None, 1, 3):
+            pieces = []
+            with VideoSession(wide, **asked, slice_frames=slices) as session:
+                session.decode(tmp_path / "a.zarr", pieces.append)
+            got = np.concatenate(pieces)
+            assert got.shape == frames.shape
+            key = str(asked)
+            assert np.array_equal(found.setdefault(key, got), got)
+    first, *others = found.values()
+    for other in others:
+        assert np.abs(first.astype(int) - other).max() <= 1
