@@ -10,7 +10,7 @@ sets ``reserved_bytes`` aside for them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias, cast
@@ -100,8 +100,8 @@ class DirectionPlan:
     chunk_frames: int
     numerics: Numerics = field(default_factory=Numerics)
     slicing: Slicing = field(default_factory=lambda: Slicing())
-    least_timeline: Callable[[], Timeline] | None = field(default=None, repr=False, compare=False)
-    "makes that of the shortest slices, by a dry run of its own; None if there are none shorter than the plan's"
+    least_timeline: Timeline | None = field(default=None, repr=False)
+    "with the shortest slices; None if there are none shorter than the plan's"
     suggestions: tuple[str, ...] = ()
     "if it does not fit: the nearest settings that would"
 
@@ -123,7 +123,7 @@ class DirectionPlan:
     @property
     def minimum_bytes(self) -> int:
         """Peak of the run in the shortest slices if every context left and none came early: nothing needs less."""
-        timeline = self.least_timeline() if self.least_timeline is not None else self.timeline
+        timeline = self.least_timeline or self.timeline
         return self.weights_bytes + timeline.peak(timeline.least).total_bytes
 
     @property
@@ -493,7 +493,7 @@ class _Planner:
         not enough.
         """
         candidates = self._slicings(direction, height, width, schedule)
-        least = partial(self._timeline, direction, height, width, self._dtype, schedule, candidates[-1])
+        least = self._timeline(direction, height, width, self._dtype, schedule, candidates[-1])
         staying = OffloadPolicy("none") if policy.kind == "auto" else policy
         for slicing in candidates:
             part = self._part(direction, height, width, schedule, policy, slicing, least)
@@ -510,7 +510,7 @@ class _Planner:
         schedule: ChunkSchedule,
         policy: OffloadPolicy,
         slicing: Slicing,
-        least: Callable[[], Timeline],
+        least: Timeline,
     ) -> DirectionPlan:
         return DirectionPlan(
             timeline=self._timeline(direction, height, width, self._dtype, schedule, slicing),

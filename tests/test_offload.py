@@ -129,8 +129,7 @@ class _NeverRead:
 
 def test_an_ample_budget_moves_nothing(vae, reference, tmp_path):
     frames, _, moments, _ = reference
-    before = {t.name for t in threading.enumerate()}
-    lanes = []
+    before, lanes = own_threads(), []
 
     def look(_):
         lanes.extend(t.name for t in threading.enumerate() if t.name.startswith("longvid-to-"))
@@ -145,7 +144,12 @@ def test_an_ample_budget_moves_nothing(vae, reference, tmp_path):
         assert report.offloaded_bytes == 0
     assert not lanes  # not even started
     assert {span.lane for event in events for span in event.spans} == {"compute"}
-    assert {t.name for t in threading.enumerate()} == before
+    assert own_threads() == before
+
+
+def own_threads():
+    """Names of all threads but those of zarr's event loop, which takes more when it wants to and keeps them."""
+    return {t.name for t in threading.enumerate() if not t.name.startswith("asyncio_")}
 
 
 def _collector(events):
