@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # torch first and pinned: an unpinned torch pulls gigabytes of CUDA packages.
 TORCH  := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: venv demo test test-slow lint bench bench-memory clean
+.PHONY: venv demo test test-slow test-faults lint bench bench-memory clean
 
 venv: $(VENV)/.ready
 
@@ -23,6 +23,11 @@ test: lint
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow --timeout=1800
+
+# Every fault there is, and the table of what became of them; `make test` takes a sample.
+test-faults: venv
+	$(BIN)/python -m pytest -m "slow or not slow" --timeout=3600 --all-faults \
+		--ledger benchmarks/results/faults.json tests/test_fault_*.py tests/test_media_*.py
 
 lint: venv
 	$(BIN)/ruff check .

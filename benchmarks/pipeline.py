@@ -43,12 +43,13 @@ import longvid as lv
 from longvid.demo.__main__ import CLIP
 from longvid.engine import DecodeRun, EncodeRun, Engine, Frames, Times
 from longvid.events import Direction
-from longvid.feeds import LatentPiece, frame_chunks, frame_sink, latent_chunks, store_latents
+from longvid.feeds import FrameSink, LatentPiece, frame_chunks, latent_chunks, store_latents, video_sink
+from longvid.frame_writer import FrameStoreWriter
+from longvid.latent_writer import LatentWriter
 from longvid.machine import describe_machine
 from longvid.models.base import CausalVAE
 from longvid.plan import Plan
 from longvid.store import open_store
-from longvid.store_writer import LatentWriter
 from longvid.units import parse_size
 from longvid.video.sources import open_source
 
@@ -119,7 +120,7 @@ class Bench:
         """Frames in memory to latents on the host, as the session computes them."""
         with EncodeRun(self.engine, self.plan.encode, "mode", 0) as run:
             for piece in pieces:
-                keep(LatentPiece(piece.chunk, piece.pts, *run.latents(piece.chunk, piece.frames)))
+                keep(LatentPiece(piece.chunk, piece.pts, piece.valid, *run.latents(piece.chunk, piece.frames)))
 
     def write_latents(self, pieces: list[LatentPiece]) -> None:
         """Latents in memory to a store, as the writing thread does, with its beginning and its end."""
@@ -132,6 +133,7 @@ class Bench:
             representation="mode",
             vae=self.engine.model.describe(),
             overwrite=True,
+            resume=False,
         ) as target:
             for piece in pieces:
                 store_latents(target, piece)
@@ -164,9 +166,23 @@ class Bench:
 
     def write_frames(self, pieces: list[tuple[Frames, Times]], suffix: str) -> None:
         """Frames in memory to a file or a store, as the writing thread does, with its beginning and its end."""
-        with frame_sink(open_store(self.store), self.folder / f"alone{suffix}", True) as write:
+        latents = open_store(self.store)
+        out = self.folder / f"alone{suffix}"
+        sink: FrameSink = video_sink(latents, out, True)
+        if suffix == ".zarr":
+            sink = FrameStoreWriter(
+                out,
+                height=latents.height,
+                width=latents.width,
+                time_base=latents.time_base,
+                frame_rate=latents.frame_rate,
+                source=latents.source,
+                overwrite=True,
+                resume=False,
+            )
+        with sink:
             for piece in pieces:
-                write(*piece)
+                sink.write(*piece)
 
     def decode_stages(self) -> dict[str, Stage]:
         """What is timed, by name. Latents and frames of the stretch are held in memory."""

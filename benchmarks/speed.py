@@ -164,7 +164,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row of the results: every contestant at one setting."""
     height, width = parse_size(size)
-    numerics = choose_numerics(ours, device=CPU, dtype=dtype, height=height, width=width)
+    numerics = choose_numerics(ours, device=CPU, dtype=dtype, height=height, width=width, direction=direction)
     variants = {
         "longvid": numerics,
         "longvid plain": Numerics(layout=numerics.layout),

@@ -12,11 +12,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from longvid.cache import ConvCache
+    from longvid.durability import Durability
     from longvid.errors import (
         CacheError,
         LongvidError,
         MemoryBudgetError,
         ModelError,
+        NonFiniteError,
         ScheduleError,
         SessionStateError,
         SourceError,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from longvid.schedule import Chunk, ChunkSchedule
     from longvid.session import VideoSession
     from longvid.store import LatentStore, open_store
+    from longvid.video.limits import Limits
 
 __all__ = [
     "AllocationTracker",
@@ -45,11 +48,14 @@ __all__ = [
     "ChunkEvent",
     "ChunkSchedule",
     "ConvCache",
+    "Durability",
     "LatentGeometry",
     "LatentStore",
+    "Limits",
     "LongvidError",
     "MemoryBudgetError",
     "ModelError",
+    "NonFiniteError",
     "Plan",
     "Profile",
     "ProgressBar",
@@ -69,11 +75,13 @@ __all__ = [
 
 _HOMES = {
     "longvid.cache": ("ConvCache",),
+    "longvid.durability": ("Durability",),
     "longvid.errors": (
         "CacheError",
         "LongvidError",
         "MemoryBudgetError",
         "ModelError",
+        "NonFiniteError",
         "ScheduleError",
         "SessionStateError",
         "SourceError",
@@ -92,6 +100,7 @@ _HOMES = {
     "longvid.schedule": ("Chunk", "ChunkSchedule"),
     "longvid.session": ("VideoSession",),
     "longvid.store": ("LatentStore", "open_store"),
+    "longvid.video.limits": ("Limits",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

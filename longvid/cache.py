@@ -32,7 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
-from typing import Literal, Protocol, Self, TypeAlias, TypeVar
+from typing import Literal, Protocol, Self, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -155,6 +155,54 @@ class ConvCache:
         """Bytes of each layer's context by module path, in the order of the modules; 0 before the first chunk."""
         there = self._residency.layer_bytes()
         return {entry.path: there.get(entry.path, 0) for entry in self._entries.values()}
+
+    def contexts(self) -> Iterator[tuple[str, Tensor]]:
+        """Path and context (B, C, k - 1, H, W) of every layer between two chunks, in the order in which they run.
+
+        Each is where it happens to be, and belongs to the cache: read it, and let go of it before the next chunk.
+
+        Raises:
+            CacheError: the cache is not open, or a chunk is running.
+        """
+        self._require_between_chunks("contexts can be read")
+        return self._residency.contexts()
+
+    def restore(self, num_chunks: int, contexts: Iterable[tuple[str, Tensor]], device: torch.device) -> None:
+        """Stand where another cache of the same module stood after ``num_chunks`` chunks.
+
+        Args:
+            num_chunks: chunks that lie behind these contexts.
+            contexts: what :meth:`contexts` gave, in that order, on any device.
+            device: where the module computes.
+
+        Raises:
+            CacheError: the cache was used before, or the contexts are not those of this module's layers.
+        """
+        self._require_between_chunks("contexts can be restored")
+        if self._chunk >= 0:
+            raise CacheError(f"contexts cannot be restored: the cache has run {self.num_chunks} chunks already")
+        entries = {entry.path: (layer, entry) for layer, entry in self._entries.items()}
+        for path, context in contexts:
+            layer, entry = entries.pop(path, (None, None))
+            if layer is None or entry is None or context.ndim != 5:
+                raise CacheError(f"there is no layer {path!r} that a context of shape {tuple(context.shape)} fits")
+            frames = cast("CausalLayer", layer).context_frames
+            if context.shape[2] != frames:
+                raise CacheError(f"the context of {path!r} has {context.shape[2]} frames, {frames} were due")
+            self._residency.restore(path, context, device)
+            B, C, _, H, W = context.shape
+            entry.signature = _signature(B, C, H, W, context.dtype, device)
+            entry.chunk = num_chunks - 1
+        if entries:
+            self._drop(_State.FAILED)
+            raise CacheError(f"no context came for {len(entries)} layers, among them {next(iter(entries))!r}")
+        self._chunk = num_chunks - 1
+
+    def _require_between_chunks(self, what: str) -> None:
+        if self._state is not _State.OPEN:
+            raise CacheError(f"no {what}: the cache is {self._state.value}")
+        if self._in_chunk:
+            raise CacheError(f"no {what} while a chunk is running")
 
     @contextmanager
     def chunk(self) -> Iterator[None]:
@@ -354,7 +402,7 @@ class Window:
 
 def _require_same_video(entry: _Entry, like: Tensor) -> None:
     B, C, _, H, W = like.shape
-    got: Signature = {"batch": B, "channels": C, "size": f"{W}x{H}", "dtype": like.dtype, "device": like.device}
+    got = _signature(B, C, H, W, like.dtype, like.device)
     have = entry.signature
     if have is None:
         entry.signature = got
@@ -364,3 +412,7 @@ def _require_same_video(entry: _Entry, like: Tensor) -> None:
         raise CacheError(
             f"layer {entry.path!r} got {', '.join(wrong)}; a cache serves one video, so use a new one for another video"
         )
+
+
+def _signature(B: int, C: int, H: int, W: int, dtype: torch.dtype, device: torch.device) -> Signature:
+    return {"batch": B, "channels": C, "size": f"{W}x{H}", "dtype": dtype, "device": device}

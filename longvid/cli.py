@@ -1,7 +1,7 @@
 """The command line. Parses, calls the library, prints; everything heavy is imported inside the commands.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 bad source, 4 store problem, 5 memory budget, 6 model problem, 129, 130
-and 143 ended by SIGHUP, SIGINT and SIGTERM.
+and 143 stopped by SIGHUP, SIGINT and SIGTERM, to be continued by the same command.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +27,6 @@ from longvid.units import format_bytes, parse_bytes, parse_reserve, parse_size
 
 if TYPE_CHECKING:
     from longvid.session import VideoSession
-    from longvid.store import LatentStore
 
 __all__ = ["main"]
 
@@ -39,6 +38,12 @@ _EXIT_CODES: tuple[tuple[type[LongvidError], int], ...] = (
     (ModelError, 6),
 )
 
+_LIMITS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "max_pixels": (int, "refuse a source with larger frames (default: those of 8192x4320)"),
+    "max_frames": (int, "refuse a source with more frames"),
+    "max_seconds": (float, "refuse a source that is longer"),
+    "max_bytes": (parse_bytes, "refuse a file that is larger, such as 4GiB"),
+}
 T = TypeVar("T")
 _M_MMAP_THRESHOLD = -3
 "of glibc's malloc.h"
@@ -56,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     args = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = args.run
-    with _signals(), _one_line_warnings():
+    args.stop = _StopRequest()
+    with _signals(args.stop), _one_line_warnings():
         try:
             code = command(args)
             sys.stdout.flush()  # here, where it can still be told that nobody reads any more
@@ -83,9 +89,26 @@ def _interrupted(args: argparse.Namespace, exc: KeyboardInterrupt) -> int:
     out = getattr(args, "store" if args.command == "encode" else "out", None)
     left = "nothing was written"
     if out is not None and Path(out).is_dir():
-        left = f"{out} holds the frames that were published; run again with --overwrite to start over"
+        left = f"{out} holds what was published; the same command goes on from there"
+    elif args.command == "decode":
+        left = "a video file cannot be continued, so it was removed; decode to .zarr to be able to go on"
     print(f"longvid: interrupted; {left}", file=sys.stderr)
     return exc.exit_code if isinstance(exc, _Ended) else 130
+
+
+class _StopRequest:
+    """What signals do: the first one asks a run to stop where it can go on later, the next ends it at once."""
+
+    def __init__(self) -> None:
+        self.session: VideoSession | None = None
+        self.signum: int | None = None
+
+    def __call__(self, signum: int, _frame: object) -> None:
+        """As a signal handler."""
+        if self.session is None or self.signum is not None:
+            raise _Ended(signum)
+        self.signum = signum
+        self.session.stop()
 
 
 # ------------------------------------------------------------------------------------------------- commands
@@ -93,8 +116,10 @@ def _interrupted(args: argparse.Namespace, exc: KeyboardInterrupt) -> int:
 
 def _encode(args: argparse.Namespace) -> int:
     from longvid.store import check_target
+    from longvid.video.limits import Limits
 
-    check_target(args.store, args.overwrite)  # before a model is loaded
+    check_target(args.store)  # before a model is loaded
+    given = {name: value for name in _LIMITS if (value := getattr(args, name)) is not None}
     with _session(args, args.model, args.random_weights, args.revision) as (session, shown):
         report = session.encode(
             args.source,
@@ -105,10 +130,12 @@ def _encode(args: argparse.Namespace) -> int:
             size=args.size,
             store_dtype=args.store_dtype,
             seed=args.seed,
-            overwrite=args.overwrite,
+            on_error=args.on_error,
+            on_non_finite=args.on_non_finite,
+            limits=Limits(**given),
+            **_safety(args),
         )
-    shown(report, args.store)
-    return 0
+    return shown(report, args.store)
 
 
 def _decode(args: argparse.Namespace) -> int:
@@ -117,11 +144,10 @@ def _decode(args: argparse.Namespace) -> int:
     store = open_store(args.store)
     model, seed, revision = args.model, args.random_weights, args.revision
     if model is None:
-        model, seed, revision = _recorded_model(store)
+        model, seed, revision = _recorded_model(store.path, store.vae)
     with _session(args, model, seed, revision) as (session, shown):
-        report = session.decode(store, args.out, start=args.start, frames=args.frames, overwrite=args.overwrite)
-    shown(report, args.out)
-    return 0
+        report = session.decode(store, args.out, start=args.start, frames=args.frames, **_safety(args))
+    return shown(report, args.out)
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -157,6 +183,34 @@ def _info(args: argparse.Namespace) -> int:
     print(f"model     {_model_name(store.vae)}, scaling_factor {store.vae.get('scaling_factor')}")
     print(f"source    {store.source.get('name')}")
     return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from longvid.verify import verify
+
+    found = verify(args.store)
+    print(json.dumps(found.to_dict()) if args.json else found.explain())
+    return 0 if found.ok else 1
+
+
+def _repair(args: argparse.Namespace) -> int:
+    from longvid.repair import repair
+    from longvid.verify import open_sealed
+
+    opened = open_sealed(args.store)
+    made_by = opened.facts.get("fingerprint", {}).get("compute", {})
+    model, seed, revision = args.model, args.random_weights, args.revision
+    if model is None:
+        model, seed, revision = _recorded_model(args.store, opened.facts.get("vae") or opened.attributes.get("vae"))
+    numerics = made_by.get("numerics", {})
+    args.dtype = args.dtype or made_by.get("dtype")
+    args.layout = numerics.get("layout", "auto")
+    args.paired_frames = numerics.get("paired_frames", "auto")
+    args.chunk_frames = opened.facts.get("fingerprint", {}).get("chunk_plan", {}).get("chunk_frames")
+    with _session(args, model, seed, revision) as (session, _):
+        done = repair(session, args.store, source=args.source)
+    print(json.dumps(done.to_dict()) if args.json else done.explain())
+    return 0 if done.ok else 1
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -251,8 +305,8 @@ def _profile_name(text: str) -> str:
 @contextmanager
 def _session(
     args: argparse.Namespace, model: str, seed: int | None, revision: str | None
-) -> Iterator[tuple[VideoSession, Callable[[RunReport, str], None]]]:
-    """An open session with a progress bar, and what prints its report."""
+) -> Iterator[tuple[VideoSession, Callable[[RunReport, str], int]]]:
+    """An open session with a progress bar, and what prints its report and tells the exit code."""
     _map_large_allocations()
     from longvid.models.loading import load_model
     from longvid.progress import ProgressBar
@@ -288,7 +342,9 @@ def _session(
                 callbacks=callbacks,
             )
         )
-        yield session, lambda report, out: _print_report(args, report, out)
+        args.stop.session = session
+        stack.callback(setattr, args.stop, "session", None)
+        yield session, lambda report, out: _show(args, report, out)
 
 
 def _map_large_allocations() -> None:
@@ -314,13 +370,13 @@ def _default_dtype(device: str) -> str:
     return "float32" if on_cpu else "bfloat16"
 
 
-def _recorded_model(store: LatentStore) -> tuple[str, int | None, str | None]:
-    """The model that a store says it was encoded with."""
-    name = store.vae.get("name_or_path")
-    if not name:
-        raise ModelError(f"{store.path} does not say where its model is; name it with --model")
-    seed = store.vae.get("random_weights")
-    return str(name), seed, None if seed is not None else store.vae.get("revision")
+def _recorded_model(path: str | Path, vae: Mapping[str, Any] | None) -> tuple[str, int | None, str | None]:
+    """The model that a store says it was made with."""
+    name = (vae or {}).get("name_or_path")
+    if vae is None or not name:
+        raise ModelError(f"{path} does not say where its model is; name it with --model")
+    seed = vae.get("random_weights")
+    return str(name), seed, None if seed is not None else vae.get("revision")
 
 
 def _model_name(vae: dict[str, Any]) -> str:
@@ -329,37 +385,60 @@ def _model_name(vae: dict[str, Any]) -> str:
     return name if seed is None else f"{name} with random weights (seed {seed})"
 
 
-def _print_report(args: argparse.Namespace, report: RunReport, out: str) -> None:
+def _safety(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of a run that say what it may replace, continue and lose."""
+    from longvid.durability import Durability
+
+    return {
+        "overwrite": args.overwrite,
+        "resume": not args.no_resume,
+        "durability": Durability(
+            mode=args.durability, snapshot_seconds=args.snapshot_seconds, keep_snapshots=args.keep_snapshots
+        ),
+    }
+
+
+def _show(args: argparse.Namespace, report: RunReport, out: str) -> int:
+    """Print what a run did; the exit code."""
     if args.json:
         print(json.dumps(report.to_dict()))
     elif not args.quiet:
+        _print_report(report, out)
+    if report.complete:
+        return 0
+    raise _Ended(args.stop.signum or signal.SIGINT)
+
+
+def _print_report(report: RunReport, out: str) -> None:
+    if report.complete and report.resumed_from_frame == report.frames:
+        print(f"{out}: complete already, {report.frames} frames; nothing was done")
+    else:
+        resumed = f" (the first {report.resumed_from_frame} by an earlier run)" if report.resumed_from_frame else ""
         print(
-            f"{out}: {report.frames} frames, {report.latent_frames} latent frames, in {report.seconds:.1f} s "
+            f"{out}: {report.frames} frames{resumed}, {report.latent_frames} latent frames, in {report.seconds:.1f} s "
             f"({report.frames_per_second:.1f} frames/s); peak memory: device {format_bytes(report.peak_device_bytes)} "
             f"(contexts {format_bytes(report.cache_bytes)}), process {format_bytes(report.peak_rss_bytes)}"
         )
 
 
 @contextmanager
-def _signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind the program like Ctrl-C does, so that nothing is left half-written."""
-
-    def end(signum: int, _frame: object) -> None:
-        raise _Ended(signum)
-
+def _signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP stop a run where it can be continued, and unwind the program anywhere else."""
     # A signal that is ignored stays ignored: that is what nohup asks for.
     wanted = [
-        s for s in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if s and signal.getsignal(s) is not signal.SIG_IGN
+        s
+        for s in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None))
+        if s and signal.getsignal(s) is not signal.SIG_IGN
     ]
     try:
-        before = {s: signal.signal(s, end) for s in wanted}
+        before = {s: signal.signal(s, handler) for s in wanted}
     except ValueError:  # not the main thread: somebody embeds the command line
         before = {}
     try:
         yield
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        for signum, old in before.items():
+            signal.signal(signum, old)
 
 
 @contextmanager
@@ -387,6 +466,16 @@ def _checked(read: Callable[[str], T]) -> Callable[[str], T]:
 def _offload(text: str) -> str:
     OffloadPolicy.parse(text)
     return text
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float("inf") if text == "off" else float(text)
+    except ValueError:
+        seconds = -1.0
+    if not seconds >= 0:
+        raise ValueError(f"{text!r} is not a time; give seconds from 0 up, or off")
+    return seconds
 
 
 def _at_least(least: int) -> Callable[[str], int]:
@@ -423,6 +512,22 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument(
         "--seed", type=_at_least(0), default=0, help="of --representation sample (default: %(default)s)"
     )
+    encode.add_argument(
+        "--on-error",
+        choices=("stop", "keep", "conceal"),
+        default="stop",
+        help="where the file is damaged: fail, end before the damage, or repeat the last good frame and mark it "
+        "(default: %(default)s)",
+    )
+    encode.add_argument(
+        "--on-non-finite",
+        choices=("stop", "quarantine"),
+        default="stop",
+        help="where the model computes values that are not finite: fail, or encode the chunk with the last good frame "
+        "in place of its own and mark it (default: %(default)s)",
+    )
+    for name, (kind, what) in _LIMITS.items():
+        encode.add_argument(f"--{name.replace('_', '-')}", type=_checked(kind), metavar="N", help=what)
     encode.add_argument("--store-dtype", choices=("float16", "float32"), default="float16", help="default: %(default)s")
     _output_options(encode)
 
@@ -433,6 +538,20 @@ def _parser() -> argparse.ArgumentParser:
     _compute_options(decode)
     _range_options(decode, "write")
     _output_options(decode)
+
+    verify = _command(commands, "verify", _verify, "read all of a store and tell which frames are not as published")
+    verify.add_argument("store", metavar="STORE")
+    verify.add_argument("--json", action="store_true", help="print one JSON object")
+
+    repair = _command(commands, "repair", _repair, "restore what verify found, computing again what is needed")
+    repair.add_argument("store", metavar="STORE")
+    repair.add_argument("--source", metavar="SRC", help="what it was made from (default: where the store says)")
+    _model_options(repair, default=None)
+    _device_options(repair)
+    repair.add_argument("--memory", type=_checked(parse_bytes), metavar="SIZE", help="as for encode")
+    repair.add_argument("--json", action="store_true", help="print one JSON object")
+    repair.add_argument("--quiet", action="store_true", help="no progress")
+    repair.set_defaults(offload="auto", reserved=None, profile=None, slice_frames=None, report=None, record=None)
 
     info = _command(commands, "info", _info, "say what a store holds")
     info.add_argument("store", metavar="STORE")
@@ -565,7 +684,7 @@ def _budget_options(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "on", "off"),
         default="auto",
         help="convolve frames in pairs, with a third fewer multiplications; to rounding, which in bfloat16 doubles "
-        "(default: %(default)s, in float32 on a CPU)",
+        "(default: %(default)s, on a CPU in float32 and in a bfloat16 decoder)",
     )
 
 
@@ -575,7 +694,29 @@ def _range_options(parser: argparse.ArgumentParser, verb: str) -> None:
 
 
 def _output_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output of longvid")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an existing output of longvid, unless it is an unfinished one of this very command",
+    )
+    parser.add_argument(
+        "--no-resume", action="store_true", help="refuse an unfinished store, or with --overwrite start it again"
+    )
+    parser.add_argument(
+        "--durability",
+        choices=("fsync", "rename"),
+        default="fsync",
+        help="survive power loss, or only the death of the process (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--snapshot-seconds",
+        type=_checked(_seconds),
+        metavar="S",
+        help="time between two snapshots to go on from, or off (default: from what a snapshot costs)",
+    )
+    parser.add_argument(
+        "--keep-snapshots", action="store_true", help="keep all of them, so that a repair has less to compute"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     parser.add_argument(
         "--report", metavar="FILE", help="write a page about memory, transfers and speed, such as run.html"

@@ -6,7 +6,7 @@ Axes: B batch (1), C channels, T time, H height, W width; lower-case c t h w are
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from longvid.cache import ConvCache
-from longvid.errors import MemoryBudgetError, ModelError
+from longvid.errors import MemoryBudgetError, ModelError, NonFiniteError, SessionStateError
 from longvid.events import Direction, Span
 from longvid.memory import DeviceMeter, default_reserved_bytes, is_out_of_memory, tensor_bytes
-from longvid.models.base import CausalVAE, placed, resolve_device
+from longvid.models.base import CausalVAE, placed, resolve_device, weights_digest
 from longvid.plan import DirectionPlan
 from longvid.residency import Residency
 from longvid.schedule import Chunk
@@ -29,13 +29,50 @@ from longvid.step import decode_chunk, encode_chunk, memory_format, sample_poste
 from longvid.transfer import HostTransfer
 from longvid.units import format_bytes
 
-__all__ = ["DecodeRun", "EncodeRun", "Engine", "Frames", "Representation", "Run", "Times"]
+__all__ = ["DecodeRun", "EncodeRun", "Engine", "Frames", "ModelGuard", "Representation", "Run", "Times"]
 
 T = TypeVar("T")
 
 Representation: TypeAlias = Literal["mode", "moments", "sample"]
 Frames: TypeAlias = npt.NDArray[np.uint8]
 Times: TypeAlias = npt.NDArray[np.int64]
+
+
+class ModelGuard:
+    """Notices when a model is not what it was: other weights, another dtype or place, or weights written over.
+
+    Args:
+        module: the model as it computes.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._state = self._now()
+        self._digest: str | None = None
+
+    def _now(self) -> list[tuple[object, ...]]:
+        return [
+            (name, t.data_ptr(), t.dtype, t.device, tuple(t.shape), None if t.is_inference() else t._version)
+            for name, t in (*self._module.named_parameters(), *self._module.named_buffers())
+        ]
+
+    def check(self, what: str) -> None:
+        """Raise SessionStateError if the model has changed."""
+        now = self._now()
+        if now != self._state:
+            changed = [str(new[0]) for old, new in zip(self._state, now, strict=False) if old != new]
+            raise SessionStateError(
+                f"{what}: the model was changed since the session was opened (first in "
+                f"{changed[0] if changed else 'the number of its parameters'!r}); a result would be half of one model "
+                "and half of another. Open a new session"
+            )
+
+    @property
+    def digest(self) -> str:
+        """sha256 over name, dtype, shape and values of all parameters and buffers, as the model computes."""
+        if self._digest is None:
+            self._digest = weights_digest(self._module)
+        return self._digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +86,7 @@ class Engine:
     transfer: HostTransfer
     reserved_bytes: int
     "of the budget, for what a plan cannot see on this device"
+    guard: ModelGuard
 
     @classmethod
     def on_device(
@@ -84,6 +122,7 @@ class Engine:
             weights_bytes=tensor_bytes(ready),
             transfer=HostTransfer(where, directory=offload_dir),
             reserved_bytes=default_reserved_bytes(where) if reserved_bytes is None else reserved_bytes,
+            guard=ModelGuard(ready),
         )
 
 
@@ -131,6 +170,10 @@ class Run:
         """Bytes of the contexts that leave the device between chunks."""
         return self._residency.offloaded_bytes
 
+    def restore(self, num_chunks: int, contexts: Iterable[tuple[str, Tensor]]) -> None:
+        """Stand where another run of the same kind stood after ``num_chunks`` chunks; see :meth:`ConvCache.restore`."""
+        self.cache.restore(num_chunks, contexts, self.engine.device)
+
     def spans(self, origin_seconds: float) -> tuple[Span, ...]:
         """What the lanes did since the last call, timed from ``origin_seconds`` on; empty unless traced."""
         return self._residency.collect_spans(origin_seconds)
@@ -142,6 +185,7 @@ class Run:
             MemoryBudgetError: the device ran out of memory, also with every context on the host.
         """
         index = self.cache.num_chunks
+        self.engine.guard.check(f"chunk {index} of {self.direction}")
         try:
             with self.meter.measure(self.cache.device_bytes):
                 result = step()
@@ -200,7 +244,15 @@ class EncodeRun(Run):
                 engine.model, self.cache, host, device=engine.device, dtype=engine.dtype, layout=self._layout
             )
 
-        return _to_host(self._compute(chunk))
+        moments = _to_host(self._compute(chunk))
+        if not bool(torch.isfinite(moments).all()):
+            raise NonFiniteError(
+                f"chunk {self.cache.num_chunks - 1} was encoded to values that are not finite in {engine.dtype}, and "
+                "so are its contexts from here on; nothing of it was kept. Compute in float32 or bfloat16 (--dtype), "
+                "or replace such frames by their neighbours (--on-non-finite quarantine)",
+                chunk=self.cache.num_chunks - 1,
+            )
+        return moments
 
     def latents(self, chunk: Chunk, frames_THWC: Frames) -> tuple[Tensor, Tensor | None]:
         """Padded frames to latents (1, c, t, h, w) and, if asked for, moments (1, 2 c, t, h, w), on the host."""

@@ -6,6 +6,7 @@ handles it:
 * LongvidError
     * ScheduleError       ValueError    the video cannot be cut as asked
     * ModelError          ValueError    weights, config, class or profile cannot be used
+        * NonFiniteError                it computes values that are not finite
     * MemoryBudgetError   MemoryError   projected > allowed
     * CacheError          RuntimeError  cache and input disagree: other video, batch, size, dtype, device, layer
     * SessionStateError   RuntimeError  not open, closed, busy, wrong thread, forked
@@ -25,6 +26,7 @@ __all__ = [
     "LongvidError",
     "MemoryBudgetError",
     "ModelError",
+    "NonFiniteError",
     "ScheduleError",
     "SessionStateError",
     "SourceError",
@@ -68,6 +70,18 @@ class MemoryBudgetError(LongvidError, MemoryError):
         self.parts = dict(parts or {})
 
 
+class NonFiniteError(ModelError):
+    """A chunk came out of the model with values that are not finite.
+
+    Attributes:
+        chunk: its number.
+    """
+
+    def __init__(self, message: str, *, chunk: int) -> None:
+        super().__init__(message)
+        self.chunk = chunk
+
+
 class CacheError(LongvidError, RuntimeError):
     """A ConvCache and the tensor that meets it disagree, or the cache is used out of its life."""
 
@@ -95,7 +109,9 @@ class StoreError(LongvidError, OSError):
 
     Attributes:
         kind: ``"missing"``, ``"exists"``, ``"foreign"`` (not written by longvid), ``"incomplete"``, ``"corrupt"``,
-            ``"range"`` (a value that the stored dtype cannot hold), ``"format"`` or ``"other"``.
+            ``"mismatch"`` (of another source, model or setting), ``"locked"`` (somebody else writes), ``"full"``,
+            ``"read-only"``, ``"refused"`` (metadata that a store of a stranger should not have), ``"range"`` (a value
+            that the stored dtype cannot hold), ``"format"`` or ``"other"``.
     """
 
     def __init__(self, message: str, *, kind: str = "other") -> None:

@@ -130,10 +130,11 @@ class RunReport:
 
     direction: Direction
     frames: int
-    "video frames that went in (encode) or came out (decode)"
+    "video frames that went in (encode) or came out (decode), those of earlier runs that this one continued included"
     latent_frames: int
     seconds: float
     frames_per_second: float
+    "of this run's own frames"
     compute_seconds: float
     "time in the model, transfers of its input and output included"
     wait_seconds: float
@@ -142,6 +143,8 @@ class RunReport:
     "time in which the reading thread was at work, beside all else"
     write_seconds: float
     "time in which the writing thread was at work, beside all else"
+    snapshot_seconds: float
+    "time spent on snapshots, between chunks"
     peak_device_bytes: int
     """highest number of device bytes, weights included: exact tensor bytes on a CPU (of the first three chunks and
     every 32nd), the allocator's peak elsewhere"""
@@ -154,7 +157,9 @@ class RunReport:
     offloaded_bytes: int
     "bytes of the contexts that were kept off the device between chunks"
     resumed_from_frame: int
+    "frames that were done before this run; 0 if it started at the beginning"
     complete: bool
+    "whether the whole video is done; if not, the run was stopped, and the same call goes on with it"
 
     @property
     def compute_share(self) -> float:

@@ -9,24 +9,34 @@ Axes: T time, H height, W width, C channels; lower-case c t h w are those of a l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from types import TracebackType
+from typing import Self, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from longvid.engine import Frames, Times
+from longvid.frame_writer import FrameStoreWriter
+from longvid.latent_writer import LatentWriter
 from longvid.reblock import Reblocker, pad_frames
 from longvid.schedule import Chunk, ChunkSchedule
-from longvid.store import LatentStore, check_target
-from longvid.store_writer import FrameStoreWriter, LatentWriter
-from longvid.video.frames import ColorInfo, FrameSource
+from longvid.store import LatentStore
+from longvid.video.frames import ColorInfo, FrameSource, SourcePosition, frame_digest
 from longvid.video.writer import VideoWriter
 
-__all__ = ["FramePiece", "LatentPiece", "frame_chunks", "frame_sink", "latent_chunks", "store_latents"]
+__all__ = [
+    "CallSink",
+    "FramePiece",
+    "FrameSink",
+    "LatentPiece",
+    "frame_chunks",
+    "latent_chunks",
+    "store_latents",
+    "video_sink",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +46,10 @@ class FramePiece:
     chunk: Chunk
     frames: Frames
     pts: Times
+    valid: npt.NDArray[np.bool_]
+    "which of the true frames are the source's own"
+    position: SourcePosition
+    "where the source stands behind this chunk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,24 +58,48 @@ class LatentPiece:
 
     chunk: Chunk
     pts: Times
+    valid: npt.NDArray[np.bool_]
     latents: Tensor
     moments: Tensor | None
 
 
-def frame_chunks(video: FrameSource, plan: ChunkSchedule, size: tuple[int, int]) -> Iterator[FramePiece]:
-    """Runs in the reader thread: decode, re-block, pad to ``size``."""
-    reblock = Reblocker(plan.capacity)
+def frame_chunks(
+    video: FrameSource,
+    plan: ChunkSchedule,
+    size: tuple[int, int],
+    *,
+    first: int = 0,
+    after: SourcePosition | None = None,
+    replaced: frozenset[int] = frozenset(),
+) -> Iterator[FramePiece]:
+    """Runs in the reader thread: decode, re-block, pad to ``size``.
 
-    def piece(chunk: Chunk, frames: Frames, pts: Times) -> FramePiece:
-        return FramePiece(chunk, pad_frames(frames, chunk.padded_frames, *size), pts)
+    Args:
+        video: the frames.
+        plan: how they are cut.
+        size: (height, width) to pad to.
+        first: number of the first chunk.
+        after: where the source stands before it.
+        replaced: chunks whose frames are to repeat the last one before them.
+    """
+    reblock = Reblocker(plan.capacity, first=first)
+    last_frame: Frames | None = None
 
-    for block in video.blocks():
-        for index, (frames, pts) in reblock.push(block.frames_THWC, block.pts_T):
-            yield piece(plan.full(index), frames, pts)
+    def piece(chunk: Chunk, frames: Frames, pts: Times, valid: npt.NDArray[np.bool_]) -> FramePiece:
+        nonlocal last_frame
+        position = SourcePosition(num_frames=chunk.frame_stop, pts=int(pts[-1]), digest=frame_digest(frames[-1]))
+        if chunk.index in replaced and last_frame is not None:
+            frames, valid = np.repeat(last_frame, len(frames), axis=0), np.zeros(len(frames), np.bool_)
+        last_frame = frames[-1:]
+        return FramePiece(chunk, pad_frames(frames, chunk.padded_frames, *size), pts, valid, position)
+
+    for block in video.blocks(after=after):
+        for index, (frames, pts, valid) in reblock.push(block.frames_THWC, block.pts_T, block.valid_T):
+            yield piece(plan.full(index), frames, pts, valid)
     rest = reblock.rest()
     if rest is not None:
-        index, (frames, pts) = rest
-        yield piece(plan.tail(index, len(frames)), frames, pts)
+        index, (frames, pts, valid) = rest
+        yield piece(plan.tail(index, len(frames)), frames, pts, valid)
 
 
 def store_latents(target: LatentWriter, piece: LatentPiece) -> None:
@@ -71,44 +109,52 @@ def store_latents(target: LatentWriter, piece: LatentPiece) -> None:
         return cast("npt.NDArray[np.float32]", z_BCTHW[0].movedim(1, 0).float().contiguous().numpy())
 
     moments = None if piece.moments is None else host(piece.moments)
-    target.write(piece.chunk, host(piece.latents), piece.pts, moments)
+    target.write(piece.chunk, host(piece.latents), piece.pts, moments, piece.valid)
 
 
 def latent_chunks(
-    store: LatentStore, plan: ChunkSchedule, stop_frame: int
+    store: LatentStore, plan: ChunkSchedule, stop_frame: int, *, first: int = 0
 ) -> Iterator[tuple[Chunk, npt.NDArray[np.float32]]]:
-    """Runs in the reader thread: latents (t, c, h, w) of every chunk up to ``stop_frame``."""
+    """Runs in the reader thread: latents (t, c, h, w) of every chunk from ``first`` up to ``stop_frame``."""
     for chunk in plan.chunks(store.num_frames):
         if chunk.frame_start >= stop_frame:
             return
-        yield chunk, store.read(chunk.latent_start, chunk.latent_stop)
+        if chunk.index >= first:
+            yield chunk, store.read(chunk.latent_start, chunk.latent_stop)
 
 
-@contextmanager
-def _call_sink(out: Callable[[Frames], None]) -> Iterator[Callable[[Frames, Times], None]]:
-    yield lambda frames, _: out(frames)
+class CallSink:
+    """Hands frames to a function of the caller's."""
+
+    def __init__(self, out: Callable[[Frames], None]) -> None:
+        self._out = out
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        pass
+
+    def write(self, frames_THWC: Frames, pts_T: Times, valid_T: npt.NDArray[np.bool_] | None = None) -> None:
+        """Pass the frames on."""
+        self._out(frames_THWC)
 
 
-@contextmanager
-def _writer_sink(target: VideoWriter | FrameStoreWriter) -> Iterator[Callable[[Frames, Times], None]]:
-    with target:
-        yield target.write
+FrameSink: TypeAlias = CallSink | VideoWriter | FrameStoreWriter
+"a context manager with ``write(frames, pts, valid)``"
 
 
-def frame_sink(store: LatentStore, out: Any, overwrite: bool) -> Any:
-    """A context manager that gives ``write(frames, pts)`` for what ``out`` names. Nothing is created yet."""
-    if callable(out):
-        return _call_sink(out)
-    path = Path(out)
-    size: dict[str, Any] = {
-        "height": store.height,
-        "width": store.width,
-        "time_base": store.time_base,
-        "frame_rate": store.frame_rate,
-        "overwrite": overwrite,
-    }
-    if path.suffix == ".zarr":
-        check_target(path, overwrite)
-        return _writer_sink(FrameStoreWriter(path, source=store.source, **size))
+def video_sink(store: LatentStore, out: Path, overwrite: bool) -> VideoWriter:
+    """What writes the frames of ``store`` to a video file. Nothing is created yet."""
     color = store.source.get("color")
-    return _writer_sink(VideoWriter(path, color=None if color is None else ColorInfo(**color), **size))
+    return VideoWriter(
+        out,
+        height=store.height,
+        width=store.width,
+        time_base=store.time_base,
+        frame_rate=store.frame_rate,
+        color=None if color is None else ColorInfo(**color),
+        overwrite=overwrite,
+    )

@@ -36,6 +36,9 @@ class Job:
         self._total = total
         self._started = time.perf_counter()
         self._chunks = self._frames = self._latents = 0
+        self._resumed_from_frame = 0
+        self.snapshot_seconds = 0.0
+        "time spent on snapshots, which the run sets"
         self._compute_seconds = self._computed = 0.0
         self._threads: tuple[Prefetcher[Any], Writer[Any]] | None = None
         self._spent = (0.0, 0.0, 0.0)
@@ -100,6 +103,11 @@ class Job:
             machine=describe_machine(str(run.engine.device)),
         )
 
+    def skip(self, *, chunks: int, frames: int, latents: int) -> None:
+        """Count what an earlier run has done, before the first chunk of this one."""
+        self._chunks, self._frames, self._latents = chunks, frames, latents
+        self._resumed_from_frame = frames
+
     @contextmanager
     def timed(self) -> Iterator[None]:
         """Around the computation of one chunk."""
@@ -139,8 +147,12 @@ class Job:
         for callback in self._callbacks:
             callback(event)
 
-    def finish(self) -> RunReport:
-        """The whole run. Called when its threads are done, and while its contexts are still there."""
+    def finish(self, *, complete: bool = True) -> RunReport:
+        """The whole run. Called when its threads are done, and while its contexts are still there.
+
+        Args:
+            complete: whether it came to the end of the video.
+        """
         seconds, run = time.perf_counter() - self._started, self._run
         wait_seconds, read_seconds, write_seconds = _thread_seconds(*self._threads) if self._threads else self._spent
         self._report = RunReport(
@@ -148,18 +160,19 @@ class Job:
             frames=self._frames,
             latent_frames=self._latents,
             seconds=seconds,
-            frames_per_second=self._frames / seconds,
+            frames_per_second=(self._frames - self._resumed_from_frame) / seconds,
             compute_seconds=self._computed,
             wait_seconds=wait_seconds,
             read_seconds=read_seconds,
             write_seconds=write_seconds,
+            snapshot_seconds=self.snapshot_seconds,
             peak_device_bytes=run.meter.peak_bytes,
             projected_bytes=run.part.projected_bytes,
             peak_rss_bytes=peak_rss_bytes(),
             cache_bytes=run.cache_bytes,
             offloaded_bytes=run.offloaded_bytes,
-            resumed_from_frame=0,
-            complete=True,
+            resumed_from_frame=self._resumed_from_frame,
+            complete=complete,
         )
         return self._report
 

@@ -11,7 +11,7 @@ import psutil
 
 from longvid import __version__
 
-__all__ = ["describe_machine"]
+__all__ = ["describe_machine", "kernels_of"]
 
 
 def describe_machine(device: str) -> dict[str, Any]:
@@ -36,6 +36,15 @@ def describe_machine(device: str) -> dict[str, Any]:
         "num_torch_threads": torch.get_num_threads(),
         "longvid": __version__,
     }
+
+
+def kernels_of(device: str) -> str:
+    """What decides, beside torch's version, which kernels run: the instruction set of a CPU, the name of a GPU."""
+    import torch
+
+    if torch.device(device).type == "cpu":
+        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    return str(_accelerator(device)[0])
 
 
 def _cpu_model() -> str:

@@ -59,6 +59,10 @@ class _End:
     """No more items."""
 
 
+class _Settled(threading.Event):
+    """Set by the thread that comes to it: everything before it is done."""
+
+
 class Prefetcher(Generic[T]):
     """Runs an iterator in a thread, at most ``depth`` items ahead of the consumer.
 
@@ -71,6 +75,7 @@ class Prefetcher(Generic[T]):
         name: of the thread.
         check: called now and then while the consumer waits; what it raises ends the wait. So a writer that failed is
             heard of although the source is slow.
+        stop: asked before every item, and now and then while the consumer waits; if true, iteration ends.
     """
 
     def __init__(
@@ -80,9 +85,13 @@ class Prefetcher(Generic[T]):
         depth: int = 2,
         name: str = "longvid-read",
         check: Callable[[], None] = lambda: None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self._items = items
         self._check = check
+        self._asked_to_stop = stop
+        self.ended = False
+        "whether iteration ended because there are no more items"
         self._queue: queue.Queue[T | _Failure | type[_End]] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -123,18 +132,23 @@ class Prefetcher(Generic[T]):
             started = time.perf_counter()
             item = self._get()
             self.wait_seconds += time.perf_counter() - started
+            if item is None:
+                return
             if item is _End:
+                self.ended = True
                 return
             if isinstance(item, _Failure):
                 raise item.error
             yield item  # type: ignore[misc]
             del item
 
-    def _get(self) -> T | _Failure | type[_End]:
-        while True:
+    def _get(self) -> T | _Failure | type[_End] | None:
+        """The next item; None if there is no need to go on."""
+        while not self._asked_to_stop():
             with contextlib.suppress(queue.Empty):
                 return self._queue.get(timeout=_POLL_SECONDS)
             self._check()
+        return None
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
@@ -153,7 +167,7 @@ class Writer(Generic[T]):
 
     def __init__(self, consume: Callable[[T], None], *, depth: int = 2, name: str = "longvid-write") -> None:
         self._consume = consume
-        self._queue: queue.Queue[T | type[_End]] = queue.Queue(maxsize=depth)
+        self._queue: queue.Queue[T | _Settled | type[_End]] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -174,6 +188,9 @@ class Writer(Generic[T]):
                 continue
             if item is _End or self._stop.is_set():
                 return
+            if isinstance(item, _Settled):
+                item.set()
+                continue
             try:
                 with self._work:
                     self._consume(item)  # type: ignore[arg-type]
@@ -187,12 +204,22 @@ class Writer(Generic[T]):
         """Hand over an item; waits while ``depth`` items are pending."""
         self._put(item)
 
+    def settle(self) -> None:
+        """Wait until all that was put is consumed, and raise the error of ``consume``, if there was one."""
+        mark = _Settled()
+        self._put(mark)
+        started = time.perf_counter()
+        while not (mark.wait(_POLL_SECONDS) or self._stop.is_set()):
+            pass
+        self.wait_seconds += time.perf_counter() - started
+        self.check()
+
     def check(self) -> None:
         """Raise the error of ``consume``, if there was one."""
         if self._error is not None:
             raise self._error
 
-    def _put(self, item: T | type[_End]) -> None:
+    def _put(self, item: T | _Settled | type[_End]) -> None:
         started = time.perf_counter()
         while not self._stop.is_set():
             with contextlib.suppress(queue.Full):

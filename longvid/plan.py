@@ -288,8 +288,7 @@ class Plan:
         lines = [
             f"{self.model} at {self.width}x{self.height} in {self.dtype}, {budget}",
             f"chunks of {first}, {self.schedule.chunk_frames}, {self.schedule.chunk_frames}, ... frames",
-            f"computed in the {parts[0].numerics.layout.replace('_', ' ')} layout"
-            + (", frames in pairs" if parts[0].numerics.paired_frames else ""),
+            f"computed in the {_by_direction(self.parts)}",
             "",
             " " * 28 + "".join(f"{direction:>14}" for direction in directions),
         ]
@@ -348,7 +347,7 @@ def make_plan(
     held_bytes: int = 0,
     idle_limit_bytes: int | None = None,
     directions: Sequence[Direction] = _DIRECTIONS,
-    numerics: Numerics | None = None,
+    numerics: Numerics | Mapping[Direction, Numerics] | None = None,
     slice_frames: int | Mapping[Direction, int | None] | None = None,
     slice_bytes: int | None = None,
 ) -> Plan:
@@ -370,7 +369,7 @@ def make_plan(
         held_bytes: contexts of other videos on the device while this one computes.
         idle_limit_bytes: most bytes of contexts on the device between chunks; for several videos in one session.
         directions: what to plan; both share the length of a chunk.
-        numerics: layout and form of the convolutions; contiguous and plain by default.
+        numerics: layout and form of the convolutions, also by direction; contiguous and plain by default.
         slice_frames: frames of a slice in the layer with the largest frames; None for the longest slices that fit the
             budget, whole chunks first. A mapping gives each direction its own.
         slice_bytes: most bytes of a slice if ``slice_frames`` is None, for devices that prefer short ones.
@@ -395,7 +394,7 @@ def make_plan(
         held_bytes,
         idle_limit_bytes,
         rates if isinstance(rates, Mapping) else dict.fromkeys(_DIRECTIONS, rates or DeviceRates()),
-        numerics or Numerics(),
+        numerics if isinstance(numerics, Mapping) else dict.fromkeys(_DIRECTIONS, numerics or Numerics()),
         slice_frames if isinstance(slice_frames, Mapping) else dict.fromkeys(_DIRECTIONS, slice_frames),
         slice_bytes,
     )
@@ -455,7 +454,7 @@ class _Planner:
         held_bytes: int,
         idle_limit_bytes: int | None,
         rates: Mapping[Direction, DeviceRates],
-        numerics: Numerics,
+        numerics: Mapping[Direction, Numerics],
         slice_frames: Mapping[Direction, int | None],
         slice_bytes: int | None,
     ) -> None:
@@ -520,7 +519,7 @@ class _Planner:
             rates=self._rates[direction],
             weights_bytes=self._weights_bytes(self._dtype),
             chunk_frames=schedule.chunk_frames,
-            numerics=self._numerics,
+            numerics=self._numerics[direction],
             slicing=slicing,
             least_timeline=least,
         )
@@ -545,7 +544,7 @@ class _Planner:
         asked = self._slice_frames[direction]
         if asked is not None:
             return [Slicing(asked * frame, asked)]
-        shortest = 2 if self._numerics.paired_frames else 1
+        shortest = 2 if self._numerics[direction].paired_frames else 1
         preferred = max(shortest, self._most_elements // frame)
         whole = preferred >= schedule.chunk_frames
         found = [Slicing(self._most_elements, None if whole else preferred)]
@@ -635,10 +634,23 @@ class _Planner:
                 width,
                 dtype,
                 schedule,
-                numerics=self._numerics,
+                numerics=self._numerics[direction],
                 slice_elements=slicing.elements,
             )
         return self._timelines[key]
+
+
+def _by_direction(parts: Mapping[Direction, DirectionPlan]) -> str:
+    """The numerics of all directions in words, told apart where they differ."""
+    told = {
+        direction: part.numerics.layout.replace("_", " ")
+        + " layout"
+        + (", frames in pairs" if part.numerics.paired_frames else "")
+        for direction, part in parts.items()
+    }
+    if len(set(told.values())) == 1:
+        return next(iter(told.values()))
+    return "; ".join(f"{words} ({direction})" for direction, words in told.items())
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -6,7 +6,7 @@ thresholds lie far from what is measured where either form makes sense.
 
 Two things are known and need no measuring. Where the windows of a chunk are small, nothing is gained on a CPU by
 channels last, and the contiguous layout is, bit for bit, what diffusers computes. And pairing frames costs bfloat16 one
-more rounding of every input, so it has to be asked for there.
+more rounding of every input: a decoder hides it in pixels, an encoder shows it in latents and has to be asked for it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from longvid.dryrun import dry_run, skeleton_of
+from longvid.events import Direction
 from longvid.models.base import CausalVAE
 from longvid.models.convolution import convolution, filters_of_pairs, paired
 from longvid.models.layers import CausalConv3d
@@ -47,6 +48,7 @@ def choose_numerics(
     width: int,
     layout: Layout | None = None,
     paired_frames: bool | None = None,
+    direction: Direction = "encode",
 ) -> Numerics:
     """The numerics for frames of this size, by the rules above unless asked for.
 
@@ -58,8 +60,9 @@ def choose_numerics(
         width: of a frame after padding.
         layout: None to choose.
         paired_frames: None to choose.
+        direction: in which the model runs.
     """
-    module = model.encoder
+    module = model.encoder if direction == "encode" else model.decoder
     layers = {
         path: layer
         for path, layer in module.named_modules()
@@ -69,7 +72,7 @@ def choose_numerics(
         return Numerics(layout=layout or "contiguous", paired_frames=bool(paired_frames))
     if layout is not None and (paired_frames is not None or layout == "contiguous"):
         return Numerics(layout=layout, paired_frames=bool(paired_frames))
-    timeline = dry_run(skeleton_of(model, dtype), "encode", height, width, dtype, model.geometry.schedule)
+    timeline = dry_run(skeleton_of(model, dtype), direction, height, width, dtype, model.geometry.schedule)
     widest = max((step for step in timeline.steps if step.layer in layers), key=lambda step: step.context_bytes)
     layer = layers[widest.layer]
     frame_bytes = widest.context_bytes // layer.context_frames
@@ -83,10 +86,14 @@ def choose_numerics(
         layout = "channels_last" if last < contiguous * _SLOWER else "contiguous"
     if paired_frames is None:
         paired_frames = False
-        if layout == "channels_last" and device.type == "cpu" and dtype == torch.float32:
+        if layout == "channels_last" and device.type == "cpu" and _bears_pairs(direction, dtype):
             plain, pairs = _race([partial(_plain, layer, area, torch.channels_last_3d), partial(_pairs, layer, area)])
             paired_frames = plain > pairs * _FASTER
     return Numerics(layout=layout, paired_frames=paired_frames)
+
+
+def _bears_pairs(direction: Direction, dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 or (direction == "decode" and dtype == torch.bfloat16)
 
 
 def preferred_slice_bytes(device: torch.device) -> int | None:

@@ -24,11 +24,12 @@ class Reblocker:
 
     Args:
         capacity: length of block ``i``.
+        first: number of the first block.
     """
 
-    def __init__(self, capacity: Callable[[int], int]) -> None:
+    def __init__(self, capacity: Callable[[int], int], *, first: int = 0) -> None:
         self._capacity = capacity
-        self._index = 0
+        self._index = first
         self._filled = 0
         self._block: Arrays | None = None
 

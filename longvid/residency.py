@@ -15,6 +15,7 @@ So between two openings the device holds the resident contexts and a few others,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +99,31 @@ class Residency:
     def layer_bytes(self) -> dict[str, int]:
         """Bytes of each context by the path of its layer."""
         return {path: home.num_bytes for path, home in self._homes.items()}
+
+    # ------------------------------------------------------------------------------------------- between chunks
+
+    def contexts(self) -> Iterator[tuple[str, Tensor]]:
+        """Path and context of every layer in the order in which they run, each where it is: read them, and let go."""
+        self._free_what_left()
+        for path, home in self._homes.items():
+            if home.device is not None:
+                if home.arriving is not None:
+                    home.arriving.synchronize()
+                yield path, home.device
+            elif home.host is not None:
+                if home.sent is not None:
+                    home.sent.synchronize()
+                yield path, home.host.tensor
+
+    def restore(self, path: str, context: Tensor, device: torch.device) -> None:
+        """Make ``context`` that of a layer, as if the chunk before had left it. Layers come in the order they run."""
+        home = self._homes.setdefault(path, _Home())
+        home.device = _empty_like(context, device)
+        home.num_bytes = context.numel() * context.element_size()
+        home.device.copy_(context)
+        if path in self._placement.offloaded:
+            self._send(path, home)
+            self._free_what_left()
 
     # ------------------------------------------------------------------------------------------- one layer
 

@@ -1,15 +1,7 @@
 """VideoSession: one model on one device, and the life of every video that goes through it.
 
-The path of one chunk, encoding::
-
-    reader thread                caller's thread                              writer thread
-    frames -> re-block -> queue -> device -> model + cache -> host -> queue -> check -> store
-                                                            \\-> ChunkEvent to the callbacks
-
-Decoding is the same with latents in and frames out. Push mode runs the middle part alone. Every video and direction
-gets a :class:`~longvid.cache.ConvCache` of its own that dies with it.
-
-Axes: B batch (1), C channels, T time, H height, W width; lower-case c t h w are those of a latent.
+What a whole video goes through is told in :mod:`longvid.whole`; push mode runs the middle part of it alone. Every
+video and direction gets a :class:`~longvid.cache.ConvCache` of its own that dies with it.
 """
 
 from __future__ import annotations
@@ -18,36 +10,35 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import Enum
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import torch
 
 from longvid.arena import HostArena
-from longvid.engine import DecodeRun, EncodeRun, Engine, Frames, Representation, Times
+from longvid.durability import Durability, parse_durability
+from longvid.engine import Engine, Frames, Representation
 from longvid.errors import MemoryBudgetError, ModelError, ScheduleError, SessionStateError, SourceError, StoreError
 from longvid.events import Callback, Direction, RunReport
-from longvid.feeds import LatentPiece, frame_chunks, frame_sink, latent_chunks, store_latents
-from longvid.job import Job
 from longvid.memory import MemoryBudget, host_available_bytes
 from longvid.models.base import CausalVAE
 from longvid.models.loading import load_model
 from longvid.numerics import Numerics, parse_layout, parse_paired_frames
 from longvid.offload import OffloadPolicy
-from longvid.pipeline import Prefetcher, Writer
 from longvid.plan import DirectionPlan, Offload, Plan, make_plan, parse_dtype, parse_offload
 from longvid.probe import choose_numerics, preferred_slice_bytes
 from longvid.profile import Profile, ProfileScope
 from longvid.push import Admission, PushDecoder, PushEncoder, Scope
-from longvid.store import LatentStore, check_target, open_store
-from longvid.store_writer import LatentWriter
+from longvid.store import LatentStore, open_store
 from longvid.units import format_bytes, parse_bytes, parse_reserve
-from longvid.video.sources import open_source
+from longvid.video.frames import OnError
+from longvid.video.limits import Limits
+from longvid.whole import DecodeOptions, EncodeOptions, Host, OnNonFinite, Recorded, decode_video, encode_video
 
 __all__ = ["VideoSession"]
 
@@ -89,8 +80,9 @@ class VideoSession:
         layout: of activations in memory: ``"auto"``, ``"contiguous"`` or ``"channels_last"``. Seen in the last bits of
             a result and recorded in the store. ``"auto"`` is channels last where it is not slower, except for small
             frames on a CPU, for which contiguous is bit for bit what diffusers computes in the bfloat16 encoder.
-        paired_frames: whether convolutions take frames in pairs, with a third fewer multiplications: ``"auto"`` (in
-            float32 on a CPU, if it is faster), ``"on"`` or ``"off"``. To rounding; recorded in the store.
+        paired_frames: whether convolutions take frames in pairs, with a third fewer multiplications: ``"auto"`` (on a
+            CPU, in float32 and in a bfloat16 decoder, if it is faster), ``"on"`` or ``"off"``. To rounding; recorded in
+            the store.
         callbacks: called with a :class:`~longvid.events.ChunkEvent` after every chunk, in the caller's thread.
     """
 
@@ -131,8 +123,9 @@ class VideoSession:
         self._busy_with: str | None = None
         self._engine: Engine | None = None
         self._plans: dict[tuple[object, ...], Plan] = {}
-        self._numerics: dict[tuple[int, int], Numerics] = {}
+        self._numerics: dict[tuple[Direction, int, int], Numerics] = {}
         self._scopes: list[Scope] = []
+        self._stopping = False
 
     # ------------------------------------------------------------------------------------------- lifecycle
 
@@ -212,12 +205,13 @@ class VideoSession:
         *,
         held_bytes: int = 0,
         idle_limit_bytes: int | None = None,
+        recorded: Recorded = Recorded(),  # noqa: B008 - a frozen value
     ) -> Plan:
         """The plan under what ``held_bytes`` of other videos leave of the budget."""
         height, width = engine.model.geometry.padded_size(height, width)
         if engine.model.geometry.chunk_invariant and self._allowed_bytes is not None:
             directions = ("encode", "decode")  # the budget may shorten chunks, and both directions share their length
-        key = (height, width, directions, held_bytes, idle_limit_bytes)
+        key = (height, width, directions, held_bytes, idle_limit_bytes, recorded)
         if key not in self._plans:
             profile = self._profile
             offload: Offload | Mapping[Direction, OffloadPolicy] = self._offload
@@ -236,22 +230,34 @@ class VideoSession:
                 dtype=engine.dtype,
                 memory=self._allowed_bytes,
                 offload=offload,
-                chunk_frames=self._chunk_frames,
+                chunk_frames=self._chunk_frames_for(engine, recorded),
                 reserved=engine.reserved_bytes,
                 held_bytes=held_bytes,
                 idle_limit_bytes=idle_limit_bytes,
                 directions=directions,
                 rates=None if profile is None else profile.rates,
-                numerics=self._numerics_for(engine, height, width),
+                numerics={d: self._numerics_for(engine, d, height, width, recorded) for d in directions},
                 slice_frames=slice_frames,
                 slice_bytes=preferred_slice_bytes(engine.device),
             )
         return self._plans[key]
 
-    def _numerics_for(self, engine: Engine, height: int, width: int) -> Numerics:
+    def _chunk_frames_for(self, engine: Engine, recorded: Recorded) -> int | None:
+        if self._chunk_frames is None and engine.model.geometry.chunk_invariant:
+            return recorded.chunk_frames
+        return self._chunk_frames
+
+    def _numerics_for(
+        self, engine: Engine, direction: Direction, height: int, width: int, recorded: Recorded
+    ) -> Numerics:
         """Of frames of this size; chosen once, so that all videos of a session are computed alike."""
-        if (height, width) not in self._numerics:
-            self._numerics[height, width] = choose_numerics(
+        if recorded.numerics is not None:
+            return Numerics(
+                layout=self._layout or recorded.numerics.layout,
+                paired_frames=recorded.numerics.paired_frames if self._paired_frames is None else self._paired_frames,
+            )
+        if (direction, height, width) not in self._numerics:
+            self._numerics[direction, height, width] = choose_numerics(
                 engine.model,
                 device=engine.device,
                 dtype=engine.dtype,
@@ -259,14 +265,23 @@ class VideoSession:
                 width=width,
                 layout=self._layout,
                 paired_frames=self._paired_frames,
+                direction=direction,
             )
-        return self._numerics[height, width]
+        return self._numerics[direction, height, width]
 
-    def _admit(self, engine: Engine, direction: Direction, height: int, width: int) -> Admission:
+    def _admit(
+        self,
+        engine: Engine,
+        direction: Direction,
+        height: int,
+        width: int,
+        recorded: Recorded = Recorded(),  # noqa: B008 - a frozen value
+    ) -> Admission:
         """Check a video of this size against all limits, beside those that are open, and give it its plan.
 
-        One video computes at a time while the contexts of all are held; contexts count as planned, whether or not
-        they have come into being yet.
+        What a run that is continued has ``recorded`` counts where the session was left the choice. One video computes
+        at a time while the contexts of all are held; contexts count as planned, whether or not they have come into
+        being yet.
         """
         others = [s.admission.part for s in self._scopes if s.admission is not None]
         held_bytes = sum(part.idle_bytes for part in others)
@@ -274,7 +289,9 @@ class VideoSession:
         # What this video may hold while the largest of the others computes.
         room = [budget.left(other.projected_bytes + held_bytes - other.idle_bytes) for other in others]
         idle_limit = min((r for r in room if r is not None), default=None)
-        plan = self._plan(engine, height, width, (direction,), held_bytes=held_bytes, idle_limit_bytes=idle_limit)
+        plan = self._plan(
+            engine, height, width, (direction,), held_bytes=held_bytes, idle_limit_bytes=idle_limit, recorded=recorded
+        )
         plan.check(direction)
         part = plan.direction(direction)
         for other in others:
@@ -320,9 +337,15 @@ class VideoSession:
         frame_rate: Fraction | float | None = None,
         store_dtype: Literal["float16", "float32"] = "float16",
         seed: int = 0,
+        on_error: OnError = "stop",
+        on_non_finite: OnNonFinite = "stop",
+        limits: Limits | None = None,
         overwrite: bool = False,
+        resume: bool = True,
+        durability: str | Durability = "fsync",
+        mend: Iterable[int] = (),
     ) -> RunReport:
-        """Encode a video into a zarr store of latents.
+        """Encode a video into a zarr store of latents, or go on with one that was not finished.
 
         Args:
             source: path of a video file; an iterable of uint8 arrays (T, H, W, 3); or a numpy, torch or zarr array.
@@ -335,60 +358,55 @@ class VideoSession:
             frame_rate: frames per second of a source without time stamps.
             store_dtype: dtype of the stored latents. Values it cannot hold are an error, never clipped.
             seed: of ``"sample"``.
-            overwrite: replace an existing longvid store.
+            on_error: where a file is damaged: ``"stop"`` raises, ``"keep"`` ends the video before the damage,
+                ``"conceal"`` repeats the last good frame and marks it in ``frame_valid``.
+            on_non_finite: where the model computes values that are not finite: ``"stop"`` raises, ``"quarantine"``
+                encodes the chunk again with the last good frame in place of its own, and marks it.
+            limits: what a source may ask for at most.
+            overwrite: replace what is there, unless it is an unfinished store of this very run, which is continued.
+            resume: continue such a store. If it is complete already, nothing is done.
+            durability: ``"fsync"`` survives power loss, ``"rename"`` the death of the process; or all of it, see
+                :class:`~longvid.Durability`.
+            mend: units of a store of this very run that are to be computed and written again, and nothing else; for
+                :func:`longvid.repair`.
+
+        Returns:
+            What was done; ``complete`` is False if :meth:`stop` ended it.
 
         Raises:
             SourceError: frames cannot be read. If nothing was published yet, no store is left behind.
-            StoreError: the store exists or cannot be written.
+            StoreError: the store exists, is of another run, is being written by somebody, or cannot be written.
+            NonFiniteError: see ``on_non_finite``.
             MemoryBudgetError: it would not fit; raised before a frame is read or the store is made.
-            SessionStateError: the session is not open, is busy, or is used from another thread or process.
+            SessionStateError: the session is not open, is busy, or is used from another thread or process; or the
+                model was changed.
         """
         _require_representation(representation, seed)
         if store_dtype not in ("float16", "float32"):
             raise StoreError(f"store_dtype {store_dtype!r} is not known; choose float16 or float32", kind="format")
-        rate = _as_rate(frame_rate)
-        with self._busy("encode") as engine:
-            check_target(store, overwrite)
+        if on_non_finite not in get_args(OnNonFinite):
+            raise ModelError(
+                f"on_non_finite {on_non_finite!r} is not known; choose {' or '.join(get_args(OnNonFinite))}"
+            )
+        options = EncodeOptions(
+            representation=representation,
+            start=start,
+            frames=frames,
+            size=size,
+            frame_rate=_as_rate(frame_rate),
+            store_dtype=store_dtype,
+            seed=seed,
+            on_error=on_error,
+            on_non_finite=on_non_finite,
+            limits=limits or Limits(),
+            overwrite=overwrite,
+            resume=resume,
+            durability=parse_durability(durability),
+            mend=frozenset(mend),
+        )
+        with self._busy("encode") as engine, self._stoppable():
             _require_apart(_path_of(source), Path(store))
-            with ExitStack() as stack:
-                video = stack.enter_context(open_source(source, start=start, frames=frames, size=size, frame_rate=rate))
-                info, geometry = video.info, engine.model.geometry
-                admission = self._admit(engine, "encode", info.height, info.width)
-                schedule = admission.schedule
-                height, width = geometry.padded_size(info.height, info.width)
-                p = geometry.pixels_per_latent
-                run = stack.enter_context(
-                    EncodeRun(engine, admission.part, representation, seed, traced=Job.wants_spans(self._callbacks))
-                )
-                job = stack.enter_context(Job(self._callbacks, run, admission.plan, info.num_frames))
-                with (
-                    LatentWriter(
-                        store,
-                        schedule=schedule,
-                        source=info,
-                        latent_shape_CYX=(geometry.latent_channels, height // p, width // p),
-                        representation=representation,
-                        dtype=store_dtype,
-                        vae=engine.model.describe(),
-                        extra={
-                            "compute_dtype": str(engine.dtype).removeprefix("torch."),
-                            "compute_device": engine.device.type,
-                            "numerics": admission.part.numerics.to_dict(),
-                            "padded_size": [height, width],
-                            "pixel_range": [-1, 1],
-                            **({"seed": seed} if representation == "sample" else {}),
-                        },
-                        overwrite=overwrite,
-                    ) as target,
-                    Writer[LatentPiece](lambda item: store_latents(target, item)) as writer,
-                    Prefetcher(frame_chunks(video, schedule, (height, width)), check=writer.check) as reader,
-                ):
-                    for piece in reader:
-                        with job.timed():
-                            latents, moments = run.latents(piece.chunk, piece.frames)
-                        writer.put(LatentPiece(piece.chunk, piece.pts, latents, moments))
-                        job.emit(piece.chunk.num_frames, piece.chunk.num_latents, reader, writer)
-                return job.finish()
+            return encode_video(self._host(engine), source, Path(store), options)
 
     def decode(
         self,
@@ -398,6 +416,9 @@ class VideoSession:
         start: int = 0,
         frames: int | None = None,
         overwrite: bool = False,
+        resume: bool = True,
+        durability: str | Durability = "fsync",
+        mend: Iterable[int] = (),
     ) -> RunReport:
         """Decode a store of latents into exactly the frames that were encoded.
 
@@ -407,7 +428,13 @@ class VideoSession:
                 or a callable that takes uint8 frames (T, H, W, 3); it is called in order, in a thread of its own.
             start: frames to skip. They are decoded all the same, since every frame leans on those before it.
             frames: frames to write at most.
-            overwrite: replace an existing file or longvid store.
+            overwrite: replace what is there, unless it is an unfinished store of this very run, which is continued.
+            resume: continue such a store. A video file cannot be continued and starts over.
+            durability: of a store of frames, as for :meth:`encode`.
+            mend: units of a store of frames, as for :meth:`encode`.
+
+        Returns:
+            What was done; ``complete`` is False if :meth:`stop` ended it. An unfinished video file is removed then.
 
         Raises:
             StoreError: the store is missing, incomplete, damaged or of another kind of model; the output exists or
@@ -416,39 +443,43 @@ class VideoSession:
             MemoryBudgetError: it would not fit; raised before anything is written.
             SessionStateError: as for :meth:`encode`.
         """
-        with self._busy("decode") as engine:
+        options = DecodeOptions(
+            start=start,
+            frames=frames,
+            overwrite=overwrite,
+            resume=resume,
+            durability=parse_durability(durability),
+            mend=frozenset(mend),
+        )
+        with self._busy("decode") as engine, self._stoppable():
             latents = store if isinstance(store, LatentStore) else open_store(store)
             _require_decodable(latents, engine.model)
-            first, last = _frame_window(latents.num_frames, start, frames)
-            admission = self._admit(engine, "decode", latents.height, latents.width)
-            if not callable(out):
-                _require_apart(latents.path, Path(out))
-            sink = frame_sink(latents, out, overwrite)
-            pts = latents.frame_pts
-            with ExitStack() as stack:
-                run = stack.enter_context(
-                    DecodeRun(
-                        engine,
-                        admission.part,
-                        (latents.height, latents.width),
-                        traced=Job.wants_spans(self._callbacks),
-                    )
-                )
-                job = stack.enter_context(Job(self._callbacks, run, admission.plan, last - first))
-                chunks = latent_chunks(latents, admission.schedule, last)
-                with (
-                    sink as write,
-                    Writer[tuple[Frames, Times]](lambda piece: write(*piece)) as writer,
-                    Prefetcher(chunks, check=writer.check) as reader,
-                ):
-                    for chunk, z_TCHW in reader:
-                        with job.timed():
-                            pixels = run.frames(chunk, z_TCHW)
-                        a, b = (min(max(edge, first), last) for edge in (chunk.frame_start, chunk.frame_stop))
-                        if b > a:
-                            writer.put((pixels[a - chunk.frame_start : b - chunk.frame_start], pts[a:b]))
-                        job.emit(b - a, chunk.num_latents, reader, writer)
-                return job.finish()
+            target = out if callable(out) else Path(out)
+            if isinstance(target, Path):
+                _require_apart(latents.path, target)
+            return decode_video(self._host(engine), latents, target, options)
+
+    def stop(self) -> None:
+        """Ask the :meth:`encode` or :meth:`decode` that runs to end at the next boundary between chunks.
+
+        It saves a snapshot, publishes what is whole, and returns its report with ``complete=False``. If none runs, the
+        next one ends so at once. May be called from a signal handler, a callback or another thread.
+        """
+        self._stopping = True
+
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._stopping = False
+
+    def _host(self, engine: Engine) -> Host:
+
+        def admit(direction: Direction, height: int, width: int, recorded: Recorded) -> Admission:
+            return self._admit(engine, direction, height, width, recorded)
+
+        return Host(engine=engine, callbacks=self._callbacks, admit=admit, stopping=lambda: self._stopping)
 
     # ------------------------------------------------------------------------------------------- push mode
 
@@ -508,15 +539,6 @@ def _require_decodable(store: LatentStore, model: CausalVAE) -> None:
             f"{store.path} was encoded with other weights ({store.vae.get('name_or_path')}); frames may look wrong",
             stacklevel=4,
         )
-
-
-def _frame_window(num_frames: int, start: int, frames: int | None) -> tuple[int, int]:
-    if start < 0 or start >= num_frames or (frames is not None and frames < 1):
-        raise ScheduleError(
-            f"frames from {start}{'' if frames is None else f', {frames} of them,'} were asked for; the video has "
-            f"{num_frames} frames, 0 to {num_frames - 1}"
-        )
-    return start, num_frames if frames is None else min(num_frames, start + frames)
 
 
 def _require_representation(representation: str, seed: int) -> None:

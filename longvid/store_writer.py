@@ -1,25 +1,32 @@
-"""The zarr store of one video, write side: layout, appending, publishing. No torch here.
+"""The zarr store of one video, write side: how it comes into being, grows, is continued and completed. No torch here.
 
-Data is appended in whole zarr chunks and becomes visible by **one atomic rewrite of the root metadata**, which carries
-the lengths of all arrays: readers that open the group never see a frame that is not complete, also while a writer is
-at work or after it was killed.
+Data is appended in units of one zarr chunk and becomes visible by **one atomic replacement of the root metadata**,
+which carries the lengths of all arrays::
 
-Axes: T or t time, C or c channels, H W pixels, y x latent rows and columns.
+    rows -> unit -> chunk files, coordinates, digest -> [on the disk] -> root metadata -> readers
+
+Readers never see a frame that is not complete and durable, also while a writer is at work or after it was killed. A
+writer that finds an unfinished store of its own fingerprint continues it. It may be given rows again that are published
+already, since a run goes on from its last snapshot: those have to be the same, bit for bit, and are not written again.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import re
 import shutil
+import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -27,98 +34,385 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 
 from longvid import __version__
+from longvid.durability import Durability
 from longvid.errors import StoreError
-from longvid.schedule import Chunk, ChunkSchedule
-from longvid.store import FORMAT_VERSION, MISSING, OWN_NAMES, PARTIAL_ROOT, check_target, read_json
-from longvid.video.frames import SourceInfo
+from longvid.lock import WriterLock
+from longvid.staging import StagedStore, is_partial, sync_folder, write_durably
+from longvid.store import (
+    DIGEST_BYTES,
+    FORMAT_VERSION,
+    MISSING,
+    OWN_NAMES,
+    PRIVATE,
+    Found,
+    array_document,
+    check_target,
+    chunk_file,
+    read_root,
+    seal_is_whole,
+    sealed,
+    unit_digest,
+)
+from longvid.zarr_gate import check_group, check_tree
 
-__all__ = ["FrameStoreWriter", "LatentWriter"]
+__all__ = ["TARGET_CHUNK_BYTES", "StoreWriter", "Unit", "disk_errors", "first_facts", "take"]
 
-_TARGET_CHUNK_BYTES = 2 * 2**20
-_MOST_LATENTS_PER_CHUNK = 64
-_COORDINATE_CHUNK = 4096
+TARGET_CHUNK_BYTES = 2 * 2**20
+COORDINATE_CHUNK = 4096
+_DIGEST_CHUNK = 1024
+_CHUNK_FILE = re.compile(r"c\.(\d+)(\.0)*")
+
+Unit = dict[str, npt.NDArray[Any]]
+"rows of one unit by the name of their array"
 
 
-class _Writer(ABC):
-    """Life of a store that is being written: created on entering, published in steps, completed on a clean exit."""
+class StoreWriter(ABC):
+    """Life of a store that is being written. Use it in a ``with`` statement.
 
-    def __init__(self, path: str | os.PathLike[str], attributes: dict[str, Any], overwrite: bool) -> None:
+    Entering takes the lock, then creates the store, or clears it away and creates it, or opens it to be continued. On
+    a clean exit the store is complete, unless :meth:`pause` was called. On an exception nothing more is published; if
+    nothing was published yet, the folder is removed again.
+
+    Args:
+        path: the folder; its parent exists.
+        attributes: of the group.
+        fingerprint: what decides the bits of the result, recorded; see :mod:`longvid.fingerprint`.
+        durability: when results are safe.
+        overwrite: replace an existing longvid store.
+        resume: continue an unfinished store of the same fingerprint.
+        mend: numbers of published units whose data is to be written again, in a store of the same fingerprint,
+            finished or not; nothing else is written then. What comes out other than it was published is an error.
+
+    Raises:
+        StoreError: see :func:`~longvid.store.check_target` and :meth:`~longvid.store.Found.decide`; another run
+            writes here (kind ``"locked"``); or the disk says no.
+    """
+
+    data_names: ClassVar[tuple[str, ...]]
+    "arrays whose chunks are written once, in units; the first one may always be there"
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        attributes: dict[str, Any],
+        *,
+        fingerprint: Mapping[str, Any],
+        durability: Durability,
+        overwrite: bool,
+        resume: bool,
+        mend: frozenset[int],
+    ) -> None:
         self.path = Path(path)
+        self.durability = durability
         self._overwrite = overwrite
+        self._resume = resume
+        self._mend = mend
+        self._fingerprint = fingerprint
+        self._epoch = uuid.uuid4().hex
+        attributes["longvid"] |= {"fingerprint": dict(fingerprint), "epoch": self._epoch}
         self._attributes = attributes
-        self._created = False
-        self._published = False
+        self._epoch_there: str | None = self._epoch
+        "that of the writer who wrote the root metadata last"
         self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._chain = hashlib.blake2b(digest_size=DIGEST_BYTES)
+        "of all digests so far"
+        self._created_folder = self._published = self._paused = False
+        self._last_publish = -float("inf")
+        self.num_units = 0
+        "units that were taken, counted from the first of the video: written now, or found to be there already"
+        self.published_units = 0
+        "units that readers see"
+
+    # ------------------------------------------------------------------------------------------- life
 
     def __enter__(self) -> Self:
-        check_target(self.path, self._overwrite)
-        with _disk_errors(self.path):
-            self._clear()
-            self._created = True
-            try:
-                self._group = zarr.create_group(self.path, attributes=self._attributes, zarr_format=3)
-                self._create_arrays()
-            except BaseException:
-                self._remove()
-                raise
+        with disk_errors(self.path), ExitStack() as undo:
+            found = check_target(self.path)
+            self._decide(found)  # before anything is made
+            self._created_folder = not self.path.is_dir()
+            (self.path / PRIVATE).mkdir(parents=True, exist_ok=True)
+            self._lock = WriterLock.acquire(self.path / PRIVATE / "lock")
+            undo.callback(self._lock.release)
+            found = check_target(self.path)  # under the lock, which somebody else may have had until now
+            decision = self._decide(found)
+            self._staged = StagedStore(self.path, sync=self.durability.syncs, rewritten=self._is_rewritten)
+            if decision == "resume":
+                self._open(found)
+            else:
+                undo.callback(self._remove)
+                if decision == "replace":
+                    self._clear(found.root)
+                self._create()
+            undo.pop_all()
         return self
+
+    def _decide(self, found: Found) -> Literal["create", "replace", "resume"]:
+        decision = found.decide(self._fingerprint, overwrite=self._overwrite, resume=self._resume)
+        if self._mend:
+            return "resume"
+        if decision == "done":
+            raise StoreError(f"{self.path} exists: a complete store of this run; nothing is left to write")
+        return decision
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         try:
             if exc_type is None:
-                self._complete()
+                self._finish()
         finally:
-            if not self._published:
-                self._remove()
+            try:
+                if not (self._published or self._paused or any(self.snapshots_folder.glob("*"))):
+                    self._remove()
+            finally:
+                self._lock.release()
 
-    def _clear(self) -> None:
-        """Take away the store that is to be replaced. Cut short, it is left as one of ours that holds nothing."""
-        if not (self.path / "zarr.json").exists():
+    @property
+    def snapshots_folder(self) -> Path:
+        """Where snapshots of this run lie."""
+        return self.path / PRIVATE / "snapshots"
+
+    @property
+    def first_wanted(self) -> int:
+        """The first unit that has to be computed: a run may go on from any snapshot that lies before it."""
+        return min(self._mend, default=self.published_units)
+
+    @property
+    def satisfied(self) -> bool:
+        """Whether nothing more needs to be computed, although the video goes on."""
+        return bool(self._mend) and self.num_units > max(self._mend)
+
+    def pause(self) -> None:
+        """Leave the store unfinished on the next clean exit, with all whole units published."""
+        self._paused = True
+
+    def _finish(self) -> None:
+        with disk_errors(self.path):
+            if self._mend:
+                rest = None if self._paused else self._rest()
+                if rest is not None:
+                    self._take_unit(rest)
+                self._staged.publish((self.path / "zarr.json").read_bytes(), settled=True)
+                return
+            if self._paused:
+                if self.num_units > self.published_units:
+                    self.publish()
+                return
+            rest = self._rest()
+            if rest is not None:
+                self._take_unit(rest)
+            if not self.num_units:
+                raise StoreError(f"{self.path} would hold no frames; it was not written")
+            if self.num_units < self.published_units:
+                raise StoreError(
+                    f"{self.path}: the source ended after {self.num_frames} frames, before those that were published; "
+                    "it has changed, or cannot be read as before",
+                    kind="mismatch",
+                )
+            self.publish("complete")
+            if not self.durability.keep_snapshots:
+                shutil.rmtree(self.snapshots_folder, ignore_errors=True)
+
+    # ------------------------------------------------------------------------------------------- coming into being
+
+    def _create(self) -> None:
+        self._write_root(None)
+        if self.durability.syncs:
+            sync_folder(self.path.parent)
+        self._create_arrays(zarr.open_group(self._staged, mode="r+", zarr_format=3, use_consolidated=False))
+
+    def _open(self, found: Found) -> None:
+        """Continue what is there: lengths, digests and metadata as the root has them, and nothing beyond."""
+        if not seal_is_whole((self.path / "zarr.json").read_bytes()):
+            raise StoreError(f"{self.path}: the root metadata is damaged; longvid repair restores it", kind="corrupt")
+        check_tree(self.path)
+        check_group(found.root, where=str(self.path))
+        self._attributes = found.root["attributes"]
+        if self._mend:
+            self._epoch = self._attributes["longvid"]["epoch"]
+        self._epoch_there = self._attributes["longvid"].get("epoch")
+        self._attributes["longvid"]["epoch"] = self._epoch
+        members = found.root.get("consolidated_metadata", {}).get("metadata", {})
+        self._sweep(members)
+        if not members:  # it ended before the first step
+            self._create()
             return
-        facts = read_json(self.path / "zarr.json")["attributes"]["longvid"]
-        emptied = {"longvid": {**facts, "status": "writing", "num_frames": 0}}
-        self._write_root({"zarr_format": 3, "node_type": "group", "attributes": emptied})
-        for entry in self.path.iterdir():
-            if entry.is_dir():
+        for name, document in members.items():
+            self._staged.stage(f"{name}/zarr.json", array_document(document))
+        for name in members:
+            self._arrays[name] = zarr.open_array(
+                self._staged, path=name, mode="r+", zarr_format=3, config={"write_empty_chunks": True}
+            )
+        self.published_units = self._arrays["digest"].shape[0]
+        self._chain.update(np.asarray(self._arrays["digest"][:]).tobytes())
+        if self._chain.hexdigest() != self._attributes["longvid"].get("digests"):
+            raise StoreError(f"{self.path}: its digests are damaged; longvid repair restores them", kind="corrupt")
+        self._published = True
+        self._check_chunks()
+        if self._mend:
+            return
+        # Takes the store over: a writer of an older epoch that comes back to life sees that it lost it.
+        self._write_root(members)
+
+    def _check_chunks(self) -> None:
+        """Every published chunk is there. What is in them is compared by those who read."""
+        for name in self.data_names:
+            for unit in set(range(self.published_units if name in self._arrays else 0)) - self._mend:
+                path = self.path / name / chunk_file(unit, self._arrays[name].ndim)
+                if not path.is_file() or not path.stat().st_size:
+                    raise StoreError(
+                        f"{self.path}: the chunk {name}/{path.name} is missing or empty; longvid repair computes it "
+                        "again, then run this once more",
+                        kind="corrupt",
+                    )
+
+    def _sweep(self, members: Mapping[str, Any]) -> None:
+        """Remove what an earlier run did not finish: files half written, and chunks that were never published."""
+        for folder in (self.path, self.path / PRIVATE, *(self.path / name for name in OWN_NAMES)):
+            if not folder.is_dir() or folder.is_symlink():
+                continue
+            for entry in os.scandir(folder):
+                if is_partial(entry.name) and entry.is_file(follow_symlinks=False):
+                    os.unlink(entry.path)
+        for name in self.data_names:
+            published = self._units_of(members.get(name))
+            if (self.path / name).is_dir():
+                for entry in os.scandir(self.path / name):
+                    number = _CHUNK_FILE.fullmatch(entry.name)
+                    if number is not None and int(number[1]) >= published:
+                        os.unlink(entry.path)
+
+    @staticmethod
+    def _units_of(document: Mapping[str, Any] | None) -> int:
+        if document is None:
+            return 0
+        return -(-int(document["shape"][0]) // int(document["chunk_grid"]["configuration"]["chunk_shape"][0]))
+
+    def _clear(self, root: dict[str, Any]) -> None:
+        """Take away the store that is to be replaced. Cut short, it is left as one of ours that holds nothing."""
+        facts = {**root["attributes"]["longvid"], "status": "writing", "num_frames": 0, "fingerprint": {}}
+        emptied = {"zarr_format": 3, "node_type": "group", "attributes": {"longvid": facts}}
+        write_durably(self.path / "zarr.json", sealed(emptied), sync=self.durability.syncs)
+        private = self.path / PRIVATE
+        for entry in (*self.path.iterdir(), *private.parent.iterdir(), *private.iterdir()):
+            if entry in (private.parent, private, private / "lock", self.path / "zarr.json"):
+                continue
+            if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
+            else:
+                entry.unlink()
         (self.path / "zarr.json").unlink()
 
-    def _write_root(self, root: dict[str, Any]) -> None:
-        partial = self.path / PARTIAL_ROOT
-        partial.write_text(json.dumps(root, indent=2), encoding="utf-8")
-        partial.replace(self.path / "zarr.json")
-
-    def _complete(self) -> None:
-        with _disk_errors(self.path):
-            self._flush()
-            if not self.num_frames:
-                raise StoreError(f"{self.path} would hold no frames; it was not written")
-            self._publish("complete")
-
     def _remove(self) -> None:
-        """Take away the folder that this writer made, unless something foreign came into it."""
-        if self._created and self.path.is_dir() and all(e.name in OWN_NAMES for e in self.path.iterdir()):
+        """Take away what this writer made, unless something foreign came into it."""
+        if not self.path.is_dir() or any(e.name not in OWN_NAMES for e in self.path.iterdir()):
+            return
+        if self._created_folder:
             shutil.rmtree(self.path, ignore_errors=True)
+            return
+        # The root metadata last: as long as anything is left, it says that the folder is ours.
+        for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == "zarr.json"):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
 
-    def _publish(self, status: Literal["writing", "complete"]) -> None:
-        """The one publish point: an atomic rewrite of the root metadata with the lengths of all arrays."""
-        facts = {**self._attributes["longvid"], "status": status, "num_frames": self.num_frames}
-        self._attributes["longvid"] = facts
-        members = {name: read_json(self.path / name / "zarr.json") for name in self._arrays}
-        root = {
-            "zarr_format": 3,
-            "node_type": "group",
-            "attributes": self._attributes,
-            "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": members},
-        }
-        # zarr.consolidate_metadata keeps the attributes that are stored, so status and lengths would need two writes.
-        self._write_root(root)
+    # ------------------------------------------------------------------------------------------- growing
+
+    def _take_unit(self, unit: Unit) -> None:
+        """Append one unit, or find that it is published already, and the same."""
+        number = self.num_units
+        digests = self._digests(unit)
+        if number < self.published_units:
+            self._compare(number, digests)
+            if number in self._mend:
+                self._write_again(number, unit)
+        else:
+            for name, values in unit.items():
+                self._append(name, values)
+            self._append("digest", digests[None])
+            self._chain.update(digests.tobytes())
+        self.num_units += 1
+
+    def _digests(self, unit: Unit) -> npt.NDArray[np.uint8]:
+        """One row for each data array, then one for all coordinates."""
+        data = [unit_digest([unit[name]]) for name in self.data_names if name in unit]
+        coordinates = unit_digest([values for name, values in unit.items() if name not in self.data_names])
+        return np.stack([*data, coordinates])
+
+    def _compare(self, number: int, digests: npt.NDArray[np.uint8]) -> None:
+        if not np.array_equal(np.asarray(self._arrays["digest"][number]), digests):
+            raise StoreError(
+                f"{self.path}: unit {number} came out other than it was published, so this run cannot continue that "
+                "one: the source gives other frames, or the same model computes other numbers here than it did there. "
+                "longvid verify tells whether the store is damaged; --overwrite --no-resume starts over",
+                kind="mismatch",
+            )
+
+    def _write_again(self, number: int, unit: Unit) -> None:
+        for name in self.data_names:
+            if name in unit:
+                array = self._arrays[name]
+                # zarr may look into a chunk before it replaces it, and this one is damaged
+                (self.path / name / chunk_file(number, array.ndim)).unlink(missing_ok=True)
+                start = number * array.chunks[0]
+                array[start : start + len(unit[name])] = unit[name]
+
+    def _append(self, name: str, values: npt.NDArray[Any]) -> None:
+        array = self._arrays[name]
+        start = array.shape[0]
+        array.resize((start + len(values), *array.shape[1:]))
+        array[start:] = values
+
+    def _publish_if_due(self) -> None:
+        waiting = self.num_units - self.published_units
+        if waiting > 0 and self.durability.publish_due(seconds=time.monotonic() - self._last_publish, units=waiting):
+            self.publish()
+
+    def publish(self, status: Literal["writing", "complete"] = "writing") -> None:
+        """The one publish point: everything that was taken becomes durable, then visible."""
+        self._attributes["longvid"] |= {"status": status, "num_frames": self.num_frames}
+        members = {name: json.loads(self._staged.document(name)) for name in self._arrays}
+        for name, document in members.items():
+            self._staged.stage(f"{name}/zarr.json", array_document(document))
+        self._write_root(members)
         self._published = True
+        self.published_units = max(self.published_units, self.num_units)
+        self._last_publish = time.monotonic()
+
+    def _write_root(self, members: Mapping[str, Any] | None) -> None:
+        root: dict[str, Any] = {"zarr_format": 3, "node_type": "group", "attributes": self._attributes}
+        if members is not None:
+            root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": members}
+            self._attributes["longvid"]["digests"] = self._chain.hexdigest()
+        # zarr.consolidate_metadata keeps the attributes that are stored, so status and lengths would need two writes.
+        content = sealed(root)
+        complete = self._attributes["longvid"]["status"] == "complete"
+        if members is None:
+            write_durably(self.path / "zarr.json", content, sync=self.durability.syncs)
+            if self.durability.syncs:
+                sync_folder(self.path)
+            self._epoch_there = self._epoch
+        else:
+            self._require_epoch()
+            self._staged.publish(content, settled=complete)
+        write_durably(self.path / PRIVATE / "root.json", content, sync=self.durability.syncs and complete)
+
+    def _require_epoch(self) -> None:
+        """Nobody took the store over. The lock should see to that; not every file system keeps one."""
+        root = read_root(self.path)
+        if root is None:
+            raise StoreError(
+                f"{self.path}: the root metadata has gone or was damaged while the store was being written",
+                kind="corrupt",
+            )
+        if root["attributes"]["longvid"].get("epoch") != self._epoch_there:
+            raise StoreError(f"{self.path} was taken over by another run; this one ends", kind="locked")
+        self._epoch_there = self._epoch
 
     def _array(
         self,
+        group: zarr.Group,
         name: str,
         shape: tuple[int, ...],
         chunk: int,
@@ -128,14 +422,16 @@ class _Writer(ABC):
     ) -> None:
         """An array of length 0 in time, with the codecs, names and fill of this format."""
         item = np.dtype(dtype)
-        fill: Any = float("nan") if item.kind == "f" else (0 if item.kind == "u" else MISSING)
-        self._arrays[name] = self._group.create_array(
+        fill: Any = {"f": float("nan"), "i": MISSING}.get(item.kind, 0)
+        self._arrays[name] = group.create_array(
             name,
             shape=(0, *shape),
             chunks=(chunk, *shape),
             dtype=dtype,
             fill_value=fill,
             dimension_names=dimensions,
+            # one folder for all chunks of an array, so that a new chunk needs one folder on the disk, not four
+            chunk_key_encoding={"name": "default", "separator": "."},
             serializer=BytesCodec(endian="little") if item.itemsize > 1 else BytesCodec(endian=None),
             compressors=[
                 BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle", typesize=item.itemsize),
@@ -145,11 +441,14 @@ class _Writer(ABC):
             config={"write_empty_chunks": True},
         )
 
-    def _append(self, name: str, values: npt.NDArray[Any]) -> None:
-        array = self._arrays[name]
-        start = array.shape[0]
-        array.resize((start + len(values), *array.shape[1:]))
-        array[start:] = values
+    def _digest_array(self, group: zarr.Group, num_data: int) -> None:
+        self._array(
+            group, "digest", (num_data + 1, DIGEST_BYTES), _DIGEST_CHUNK, "uint8", ("unit", "part", "byte"),
+            {"long_name": "blake2b of each unit's data, then of its coordinates"},
+        )  # fmt: skip
+
+    def _is_rewritten(self, name: str) -> bool:
+        return name not in self.data_names
 
     # what the two kinds of store add
 
@@ -157,290 +456,31 @@ class _Writer(ABC):
     "true frames in what is, or is about to be, published"
 
     @abstractmethod
-    def _create_arrays(self) -> None:
+    def _create_arrays(self, group: zarr.Group) -> None:
         """Make the empty arrays."""
 
     @abstractmethod
-    def _flush(self) -> None:
-        """Write what is still buffered."""
+    def _rest(self) -> Unit | None:
+        """The rows that are still waiting, as a last unit."""
+
+    @abstractmethod
+    def pending(self) -> Unit:
+        """Rows that wait to become a unit, for a snapshot; copies."""
+
+    @abstractmethod
+    def go_on(self, chunk: int, units: int, pending: Unit) -> None:
+        """Stand where a run stood when it had handed over chunks up to ``chunk`` and this was :meth:`pending`."""
 
 
-class LatentWriter(_Writer):
-    """Writes the latents of one video, chunk by chunk. Use it in a ``with`` statement; entering creates the store.
-
-    On a clean exit the store is complete. On an exception nothing more is published; if nothing was published yet,
-    the folder is removed again.
-
-    Args:
-        path: the folder to make; its parent exists.
-        schedule: the chunk plan, recorded in the store.
-        source: where the frames are from, recorded in the store.
-        latent_shape_CYX: channels, rows and columns of a latent frame.
-        representation: what the latents are; with ``"moments"`` a second array holds mean and log variance.
-        dtype: of the stored latents.
-        vae: facts of the model, recorded as the group's attribute ``vae``.
-        extra: further facts for the attribute ``longvid``.
-        overwrite: replace an existing longvid store.
-
-    Raises:
-        StoreError: see :func:`check_target`; or the disk says no.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        schedule: ChunkSchedule,
-        source: SourceInfo,
-        latent_shape_CYX: tuple[int, int, int],
-        representation: Literal["mode", "sample", "moments"],
-        dtype: Literal["float16", "float32"] = "float16",
-        vae: Mapping[str, Any],
-        extra: Mapping[str, Any] | None = None,
-        overwrite: bool = False,
-    ) -> None:
-        self._schedule = schedule
-        self._source = source
-        self._shape = latent_shape_CYX
-        self._moments = representation == "moments"
-        self._dtype = np.dtype(dtype)
-        rate = source.frame_rate
-        attributes = {
-            "Conventions": "CF-1.11",
-            "longvid": {
-                **_facts("latents", rate),
-                "chunk_plan": schedule.to_dict(),
-                "representation": representation,
-                "scaled": False,
-                **(extra or {}),
-            },
-            "vae": dict(vae),
-            "source": _source_facts(source),
-            "ome": _ome(latent_shape_CYX[0], schedule.frames_per_latent, rate),
-        }
-        super().__init__(path, attributes, overwrite)
-        self._chunk_latents = _latents_per_chunk(latent_shape_CYX, self._dtype.itemsize, schedule.chunk_latents)
-        self._next = 0
-        self._pending: list[npt.NDArray[Any]] = []
-        self._pending_moments: list[npt.NDArray[Any]] = []
-        self._num_written = 0
-        self._pts: list[npt.NDArray[np.int64]] = []
-        self._num_pts_written = 0
-        self._num_received = 0
-        self._last_pts = np.zeros(0, np.int64)
-
-    def _create_arrays(self) -> None:
-        k, (c, y, x) = self._chunk_latents, self._shape
-        name = self._dtype.name
-        coordinates = {"coordinates": "t frame_start frame_stop"}
-        self._array("latents", (c, y, x), k, name, ("t", "c", "y", "x"), coordinates)
-        if self._moments:
-            self._array("moments", (2 * c, y, x), k, name, ("t", "c2", "y", "x"), coordinates)
-        base = f"{self._source.time_base.numerator}/{self._source.time_base.denominator}"
-        self._array("t", (), _COORDINATE_CHUNK, "float64", ("t",), {"units": "s", "long_name": "time of first frame"})
-        self._array("frame_start", (), _COORDINATE_CHUNK, "int64", ("t",))
-        self._array("frame_stop", (), _COORDINATE_CHUNK, "int64", ("t",))
-        self._array("frame_pts", (), _COORDINATE_CHUNK, "int64", ("frame",), {"time_base": base})
-
-    def write(
-        self,
-        chunk: Chunk,
-        latents_TCYX: npt.NDArray[np.float32],
-        pts_T: npt.NDArray[np.int64],
-        moments_TCYX: npt.NDArray[np.float32] | None = None,
-    ) -> None:
-        """Take the latents of the next chunk and publish every whole zarr chunk they complete.
-
-        Args:
-            chunk: the chunk; they come in order.
-            latents_TCYX: float32, ``chunk.num_latents`` of them.
-            pts_T: time stamps of the chunk's true frames.
-            moments_TCYX: float32 with twice the channels, for a store with moments.
-
-        Raises:
-            StoreError: kind ``"range"`` if a value is not finite or does not fit the stored dtype; nothing of the
-                chunk is published then.
-        """
-        self._check(chunk, latents_TCYX, pts_T, moments_TCYX)
-        self._pending.append(self._stored(latents_TCYX))
-        if moments_TCYX is not None:
-            self._pending_moments.append(self._stored(moments_TCYX))
-        self._pts.append(np.asarray(pts_T, np.int64))
-        self._next = chunk.index + 1
-        self._num_received = chunk.frame_stop
-        with _disk_errors(self.path):
-            while sum(map(len, self._pending)) >= self._chunk_latents:
-                self._append_latents(self._chunk_latents)
-                self._publish("writing")
-
-    def _check(
-        self,
-        chunk: Chunk,
-        latents: npt.NDArray[np.float32],
-        pts: npt.NDArray[np.int64],
-        moments: npt.NDArray[np.float32] | None,
-    ) -> None:
-        if chunk.index != self._next:
-            raise StoreError(f"chunk {chunk.index} came where chunk {self._next} was due")
-        c, y, x = self._shape
-        expected = {"latents": (latents, (chunk.num_latents, c, y, x))}
-        if self._moments != (moments is not None):
-            raise StoreError(f"moments are {'missing' if self._moments else 'not part of this store'}")
-        if moments is not None:
-            expected["moments"] = (moments, (chunk.num_latents, 2 * c, y, x))
-        for name, (array, shape) in expected.items():
-            if array.shape != shape or array.dtype != np.float32:
-                raise StoreError(
-                    f"{name} of chunk {chunk.index} are {array.dtype} {array.shape}, float32 {shape} were due"
-                )
-            self._check_range(chunk, name, array)
-        if len(pts) != chunk.num_frames:
-            raise StoreError(f"chunk {chunk.index} has {chunk.num_frames} frames and {len(pts)} time stamps")
-
-    def _check_range(self, chunk: Chunk, name: str, array: npt.NDArray[np.float32]) -> None:
-        most = float(np.finfo(self._dtype).max)
-        size = float(np.abs(array).max()) if np.isfinite(array).all() else float("nan")
-        if size <= most:
-            return
-        where = f"{name} {chunk.latent_start} to {chunk.latent_stop - 1}"
-        if np.isfinite(size):
-            raise StoreError(
-                f"{where} reach {size:.6g} and {self._dtype} holds {most:.6g}; store them as float32 "
-                "(--store-dtype float32)",
-                kind="range",
-            )
-        raise StoreError(
-            f"{where} hold values that are not finite; nothing of them was written. Compute in float32 or bfloat16 "
-            "(--dtype), and check the source's frames there",
-            kind="range",
-        )
-
-    def _stored(self, array: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
-        return array.astype(self._dtype)
-
-    def _append_latents(self, count: int) -> None:
-        """Append ``count`` pending latents and the coordinates that go with them; visible after the next publish."""
-        start, stop = self._num_written, self._num_written + count
-        self._append("latents", _take(self._pending, count))
-        if self._moments:
-            self._append("moments", _take(self._pending_moments, count))
-        padded = np.array([self._schedule.frame_range(i) for i in range(start, stop)], np.int64)
-        ranges = np.minimum(padded, self._num_received)
-        until = int(ranges[-1, 1])
-        pts = _take(self._pts, until - self._num_pts_written)
-        self._append("t", self._times(padded[:, 0], pts))
-        self._append("frame_start", ranges[:, 0])
-        self._append("frame_stop", ranges[:, 1])
-        self._append("frame_pts", pts)
-        self._num_written, self._num_pts_written = stop, until
-        self.num_frames = until
-
-    def _times(self, first_frames: npt.NDArray[np.int64], pts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """Seconds of each latent's first frame; those of a padded tail go on at the frame rate."""
-        base, rate = self._source.time_base, self._source.frame_rate
-        known = np.concatenate([self._last_pts, pts])
-        offset = self._num_pts_written - len(self._last_pts)
-        last = offset + len(known) - 1
-        step = float(1 / rate / base) if rate else float(known[-1] - known[-2]) if len(known) > 1 else 0.0
-        ticks = np.array([known[f - offset] if f <= last else known[-1] + step * (f - last) for f in first_frames])
-        self._last_pts = known[-2:]
-        return ticks * base.numerator / base.denominator
-
-    def _flush(self) -> None:
-        left = sum(map(len, self._pending))
-        if left:
-            self._append_latents(left)
-
-
-class FrameStoreWriter(_Writer):
-    """Writes decoded frames: array ``frames`` (t, y, x, rgb) uint8 with ``t`` and ``frame_pts``.
-
-    Args:
-        path: the folder to make; its parent exists.
-        height: of the frames.
-        width: of the frames.
-        time_base: seconds per unit of the time stamps.
-        frame_rate: mean frames per second, recorded.
-        source: facts of where the frames came from, recorded.
-        overwrite: replace an existing longvid store.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        height: int,
-        width: int,
-        time_base: Fraction,
-        frame_rate: Fraction | None,
-        source: Mapping[str, Any],
-        overwrite: bool = False,
-    ) -> None:
-        attributes = {
-            "Conventions": "CF-1.11",
-            "longvid": _facts("frames", frame_rate),
-            "source": dict(source),
-        }
-        super().__init__(path, attributes, overwrite)
-        self._time_base = time_base
-        self._shape = (height, width, 3)
-        self._chunk_frames = max(1, min(64, 2 * _TARGET_CHUNK_BYTES // (height * width * 3)))
-        self._pending: list[npt.NDArray[Any]] = []
-        self._pts: list[npt.NDArray[Any]] = []
-
-    def _create_arrays(self) -> None:
-        coordinates = {"coordinates": "t frame_pts"}
-        self._array("frames", self._shape, self._chunk_frames, "uint8", ("t", "y", "x", "rgb"), coordinates)
-        self._array("t", (), _COORDINATE_CHUNK, "float64", ("t",), {"units": "s"})
-        base = f"{self._time_base.numerator}/{self._time_base.denominator}"
-        self._array("frame_pts", (), _COORDINATE_CHUNK, "int64", ("t",), {"time_base": base})
-
-    def write(self, frames_THWC: npt.NDArray[np.uint8], pts_T: npt.NDArray[np.int64]) -> None:
-        """Take the next frames with their time stamps and publish every whole zarr chunk they complete.
-
-        Raises:
-            StoreError: wrong dtype or shape, or the disk says no.
-        """
-        if frames_THWC.dtype != np.uint8 or frames_THWC.shape[1:] != self._shape or len(frames_THWC) != len(pts_T):
-            raise StoreError(
-                f"frames are {frames_THWC.dtype} {frames_THWC.shape} with {len(pts_T)} time stamps, uint8 "
-                f"(T, {', '.join(map(str, self._shape))}) were due"
-            )
-        self._pending.append(frames_THWC.copy())
-        self._pts.append(np.asarray(pts_T, np.int64))
-        with _disk_errors(self.path):
-            while sum(map(len, self._pending)) >= self._chunk_frames:
-                self._append_frames(self._chunk_frames)
-                self._publish("writing")
-
-    def _append_frames(self, count: int) -> None:
-        pts = _take(self._pts, count)
-        self._append("frames", _take(self._pending, count))
-        self._append("t", pts * self._time_base.numerator / self._time_base.denominator)
-        self._append("frame_pts", pts)
-        self.num_frames += count
-
-    def _flush(self) -> None:
-        left = sum(map(len, self._pending))
-        if left:
-            self._append_frames(left)
-
-
-def _take(pending: list[npt.NDArray[Any]], count: int) -> npt.NDArray[Any]:
+def take(pending: list[npt.NDArray[Any]], count: int) -> npt.NDArray[Any]:
     """Remove ``count`` rows from the front of a list of arrays and return them as one."""
     joined = np.concatenate(pending) if pending else np.zeros(0, np.int64)
     pending[:] = [joined[count:].copy()] if count < len(joined) else []
     return joined[:count]
 
 
-def _latents_per_chunk(shape: tuple[int, int, int], itemsize: int, multiple: int) -> int:
-    """Latent frames of a zarr chunk: about the target size, whole schedule chunks where possible, at most 64."""
-    fitting = _TARGET_CHUNK_BYTES // (int(np.prod(shape)) * itemsize)
-    bounded = max(1, min(_MOST_LATENTS_PER_CHUNK, fitting))
-    return bounded // multiple * multiple or bounded
-
-
-def _facts(kind: str, frame_rate: Fraction | None) -> dict[str, Any]:
+def first_facts(kind: str, frame_rate: Fraction | None) -> dict[str, Any]:
+    """The attribute ``longvid`` of a store that holds nothing yet."""
     return {
         "format_version": FORMAT_VERSION,
         "kind": kind,
@@ -452,46 +492,27 @@ def _facts(kind: str, frame_rate: Fraction | None) -> dict[str, Any]:
     }
 
 
-def _source_facts(source: SourceInfo) -> dict[str, Any]:
-    facts = asdict(source)
-    for key in ("time_base", "frame_rate"):
-        value: Fraction | None = facts[key]
-        facts[key] = None if value is None else f"{value.numerator}/{value.denominator}"
-    return facts
-
-
-def _ome(channels: int, frames_per_latent: int, frame_rate: Fraction | None) -> dict[str, Any]:
-    """OME-Zarr 0.5 metadata, so that image viewers open the latents without a scan for contrast limits."""
-    axes = [("t", "time", "second"), ("c", "channel", None), ("y", "space", None), ("x", "space", None)]
-    step = float(frames_per_latent / frame_rate) if frame_rate else 1.0
-    window = {"min": -8.0, "max": 8.0, "start": -3.0, "end": 3.0}
-    return {
-        "version": "0.5",
-        "multiscales": [
-            {
-                "name": "latents",
-                "axes": [{"name": n, "type": t, **({"unit": u} if u else {})} for n, t, u in axes],
-                "datasets": [
-                    {
-                        "path": "latents",
-                        "coordinateTransformations": [{"type": "scale", "scale": [step, 1.0, 1.0, 1.0]}],
-                    }
-                ],
-            }
-        ],
-        "omero": {
-            "channels": [
-                {"label": f"latent {i}", "color": "FFFFFF", "active": i < 3, "window": window} for i in range(channels)
-            ]
-        },
-    }
+_KINDS = {
+    errno.ENOSPC: "full",
+    errno.EDQUOT: "full",
+    errno.EFBIG: "full",
+    errno.EROFS: "read-only",
+    errno.EACCES: "read-only",
+    errno.EPERM: "read-only",
+}
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system says about files into StoreError."""
     try:
         yield
     except StoreError:
         raise
     except OSError as exc:
-        raise StoreError(f"{path} cannot be written: {exc.strerror or exc}") from exc
+        kind = _KINDS.get(exc.errno or 0, "other")
+        hint = {
+            "full": "; make room and run the same command again, it goes on where it stopped",
+            "read-only": "; choose another folder, or make this one writable",
+        }.get(kind, "")
+        raise StoreError(f"{path} cannot be written: {exc.strerror or exc}{hint}", kind=kind) from exc

@@ -186,7 +186,12 @@ def _thresholds(
 
     padded = engine.model.geometry.padded_size(height, width)
     numerics = choose_numerics(
-        engine.model, device=engine.device, dtype=engine.dtype, height=padded[0], width=padded[1]
+        engine.model,
+        device=engine.device,
+        dtype=engine.dtype,
+        height=padded[0],
+        width=padded[1],
+        direction=direction,
     )
 
     def planned(policy: OffloadPolicy, slice_frames: int | None = None) -> tuple[ChunkSchedule, DirectionPlan]:

@@ -12,23 +12,26 @@ import longvid
 ROOT = Path(longvid.__file__).parent
 RANKS = {
     "errors": 0, "units": 0, "events": 0, "video.frames": 0,
-    "schedule": 1, "memory": 1, "pipeline": 1, "reblock": 1, "machine": 1,
+    "schedule": 1, "memory": 1, "pipeline": 1, "reblock": 1, "machine": 1, "zarr_gate": 1,
     "numerics": 1, "workspace": 1, "offload": 1, "arena": 1.2, "transfer": 1.3, "timeline": 1.3, "residency": 1.5,
     "video.color": 1, "video.container": 1, "video.arrays": 1, "video.reader": 1.3, "video.writer": 1.3,
     "video.sources": 1.5, "video.picture": 1,
-    "cache": 2, "store": 2, "store_writer": 2.5,
+    "durability": 1, "fingerprint": 1, "lock": 1, "staging": 1, "video.limits": 0,
+    "cache": 2, "snapshot": 2, "store": 2, "store_writer": 2.5, "latent_writer": 2.7, "frame_writer": 2.7,
+    "verify": 2.5,
     "models.base": 3, "models.convolution": 3, "models.triton_norm": 3, "models.norms": 3.1, "models.layers": 3.2,
     "models.cogvideox": 3.5, "models.tiny": 3.5,
     "models.loading": 3.7,
     "step": 4, "dryrun": 4.3, "plan": 4.5, "probe": 4.5, "profile": 4.7,
-    "engine": 5, "push": 5.5, "feeds": 5.5, "job": 5.5, "session": 6, "tune": 6,
+    "engine": 5, "push": 5.5, "feeds": 5.5, "job": 5.5, "checkpoint": 5.5, "whole": 5.8, "session": 6, "tune": 6,
+    "repair": 6.5,
     "train.footage": 4, "train.fit": 5, "train.__main__": 9,
     "target": 1, "progress": 7, "recorder": 7,
     "history": 7, "report_text": 7.3, "report_charts": 7.4, "report": 7.5,
     "cli": 8, "__main__": 9, "demo.__main__": 9,
 }  # fmt: skip
 NO_TORCH = ("schedule", "reblock", "pipeline", "video.", "store", "cli", "progress", "errors", "units", "events",
-            "machine", "history", "target", "recorder", "report", "timeline", "offload")  # fmt: skip
+            "machine", "history", "target", "recorder", "report", "timeline", "offload", "zarr_gate")  # fmt: skip
 
 
 def modules():

@@ -20,9 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longvid import SourceError, StoreError, open_store
+from longvid.durability import Durability
+from longvid.frame_writer import FrameStoreWriter
+from longvid.latent_writer import LatentWriter
 from longvid.schedule import ChunkSchedule
-from longvid.store import OWN_NAMES, check_target
-from longvid.store_writer import FrameStoreWriter, LatentWriter
+from longvid.store import OWN_NAMES, PRIVATE, check_target
 from longvid.video.frames import ColorInfo, SourceInfo
 from longvid.video.sources import open_source
 
@@ -38,7 +40,8 @@ def source(time_base=Fraction(1, 24), frame_rate=Fraction(24)):
 
 
 def writer(path, *, plan=PLAN, shape=SHAPE, representation="mode", **options):
-    options = {"source": source(), "vae": {"class_name": "X"}, **options}
+    every = Durability(publish_seconds=0)
+    options = {"source": source(), "vae": {"class_name": "X"}, "durability": every, **options}
     return LatentWriter(path, schedule=plan, latent_shape_CYX=shape, representation=representation, **options)
 
 
@@ -96,6 +99,7 @@ def test_the_layout_follows_the_conventions(tmp_path):
     assert [c["name"] for c in latents["codecs"]] == ["bytes", "blosc", "crc32c"]
     assert all(m["codecs"][-1]["name"] == "crc32c" for m in members.values())
     assert {p.name for p in (tmp_path / "a.zarr").iterdir()} <= OWN_NAMES
+    assert [p.name for p in (tmp_path / "a.zarr" / PRIVATE).iterdir()] == ["root.json"]
 
 
 def test_the_published_metadata_is_what_zarr_itself_would_consolidate(tmp_path):
@@ -187,12 +191,12 @@ def test_a_killed_writer_leaves_finished_frames_only(tmp_path, after):
     data = xr_open(tmp_path / "a.zarr")
     np.testing.assert_array_equal(data.latents, expected[: store.num_latents].astype(np.float16))
     # and the next run may start over
-    write(tmp_path / "a.zarr", 9, overwrite=True)
+    write(tmp_path / "a.zarr", 9, overwrite=True, resume=False)
     assert open_store(tmp_path / "a.zarr").num_frames == 9
 
 
 def chunk_file(path):
-    return next(p for p in sorted((path / "latents" / "c").rglob("*")) if p.is_file())
+    return min((path / "latents").glob("c.*"))
 
 
 def test_damage_is_never_returned_as_data(tmp_path):
@@ -297,21 +301,24 @@ def test_nothing_foreign_is_touched(tmp_path):
     for path in (folder, file, link, other, mixed):
         for overwrite in (False, True):
             with pytest.raises(StoreError) as caught:
-                check_target(path, overwrite)
+                check_target(path)
             assert caught.value.kind == "foreign"
             with pytest.raises(StoreError), writer(path, overwrite=overwrite):
                 pass
     with pytest.raises(StoreError, match="there is no folder") as caught:
-        check_target(tmp_path / "no" / "a.zarr", False)
+        check_target(tmp_path / "no" / "a.zarr")
     assert files(tmp_path) == before
 
 
 def test_overwrite_and_empty_folders(tmp_path):
     write(tmp_path / "a.zarr", 30)
+    found, before = check_target(tmp_path / "a.zarr"), files(tmp_path)
     with pytest.raises(StoreError, match="a complete store of 30 frames; --overwrite"):
-        check_target(tmp_path / "a.zarr", False)
-    before = files(tmp_path)
-    check_target(tmp_path / "a.zarr", True)
+        found.decide({}, overwrite=False, resume=False)
+    with pytest.raises(StoreError, match=r"source\.sha256 was not there and is 17") as caught:
+        found.decide({"source": {"sha256": 17}}, overwrite=False, resume=True)
+    assert caught.value.kind == "mismatch"
+    assert found.decide({}, overwrite=False, resume=True) == "done"
     assert files(tmp_path) == before
     write(tmp_path / "a.zarr", 5, overwrite=True)
     assert open_store(tmp_path / "a.zarr").num_frames == 5
@@ -340,7 +347,7 @@ def test_a_disk_that_says_no_is_a_store_error(tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "a.zarr"), os.path.dirname(__file__)],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert "cannot be written: File too large" in run.stdout
+    assert "cannot be written: File too large; make room" in run.stdout
     assert list(tmp_path.iterdir()) == []
 
 
@@ -351,7 +358,7 @@ def test_what_is_no_store_is_refused(tmp_path):
     write(tmp_path / "broken.zarr", 9)
     write(tmp_path / "half.zarr", 9)
     newer = tmp_path / "newer.zarr" / "zarr.json"
-    newer.write_text(newer.read_text().replace('"format_version": 1', '"format_version": 2'))
+    newer.write_text(newer.read_text().replace('"format_version": 2', '"format_version": 3'))
     broken = tmp_path / "broken.zarr" / "zarr.json"
     broken.write_text(broken.read_text()[:200])
     half = json.loads((tmp_path / "half.zarr" / "zarr.json").read_text())
@@ -388,8 +395,7 @@ def test_frames_come_back_black_ones_too(tmp_path):
     data = xr_open(tmp_path / "f.zarr")
     np.testing.assert_array_equal(data.frames, frames)
     np.testing.assert_allclose(data.t, np.arange(300) / 25)
-    chunks = [p for p in (tmp_path / "f.zarr" / "frames" / "c").rglob("*") if p.is_file()]
-    assert len(chunks) == -(-300 // store._chunk_frames)
+    assert len(list((tmp_path / "f.zarr" / "frames").glob("c.*"))) == -(-300 // store._unit_frames)
     with (
         pytest.raises(StoreError, match="were due"),
         FrameStoreWriter(
@@ -438,7 +444,7 @@ def test_a_store_of_frames_cut_short_is_not_a_source(tmp_path):
     with pytest.raises(SourceError, match="incomplete") as caught:
         open_source(tmp_path / "f.zarr")
     assert caught.value.kind == "truncated"
-    with frame_store(tmp_path / "f.zarr", overwrite=True) as store:
+    with frame_store(tmp_path / "f.zarr", overwrite=True, resume=False) as store:
         store.write(frames, np.arange(200))
     with open_source(tmp_path / "f.zarr") as again:
         assert sum(len(b.frames_THWC) for b in again.blocks()) == 200
@@ -457,20 +463,20 @@ def test_replacing_cut_short_never_shows_the_old_store_as_whole(tmp_path, monkey
         real(path, **options)
 
     monkeypatch.setattr("longvid.store_writer.shutil.rmtree", rmtree)
-    with pytest.raises(KeyboardInterrupt), writer(tmp_path / "a.zarr", overwrite=True):
+    with pytest.raises(KeyboardInterrupt), writer(tmp_path / "a.zarr", overwrite=True, resume=False):
         pass
     monkeypatch.undo()
     if (tmp_path / "a.zarr").exists():
         with pytest.raises(StoreError, match="nothing was published") as caught:
             open_store(tmp_path / "a.zarr")
         assert caught.value.kind == "incomplete"
-    write(tmp_path / "a.zarr", 5, overwrite=True)
+    write(tmp_path / "a.zarr", 5, overwrite=True, resume=False)
     assert open_store(tmp_path / "a.zarr").num_frames == 5
 
 
 def test_missing_time_stamps_are_not_data(tmp_path):
     write(tmp_path / "a.zarr", 30)
-    shutil.rmtree(tmp_path / "a.zarr" / "frame_pts" / "c")
+    (tmp_path / "a.zarr" / "frame_pts" / "c.0").unlink()
     with pytest.raises(StoreError, match="time stamps of frames are missing") as caught:
         open_store(tmp_path / "a.zarr")
     assert caught.value.kind == "corrupt"

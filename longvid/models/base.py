@@ -6,6 +6,7 @@ Axes: B batch, C channels, T time, H height, W width.
 from __future__ import annotations
 
 import copy
+import hashlib
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -16,7 +17,7 @@ from longvid.cache import ConvCache
 from longvid.errors import ModelError, ScheduleError
 from longvid.schedule import ChunkSchedule
 
-__all__ = ["CausalVAE", "LatentGeometry", "placed", "resolve_device"]
+__all__ = ["CausalVAE", "LatentGeometry", "placed", "resolve_device", "weights_digest"]
 
 
 _LONGEST_CHUNK = 1024
@@ -125,6 +126,16 @@ def placed(module: _Module, device: torch.device, dtype: torch.dtype | None) -> 
         id(t): nn.Parameter(moved(t), requires_grad=False) if isinstance(t, nn.Parameter) else moved(t) for t in tensors
     }
     return copy.deepcopy(module, memo)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """sha256 over name, dtype, shape and values of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted((*module.named_parameters(), *module.named_buffers()), key=lambda item: item[0]):
+        host = tensor.detach().to("cpu").contiguous()
+        digest.update(f"{name}:{host.dtype}:{tuple(host.shape)};".encode())
+        digest.update(host.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -14,9 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 from longvid.errors import SourceError
-from longvid.video.frames import FrameBlock, SourceInfo
+from longvid.video.frames import FrameBlock, SourceInfo, SourcePosition, frame_digest
 
-__all__ = ["ArrayFrames", "IterableFrames", "OnePass", "block_length", "check_window", "is_array"]
+__all__ = [
+    "ArrayFrames",
+    "IterableFrames",
+    "OnePass",
+    "block_length",
+    "check_position",
+    "check_window",
+    "is_array",
+]
 
 DEFAULT_FRAME_RATE = Fraction(24)
 _BLOCK_FRAMES = 16
@@ -98,9 +106,23 @@ class ArrayFrames(OnePass):
     info: SourceInfo
     "facts known in advance"
 
-    def blocks(self) -> Iterator[FrameBlock]:
+    def fingerprint(self) -> dict[str, Any]:
+        """Size and window of the array, and its first frame; to read all of it would take as long as the run."""
+        return {
+            "kind": self.info.kind,
+            "shape": [int(length) for length in self._array.shape],
+            "start": self._begin,
+            "end": self._end,
+            "first_frame": frame_digest(self._read(self._begin, self._begin + 1)[0]),
+        }
+
+    def blocks(self, *, after: SourcePosition | None = None) -> Iterator[FrameBlock]:
         """Yield the frames in bounded blocks that begin where the array's chunks begin."""
         self._start()
+        if after is not None:
+            self._begin += after.num_frames
+            last = self._begin - 1
+            check_position(self._name, after, self._read(last, last + 1)[0] if last < self._end else None)
         return self._slices()
 
     def close(self) -> None:
@@ -113,7 +135,7 @@ class ArrayFrames(OnePass):
         while begin < self._end:
             self._check_open()
             end = min(self._end, (begin // self._step + 1) * self._step)
-            yield FrameBlock(self._read(begin, end), np.arange(begin, end, dtype=np.int64))
+            yield FrameBlock.whole(self._read(begin, end), np.arange(begin, end, dtype=np.int64))
             begin = end
 
     def _read(self, begin: int, end: int) -> npt.NDArray[np.uint8]:
@@ -163,10 +185,35 @@ class IterableFrames(OnePass):
     info: SourceInfo
     "facts known in advance"
 
-    def blocks(self) -> Iterator[FrameBlock]:
+    def fingerprint(self) -> dict[str, Any]:
+        """Size, window and first piece; what an iterable gives after that shows when it is compared."""
+        first = self._first
+        return {
+            "kind": self.info.kind,
+            "size": [self.info.height, self.info.width],
+            "start": self._begin,
+            "end": self._end,
+            "first_frame": None if first is None else frame_digest(first[0]),
+        }
+
+    def blocks(self, *, after: SourcePosition | None = None) -> Iterator[FrameBlock]:
         """Yield the frames, one block for each piece."""
         self._start()
-        return self._cut_pieces()
+        return self._cut_pieces() if after is None else self._behind(after)
+
+    def _behind(self, after: SourcePosition) -> Iterator[FrameBlock]:
+        """The blocks without the first ``after.num_frames`` frames, which have to be as they were."""
+        seen, checked = 0, False
+        for block in self._cut_pieces():
+            skip = min(len(block.pts_T), max(0, after.num_frames - seen))
+            seen += len(block.pts_T)
+            if not checked and seen >= after.num_frames:
+                checked = True
+                check_position(self._name, after, block.frames_THWC[skip - 1])
+            if skip < len(block.pts_T):
+                yield FrameBlock.whole(block.frames_THWC[skip:], block.pts_T[skip:])
+        if not checked:
+            check_position(self._name, after, None)
 
     def close(self) -> None:
         """End the iterable if it is a generator."""
@@ -186,7 +233,7 @@ class IterableFrames(OnePass):
             if self._end is not None:
                 end = min(end, self._end - position)
             if begin < end:
-                yield FrameBlock(piece[begin:end], np.arange(position + begin, position + end, dtype=np.int64))
+                yield FrameBlock.whole(piece[begin:end], np.arange(position + begin, position + end, dtype=np.int64))
             position += len(piece)
             if self._end is not None and position >= self._end:
                 return
@@ -216,6 +263,17 @@ class IterableFrames(OnePass):
                 f"bring all pieces to one size first",
                 kind="geometry-changed",
             )
+
+
+def check_position(name: str, position: SourcePosition, frame_HWC: npt.NDArray[np.uint8] | None) -> None:
+    """Raise SourceError unless the frame at a position is the one that was there before; None if it has gone."""
+    if frame_HWC is None or frame_digest(frame_HWC) != position.digest:
+        what = "has gone" if frame_HWC is None else "is another one now"
+        raise SourceError(
+            f"frame {position.num_frames - 1} of {name}, the last that was read before, {what}; a run can only be "
+            "continued with the same frames",
+            kind="changed",
+        )
 
 
 def is_array(value: Any) -> bool:

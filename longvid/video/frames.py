@@ -5,16 +5,20 @@ Axes: T time, H height, W width. Frames are always uint8 RGB, ``frames_THWC`` wi
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ColorInfo", "FrameBlock", "FrameSource", "SourceInfo"]
+__all__ = ["ColorInfo", "FrameBlock", "FrameSource", "OnError", "SourceInfo", "SourcePosition", "frame_digest"]
+
+OnError: TypeAlias = Literal["stop", "keep", "conceal"]
+"what happens where a file is damaged: an error, the end, or the last good frame in place of the damage"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +66,30 @@ class FrameBlock:
     frames_THWC: npt.NDArray[np.uint8]
     pts_T: npt.NDArray[np.int64]
     "time stamps in units of the source's time base, in decoder order"
+    valid_T: npt.NDArray[np.bool_]
+    "False for a frame whose pixels are not those of the source: it repeats the last good one"
+
+    @classmethod
+    def whole(cls, frames_THWC: npt.NDArray[np.uint8], pts_T: npt.NDArray[np.int64]) -> FrameBlock:
+        """A block of frames that are all the source's own."""
+        return cls(frames_THWC, pts_T, np.ones(len(pts_T), np.bool_))
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePosition:
+    """Where an earlier run stopped."""
+
+    num_frames: int
+    "frames that were delivered, counted from ``start``"
+    pts: int
+    "time stamp of the last of them"
+    digest: str
+    "of its pixels as they were delivered; see :func:`frame_digest`"
+
+
+def frame_digest(frame_HWC: npt.NDArray[np.uint8]) -> str:
+    """sha256 of a frame's RGB bytes in C order, in hexadecimal digits."""
+    return hashlib.sha256(np.ascontiguousarray(frame_HWC).data).hexdigest()
 
 
 class FrameSource(Protocol):
@@ -76,8 +104,15 @@ class FrameSource(Protocol):
         """Facts known in advance."""
         ...
 
-    def blocks(self) -> Iterator[FrameBlock]:
-        """Yield the frames. Raises SourceError where they cannot be read."""
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the frames, ready for JSON; names and places are not in it. Two equal sources give the same."""
+        ...
+
+    def blocks(self, *, after: SourcePosition | None = None) -> Iterator[FrameBlock]:
+        """Yield the frames, those behind ``after`` only if that is given.
+
+        Raises SourceError where they cannot be read; of kind ``"changed"`` if ``after`` is not found.
+        """
         ...
 
     def close(self) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -17,10 +19,11 @@ from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from longvid.errors import SourceError
-from longvid.video.arrays import DEFAULT_FRAME_RATE, OnePass, block_length, check_window
+from longvid.video.arrays import DEFAULT_FRAME_RATE, OnePass, block_length, check_position, check_window
 from longvid.video.color import Conversion, resolve_color
 from longvid.video.container import check_complete, check_regular_file, open_container, pick_stream, reason
-from longvid.video.frames import FrameBlock, SourceInfo
+from longvid.video.frames import FrameBlock, OnError, SourceInfo, SourcePosition
+from longvid.video.limits import Limits
 
 __all__ = ["VideoFile"]
 
@@ -41,6 +44,8 @@ class VideoFile(OnePass):
         start: index of the first frame delivered.
         frames: how many frames at most.
         size: (height, width) to resize to.
+        on_error: what happens where the file is damaged.
+        limits: what the file may ask for at most.
 
     Raises:
         SourceError: the file is missing, is no video, is cut short, or holds no frames.
@@ -53,8 +58,12 @@ class VideoFile(OnePass):
         start: int = 0,
         frames: int | None = None,
         size: tuple[int, int] | None = None,
+        on_error: OnError = "stop",
+        limits: Limits | None = None,
     ) -> None:
         super().__init__(os.fspath(path))
+        self._on_error = on_error
+        self._limits = limits or Limits()
         check_window(start, frames)
         _check_size(size)
         self._path = Path(path)
@@ -72,10 +81,28 @@ class VideoFile(OnePass):
     info: SourceInfo
     "facts known in advance"
 
-    def blocks(self) -> Iterator[FrameBlock]:
+    def fingerprint(self) -> dict[str, Any]:
+        """The file's content, and how it is read."""
+        with self._path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        details = self.info.details or {}
+        return {
+            "kind": "video",
+            "bytes": self._num_bytes,
+            "sha256": content,
+            "size": [self.info.height, self.info.width],
+            "start": self._begin,
+            "frames": self._limit,
+            "on_error": self._on_error,
+            **{key: details[key] for key in ("interpolation", "rotation", "stream_index", "av", "libavcodec")},
+            "matrix": self._converter.color.info.matrix,
+            "range": self._converter.color.info.range,
+        }
+
+    def blocks(self, *, after: SourcePosition | None = None) -> Iterator[FrameBlock]:
         """Yield the frames; where decoding fails, those before come out first, then SourceError is raised."""
         self._start()
-        return self._blocks()
+        return self._blocks(after)
 
     def close(self) -> None:
         """Close the file."""
@@ -159,12 +186,12 @@ class VideoFile(OnePass):
                 stacklevel=4,
             )
 
-    def _blocks(self) -> Iterator[FrameBlock]:
+    def _blocks(self, after: SourcePosition | None) -> Iterator[FrameBlock]:
         length = block_length(self.info.height, self.info.width)
         images: list[npt.NDArray[np.uint8]] = []
         stamps: list[int] = []
         try:
-            for image, pts in self._images():
+            for image, pts in self._images(after):
                 images.append(image)
                 stamps.append(pts)
                 if len(images) == length:
@@ -177,18 +204,24 @@ class VideoFile(OnePass):
         if images:
             yield _block(images, stamps)
 
-    def _images(self) -> Iterator[tuple[npt.NDArray[np.uint8], int]]:
-        """Yield the frames of the window, converted, with their time stamps."""
+    def _images(self, after: SourcePosition | None) -> Iterator[tuple[npt.NDArray[np.uint8], int]]:
+        """Yield the frames of the window, converted, with their time stamps; those behind ``after`` if it is given."""
         index = -1
         end = None if self._limit is None else self._begin + self._limit
+        last_seen = -1 if after is None else self._begin + after.num_frames - 1
         for index, frame in enumerate(self._raw_frames()):
             self._converter.check(frame, index)
             pts = self._clock.stamp(frame.pts)
+            if index == last_seen and after is not None:
+                check_position(self._name, after, self._converter.convert(frame, index))
             if index >= self._begin:
-                yield self._converter.convert(frame, index), pts
+                if index > last_seen:
+                    yield self._converter.convert(frame, index), pts
                 if index + 1 == end:
                     return
             del frame
+        if after is not None and index < last_seen:
+            check_position(self._name, after, None)
         if index < self._begin:
             raise self._beyond_end(index + 1)
 
@@ -341,7 +374,7 @@ def _turned(size: tuple[int, int], turns: int) -> tuple[int, int]:
 
 
 def _block(images: list[npt.NDArray[np.uint8]], stamps: list[int]) -> FrameBlock:
-    return FrameBlock(np.stack(images), np.array(stamps, dtype=np.int64))
+    return FrameBlock.whole(np.stack(images), np.array(stamps, dtype=np.int64))
 
 
 def _frame_rate(stream: VideoStream) -> Fraction | None:

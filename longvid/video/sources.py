@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from longvid.errors import SourceError
 from longvid.video.arrays import ArrayFrames, IterableFrames, check_window, is_array
-from longvid.video.frames import FrameSource
+from longvid.video.frames import FrameSource, OnError
+from longvid.video.limits import Limits
 
 __all__ = ["open_source"]
 
@@ -27,6 +28,8 @@ def open_source(
     frames: int | None = None,
     size: tuple[int, int] | None = None,
     frame_rate: Fraction | int | None = None,
+    on_error: OnError = "stop",
+    limits: Limits | None = None,
 ) -> FrameSource:
     """Open what frames are read from.
 
@@ -37,34 +40,34 @@ def open_source(
         frames: how many frames at most; all by default.
         size: (height, width) to resize to; files only.
         frame_rate: frames per second of a source without time stamps; a media file has its own.
+        on_error: what happens where a media file is damaged: ``"stop"`` raises, ``"keep"`` ends before the damage,
+            ``"conceal"`` repeats the last good frame and marks it.
+        limits: what the source may ask for at most.
 
     Raises:
         SourceError: the source cannot be read, or is none.
     """
     check_window(start, frames)
+    if on_error not in get_args(OnError):
+        raise SourceError(f"on_error {on_error!r} is not known; choose {', '.join(get_args(OnError))}", kind="range")
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         if (path / "zarr.json").is_file():
             return _open_zarr(path, start=start, frames=frames, size=size, frame_rate=frame_rate)
-        return _open_file(path, start=start, frames=frames, size=size, frame_rate=frame_rate)
+        if frame_rate is not None:
+            raise SourceError(
+                f"frame_rate={frame_rate} was given for {path}, but a media file carries its own time stamps; leave it "
+                "out",
+                kind="layout",
+            )
+        from longvid.video.reader import VideoFile
+
+        return VideoFile(path, start=start, frames=frames, size=size, on_error=on_error, limits=limits)
     if is_array(source):
         return ArrayFrames(source, start=start, frames=frames, size=size, frame_rate=frame_rate)
     if isinstance(source, Iterable) and not isinstance(source, (bytes, bytearray, dict)):
         return IterableFrames(source, start=start, frames=frames, size=size, frame_rate=frame_rate)
     raise SourceError(f"a {type(source).__name__} is no source of frames; give {_ACCEPTED}", kind="layout")
-
-
-def _open_file(
-    path: Path, *, start: int, frames: int | None, size: tuple[int, int] | None, frame_rate: Fraction | int | None
-) -> FrameSource:
-    from longvid.video.reader import VideoFile
-
-    if frame_rate is not None:
-        raise SourceError(
-            f"frame_rate={frame_rate} was given for {path}, but a media file carries its own time stamps; leave it out",
-            kind="layout",
-        )
-    return VideoFile(path, start=start, frames=frames, size=size)
 
 
 def _open_zarr(

@@ -83,8 +83,15 @@ class VideoWriter:
         self._check_format()
         self._check_target()
 
-    def write(self, frames_THWC: npt.NDArray[np.uint8], pts_T: npt.NDArray[np.int64]) -> None:
+    def write(
+        self,
+        frames_THWC: npt.NDArray[np.uint8],
+        pts_T: npt.NDArray[np.int64],
+        valid_T: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
         """Append frames; their time stamps must increase strictly, and are shifted so that the first is 0.
+
+        A video file has no place for ``valid_T``, which other writers of frames keep.
 
         Raises:
             StoreError: frames or time stamps are not as promised, or the file cannot be written.
