@@ -95,8 +95,10 @@ class SourceError(LongvidError, OSError):
 
     Attributes:
         kind: ``"missing"``, ``"not-video"``, ``"no-video-stream"``, ``"no-frames"``, ``"truncated"``,
-            ``"geometry-changed"``, ``"layout"`` (wrong dtype or axes of an array), ``"range"`` (start or count
-            outside the video) or ``"other"``.
+            ``"damaged"``, ``"geometry-changed"``, ``"changed"`` (not the frames that were there before), ``"refused"``
+            (a link, an address, a playlist), ``"limit"`` (more than :class:`longvid.Limits` allows), ``"stalled"``,
+            ``"layout"`` (wrong dtype or axes of an array), ``"range"`` (start or count outside the video) or
+            ``"other"``.
     """
 
     def __init__(self, message: str, *, kind: str = "other") -> None:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from longvid.errors import SourceError
 from longvid.video.frames import FrameBlock, SourceInfo, SourcePosition, frame_digest
+from longvid.video.limits import Limits
 
 __all__ = [
     "ArrayFrames",
@@ -37,8 +38,12 @@ _EXPECTED = "uint8 with axes (T, H, W, 3)"
 class OnePass:
     """What every source shares: it is read once, and closing it twice does no harm."""
 
-    def __init__(self, name: str) -> None:
+    info: SourceInfo
+    "facts known in advance"
+
+    def __init__(self, name: str, limits: Limits | None = None) -> None:
         self._name = name
+        self._limits = limits or Limits()
         self._started = False
         self._closed = False
 
@@ -51,6 +56,23 @@ class OnePass:
         if self._started:
             raise SourceError(f"the frames of {self._name} were already read once; open the source again")
         self._started = True
+
+    def _check_known_length(self, info: SourceInfo) -> None:
+        """Refuse at once what says by itself that it goes beyond the limits."""
+        self._limits.check_pixels(self._name, info.height, info.width)
+        if info.num_frames is not None:
+            self._limits.check_frames(self._name, info.num_frames)
+
+    def _within_limits(self, blocks: Iterator[FrameBlock]) -> Iterator[FrameBlock]:
+        """Pass blocks on until they are more than the limits allow, whatever the source said of itself."""
+        frames, first = 0, None
+        for block in blocks:
+            frames += len(block.pts_T)
+            self._limits.check_frames(self._name, frames)
+            if len(block.pts_T):
+                first = int(block.pts_T[0]) if first is None else first
+                self._limits.check_seconds(self._name, float((int(block.pts_T.max()) - first) * self.info.time_base))
+            yield block
 
     def _check_open(self) -> None:
         if self._closed:
@@ -76,6 +98,7 @@ class ArrayFrames(OnePass):
         size: (height, width); only the array's own, since arrays are not resized here.
         frame_rate: frames per second; without it 24 is assumed and said so in ``info``.
         name: what messages call the source.
+        limits: what it may ask for at most.
     """
 
     def __init__(
@@ -87,8 +110,9 @@ class ArrayFrames(OnePass):
         size: tuple[int, int] | None = None,
         frame_rate: Fraction | int | None = None,
         name: str | None = None,
+        limits: Limits | None = None,
     ) -> None:
-        super().__init__(name or _describe(array))
+        super().__init__(name or _describe(array), limits)
         check_window(start, frames)
         _check_layout(array, self._name, ranks=(4,))
         count, height, width = (int(length) for length in array.shape[:3])
@@ -101,10 +125,8 @@ class ArrayFrames(OnePass):
         self._begin = start
         self._end = count if frames is None else min(count, start + frames)
         self.info = _info(self, "array", height, width, self._end - start, frame_rate)
+        self._check_known_length(self.info)
         self._step = _aligned_step(array, height, width, self._name)
-
-    info: SourceInfo
-    "facts known in advance"
 
     def fingerprint(self) -> dict[str, Any]:
         """Size and window of the array, and its first frame; to read all of it would take as long as the run."""
@@ -123,7 +145,7 @@ class ArrayFrames(OnePass):
             self._begin += after.num_frames
             last = self._begin - 1
             check_position(self._name, after, self._read(last, last + 1)[0] if last < self._end else None)
-        return self._slices()
+        return self._within_limits(self._slices())
 
     def close(self) -> None:
         """Let go of the array, which itself stays as it is."""
@@ -157,6 +179,7 @@ class IterableFrames(OnePass):
         frames: how many frames at most; nothing is taken from the iterable beyond them.
         size: (height, width); only the frames' own, since arrays are not resized here.
         frame_rate: frames per second; without it 24 is assumed and said so in ``info``.
+        limits: what it may ask for at most.
     """
 
     def __init__(
@@ -167,8 +190,9 @@ class IterableFrames(OnePass):
         frames: int | None = None,
         size: tuple[int, int] | None = None,
         frame_rate: Fraction | int | None = None,
+        limits: Limits | None = None,
     ) -> None:
-        super().__init__(f"the {type(pieces).__name__}")
+        super().__init__(f"the {type(pieces).__name__}", limits)
         check_window(start, frames)
         self._begin = start
         self._end = None if frames is None else start + frames
@@ -181,9 +205,7 @@ class IterableFrames(OnePass):
         height, width = first.shape[1:3]
         _check_size(self._name, size, height, width)
         self.info = _info(self, "iterable", height, width, None, frame_rate)
-
-    info: SourceInfo
-    "facts known in advance"
+        self._check_known_length(self.info)
 
     def fingerprint(self) -> dict[str, Any]:
         """Size, window and first piece; what an iterable gives after that shows when it is compared."""
@@ -199,7 +221,7 @@ class IterableFrames(OnePass):
     def blocks(self, *, after: SourcePosition | None = None) -> Iterator[FrameBlock]:
         """Yield the frames, one block for each piece."""
         self._start()
-        return self._cut_pieces() if after is None else self._behind(after)
+        return self._within_limits(self._cut_pieces() if after is None else self._behind(after))
 
     def _behind(self, after: SourcePosition) -> Iterator[FrameBlock]:
         """The blocks without the first ``after.num_frames`` frames, which have to be as they were."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import io
 import os
+import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,11 +17,21 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from longvid.errors import SourceError
+from longvid.video.limits import Limits
 
-__all__ = ["check_complete", "check_regular_file", "open_container", "pick_stream", "reason"]
+__all__ = ["MediaFile", "declared_end", "pick_stream", "reason"]
 
-# demuxers that claim text and playlists; a playlist would open other files
-_NOT_MEDIA = {"tty", "hls", "concat", "dash", "sdp", "ffmetadata", "imf"}
+# demuxers that read one file and nothing else: no playlist, no list of pictures, no device
+_DEMUXERS = (
+    "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,flv,ogg,gif,yuv4mpegpipe,ivf,asf,mxf,nut,obu"
+)  # fmt: skip
+_PLAYLISTS = {
+    b"#EXTM3U": "an HLS playlist", b"ffconcat": "a list of files", b"<MPD": "a DASH manifest", b"v=0": "an SDP file",
+    b"[playlist]": "a playlist", b"<smil": "a playlist", b"<SmoothStreamingMedia": "a manifest",
+}  # fmt: skip
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.,-]+:")
+"a protocol's name in front; a single letter is a drive"
+_BLOCK_BYTES = 8 * 2**20
 
 
 def reason(exc: Exception) -> str:
@@ -24,49 +39,127 @@ def reason(exc: Exception) -> str:
     return getattr(exc, "strerror", None) or str(exc)
 
 
-def check_regular_file(path: Path) -> int:
-    """Size in bytes of the file."""
-    try:
-        found = path.stat()
-    except FileNotFoundError as exc:
-        raise SourceError(f"there is no file {path}; check the name", kind="missing") from exc
-    except OSError as exc:
-        raise SourceError(f"{path} cannot be read: {reason(exc)}") from exc
-    if stat.S_ISDIR(found.st_mode):
-        raise SourceError(f"{path} is a folder, not a video file; name a file in it", kind="not-video")
-    if not stat.S_ISREG(found.st_mode):
-        raise SourceError(f"{path} is not a regular file; copy the video to one", kind="not-video")
-    if not found.st_size:
-        raise SourceError(f"{path} is empty (0 bytes), not a video", kind="not-video")
-    return found.st_size
+class MediaFile:
+    """A regular file that is opened once and by its own name: what is checked is what is decoded.
 
+    Args:
+        path: the file; neither a symbolic link, nor an address, nor a device.
+        limits: ``max_bytes`` and ``max_pixels`` are checked here.
 
-def open_container(path: Path) -> InputContainer:
-    """Open a local file for reading; what is no media file, or would open others, is refused."""
-    try:
-        # the prefix and the whitelist keep names such as concat:a|b, and playlists, from opening anything else
-        container = av.open(f"file:{path.absolute()}", "r", options={"protocol_whitelist": "file"})
-    except (av.FFmpegError, OSError) as exc:
-        raise _refusal(path, exc) from exc
-    if set(container.format.name.split(",")) & _NOT_MEDIA:
-        container.close()
-        raise SourceError(f"{path} is a text file or a playlist, not a video; name the video itself", kind="not-video")
-    return container
+    Raises:
+        SourceError: there is no such file, or it is none that may be opened.
+    """
 
+    def __init__(self, path: Path, limits: Limits) -> None:
+        self._path = path
+        self._limits = limits
+        self.file: io.FileIO = _open_regular(path)
+        "for what is read besides decoding; FFmpeg has a position of its own"
+        try:
+            self.num_bytes = os.fstat(self.file.fileno()).st_size
+            if not self.num_bytes:
+                raise SourceError(f"{path} is empty (0 bytes), not a video", kind="not-video")
+            limits.check_bytes(str(path), self.num_bytes)
+        except BaseException:
+            self.file.close()
+            raise
 
-def _refusal(path: Path, exc: Exception) -> SourceError:
-    """Say why a file that FFmpeg does not open is none."""
-    if isinstance(exc, PermissionError):
-        return SourceError(f"{path} cannot be read: permission denied; change its mode")
-    with path.open("rb") as file:
-        head = file.read(12)
-    if head[4:8] == b"ftyp" or head[:4] == _EBML.to_bytes(4, "big"):
+    def open(self) -> InputContainer:
+        """Let FFmpeg open the file that is open here; it may open nothing else.
+
+        Raises:
+            SourceError: it is no video, or would open other files.
+        """
+        options = {
+            "protocol_whitelist": "file",
+            "format_whitelist": _DEMUXERS,
+            # FFmpeg decodes while it probes, before anybody could look at the size
+            "max_pixels": str(self._limits.max_pixels),
+        }
+        seconds = self._limits.stall_seconds
+        try:
+            return av.open(f"file:{self._own_name()}", "r", options=options, timeout=(seconds, seconds))
+        except (av.FFmpegError, OSError) as exc:
+            raise self._refusal(exc) from exc
+
+    def sha256(self, beat: Callable[[], None]) -> str:
+        """Digest of the whole file in hexadecimal digits; ``beat`` is called for every block of it."""
+        digest = hashlib.sha256()
+        self.file.seek(0)
+        while block := self.file.read(_BLOCK_BYTES):
+            digest.update(block)
+            beat()
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self.file.close()
+
+    def _own_name(self) -> str:
+        """A name of the open file itself, where the system has one: another file may take the path at any time."""
+        name = f"/proc/self/fd/{self.file.fileno()}"
+        return name if os.path.exists(name) else str(self._path.absolute())
+
+    def _refusal(self, exc: Exception) -> SourceError:
+        """Say why a file that FFmpeg does not open is none."""
+        if isinstance(exc, av.error.ExitError):
+            return SourceError(
+                f"{self._path} could not be opened within {self._limits.stall_seconds:g} s; convert the file, or allow "
+                f"more with Limits.stall_seconds",
+                kind="stalled",
+            )
+        self.file.seek(0)
+        head = self.file.read(1024)
+        for mark, what in _PLAYLISTS.items():
+            if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(mark) or (mark[:1] == b"<" and mark in head):
+                return SourceError(
+                    f"{self._path} is {what}, which names other files; name the video itself", kind="refused"
+                )
+        if head[4:8] == b"ftyp" or head[:4] == _EBML.to_bytes(4, "big"):
+            return SourceError(
+                f"{self._path} begins like a video and lacks its index: it is cut short, or was never finished; copy "
+                f"or record it again ({reason(exc)})",
+                kind="truncated",
+            )
         return SourceError(
-            f"{path} begins like a video and lacks its index: it is cut short, or was never finished; copy or record "
-            f"it again ({reason(exc)})",
-            kind="truncated",
+            f"{self._path} is not a video that can be read ({reason(exc)}); convert it to mp4 or mkv", kind="not-video"
         )
-    return SourceError(f"{path} is not a video that can be read: {reason(exc)}", kind="not-video")
+
+
+def _open_regular(path: Path) -> io.FileIO:
+    # a FIFO would wait for its writer without O_NONBLOCK, and a link may point anywhere
+    wanted = ("O_RDONLY", "O_NOFOLLOW", "O_CLOEXEC", "O_NONBLOCK", "O_BINARY")
+    try:
+        number = os.open(path, sum(getattr(os, name, 0) for name in wanted))
+    except (OSError, ValueError) as exc:
+        raise _unopened(path, exc) from exc
+    file = io.FileIO(number, "rb", closefd=True) if not stat.S_ISDIR(os.fstat(number).st_mode) else None
+    if file is None:
+        os.close(number)
+        raise SourceError(f"{path} is a folder, not a video file; name a file in it", kind="not-video")
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        file.close()
+        raise SourceError(f"{path} is not a regular file; copy the video to one", kind="refused")
+    return file
+
+
+def _unopened(path: Path, exc: OSError | ValueError) -> SourceError:
+    code = exc.errno if isinstance(exc, OSError) else errno.EINVAL
+    if code == errno.ELOOP:
+        return SourceError(f"{path} is a symbolic link; name the file itself", kind="refused")
+    if code == errno.ENXIO:
+        return SourceError(f"{path} is not a regular file; copy the video to one", kind="refused")
+    if code in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG) and _ADDRESS.match(str(path)):
+        return SourceError(
+            f"{path} looks like an address; only local files are read: download it, and give its path without a "
+            f"protocol",
+            kind="refused",
+        )
+    if code == errno.ENOENT:
+        return SourceError(f"there is no file {path}; check the name", kind="missing")
+    if code == errno.EACCES:
+        return SourceError(f"{path} cannot be read: permission denied; change its mode")
+    return SourceError(f"{path} cannot be read: {reason(exc)}")
 
 
 def pick_stream(container: InputContainer, name: str) -> VideoStream:
@@ -88,30 +181,21 @@ def _is_cover(stream: Any) -> bool:
     return bool(stream.disposition & av.stream.Disposition.attached_pic)
 
 
-def check_complete(path: Path, container: InputContainer, stream: VideoStream, num_bytes: int) -> None:
-    """Raise SourceError if the file's own header speaks of more bytes than the file has."""
-    end = _declared_end(path, container, stream)
-    if end is not None and end > num_bytes:
-        raise SourceError(
-            f"{path} is cut short: its header speaks of {end} bytes and {num_bytes} are there; copy the file again",
-            kind="truncated",
-        )
-
-
-def _declared_end(path: Path, container: InputContainer, stream: VideoStream) -> int | None:
+def declared_end(file: BinaryIO | io.FileIO, container: InputContainer, stream: VideoStream) -> int | None:
     """The byte at which the file should end at the earliest, where its header tells."""
     names = container.format.name.split(",")
+    file.seek(0)
     if "mp4" in names:
         samples_end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
-        with path.open("rb") as file:
-            return max(samples_end, _boxes_end(file))
+        return max(samples_end, _boxes_end(file))
     if "matroska" in names:
-        with path.open("rb") as file:
-            return _matroska_end(file)
+        return _matroska_end(file)
+    if "avi" in names:
+        return _riff_end(file)
     return None
 
 
-def _boxes_end(file: BinaryIO) -> int:
+def _boxes_end(file: BinaryIO | io.FileIO) -> int:
     """Where the index of an mp4 file ends, or its last fragment if it is written in fragments."""
     position = end = 0
     fragmented = False
@@ -129,10 +213,22 @@ def _boxes_end(file: BinaryIO) -> int:
     return end
 
 
+def _riff_end(file: BinaryIO | io.FileIO) -> int | None:
+    """End of the last of the RIFF lists that an AVI file is made of; None if a recorder left the size at 0."""
+    end = None
+    while (head := file.read(8))[:4] == b"RIFF" and len(head) == 8:
+        size = int.from_bytes(head[4:], "little")
+        if not size:
+            return None
+        end = file.tell() + size
+        file.seek(end)
+    return end
+
+
 _EBML, _SEGMENT = 0x1A45DFA3, 0x18538067
 
 
-def _matroska_end(file: BinaryIO) -> int | None:
+def _matroska_end(file: BinaryIO | io.FileIO) -> int | None:
     """End of the first segment of a Matroska file; None if its size is left open, as in a live recording."""
     for _ in range(4):  # the EBML header, perhaps padding, then the segment
         identifier = _variable_int(file, keep_marker=True)
@@ -145,7 +241,7 @@ def _matroska_end(file: BinaryIO) -> int | None:
     return None
 
 
-def _variable_int(file: BinaryIO, *, keep_marker: bool) -> int | None:
+def _variable_int(file: BinaryIO | io.FileIO, *, keep_marker: bool) -> int | None:
     """A number of EBML, as long as its leading zero bits tell; None if it says unknown or the file ends."""
     first = file.read(1)
     if not first or not first[0]:

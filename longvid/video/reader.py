@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import av
 import numpy as np
@@ -21,8 +23,8 @@ from av.video.stream import VideoStream
 from longvid.errors import SourceError
 from longvid.video.arrays import DEFAULT_FRAME_RATE, OnePass, block_length, check_position, check_window
 from longvid.video.color import Conversion, resolve_color
-from longvid.video.container import check_complete, check_regular_file, open_container, pick_stream, reason
-from longvid.video.frames import FrameBlock, OnError, SourceInfo, SourcePosition
+from longvid.video.container import MediaFile, declared_end, pick_stream, reason
+from longvid.video.frames import FrameBlock, OnError, SourceInfo, SourcePosition, frame_digest
 from longvid.video.limits import Limits
 
 __all__ = ["VideoFile"]
@@ -61,35 +63,29 @@ class VideoFile(OnePass):
         on_error: OnError = "stop",
         limits: Limits | None = None,
     ) -> None:
-        super().__init__(os.fspath(path))
+        super().__init__(os.fspath(path), limits)
         self._on_error = on_error
-        self._limits = limits or Limits()
         check_window(start, frames)
         _check_size(size)
-        self._path = Path(path)
         self._begin = start
         self._limit = frames
         self._pending: VideoFrame | None = None
-        self._num_bytes = check_regular_file(self._path)
-        self._container = open_container(self._path)
+        self._file = MediaFile(Path(path), self._limits)
+        self._container: InputContainer | None = None
         try:
-            self._probe(size)
+            self._open()
+            self._describe_all(size)
         except BaseException:
             self.close()
             raise
 
-    info: SourceInfo
-    "facts known in advance"
-
     def fingerprint(self) -> dict[str, Any]:
         """The file's content, and how it is read."""
-        with self._path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
         details = self.info.details or {}
         return {
             "kind": "video",
-            "bytes": self._num_bytes,
-            "sha256": content,
+            "bytes": self._file.num_bytes,
+            "sha256": self._file.sha256(lambda: None),
             "size": [self.info.height, self.info.width],
             "start": self._begin,
             "frames": self._limit,
@@ -102,7 +98,7 @@ class VideoFile(OnePass):
     def blocks(self, *, after: SourcePosition | None = None) -> Iterator[FrameBlock]:
         """Yield the frames; where decoding fails, those before come out first, then SourceError is raised."""
         self._start()
-        return self._blocks(after)
+        return self._within_limits(self._blocks(after))
 
     def close(self) -> None:
         """Close the file."""
@@ -110,26 +106,55 @@ class VideoFile(OnePass):
             return
         super().close()
         self._pending = None
-        self._container.close()
+        if self._container is not None:
+            self._container.close()
+        self._file.close()
 
-    def _probe(self, size: tuple[int, int] | None) -> None:
-        stream = pick_stream(self._container, self._name)
-        stream.thread_type = "AUTO"
-        check_complete(self._path, self._container, stream, self._num_bytes)
-        self._decoder = _Decoder(self._container, stream, self._name, self._num_bytes)
-        self._check_start(stream)
-        first = next(self._decoder.frames(), None)
+    def _open(self) -> None:
+        """Open the container at its beginning, also once more."""
+        if self._container is not None:
+            self._container.close()
+        self._container = container = self._file.open()
+        self._stream = stream = pick_stream(container, self._name)
+        self._limits.check_pixels(self._name, stream.codec_context.height, stream.codec_context.width)
+        # The decoder is a context of its own, to which the limit given on opening does not reach.
+        stream.codec_context.options = {"max_pixels": str(self._limits.max_pixels)}
+        # What a decoder makes of damaged frames depends on how threads meet in it, unless each frame has but one.
+        stream.thread_type = "AUTO" if self._on_error == "stop" else "SLICE"
+        self._decoder = _Decoder(container, stream, self._name, self._file.num_bytes, tolerant=self._on_error != "stop")
+
+    def _describe_all(self, size: tuple[int, int] | None) -> None:
+        assert self._container is not None
+        if self._on_error == "stop":
+            self._check_complete(self._container)
+        self._check_start(self._stream)
+        decoded = self._decoder.frames()
+        first = next((d.frame for d in decoded if d.frame is not None), None)
         if first is None:
             raise SourceError(f"{self._name} has a video stream without a single frame that decodes", kind="no-frames")
-        self._converter = _Converter(first, stream, size, self._name)
-        self._clock = _Clock(stream)
-        self._pending = first
-        self.info = self._describe(stream, first)
+        self._converter = _Converter(first, self._stream, size, self._name)
+        self._clock = _Clock(self._stream)
+        if self._on_error == "stop":
+            self._pending = first
+        else:  # what came before the first frame is part of the story
+            self._open()
+        self.info = self._describe(self._stream, first)
+        self._check_known_length(self.info)
         self._warn_of_hdr()
+
+    def _check_complete(self, container: InputContainer) -> None:
+        """Refuse a file whose own header speaks of more bytes than it has."""
+        end = declared_end(self._file.file, container, self._stream)
+        if end is not None and end > self._file.num_bytes:
+            raise SourceError(
+                f"{self._name} is cut short: its header speaks of {end} bytes and {self._file.num_bytes} are there; "
+                "copy the file again",
+                kind="truncated",
+            )
 
     def _check_start(self, stream: VideoStream) -> None:
         # the sample table of mp4 is what the frames are read from; the counts of other formats are mere claims
-        if "mp4" in self._container.format.name and 0 < stream.frames <= self._begin:
+        if self._container is not None and "mp4" in self._container.format.name and 0 < stream.frames <= self._begin:
             raise self._beyond_end(stream.frames)
 
     def _beyond_end(self, count: int) -> SourceError:
@@ -150,7 +175,7 @@ class VideoFile(OnePass):
             timing_assumed=first.pts is None,
             color=converter.color.info,
             details={
-                "container": self._container.format.name,
+                "container": None if self._container is None else self._container.format.name,
                 "codec": stream.codec_context.name,
                 "pix_fmt": first.format.name,
                 "coded_height": first.height,
@@ -160,7 +185,7 @@ class VideoFile(OnePass):
                 "resized_from": converter.resized_from,
                 "interpolation": converter.interpolation_name,
                 "matrix_tag": converter.color.matrix_tag,
-                "bytes": self._num_bytes,
+                "bytes": self._file.num_bytes,
                 "start": self._begin,
                 "stream_index": stream.index,
                 "stream_start_time": stream.start_time,
@@ -190,100 +215,247 @@ class VideoFile(OnePass):
         length = block_length(self.info.height, self.info.width)
         images: list[npt.NDArray[np.uint8]] = []
         stamps: list[int] = []
+        valid: list[bool] = []
         try:
-            for image, pts in self._images(after):
+            for image, pts, good in self._images(after):
                 images.append(image)
                 stamps.append(pts)
+                valid.append(good)
                 if len(images) == length:
-                    yield _block(images, stamps)
-                    images, stamps = [], []
+                    yield _block(images, stamps, valid)
+                    images, stamps, valid = [], [], []
         except SourceError:
             if images and not self._closed:
-                yield _block(images, stamps)
+                yield _block(images, stamps, valid)
             raise
         if images:
-            yield _block(images, stamps)
+            yield _block(images, stamps, valid)
 
-    def _images(self, after: SourcePosition | None) -> Iterator[tuple[npt.NDArray[np.uint8], int]]:
-        """Yield the frames of the window, converted, with their time stamps; those behind ``after`` if it is given."""
-        index = -1
+    def _images(self, after: SourcePosition | None) -> Iterator[tuple[npt.NDArray[np.uint8], int, bool]]:
+        """Yield the frames of the window with time stamps and marks; those behind ``after`` if it is given."""
         end = None if self._limit is None else self._begin + self._limit
-        last_seen = -1 if after is None else self._begin + after.num_frames - 1
-        for index, frame in enumerate(self._raw_frames()):
-            self._converter.check(frame, index)
-            pts = self._clock.stamp(frame.pts)
-            if index == last_seen and after is not None:
-                check_position(self._name, after, self._converter.convert(frame, index))
+        index = -1 if after is None else self._begin + after.num_frames - 1
+        frames = self._all_images() if after is None else self._images_behind(after)
+        for image, pts, good in frames:
+            index += 1
             if index >= self._begin:
-                if index > last_seen:
-                    yield self._converter.convert(frame, index), pts
+                yield image(), pts, good
                 if index + 1 == end:
                     return
-            del frame
-        if after is not None and index < last_seen:
-            check_position(self._name, after, None)
         if index < self._begin:
             raise self._beyond_end(index + 1)
 
-    def _raw_frames(self) -> Iterator[VideoFrame]:
+    def _images_behind(self, after: SourcePosition) -> Iterator[_Image]:
+        """Go on behind a frame that was delivered before. Where a container lands after seeking is its own affair, so
+        a place counts only if the frame is found there, pixel by pixel; from the start it has to be."""
+        self._pending = None
+        seconds_back = (0.0, 0.5, 2.0) if self._on_error == "stop" and not self.info.timing_assumed else ()
+        for back in seconds_back:
+            if self._seek(after, back):
+                yield from self._all_images()
+                return
+        self._open()
+        self._clock = _Clock(self._stream)
+        frames = self._all_images()
+        last = self._begin + after.num_frames - 1
+        found = next(itertools.islice(frames, last, None), None)
+        check_position(self._name, after, None if found is None else found[0]())
+        yield from frames
+
+    def _seek(self, after: SourcePosition, seconds_back: float) -> bool:
+        """Stand right behind the frame; False if that does not work from here."""
+        assert self._container is not None
+        target = after.pts - int(seconds_back / self._clock.time_base)
+        try:
+            self._open()
+            self._container.seek(target, stream=self._stream, backward=True)
+            self._decoder.restart()
+            first = True
+            for decoded in self._decoder.frames():
+                frame = decoded.frame
+                if frame is None or frame.pts is None or frame.pts > after.pts or (first and not frame.key_frame):
+                    return False
+                first = False
+                if frame.pts == after.pts:
+                    return frame_digest(self._converter.convert(frame, 0)) == after.digest
+        except (SourceError, av.FFmpegError, OSError):
+            return False
+        return False
+
+    def _all_images(self) -> Iterator[_Image]:
+        """Every frame from here on: a function that converts it, its time stamp, and whether it is the source's own.
+
+        A frame that is damaged, or lost, is the last good one before it; at the beginning the first good one.
+        """
+        good: npt.NDArray[np.uint8] | None = None
+        waiting: list[int] = []
+        "time stamps of bad frames before the first good one"
+        try:
+            for index, decoded in enumerate(self._raw_frames()):
+                frame = decoded.frame
+                if frame is None:
+                    if good is None:
+                        waiting.append(self._clock.stamp(decoded.pts))
+                    else:
+                        yield _constant(good), self._clock.stamp(decoded.pts), False
+                    continue
+                self._converter.check(frame, index)
+                pts = self._clock.stamp(frame.pts)
+                if self._on_error != "conceal":
+                    yield partial(self._converter.convert, frame, index), pts, True
+                    continue
+                good = self._converter.convert(frame, index)
+                for early in waiting:
+                    yield _constant(good), early, False
+                waiting = []
+                yield _constant(good), pts, True
+                del frame, decoded
+        except SourceError as exc:
+            if self._on_error == "stop" or exc.kind in ("limit", "stalled") or self._decoder.num_good == 0:
+                raise
+            warnings.warn(f"{exc}; the video ends there", stacklevel=2)
+
+    def _raw_frames(self) -> Iterator[_Decoded]:
         if self._pending is not None:
             frame, self._pending = self._pending, None
-            yield frame
+            yield _Decoded(frame, frame.pts)
             del frame
         self._check_open()
-        for frame in self._decoder.frames():
-            yield frame
-            del frame
+        for decoded in self._decoder.frames():
+            if decoded.frame is None and self._on_error == "keep":
+                raise decoded.error(self._name)
+            yield decoded
+            del decoded
             self._check_open()
 
 
-class _Decoder:
-    """Decodes one stream and turns what FFmpeg raises into SourceError."""
+_Image: TypeAlias = tuple[Callable[[], npt.NDArray[np.uint8]], int, bool]
 
-    def __init__(self, container: InputContainer, stream: VideoStream, name: str, num_bytes: int) -> None:
-        self._packets = container.demux(stream)
+
+def _constant(image: npt.NDArray[np.uint8]) -> Callable[[], npt.NDArray[np.uint8]]:
+    return lambda: image
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    """A frame, or the place of one that is damaged or lost."""
+
+    frame: VideoFrame | None
+    pts: int | None
+    index: int = 0
+    why: str = ""
+
+    def error(self, name: str) -> SourceError:
+        """What there is to say about a place without a good frame."""
+        return SourceError(f"frame {self.index} of {name} is damaged ({self.why})", kind="damaged")
+
+
+class _Decoder:
+    """Decodes one stream and turns what FFmpeg raises into SourceError.
+
+    Args:
+        container: what is read.
+        stream: what is decoded.
+        name: for messages.
+        num_bytes: size of the file.
+        tolerant: whether to go on where the stream is damaged, with places in place of frames: from the first damaged
+            frame to the next key frame that is whole, since every frame between leans on what was lost.
+    """
+
+    def __init__(
+        self, container: InputContainer, stream: VideoStream, name: str, num_bytes: int, *, tolerant: bool
+    ) -> None:
+        self._container, self._stream = container, stream
         self._name = name
         self._num_bytes = num_bytes
+        self._tolerant = tolerant
         self._reached = 0
         self._count = 0
-        self._warned = False
+        self.num_good = 0
+        "frames that were whole"
+        self._bad = ""
+        "why frames are not to be trusted now"
+        self._bad_until: int | None = None
+        "time stamp of the last frame that is known to be damaged"
         self._ready: list[VideoFrame] = []
+        self._lost: list[int | None] = []
+        "time stamps of packets that gave nothing"
+        self.restart()
 
-    def frames(self) -> Iterator[VideoFrame]:
-        """Yield the frames that follow; calling it again goes on where the last iteration stopped."""
+    def restart(self) -> None:
+        """Take packets from where the container stands now."""
+        self._packets = self._container.demux(self._stream)
+        self._ready.clear()
+
+    def frames(self) -> Iterator[_Decoded]:
+        """Yield what follows; calling it again goes on where the last iteration stopped."""
         while self._ready or self._refill():
             frame = self._ready.pop(0)
-            self._warn_of_damage(frame)
+            yield from self._places_before(frame.pts)
+            decoded = self._judged(frame)
+            self._count += 1  # before the frame goes out: who takes only the first one never comes back here
+            yield decoded
+            del frame, decoded
+        yield from self._places_before(None)
+
+    def _judged(self, frame: VideoFrame) -> _Decoded:
+        if frame.is_corrupt:
+            if not self._tolerant:
+                raise SourceError(
+                    f"frame {self._count} of {self._name} is damaged: its pixels, and those of frames that depend on "
+                    "it, would be the decoder's guess; copy the file again, or go on without (--on-error keep, or "
+                    "conceal)",
+                    kind="damaged",
+                )
+            self._bad = "the decoder found errors in it, or in one that it depends on"
+            self._bad_until = frame.pts
+        elif self._bad and frame.key_frame and self._is_behind_damage(frame):
+            self._bad = ""
+        if self._bad and (frame.is_corrupt or not frame.key_frame):
+            return _Decoded(None, frame.pts, self._count, self._bad)
+        self.num_good += 1
+        return _Decoded(frame, frame.pts, self._count)
+
+    def _is_behind_damage(self, frame: VideoFrame) -> bool:
+        """A key frame leans on nothing; but one that is only shown late was decoded before the damage."""
+        return frame.pts is None or self._bad_until is None or frame.pts > self._bad_until
+
+    def _places_before(self, pts: int | None) -> Iterator[_Decoded]:
+        """Lost frames whose time has come: before ``pts``, or all that are left."""
+        due = sorted(p for p in self._lost if p is not None and (pts is None or p < pts))
+        self._lost = [p for p in self._lost if p is not None and p not in due]
+        for stamp in due:
+            yield _Decoded(None, stamp, self._count, self._bad)
             self._count += 1
-            yield frame
-            del frame
 
     def _refill(self) -> bool:
         """Decode until there is a frame; False at the end of the stream."""
-        try:
-            for packet in self._packets:
-                self._reached = max(self._reached, (packet.pos or 0) + packet.size)
+        while True:
+            try:
+                packet = next(self._packets, None)
+            except (av.FFmpegError, OSError) as exc:
+                raise self._wrap(exc) from exc
+            if packet is None:
+                return False
+            self._reached = max(self._reached, (packet.pos or 0) + packet.size)
+            try:
                 self._ready.extend(packet.decode())
-                if self._ready:
-                    return True
-        except (av.FFmpegError, OSError) as exc:
-            raise self._wrap(exc) from exc
-        return False
+            except (av.FFmpegError, OSError) as exc:
+                if not self._tolerant or isinstance(exc, (av.EOFError, av.MemoryError)):
+                    raise self._wrap(exc) from exc
+                self._bad, self._bad_until = reason(exc), packet.pts
+                if packet.size:
+                    self._lost.append(packet.pts)
+            if self._ready:
+                return True
 
     def _wrap(self, exc: Exception) -> SourceError:
         where = f"{self._name} cannot be decoded beyond frame {self._count}"
+        if isinstance(exc, av.ExitError):
+            return SourceError(f"{where}: nothing came for a long time; is its disk there?", kind="stalled")
         if self._reached >= self._num_bytes or isinstance(exc, EOFError):
             return SourceError(f"{where}: the file is cut short ({reason(exc)}); copy it again", kind="truncated")
-        return SourceError(f"{where}: the file is damaged or cut short ({reason(exc)}); copy it again", kind="other")
-
-    def _warn_of_damage(self, frame: VideoFrame) -> None:
-        if frame.is_corrupt and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"frame {self._count} of {self._name} is damaged: its pixels, and those of frames that depend on it, "
-                f"are the decoder's guess",
-                stacklevel=2,
-            )
+        return SourceError(f"{where}: the file is damaged or cut short ({reason(exc)}); copy it again", kind="damaged")
 
 
 class _Clock:
@@ -373,8 +545,8 @@ def _turned(size: tuple[int, int], turns: int) -> tuple[int, int]:
     return (size[1], size[0]) if turns % 2 else size
 
 
-def _block(images: list[npt.NDArray[np.uint8]], stamps: list[int]) -> FrameBlock:
-    return FrameBlock.whole(np.stack(images), np.array(stamps, dtype=np.int64))
+def _block(images: list[npt.NDArray[np.uint8]], stamps: list[int], valid: list[bool]) -> FrameBlock:
+    return FrameBlock(np.stack(images), np.array(stamps, dtype=np.int64), np.array(valid, dtype=np.bool_))
 
 
 def _frame_rate(stream: VideoStream) -> Fraction | None:

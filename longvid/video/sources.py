@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +16,7 @@ from longvid.video.limits import Limits
 
 __all__ = ["open_source"]
 
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _ACCEPTED = (
     "the path of a video file, the path of a zarr group with an array `frames`, a numpy array, a torch tensor or a "
     "zarr array, uint8 with axes (T, H, W, 3), or an iterable of such arrays"
@@ -51,9 +53,10 @@ def open_source(
     if on_error not in get_args(OnError):
         raise SourceError(f"on_error {on_error!r} is not known; choose {', '.join(get_args(OnError))}", kind="range")
     if isinstance(source, (str, os.PathLike)):
+        _refuse_address(os.fspath(source))
         path = Path(source)
         if (path / "zarr.json").is_file():
-            return _open_zarr(path, start=start, frames=frames, size=size, frame_rate=frame_rate)
+            return _open_zarr(path, start=start, frames=frames, size=size, frame_rate=frame_rate, limits=limits)
         if frame_rate is not None:
             raise SourceError(
                 f"frame_rate={frame_rate} was given for {path}, but a media file carries its own time stamps; leave it "
@@ -64,14 +67,27 @@ def open_source(
 
         return VideoFile(path, start=start, frames=frames, size=size, on_error=on_error, limits=limits)
     if is_array(source):
-        return ArrayFrames(source, start=start, frames=frames, size=size, frame_rate=frame_rate)
+        return ArrayFrames(source, start=start, frames=frames, size=size, frame_rate=frame_rate, limits=limits)
     if isinstance(source, Iterable) and not isinstance(source, (bytes, bytearray, dict)):
-        return IterableFrames(source, start=start, frames=frames, size=size, frame_rate=frame_rate)
+        return IterableFrames(source, start=start, frames=frames, size=size, frame_rate=frame_rate, limits=limits)
     raise SourceError(f"a {type(source).__name__} is no source of frames; give {_ACCEPTED}", kind="layout")
 
 
+def _refuse_address(name: str) -> None:
+    if _ADDRESS.match(name):
+        raise SourceError(
+            f"{name} is an address; only files of this machine are read, so download it first", kind="refused"
+        )
+
+
 def _open_zarr(
-    path: Path, *, start: int, frames: int | None, size: tuple[int, int] | None, frame_rate: Fraction | int | None
+    path: Path,
+    *,
+    start: int,
+    frames: int | None,
+    size: tuple[int, int] | None,
+    frame_rate: Fraction | int | None,
+    limits: Limits | None,
 ) -> FrameSource:
     import zarr
 
@@ -100,7 +116,9 @@ def _open_zarr(
         )
     if frame_rate is None:
         frame_rate = _recorded_rate(path, recorded)
-    return ArrayFrames(array, start=start, frames=frames, size=size, frame_rate=frame_rate, name=str(path))
+    return ArrayFrames(
+        array, start=start, frames=frames, size=size, frame_rate=frame_rate, name=str(path), limits=limits
+    )
 
 
 def _recorded_rate(path: Path, recorded: Any) -> Fraction | None:
