@@ -5,8 +5,8 @@
 Each contestant runs the first chunks of a video in a process of its own, which builds the model with random weights in
 the dtype, so weights, libraries and all are included; the figure is the peak that the OS reports. longvid runs as a
 session does: without a budget, and with ``offload="all"`` to a folder, since on a CPU host memory is the device's own
-and only a file takes contexts out of it. Bars, for the latter: encode at most 0.5, decode at most 0.4 of diffusers;
-exit code 1 if one is missed.
+and only a file takes contexts out of it; memory is mapped as the command line has it. Bars, for the latter: encode at
+most 0.5, decode at most 0.4 of diffusers; exit code 1 if one is missed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from speed import CPU, DIRECTIONS, chunk, open_diffusers
 
 from longvid import VideoSession, load_model
 from longvid.events import Direction
-from longvid.machine import describe_machine
+from longvid.machine import describe_machine, map_large_allocations
 from longvid.memory import peak_rss_bytes
 from longvid.models.base import placed
 from longvid.models.cogvideox import CogVideoXVAE
@@ -52,6 +53,7 @@ def run(contestant: str, direction: Direction, size: str, dtype: torch.dtype, ch
             for index in range(chunks):
                 step(chunk(direction, height, width, dtype, index))
             return peak_rss_bytes()
+        map_large_allocations()
         ours = placed(cast("CogVideoXVAE", load_model("cogvideox-2b", random_weights=0)), CPU, dtype)
         where = stack.enter_context(tempfile.TemporaryDirectory()) if contestant == IN_A_FILE else None
         session = stack.enter_context(
@@ -87,7 +89,10 @@ def main() -> int:
         for contestant in CONTESTANTS:
             command = [sys.executable, __file__, "--contestant", contestant, "--directions", direction]
             command += ["--size", args.size, "--dtype", args.dtype, "--chunks", str(args.chunks)]
-            row[contestant] = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+            # read when torch is imported; the command line sets it for itself
+            env = os.environ if contestant == "diffusers" else {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
+            row[contestant] = int(done.stdout)
             print(
                 f"{direction}: {contestant} {format_bytes(row[contestant])}, "
                 f"{row[contestant] / row['diffusers']:.3f} of diffusers (bar {BARS[direction]})"

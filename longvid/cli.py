@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from longvid import __version__
 from longvid.errors import LongvidError, MemoryBudgetError, ModelError, ScheduleError, SourceError, StoreError
 from longvid.events import Callback, RunReport
+from longvid.machine import map_large_allocations
 from longvid.offload import OffloadPolicy
 from longvid.units import format_bytes, parse_bytes, parse_reserve, parse_size
 
@@ -45,8 +46,6 @@ _LIMITS: dict[str, tuple[Callable[[str], Any], str]] = {
     "max_bytes": (parse_bytes, "refuse a file that is larger, such as 4GiB"),
 }
 T = TypeVar("T")
-_M_MMAP_THRESHOLD = -3
-"of glibc's malloc.h"
 
 
 class _Ended(KeyboardInterrupt):
@@ -249,7 +248,7 @@ def _tune(args: argparse.Namespace) -> int:
     picture = _picture_path(args)
     if picture is not None:
         check_file_target(picture, overwrite=args.overwrite, what="plot", is_ours=is_plot)
-    _map_large_allocations()
+    map_large_allocations()
     from longvid.models.loading import load_model
     from longvid.plan import parse_dtype
 
@@ -307,7 +306,7 @@ def _session(
     args: argparse.Namespace, model: str, seed: int | None, revision: str | None
 ) -> Iterator[tuple[VideoSession, Callable[[RunReport, str], int]]]:
     """An open session with a progress bar, and what prints its report and tells the exit code."""
-    _map_large_allocations()
+    map_large_allocations()
     from longvid.models.loading import load_model
     from longvid.progress import ProgressBar
     from longvid.session import VideoSession
@@ -345,21 +344,6 @@ def _session(
         args.stop.session = session
         stack.callback(setattr, args.stop, "session", None)
         yield session, lambda report, out: _show(args, report, out)
-
-
-def _map_large_allocations() -> None:
-    """Have glibc map every tensor of its own, so that the process's peak does not depend on how its heap fragments.
-
-    Left alone, glibc moves the limit up to 32 MiB as it goes, and small tensors of three threads share one heap. Pages
-    that are mapped anew have to be filled anew, so torch is told, before it is imported, to ask for those of 2 MiB.
-    """
-    import ctypes
-
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 256 * 1024)
 
 
 def _default_dtype(device: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,10 @@ import psutil
 
 from longvid import __version__
 
-__all__ = ["describe_machine", "kernels_of"]
+__all__ = ["describe_machine", "kernels_of", "map_large_allocations"]
+
+_M_MMAP_THRESHOLD = -3
+"of glibc's malloc.h"
 
 
 def describe_machine(device: str) -> dict[str, Any]:
@@ -78,3 +83,17 @@ def _accelerator(device: str) -> tuple[str | None, int | None]:
         return str(facts.name), int(facts.total_memory)
     except (RuntimeError, AssertionError, AttributeError):
         return device, None
+
+
+def map_large_allocations() -> None:
+    """Have glibc map every tensor of its own, so that the process's peak does not depend on how its heap fragments.
+
+    Left alone, glibc moves the limit up to 32 MiB as it goes, and small tensors of three threads share one heap. Pages
+    that are mapped anew have to be filled anew, so torch is told to ask for those of 2 MiB. For programs to call,
+    not libraries, before torch is imported.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 256 * 1024)

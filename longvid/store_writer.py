@@ -55,7 +55,7 @@ from longvid.store import (
 )
 from longvid.zarr_gate import check_group, check_tree
 
-__all__ = ["TARGET_CHUNK_BYTES", "StoreWriter", "Unit", "disk_errors", "first_facts", "take"]
+__all__ = ["TARGET_CHUNK_BYTES", "StoreWriter", "Unit", "disk_errors", "first_facts", "settle_complete", "take"]
 
 TARGET_CHUNK_BYTES = 2 * 2**20
 COORDINATE_CHUNK = 4096
@@ -162,7 +162,7 @@ class StoreWriter(ABC):
                 self._finish()
         finally:
             try:
-                if not (self._published or self._paused or any(self.snapshots_folder.glob("*"))):
+                if self._holds_nothing():
                     self._remove()
             finally:
                 self._lock.release()
@@ -232,7 +232,7 @@ class StoreWriter(ABC):
             self._epoch = self._attributes["longvid"]["epoch"]
         self._epoch_there = self._attributes["longvid"].get("epoch")
         self._attributes["longvid"]["epoch"] = self._epoch
-        members = found.root.get("consolidated_metadata", {}).get("metadata", {})
+        members = members_of(found.root)
         self._sweep(members)
         if not members:  # it ended before the first step
             self._create()
@@ -268,12 +268,8 @@ class StoreWriter(ABC):
 
     def _sweep(self, members: Mapping[str, Any]) -> None:
         """Remove what an earlier run did not finish: files half written, and chunks that were never published."""
-        for folder in (self.path, self.path / PRIVATE, *(self.path / name for name in OWN_NAMES)):
-            if not folder.is_dir() or folder.is_symlink():
-                continue
-            for entry in os.scandir(folder):
-                if is_partial(entry.name) and entry.is_file(follow_symlinks=False):
-                    os.unlink(entry.path)
+        for partial in partial_files(self.path):
+            os.unlink(partial)
         for name in self.data_names:
             published = self._units_of(members.get(name))
             if (self.path / name).is_dir():
@@ -302,6 +298,13 @@ class StoreWriter(ABC):
             else:
                 entry.unlink()
         (self.path / "zarr.json").unlink()
+
+    def _holds_nothing(self) -> bool:
+        """Whether there is nothing to go on from, and nobody else has taken the store over."""
+        if self._published or self._paused or any(self.snapshots_folder.glob("*")):
+            return False
+        root = read_root(self.path)  # a step that failed may have been visible before it did
+        return root is None or not (members_of(root) or root["attributes"]["longvid"].get("epoch") != self._epoch_there)
 
     def _remove(self) -> None:
         """Take away what this writer made, unless something foreign came into it."""
@@ -470,6 +473,50 @@ class StoreWriter(ABC):
     @abstractmethod
     def go_on(self, chunk: int, units: int, pending: Unit) -> None:
         """Stand where a run stood when it had handed over chunks up to ``chunk`` and this was :meth:`pending`."""
+
+
+def settle_complete(found: Found, durability: Durability) -> None:
+    """Do what is left of a run that was killed after its last step: the store is complete, and tidy after this.
+
+    Raises:
+        StoreError: somebody writes to it, or the disk says no.
+    """
+    path, private = found.path, found.path / PRIVATE
+    content = (path / "zarr.json").read_bytes()
+    documents = {path / name / "zarr.json": array_document(d) for name, d in members_of(found.root).items()}
+    documents[private / "root.json"] = content
+    stale = {file for file, expected in documents.items() if not file.is_file() or file.read_bytes() != expected}
+    snapshots = private / "snapshots"
+    left = [private / "lock"] + ([] if durability.keep_snapshots else [snapshots])
+    if not (stale or any(file.exists() for file in left) or any(partial_files(path))):
+        return
+    with disk_errors(path):
+        lock = WriterLock.acquire(private / "lock")
+        try:
+            for partial in partial_files(path):
+                os.unlink(partial)
+            for file in stale:
+                write_durably(file, documents[file], sync=durability.syncs)
+            if not durability.keep_snapshots:
+                shutil.rmtree(snapshots, ignore_errors=True)
+        finally:
+            lock.release()
+
+
+def members_of(root: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata of every array by name, as the root has them; empty before the first step."""
+    members: dict[str, Any] = root.get("consolidated_metadata", {}).get("metadata", {})
+    return members
+
+
+def partial_files(path: Path) -> Iterator[str]:
+    """Files in a store that were never finished."""
+    for folder in (path, path / PRIVATE, path / PRIVATE / "snapshots", *(path / name for name in OWN_NAMES)):
+        if not folder.is_dir() or folder.is_symlink():
+            continue
+        for entry in os.scandir(folder):
+            if is_partial(entry.name) and entry.is_file(follow_symlinks=False):
+                yield entry.path
 
 
 def take(pending: list[npt.NDArray[Any]], count: int) -> npt.NDArray[Any]:

@@ -52,7 +52,7 @@ from longvid.push import Admission
 from longvid.schedule import ChunkSchedule
 from longvid.snapshot import Snapshot
 from longvid.store import FORMAT_VERSION, Found, LatentStore, check_target
-from longvid.store_writer import StoreWriter
+from longvid.store_writer import StoreWriter, settle_complete
 from longvid.units import format_bytes
 from longvid.video.frames import FrameSource, OnError, SourceInfo
 from longvid.video.limits import Limits
@@ -180,6 +180,7 @@ def _encode(host: Host, source: Any, store: Path, options: EncodeOptions, replac
         p = geometry.pixels_per_latent
         fingerprint = _encode_fingerprint(engine, admission, video, options)
         if _is_done(found, fingerprint, options):
+            settle_complete(found, options.durability)
             return _nothing_to_do(found, "encode", admission)
         num_latents = None if info.num_frames is None else admission.schedule.num_latents(info.num_frames)
         channels = geometry.latent_channels * (3 if options.representation == "moments" else 1)
@@ -312,6 +313,7 @@ def decode_video(
     admission = host.admit("decode", latents.height, latents.width, recorded)
     fingerprint = _decode_fingerprint(engine, admission, latents, window)
     if found is not None and _is_done(found, fingerprint, options):
+        settle_complete(found, options.durability)
         return _nothing_to_do(found, "decode", admission)
     if found is not None:
         frame_bytes = latents.height * latents.width * 3
