@@ -16,6 +16,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 from av.container import InputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
@@ -26,9 +27,12 @@ from longvid.video.color import Conversion, resolve_color
 from longvid.video.container import MediaFile, declared_end, pick_stream, reason
 from longvid.video.frames import FrameBlock, OnError, SourceInfo, SourcePosition, frame_digest
 from longvid.video.limits import Limits
+from longvid.video.watchdog import Watchdog
 
 __all__ = ["VideoFile"]
 
+_Run: TypeAlias = Callable[[Callable[[], Any]], Any]
+"calls a function in a thread that may be left behind"
 _HDR = ("smpte2084", "arib-std-b67")
 # FULL_CHR_H_INT interpolates chroma where the fast path repeats it: a third of the error on film, at half the speed
 _EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
@@ -72,6 +76,7 @@ class VideoFile(OnePass):
         self._pending: VideoFrame | None = None
         self._file = MediaFile(Path(path), self._limits)
         self._container: InputContainer | None = None
+        self._watchdog = Watchdog(self._name, self._limits.stall_seconds)
         try:
             self._open()
             self._describe_all(size)
@@ -106,7 +111,8 @@ class VideoFile(OnePass):
             return
         super().close()
         self._pending = None
-        if self._container is not None:
+        self._watchdog.close()
+        if self._container is not None and not self._watchdog.stalled:  # the thread that was left behind still has it
             self._container.close()
         self._file.close()
 
@@ -114,14 +120,21 @@ class VideoFile(OnePass):
         """Open the container at its beginning, also once more."""
         if self._container is not None:
             self._container.close()
-        self._container = container = self._file.open()
+        self._container = container = self._watchdog.run(self._file.open)
         self._stream = stream = pick_stream(container, self._name)
         self._limits.check_pixels(self._name, stream.codec_context.height, stream.codec_context.width)
         # The decoder is a context of its own, to which the limit given on opening does not reach.
         stream.codec_context.options = {"max_pixels": str(self._limits.max_pixels)}
         # What a decoder makes of damaged frames depends on how threads meet in it, unless each frame has but one.
         stream.thread_type = "AUTO" if self._on_error == "stop" else "SLICE"
-        self._decoder = _Decoder(container, stream, self._name, self._file.num_bytes, tolerant=self._on_error != "stop")
+        self._decoder = _Decoder(
+            container,
+            stream,
+            self._name,
+            self._file.num_bytes,
+            tolerant=self._on_error != "stop",
+            run=self._watchdog.run,
+        )
 
     def _describe_all(self, size: tuple[int, int] | None) -> None:
         assert self._container is not None
@@ -360,11 +373,20 @@ class _Decoder:
         num_bytes: size of the file.
         tolerant: whether to go on where the stream is damaged, with places in place of frames: from the first damaged
             frame to the next key frame that is whole, since every frame between leans on what was lost.
+        run: calls what may hang.
     """
 
     def __init__(
-        self, container: InputContainer, stream: VideoStream, name: str, num_bytes: int, *, tolerant: bool
+        self,
+        container: InputContainer,
+        stream: VideoStream,
+        name: str,
+        num_bytes: int,
+        *,
+        tolerant: bool,
+        run: _Run,
     ) -> None:
+        self._run = run
         self._container, self._stream = container, stream
         self._name = name
         self._num_bytes = num_bytes
@@ -432,14 +454,18 @@ class _Decoder:
         """Decode until there is a frame; False at the end of the stream."""
         while True:
             try:
-                packet = next(self._packets, None)
+                packet: Packet[Any] | None = self._run(lambda: next(self._packets, None))
+            except SourceError:  # the watchdog's
+                raise
             except (av.FFmpegError, OSError) as exc:
                 raise self._wrap(exc) from exc
             if packet is None:
                 return False
             self._reached = max(self._reached, (packet.pos or 0) + packet.size)
             try:
-                self._ready.extend(packet.decode())
+                self._ready.extend(self._run(packet.decode))
+            except SourceError:
+                raise
             except (av.FFmpegError, OSError) as exc:
                 if not self._tolerant or isinstance(exc, (av.EOFError, av.MemoryError)):
                     raise self._wrap(exc) from exc
