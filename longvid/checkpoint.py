@@ -68,7 +68,8 @@ class Checkpoints:
         if snapshot is None:
             return None
         self._run.restore(snapshot.chunk, snapshot.contexts())
-        self._target.go_on(snapshot.chunk, snapshot.units, snapshot.rows)
+        num_frames = 0 if snapshot.position is None else snapshot.position.num_frames
+        self._target.go_on(snapshot.chunk, num_frames, snapshot.units, snapshot.rows)
         self._at_chunk = snapshot.chunk
         return snapshot
 

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = args.run
     args.stop = _StopRequest()
-    with _signals(args.stop), _one_line_warnings():
+    with _signals(args.stop, restore=argv is not None), _one_line_warnings():
         try:
             code = command(args)
             sys.stdout.flush()  # here, where it can still be told that nobody reads any more
@@ -406,8 +406,12 @@ def _print_report(report: RunReport, out: str) -> None:
 
 
 @contextmanager
-def _signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP stop a run where it can be continued, and unwind the program anywhere else."""
+def _signals(handler: Callable[[int, Any], None], *, restore: bool) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP stop a run where it can be continued, and unwind the program anywhere else.
+
+    Unless what was there before is to be restored, they mean nothing any more afterwards: the program has said how it
+    ended and is on its way out.
+    """
     # A signal that is ignored stays ignored: that is what nohup asks for.
     wanted = [
         s
@@ -422,7 +426,7 @@ def _signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
         yield
     finally:
         for signum, old in before.items():
-            signal.signal(signum, old)
+            signal.signal(signum, old if restore else signal.SIG_IGN)
 
 
 @contextmanager

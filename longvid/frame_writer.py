@@ -85,12 +85,12 @@ class FrameStoreWriter(StoreWriter):
         )
         self._time_base = time_base
         self._shape = (height, width, 3)
-        self._unit_frames = max(1, min(64, 2 * TARGET_CHUNK_BYTES // (height * width * 3)))
+        self.unit_rows = max(1, min(64, 2 * TARGET_CHUNK_BYTES // (height * width * 3)))
         self._waiting: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in _ROWS}
 
     def _create_arrays(self, group: zarr.Group) -> None:
         coordinates = {"coordinates": "t frame_pts"}
-        self._array(group, "frames", self._shape, self._unit_frames, "uint8", ("t", "y", "x", "rgb"), coordinates)
+        self._array(group, "frames", self._shape, self.unit_rows, "uint8", ("t", "y", "x", "rgb"), coordinates)
         self._array(group, "t", (), COORDINATE_CHUNK, "float64", ("t",), {"units": "s"})
         base = f"{self._time_base.numerator}/{self._time_base.denominator}"
         self._array(group, "frame_pts", (), COORDINATE_CHUNK, "int64", ("t",), {"time_base": base})
@@ -117,8 +117,8 @@ class FrameStoreWriter(StoreWriter):
         for name, rows in zip(_ROWS, (frames_THWC.copy(), np.asarray(pts_T, np.int64), valid), strict=True):
             self._waiting[name].append(rows)
         with disk_errors(self.path):
-            while sum(map(len, self._waiting["frames"])) >= self._unit_frames:
-                self._take_unit(self._unit(self._unit_frames))
+            while sum(map(len, self._waiting["frames"])) >= self.unit_rows:
+                self._take_unit(self._unit(self.unit_rows))
             self._publish_if_due()
 
     def _unit(self, count: int) -> Unit:
@@ -139,9 +139,9 @@ class FrameStoreWriter(StoreWriter):
         """Rows that wait to become a unit, for a snapshot; copies."""
         return {name: np.concatenate(parts) for name, parts in self._waiting.items() if parts}
 
-    def go_on(self, chunk: int, units: int, pending: Unit) -> None:
+    def go_on(self, chunk: int, num_frames: int, units: int, pending: Unit) -> None:
         """Stand where a run stood when this was :meth:`pending`; frames do not care for chunks."""
         self.num_units = units
-        self.num_frames = units * self._unit_frames
+        self.num_frames = units * self.unit_rows
         for name in self._waiting:
             self._waiting[name] = [pending[name]] if name in pending else []

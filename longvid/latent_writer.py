@@ -100,7 +100,7 @@ class LatentWriter(StoreWriter):
             resume=resume,
             mend=mend,
         )
-        self._unit_latents = _latents_per_chunk(latent_shape_CYX, self._dtype.itemsize, schedule.chunk_latents)
+        self.unit_rows = _latents_per_chunk(latent_shape_CYX, self._dtype.itemsize, schedule.chunk_latents)
         self._next = 0
         self._num_received = 0
         self._waiting: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in self._row_names()}
@@ -112,7 +112,7 @@ class LatentWriter(StoreWriter):
         return ("latents", *(("moments",) if self._moments else ()), "frame_pts", "frame_valid")
 
     def _create_arrays(self, group: zarr.Group) -> None:
-        k, (c, y, x) = self._unit_latents, self._shape
+        k, (c, y, x) = self.unit_rows, self._shape
         name = self._dtype.name
         coordinates = {"coordinates": "t frame_start frame_stop"}
         self._array(group, "latents", (c, y, x), k, name, ("t", "c", "y", "x"), coordinates)
@@ -159,8 +159,8 @@ class LatentWriter(StoreWriter):
         self._next = chunk.index + 1
         self._num_received = chunk.frame_stop
         with disk_errors(self.path):
-            while sum(map(len, self._waiting["latents"])) >= self._unit_latents:
-                self._take_unit(self._unit(self._unit_latents))
+            while sum(map(len, self._waiting["latents"])) >= self.unit_rows:
+                self._take_unit(self._unit(self.unit_rows))
             self._publish_if_due()
 
     def _check(
@@ -210,7 +210,7 @@ class LatentWriter(StoreWriter):
 
     def _unit(self, count: int) -> Unit:
         """Take ``count`` latents that wait, with what goes with them, away as a unit."""
-        start = self.num_units * self._unit_latents
+        start = self.num_units * self.unit_rows
         padded = np.array([self._schedule.frame_range(i) for i in range(start, start + count)], np.int64)
         ranges = np.minimum(padded, self._num_received)
         num_frames = int(ranges[-1, 1] - ranges[0, 0])
@@ -242,12 +242,13 @@ class LatentWriter(StoreWriter):
         rows = {name: np.concatenate(parts) for name, parts in self._waiting.items() if parts}
         return {**rows, "last_pts": self._last_pts}
 
-    def go_on(self, chunk: int, units: int, pending: Unit) -> None:
-        """Stand where a run stood when it had handed over chunks up to ``chunk`` and this was :meth:`pending`."""
+    def go_on(self, chunk: int, num_frames: int, units: int, pending: Unit) -> None:
+        """Stand where a run stood when it had handed over ``num_frames`` frames in chunks up to ``chunk``."""
         self._next = chunk
-        self._num_received = 0 if chunk == 0 else self._schedule.full(chunk - 1).frame_stop
+        self._num_received = num_frames  # the last chunk of a video may hold fewer than others
         self.num_units = units
-        self.num_frames = 0 if units == 0 else self._schedule.frame_range(units * self._unit_latents - 1)[1]
+        full = 0 if units == 0 else self._schedule.frame_range(units * self.unit_rows - 1)[1]
+        self.num_frames = min(num_frames, full)
         for name in self._waiting:
             self._waiting[name] = [pending[name]] if name in pending else []
         self._last_pts = pending.get("last_pts", self._last_pts)

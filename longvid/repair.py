@@ -7,11 +7,12 @@ with the digests of what was published, so a repair cannot make things worse: it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,11 @@ from longvid.verify import Opened, Verification, open_sealed, recomputed_digests
 from longvid.video.sources import open_source
 
 __all__ = ["RepairReport", "repair"]
+
+Columns: TypeAlias = dict[str, npt.NDArray[Any]]
+"whole arrays by name"
+Stamps: TypeAlias = tuple[npt.NDArray[Any], npt.NDArray[Any]]
+"time stamps of all frames, and which are the source's own"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,39 +142,49 @@ def _digests(opened: Opened, found: Verification) -> Iterable[str]:
 
 def _coordinates(opened: Opened, found: Verification, source: Any) -> Iterable[str]:
     """All coordinates, if any is damaged: they are small, and follow from time stamps and marks of the frames."""
-    damaged = {damage.name for damage in found.damages if damage.kind == "coordinates"}
-    if not damaged:
+    if not any(damage.kind == "coordinates" for damage in found.damages):
         return
-    if opened.facts["kind"] == "frames":
-        columns = _frame_coordinates(opened, source)
-    else:
-        columns = _latent_coordinates(opened, source, _trusted_stamps(opened, damaged))
     digests = np.asarray(opened.arrays["digest"][:])
-    for unit in range(opened.num_units):
-        parts = [columns[name][slice(*opened.coordinate_rows(name, unit))] for name in opened.coordinate_names]
-        if not np.array_equal(unit_digest(parts), digests[unit, -1]):
-            raise StoreError(
-                f"{opened.path}: the time stamps of frames {opened.frames(unit)[0]} on cannot be restored: the source "
-                "gives other ones than those that were published",
-                kind="mismatch",
+
+    def agree(columns: Columns) -> bool:
+        """Whether these are the coordinates that were published."""
+        return all(
+            np.array_equal(
+                unit_digest(
+                    [columns[name][slice(*opened.coordinate_rows(name, unit))] for name in opened.coordinate_names]
+                ),
+                digests[unit, -1],
             )
+            for unit in range(opened.num_units)
+        )
+
+    columns = next((made for made in _candidates(opened, source) if agree(made)), None)
+    if columns is None:
+        raise StoreError(
+            f"{opened.path}: the time stamps of its frames cannot be restored: the source gives other ones than those "
+            "that were published",
+            kind="mismatch",
+        )
     _rewrite(opened, columns)
     yield from sorted(columns)
 
 
-def _trusted_stamps(opened: Opened, damaged: set[str]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
-    """Time stamps and marks, if they are not what is damaged."""
-    if damaged & {"frame_pts", "frame_valid", "coordinates"}:
-        return None
-    return np.asarray(opened.arrays["frame_pts"][:]), np.asarray(opened.arrays["frame_valid"][:])
-
-
-def _latent_coordinates(
-    opened: Opened, source: Any, stamps: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None
-) -> dict[str, npt.NDArray[Any]]:
+def _candidates(opened: Opened, source: Any) -> Iterator[Columns]:
+    """What the coordinates may have been: by the time stamps that are there, then by those of the source."""
+    if opened.facts["kind"] == "frames":
+        yield _frame_coordinates(opened, source)
+        return
     schedule = ChunkSchedule.from_dict(opened.facts["chunk_plan"])
+    with suppress(OSError, ValueError, RuntimeError):
+        there = np.asarray(opened.arrays["frame_pts"][:]), np.asarray(opened.arrays["frame_valid"][:])
+        yield _latent_coordinates(opened, schedule, there)
+    num_frames = int(opened.members["frame_pts"]["shape"][0])
+    yield _latent_coordinates(opened, schedule, _stamps_of_source(opened, schedule, num_frames, source))
+
+
+def _latent_coordinates(opened: Opened, schedule: ChunkSchedule, stamps: Stamps) -> Columns:
     num_latents, num_frames = (int(opened.members[name]["shape"][0]) for name in ("t", "frame_pts"))
-    pts, valid = stamps or _stamps_of_source(opened, schedule, num_frames, source)
+    pts, valid = stamps
     padded = np.array([schedule.frame_range(i) for i in range(num_latents)], np.int64)
     ranges = np.minimum(padded, num_frames)
     facts = opened.root["attributes"]["source"]
@@ -182,9 +198,7 @@ def _latent_coordinates(
     }
 
 
-def _stamps_of_source(
-    opened: Opened, schedule: ChunkSchedule, num_frames: int, source: Any
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def _stamps_of_source(opened: Opened, schedule: ChunkSchedule, num_frames: int, source: Any) -> Stamps:
     """Read the source again, without the model."""
     pts, valid, count = [], [], 0
     with open_source(_source_of(opened, source), **_reading(opened)) as video:
@@ -197,7 +211,7 @@ def _stamps_of_source(
     return np.concatenate(pts)[:num_frames], np.concatenate(valid)[:num_frames]
 
 
-def _frame_coordinates(opened: Opened, source: Any) -> dict[str, npt.NDArray[Any]]:
+def _frame_coordinates(opened: Opened, source: Any) -> Columns:
     latents = open_store(_source_of(opened, source))
     first, last = opened.facts["fingerprint"]["window"]
     num_frames = int(opened.members["frames"]["shape"][0])
@@ -210,7 +224,7 @@ def _frame_coordinates(opened: Opened, source: Any) -> dict[str, npt.NDArray[Any
     }
 
 
-def _rewrite(opened: Opened, columns: dict[str, npt.NDArray[Any]]) -> None:
+def _rewrite(opened: Opened, columns: Columns) -> None:
     """Write whole arrays again; the metadata stays as it is."""
     store = StagedStore(opened.path, sync=True, rewritten=lambda _: True)
     for name, document in opened.members.items():

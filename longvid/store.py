@@ -163,7 +163,8 @@ def check_target(path: str | os.PathLike[str]) -> Found:
     if not target.is_dir() or target.is_symlink():
         raise StoreError(f"{target} exists and is not a folder; choose another name", kind="foreign")
     entries = sorted(entry.name for entry in target.iterdir())
-    ours = (target / PRIVATE).is_dir()
+    digest = target / "digest"
+    ours = (target / PRIVATE).is_dir() or (digest.is_dir() and not digest.is_symlink() and not any(digest.iterdir()))
     if not entries or (ours and set(entries) <= {"digest", PARTIAL_ROOT}):  # of a run that ended before it wrote
         return Found(target, "nothing")
     root = read_root(target)

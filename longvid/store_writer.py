@@ -22,7 +22,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -89,7 +89,9 @@ class StoreWriter(ABC):
     """
 
     data_names: ClassVar[tuple[str, ...]]
-    "arrays whose chunks are written once, in units; the first one may always be there"
+    "arrays whose chunks are written once, in units; the first one is always there"
+    unit_rows: int
+    "of the data arrays in a whole unit; of a store that is continued, what it was begun with"
 
     def __init__(
         self,
@@ -243,6 +245,7 @@ class StoreWriter(ABC):
             self._arrays[name] = zarr.open_array(
                 self._staged, path=name, mode="r+", zarr_format=3, config={"write_empty_chunks": True}
             )
+        self.unit_rows = self._arrays[self.data_names[0]].chunks[0]
         self.published_units = self._arrays["digest"].shape[0]
         self._chain.update(np.asarray(self._arrays["digest"][:]).tobytes())
         if self._chain.hexdigest() != self._attributes["longvid"].get("digests"):
@@ -310,15 +313,15 @@ class StoreWriter(ABC):
         """Take away what this writer made, unless something foreign came into it."""
         if not self.path.is_dir() or any(e.name not in OWN_NAMES for e in self.path.iterdir()):
             return
-        if self._created_folder:
-            shutil.rmtree(self.path, ignore_errors=True)
-            return
         # The root metadata last: as long as anything is left, it says that the folder is ours.
         for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == "zarr.json"):
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
             else:
                 entry.unlink(missing_ok=True)
+        if self._created_folder:
+            with suppress(OSError):  # something foreign came into it just now
+                self.path.rmdir()
 
     # ------------------------------------------------------------------------------------------- growing
 
@@ -471,8 +474,11 @@ class StoreWriter(ABC):
         """Rows that wait to become a unit, for a snapshot; copies."""
 
     @abstractmethod
-    def go_on(self, chunk: int, units: int, pending: Unit) -> None:
-        """Stand where a run stood when it had handed over chunks up to ``chunk`` and this was :meth:`pending`."""
+    def go_on(self, chunk: int, num_frames: int, units: int, pending: Unit) -> None:
+        """Stand where a run stood when it had handed over ``num_frames`` frames in chunks up to ``chunk``.
+
+        ``units`` of the store were full then, and ``pending`` is what :meth:`pending` gave.
+        """
 
 
 def settle_complete(found: Found, durability: Durability) -> None:

@@ -529,7 +529,8 @@ def _skip(job: Job, snapshot: Snapshot | None, schedule: ChunkSchedule, window: 
     if snapshot is None or snapshot.chunk == 0:
         return
     last = schedule.full(snapshot.chunk - 1)
-    frames = last.frame_stop
+    # the last chunk of a video may hold fewer frames than others
+    frames = last.frame_stop if snapshot.position is None else snapshot.position.num_frames
     if window is not None:
         frames = max(0, min(frames, window[1]) - window[0])
     job.skip(chunks=snapshot.chunk, frames=frames, latents=last.latent_stop)

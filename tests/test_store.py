@@ -395,7 +395,7 @@ def test_frames_come_back_black_ones_too(tmp_path):
     data = xr_open(tmp_path / "f.zarr")
     np.testing.assert_array_equal(data.frames, frames)
     np.testing.assert_allclose(data.t, np.arange(300) / 25)
-    assert len(list((tmp_path / "f.zarr" / "frames").glob("c.*"))) == -(-300 // store._unit_frames)
+    assert len(list((tmp_path / "f.zarr" / "frames").glob("c.*"))) == -(-300 // store.unit_rows)
     with (
         pytest.raises(StoreError, match="were due"),
         FrameStoreWriter(
