@@ -58,7 +58,7 @@ Shape: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tupl
 DIRECTIONS: tuple[Direction, ...] = ("encode", "decode")
 BARS = {"encode": 1.35, "decode": 1.8}
 CPU = torch.device("cpu")
-OTHER = "longvid, frames in pairs: on in bfloat16, off in float32"
+OTHER = "longvid, pairing the other way: on for bfloat16 encode, else off"
 
 
 _OPERATIONS = (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default)
