@@ -49,7 +49,7 @@ def account(ledger, fault, outcome, truth, seconds, where):
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("job", "count"), [("encode", 24), ("decode", 16)])
+@pytest.mark.parametrize(("job", "count"), [("encode", 18), ("decode", 14)])
 def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_bits(
     job, count, forker, truths, tmp_path, ledger, all_faults
 ):
@@ -69,7 +69,7 @@ def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_bits(
 def test_a_run_that_is_killed_while_it_goes_on_after_a_kill(forker, truths, tmp_path, ledger, all_faults):
     found, store = truths
     bad, rng, trials = [], random.Random(2), []
-    for number in range(200 if all_faults else 8):
+    for number in range(200 if all_faults else 6):
         job = JOBS[number % 3 == 2]
         total = found[job].points
         # What goes on does less the later the first kill was; early points are its opening, sweep and restore.

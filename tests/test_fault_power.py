@@ -54,7 +54,7 @@ def job_of(seed):
 def test_a_power_cut_anywhere(forker, mode, truths, tmp_path, ledger, all_faults):
     """With syncs all is well in every state; without them, and that is the negative control, something is not."""
     found, store = truths
-    count = 160 if all_faults else 16
+    count = 160 if all_faults else 12
 
     def tried(seed):
         return cut(forker, job_of(seed), tmp_path / str(seed), mode, store, found[job_of(seed)], seed)

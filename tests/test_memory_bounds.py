@@ -88,6 +88,7 @@ def run(*args):
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.slow
 def test_resident_memory_of_3000_frames_is_that_of_300(tmp_path):
     """Whole processes, as the OS counts them; `python benchmarks/flat.py` repeats it at a larger size."""
     loop_clip(tmp_path / "loop.mp4", 3000)

@@ -86,6 +86,7 @@ def test_offloading_saves_memory(plan):
         assert part.timeline.peak(everything).total_bytes < part.timeline.peak(Placement()).total_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 def test_twenty_budgets(vae, plan, reference, tmp_path, direction):
     """From the least to the unlimited peak every budget holds, bit for bit; a byte less than the least is refused."""
