@@ -17,6 +17,7 @@ RANKS = {
     "video.color": 1, "video.container": 1, "video.arrays": 1, "video.reader": 1.3, "video.writer": 1.3,
     "video.sources": 1.5, "video.picture": 1,
     "durability": 1, "fingerprint": 1, "lock": 1, "staging": 1, "video.limits": 0.5, "video.watchdog": 1,
+    "video.convert": 1.2, "video.decoder": 1.2,
     "cache": 2, "snapshot": 2, "store": 2, "store_writer": 2.5, "latent_writer": 2.7, "frame_writer": 2.7,
     "verify": 2.5,
     "models.base": 3, "models.convolution": 3, "models.triton_norm": 3, "models.norms": 3.1, "models.layers": 3.2,

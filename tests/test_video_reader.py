@@ -228,11 +228,10 @@ def test_impossible_windows_are_refused(clip, options):
     assert caught.value.kind == "range"
 
 
-@pytest.mark.parametrize("suffix", ["ts", "h264"])
-def test_a_change_of_size_is_refused_where_it_happens(tmp_path, suffix):
-    small = write_media(tmp_path / f"1.{suffix}")
-    large = write_media(tmp_path / f"2.{suffix}", barcodes(5, 64, 128))
-    error = refused(join(tmp_path / f"both.{suffix}", small, large), "geometry-changed")
+def test_a_change_of_size_is_refused_where_it_happens(tmp_path):
+    small = write_media(tmp_path / "1.h264")
+    large = write_media(tmp_path / "2.h264", barcodes(5, 64, 128))
+    error = refused(join(tmp_path / "both.h264", small, large), "geometry-changed")
     assert f"frame {COUNT}" in str(error)
 
 

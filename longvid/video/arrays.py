@@ -63,15 +63,24 @@ class OnePass:
         if info.num_frames is not None:
             self._limits.check_frames(self._name, info.num_frames)
 
-    def _within_limits(self, blocks: Iterator[FrameBlock]) -> Iterator[FrameBlock]:
-        """Pass blocks on until they are more than the limits allow, whatever the source said of itself."""
-        frames, first = 0, None
+    def _within_limits(self, blocks: Iterator[FrameBlock], *, done: int, first_pts: int = 0) -> Iterator[FrameBlock]:
+        """Pass frames on until they are more than the limits allow, whatever the source said of itself.
+
+        Args:
+            blocks: the frames.
+            done: how many were delivered before these.
+            first_pts: time stamp of the first frame of the source.
+        """
         for block in blocks:
-            frames += len(block.pts_T)
-            self._limits.check_frames(self._name, frames)
-            if len(block.pts_T):
-                first = int(block.pts_T[0]) if first is None else first
-                self._limits.check_seconds(self._name, float((int(block.pts_T.max()) - first) * self.info.time_base))
+            for count, pts in enumerate(block.pts_T.tolist()):
+                try:
+                    self._limits.check_frames(self._name, done + count + 1)
+                    self._limits.check_seconds(self._name, float((pts - first_pts) * self.info.time_base))
+                except SourceError:
+                    if count:
+                        yield block.first(count)
+                    raise
+            done += len(block.pts_T)
             yield block
 
     def _check_open(self) -> None:
@@ -145,7 +154,7 @@ class ArrayFrames(OnePass):
             self._begin += after.num_frames
             last = self._begin - 1
             check_position(self._name, after, self._read(last, last + 1)[0] if last < self._end else None)
-        return self._within_limits(self._slices())
+        return self._within_limits(self._slices(), done=0 if after is None else after.num_frames)
 
     def close(self) -> None:
         """Let go of the array, which itself stays as it is."""
@@ -221,7 +230,9 @@ class IterableFrames(OnePass):
     def blocks(self, *, after: SourcePosition | None = None) -> Iterator[FrameBlock]:
         """Yield the frames, one block for each piece."""
         self._start()
-        return self._within_limits(self._cut_pieces() if after is None else self._behind(after))
+        if after is None:
+            return self._within_limits(self._cut_pieces(), done=0)
+        return self._within_limits(self._behind(after), done=after.num_frames)
 
     def _behind(self, after: SourcePosition) -> Iterator[FrameBlock]:
         """The blocks without the first ``after.num_frames`` frames, which have to be as they were."""

@@ -19,7 +19,7 @@ from av.video.stream import VideoStream
 from longvid.errors import SourceError
 from longvid.video.limits import Limits
 
-__all__ = ["MediaFile", "declared_end", "pick_stream", "reason"]
+__all__ = ["MediaFile", "declared_end", "lost_samples", "pick_stream", "reason"]
 
 # demuxers that read one file and nothing else: no playlist, no list of pictures, no device
 _DEMUXERS = (
@@ -74,12 +74,18 @@ class MediaFile:
             "protocol_whitelist": "file",
             "format_whitelist": _DEMUXERS,
             # FFmpeg decodes while it probes, before anybody could look at the size
-            "max_pixels": str(self._limits.max_pixels),
+            "max_pixels": str(self._limits.decoder_pixels),
         }
         seconds = self._limits.stall_seconds
         try:
-            return av.open(f"file:{self._own_name()}", "r", options=options, timeout=(seconds, seconds))
-        except (av.FFmpegError, OSError) as exc:
+            return av.open(
+                f"file:{self._own_name()}",
+                "r",
+                options=options,
+                metadata_errors="replace",  # titles and the like may be in any encoding
+                timeout=(seconds, seconds),
+            )
+        except (av.FFmpegError, OSError, UnicodeDecodeError) as exc:
             raise self._refusal(exc) from exc
 
     def sha256(self, beat: Callable[[], None]) -> str:
@@ -192,7 +198,22 @@ def declared_end(file: BinaryIO | io.FileIO, container: InputContainer, stream: 
         return _matroska_end(file)
     if "avi" in names:
         return _riff_end(file)
+    if "gif" in names:
+        return _gif_end(file)
     return None
+
+
+def lost_samples(container: InputContainer, stream: VideoStream) -> int:
+    """How many frames the index of an mp4 file counts and does not place inside the file.
+
+    An edit list leaves frames out too, but then the stream is declared to be as short as what is left.
+    """
+    entries, count = stream.index_entries, stream.frames
+    if "mp4" not in container.format.name.split(",") or not 0 < len(entries) < count or not stream.duration:
+        return 0
+    times = [entry.timestamp for entry in entries]
+    is_short = max(times) - min(times) + 2.5 * stream.duration / count < stream.duration
+    return count - len(entries) if is_short else 0
 
 
 def _boxes_end(file: BinaryIO | io.FileIO) -> int:
@@ -228,17 +249,39 @@ def _riff_end(file: BinaryIO | io.FileIO) -> int | None:
 _EBML, _SEGMENT = 0x1A45DFA3, 0x18538067
 
 
+def _gif_end(file: BinaryIO | io.FileIO) -> int:
+    """Size of a GIF file, or more if its last byte is not where it should be."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 1024))
+    return size if file.read().rstrip(b"\0").endswith(b";") else size + 1
+
+
 def _matroska_end(file: BinaryIO | io.FileIO) -> int | None:
-    """End of the first segment of a Matroska file; None if its size is left open, as in a live recording."""
+    """End of the first segment of a Matroska file; None if its size is left open, and those of its parts too."""
     for _ in range(4):  # the EBML header, perhaps padding, then the segment
         identifier = _variable_int(file, keep_marker=True)
         size = _variable_int(file, keep_marker=False)
+        if identifier == _SEGMENT and size is None:
+            return _parts_end(file)
         if identifier is None or size is None:
             return None
         if identifier == _SEGMENT:
             return file.tell() + size
         file.seek(size, os.SEEK_CUR)
     return None
+
+
+def _parts_end(file: BinaryIO | io.FileIO) -> int | None:
+    """End of the last part of a segment without a size, as a live recording has it."""
+    while True:
+        begin = file.tell()
+        identifier = _variable_int(file, keep_marker=True)
+        if identifier is None:
+            return begin
+        size = _variable_int(file, keep_marker=False)
+        if size is None:
+            return None
+        file.seek(size, os.SEEK_CUR)
 
 
 def _variable_int(file: BinaryIO | io.FileIO, *, keep_marker: bool) -> int | None:

@@ -74,6 +74,10 @@ class FrameBlock:
         """A block of frames that are all the source's own."""
         return cls(frames_THWC, pts_T, np.ones(len(pts_T), np.bool_))
 
+    def first(self, count: int) -> FrameBlock:
+        """The first frames alone."""
+        return FrameBlock(self.frames_THWC[:count], self.pts_T[:count], self.valid_T[:count])
+
 
 @dataclass(frozen=True, slots=True)
 class SourcePosition:

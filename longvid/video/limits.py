@@ -33,6 +33,15 @@ class Limits:
             if value is not None and not value > 0:
                 raise SourceError(f"{name}={value} lets nothing through; give a number above 0", kind="range")
 
+    @property
+    def decoder_pixels(self) -> int:
+        """What FFmpeg is told: it counts lines that are filled up to a multiple of 64 pixels."""
+        return self.max_pixels + 64 * 2**14
+
+    def allows(self, height: int, width: int) -> bool:
+        """Whether frames may be of this size, which has to be one."""
+        return 0 < height * width <= self.max_pixels
+
     def check_pixels(self, name: str, height: int, width: int) -> None:
         """Refuse frames of this size if they are too large."""
         if height * width > self.max_pixels:

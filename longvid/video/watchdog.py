@@ -53,16 +53,19 @@ class Watchdog:
         done: Future[T] = Future()
         self._last_beat = time.monotonic()
         self._steps.put((step, done))
-        while not done.done():
-            left = self._last_beat + self._seconds - time.monotonic()
-            if left <= 0:
-                self.stalled = True
-                raise self._error()
-            try:
-                done.exception(timeout=left)
-            except TimeoutError:
-                continue
-        return done.result()
+        try:
+            while not done.done():
+                left = self._last_beat + self._seconds - time.monotonic()
+                if left <= 0:
+                    self.stalled = True
+                    raise self._error()
+                try:
+                    done.exception(timeout=left)
+                except TimeoutError:
+                    continue
+            return done.result()
+        finally:
+            del done  # an error knows this frame: one that knew the error would keep both, and a decoder, alive
 
     def beat(self) -> None:
         """Say, from inside a step, that something was delivered.
