@@ -40,7 +40,7 @@ import longvid as lv
 from longvid.demo.__main__ import CLIP
 from longvid.machine import describe_machine
 from longvid.snapshot import snapshots_in
-from longvid.store import PRIVATE
+from longvid.store_format import PRIVATE
 from longvid.store_writer import StoreWriter
 from longvid.units import parse_size
 

@@ -8,7 +8,6 @@ with the digests of what was published, so a repair cannot make things worse: it
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -27,7 +26,8 @@ from longvid.lock import WriterLock
 from longvid.schedule import ChunkSchedule
 from longvid.session import VideoSession
 from longvid.staging import StagedStore, write_durably
-from longvid.store import PRIVATE, array_document, digest_chain, open_store, unit_digest
+from longvid.store import open_store
+from longvid.store_format import PRIVATE, digest_chain, serialized
 from longvid.store_writer import disk_errors
 from longvid.verify import Opened, Verification, open_sealed, recomputed_digests, verify
 from longvid.video.sources import open_source
@@ -97,6 +97,12 @@ def repair(session: VideoSession, path: str | Path, *, source: Any = None) -> Re
         lock = WriterLock.acquire(where / PRIVATE / "lock")
         try:
             opened = open_sealed(where)
+            if opened.disputed:
+                raise StoreError(
+                    f"{where}: the root metadata and its copy are both whole and contradict each other, so that "
+                    "nothing tells which is right; put the right one in both places, or encode the video again",
+                    kind="corrupt",
+                )
             restored += _metadata(opened, before)
             restored += _digests(opened, before)
             restored += _coordinates(opened, before, source)
@@ -111,14 +117,14 @@ def repair(session: VideoSession, path: str | Path, *, source: Any = None) -> Re
 
 def _metadata(opened: Opened, found: Verification) -> Iterable[str]:
     """The root or its copy, the arrays' own metadata, and what nothing needs."""
-    complete = opened.facts.get("status") == "complete"
+    complete = opened.complete
     for damage in found.damages:
         path = opened.path / damage.name
         if damage.kind == "root" or damage.name == f"{PRIVATE}/root.json":
             write_durably(path, opened.content, sync=True)
         elif damage.kind == "metadata":
             path.parent.mkdir(exist_ok=True)
-            write_durably(path, array_document(opened.members[damage.name.rpartition("/")[0]]), sync=True)
+            write_durably(path, serialized(opened.members[damage.name.rpartition("/")[0]]), sync=True)
         elif damage.kind == "stale" and complete:
             path.unlink(missing_ok=True)
         else:
@@ -148,15 +154,7 @@ def _coordinates(opened: Opened, found: Verification, source: Any) -> Iterable[s
 
     def agree(columns: Columns) -> bool:
         """Whether these are the coordinates that were published."""
-        return all(
-            np.array_equal(
-                unit_digest(
-                    [columns[name][slice(*opened.coordinate_rows(name, unit))] for name in opened.coordinate_names]
-                ),
-                digests[unit, -1],
-            )
-            for unit in range(opened.num_units)
-        )
+        return all(opened.coordinates_agree(columns, digests, unit) for unit in range(opened.num_units))
 
     columns = next((made for made in _candidates(opened, source) if agree(made)), None)
     if columns is None:
@@ -175,9 +173,9 @@ def _candidates(opened: Opened, source: Any) -> Iterator[Columns]:
         yield _frame_coordinates(opened, source)
         return
     schedule = ChunkSchedule.from_dict(opened.facts["chunk_plan"])
-    with suppress(OSError, ValueError, RuntimeError):
-        there = np.asarray(opened.arrays["frame_pts"][:]), np.asarray(opened.arrays["frame_valid"][:])
-        yield _latent_coordinates(opened, schedule, there)
+    pts, valid = opened.columns["frame_pts"], opened.columns["frame_valid"]
+    if pts is not None and valid is not None:
+        yield _latent_coordinates(opened, schedule, (pts, valid))
     num_frames = int(opened.members["frame_pts"]["shape"][0])
     yield _latent_coordinates(opened, schedule, _stamps_of_source(opened, schedule, num_frames, source))
 
@@ -228,7 +226,7 @@ def _rewrite(opened: Opened, columns: Columns) -> None:
     """Write whole arrays again; the metadata stays as it is."""
     store = StagedStore(opened.path, sync=True, rewritten=lambda _: True)
     for name, document in opened.members.items():
-        store.stage(f"{name}/zarr.json", array_document(document))
+        store.stage(f"{name}/zarr.json", serialized(document))
     for name, values in columns.items():
         for file in (opened.path / name).glob("c.*"):
             file.unlink()  # zarr may look into a chunk before it replaces it

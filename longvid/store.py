@@ -1,20 +1,16 @@
 """The zarr store of one video, read side: what is at a path, and what is published in it. No torch here.
 
-One zarr v3 group per video with sibling arrays that share a time dimension; ``store_writer`` describes how it grows.
+Whatever is read is compared with the seal first: metadata, digests and coordinates when a store is opened, data unit by
+unit as they are read. ``store_format`` tells what a store is, ``store_writer`` how it grows.
 
-What is published is sealed. The store's data comes in **units**, one zarr chunk of the main array with the coordinates
-that belong to it. The array ``digest`` holds a digest of every unit, the root metadata one of all digests and one of
-itself. So whatever part of a store is damaged, missing, older than the rest or put in another's place, it shows.
-
-Axes: t time, c channels, y x latent rows and columns.
+Axes: t time, c channels, y x latent rows and columns; T H W of frames.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -27,84 +23,28 @@ import zarr
 from longvid.errors import ScheduleError, StoreError
 from longvid.fingerprint import differences
 from longvid.schedule import ChunkSchedule
+from longvid.store_format import (
+    FORMAT_VERSION,
+    MISSING,
+    OWN_NAMES,
+    PARTIAL_ROOT,
+    PRIVATE,
+    StoreLayout,
+    digest_chain,
+    seal_is_whole,
+    serialized,
+    unit_digest,
+)
 from longvid.zarr_gate import check_chunk, check_group, check_tree, read_document
 
-__all__ = [
-    "DIGEST_BYTES",
-    "FORMAT_VERSION",
-    "MISSING",
-    "OWN_NAMES",
-    "PRIVATE",
-    "Found",
-    "LatentStore",
-    "array_document",
-    "check_target",
-    "chunk_file",
-    "digest_chain",
-    "open_store",
-    "read_root",
-    "seal_is_whole",
-    "sealed",
-    "unit_digest",
-]
+__all__ = ["Found", "FrameStore", "LatentStore", "Published", "check_target", "open_frames", "open_store", "read_root"]
 
-FORMAT_VERSION = 2
-MISSING = -(2**63)
-"fill value of whole-number arrays, so that a missing chunk cannot pass for data"
-PRIVATE = "digest/.longvid"
-"""folder in a store for what is not data: lock, snapshots, a copy of the root metadata. It lies in that of an array of
-ours, since readers that list the group's members would wonder about it anywhere else"""
-PARTIAL_ROOT = ".zarr.json.partial"
-"what the root metadata is called while it is being written"
-DIGEST_BYTES = 16
-_LATENT_ARRAYS = ("latents", "moments", "t", "frame_start", "frame_stop", "frame_pts", "frame_valid", "digest")
-_FRAME_ARRAYS = ("frames", "t", "frame_pts", "frame_valid", "digest")
-OWN_NAMES = frozenset({"zarr.json", PARTIAL_ROOT, *_LATENT_ARRAYS, *_FRAME_ARRAYS})
-"every name that longvid writes in a store's folder"
+STORE_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, IndexError, MemoryError)
+"what zarr and its codecs raise when they meet damage"
+_REPAIR = "longvid verify tells what else is, longvid repair restores it"
 
 
-# ------------------------------------------------------------------------------------------------- seals
-
-
-def unit_digest(parts: Iterable[npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
-    """Digest of arrays, of their values in little-endian order: uint8 of length 16."""
-    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    for part in parts:
-        digest.update(np.ascontiguousarray(part, part.dtype.newbyteorder("<")).data)
-    return np.frombuffer(digest.digest(), np.uint8)
-
-
-def digest_chain(digests: npt.NDArray[np.uint8]) -> str:
-    """One digest of the digests of all units, in hexadecimal digits."""
-    return hashlib.blake2b(np.ascontiguousarray(digests).tobytes(), digest_size=DIGEST_BYTES).hexdigest()
-
-
-def sealed(root: dict[str, Any]) -> bytes:
-    """Root metadata as it is written, with a digest of itself in ``longvid.seal``."""
-    root["attributes"]["longvid"]["seal"] = ""
-    root["attributes"]["longvid"]["seal"] = hashlib.sha256(_serialized(root)).hexdigest()
-    return _serialized(root)
-
-
-def _serialized(root: Mapping[str, Any]) -> bytes:
-    return json.dumps(root, indent=2).encode()
-
-
-def array_document(document: Mapping[str, Any]) -> bytes:
-    """An array's own metadata, byte for byte as it is written."""
-    return json.dumps(document, indent=2).encode()
-
-
-def seal_is_whole(content: bytes) -> bool:
-    """Whether root metadata is, byte for byte, what was sealed."""
-    try:
-        root = json.loads(content)
-        return sealed(root) == content
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False
-
-
-# ------------------------------------------------------------------------------------------------- what is there
+# ------------------------------------------------------------------------------------------------- before writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,25 +144,195 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+# ------------------------------------------------------------------------------------------------- what is published
+
+
+@dataclass(frozen=True)
+class Published(StoreLayout):
+    """What a store shows its readers at this moment, compared with its seal. Made by :func:`open_published`."""
+
+    path: Path
+    arrays: Mapping[str, zarr.Array[Any]]
+    columns: Mapping[str, npt.NDArray[Any]]
+    "coordinates and digests, whole arrays by name"
+    _last: dict[tuple[str, int], npt.NDArray[Any]] = field(default_factory=dict, repr=False, compare=False)
+
+    def read(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows ``start`` to ``stop`` of an array of data, compared with their digests.
+
+        Raises:
+            StoreError: kind ``"corrupt"`` if a stored chunk is damaged, missing or not the one that was published.
+        """
+        length = self.unit_rows
+        parts = [
+            self._unit(name, unit)[max(0, start - unit * length) : stop - unit * length]
+            for unit in range(start // length, -(-stop // length))
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _unit(self, name: str, unit: int) -> npt.NDArray[Any]:
+        """One unit; the last one read is kept, since chunks of a model are shorter."""
+        if (name, unit) not in self._last:
+            begin, stop = self.rows(unit)
+            what = f"{self.path}: {name} {begin} to {stop - 1} are damaged"
+            try:
+                check_chunk(self.path / name / self.chunk_files(name)[unit], self.members[name], where=str(self.path))
+                rows = np.asarray(self.arrays[name][begin:stop])
+            except STORE_ERRORS as exc:
+                raise StoreError(f"{what} ({exc}); {_REPAIR}", kind="corrupt") from exc
+            if not np.array_equal(unit_digest([rows]), self.columns["digest"][unit, self.data_names.index(name)]):
+                raise StoreError(f"{what}, missing or not those that were published; {_REPAIR}", kind="corrupt")
+            self._last.clear()
+            self._last[name, unit] = rows
+        return self._last[name, unit]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes on disk."""
+        return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
+
+
+def open_published(path: str | os.PathLike[str], kind: Literal["latents", "frames"]) -> Published:
+    """Open a store for reading, and compare its metadata, digests and coordinates with its seal.
+
+    Raises:
+        StoreError: nothing is there, it is not a longvid store of this kind, nothing was published, or something is
+            not what was published.
+    """
+    where = Path(path)
+    if not where.exists():
+        raise StoreError(f"there is no store {where}", kind="missing")
+    if not (where / "zarr.json").is_file():
+        raise StoreError(f"{where} is not a zarr store; pass the folder that longvid wrote", kind="foreign")
+    check_tree(where)
+    root = read_document(where / "zarr.json")
+    attributes = root.get("attributes")
+    facts = attributes.get("longvid") if isinstance(attributes, dict) else None
+    if not isinstance(facts, dict):
+        raise StoreError(f"{where} is a zarr store, but not of longvid", kind="foreign")
+    if facts.get("format_version") != FORMAT_VERSION:
+        raise StoreError(
+            f"{where} has format {facts.get('format_version')}, this version of longvid reads {FORMAT_VERSION}",
+            kind="format",
+        )
+    if facts.get("kind") != kind:
+        raise StoreError(f"{where} holds {facts.get('kind')}, not {kind}", kind="format")
+    # Not the bytes: a tool that writes the same metadata in another form does no harm.
+    if not seal_is_whole(serialized(root)):
+        raise StoreError(
+            f"{where}: the root metadata is damaged or was changed after it was published; longvid repair restores it",
+            kind="corrupt",
+        )
+    if not root.get("consolidated_metadata"):
+        raise StoreError(f"{where} is incomplete: nothing was published yet", kind="incomplete")
+    check_group(root, where=str(where))
+    try:
+        return _opened(where, StoreLayout(root))
+    except (*STORE_ERRORS, ScheduleError) as exc:
+        raise StoreError(
+            f"{where}: the metadata or coordinates are damaged ({exc}); {_REPAIR}", kind="corrupt"
+        ) from exc
+
+
+def _opened(path: Path, layout: StoreLayout) -> Published:
+    group = zarr.open_group(path, mode="r", use_consolidated=True)
+    arrays = dict(group.arrays())
+    columns = {}
+    for name in (*layout.coordinate_names, "digest"):
+        for file in layout.chunk_files(name):
+            check_chunk(path / name / file, layout.members[name], where=str(path))
+        columns[name] = np.asarray(arrays[name][:])
+    if digest_chain(columns["digest"]) != layout.facts["digests"]:
+        raise ValueError("the digests are not those that were published")
+    if (columns["frame_pts"] == MISSING).any():
+        raise ValueError("time stamps of frames are missing")
+    for unit in range(layout.num_units):
+        if not layout.coordinates_agree(columns, columns["digest"], unit):
+            raise ValueError(f"the coordinates of frames from {layout.frames(unit)[0]} on are not as published")
+    return Published(root=layout.root, path=path, arrays=arrays, columns=columns)
+
+
+class FrameStore:
+    """Frames of a store as an array (T, H, W, 3) of uint8 to slice. Made by :func:`open_frames`."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, published: Published) -> None:
+        self._published = published
+        array = published.arrays["frames"]
+        self.shape, self.chunks = array.shape, array.chunks
+
+    @property
+    def digests(self) -> str:
+        """One digest of everything that is published."""
+        return str(self._published.facts["digests"])
+
+    @property
+    def frame_rate(self) -> Fraction | None:
+        """Mean frames per second."""
+        rate = self._published.facts.get("frame_rate")
+        return None if rate is None else Fraction(rate)
+
+    def __getitem__(self, window: slice) -> npt.NDArray[np.uint8]:
+        """Frames of a window without steps; see :meth:`Published.read`."""
+        start, stop, _ = window.indices(self.shape[0])
+        return self._published.read("frames", start, stop)
+
+
+def open_frames(path: str | os.PathLike[str]) -> FrameStore:
+    """Open a store of frames for reading.
+
+    Raises:
+        StoreError: as :func:`open_published`, and kind ``"incomplete"`` if the run that wrote it did not end.
+    """
+    published = open_published(path, "frames")
+    if not published.complete:
+        raise StoreError(
+            f"{path} is incomplete: {published.facts.get('num_frames', 0)} frames were published before the run that "
+            "wrote it ended; run that again, it goes on",
+            kind="incomplete",
+        )
+    return FrameStore(published)
+
+
 @dataclass(frozen=True)
 class LatentStore:
     """A store of latents as it is published now. Made by :func:`open_store`."""
 
-    path: Path
-    latents: zarr.Array[Any]
-    "(t, c, y, x), float16 or float32, raw"
-    moments: zarr.Array[Any] | None
-    "(t, 2 c, y, x): mean, then log variance"
+    published: Published
     frame_pts: npt.NDArray[np.int64]
     "time stamps of the published frames, in units of ``time_base``"
-    attrs: dict[str, Any]
-    "all attributes of the group"
     schedule: ChunkSchedule
-    arrays: Mapping[str, zarr.Array[Any]]
-    "all arrays by name"
-    documents: Mapping[str, Any]
-    "their metadata by name"
-    _last_unit: dict[int, npt.NDArray[Any]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def path(self) -> Path:
+        """Of the store's folder."""
+        return self.published.path
+
+    @property
+    def arrays(self) -> Mapping[str, zarr.Array[Any]]:
+        """All arrays by name."""
+        return self.published.arrays
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """All attributes of the group."""
+        return self.published.attributes
+
+    @property
+    def latents(self) -> zarr.Array[Any]:
+        """(t, c, y, x), float16 or float32, raw."""
+        return self.arrays["latents"]
+
+    @property
+    def moments(self) -> zarr.Array[Any] | None:
+        """(t, 2 c, y, x): mean, then log variance."""
+        return self.arrays.get("moments")
+
+    @property
+    def frame_valid(self) -> npt.NDArray[np.bool_]:
+        """Which published frames are those of the source; the others repeat a good one in place of a damaged one."""
+        return self.published.columns["frame_valid"]
 
     @property
     def num_frames(self) -> int:
@@ -237,12 +347,12 @@ class LatentStore:
     @property
     def complete(self) -> bool:
         """Whether the whole video is in it."""
-        return bool(self.attrs["longvid"]["status"] == "complete")
+        return self.published.complete
 
     @property
     def representation(self) -> str:
         """``mode``, ``sample`` or ``moments``."""
-        return str(self.attrs["longvid"]["representation"])
+        return str(self.published.facts["representation"])
 
     @property
     def vae(self) -> dict[str, Any]:
@@ -278,12 +388,7 @@ class LatentStore:
     @property
     def stored_bytes(self) -> int:
         """Bytes on disk."""
-        return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
-
-    @property
-    def frame_valid(self) -> npt.NDArray[np.bool_]:
-        """Which published frames are those of the source; the others repeat a good one in place of a damaged one."""
-        return np.asarray(self.arrays["frame_valid"][:], np.bool_)
+        return self.published.stored_bytes
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Latent frames ``start`` to ``stop`` as float32 (t, c, y, x), compared with their digests.
@@ -291,99 +396,23 @@ class LatentStore:
         Raises:
             StoreError: kind ``"corrupt"`` if a stored chunk is damaged, missing or not the one that was published.
         """
-        length = self.latents.chunks[0]
-        parts = []
-        for unit in range(start // length, -(-stop // length)):
-            begin = unit * length
-            parts.append(self._unit(unit)[max(0, start - begin) : stop - begin])
-        return np.concatenate(parts).astype(np.float32)
-
-    def _unit(self, unit: int) -> npt.NDArray[Any]:
-        """The latents of one unit; the last one read is kept, since chunks of a model are shorter."""
-        if unit not in self._last_unit:
-            begin = unit * self.latents.chunks[0]
-            stop = min(begin + self.latents.chunks[0], self.num_latents)
-            try:
-                file = self.path / "latents" / chunk_file(unit, self.latents.ndim)
-                check_chunk(file, self.documents["latents"], where=str(self.path))
-                latents = np.asarray(self.latents[begin:stop])
-                known = np.asarray(self.arrays["digest"][unit, 0])
-            except (ValueError, RuntimeError, OSError, MemoryError) as exc:
-                raise StoreError(
-                    f"{self.path}: latent frames {begin} to {stop - 1} are damaged ({exc}); {_REPAIR}", kind="corrupt"
-                ) from exc
-            if not np.array_equal(unit_digest([latents]), known):
-                raise StoreError(
-                    f"{self.path}: latent frames {begin} to {stop - 1} are damaged, missing or not those that were "
-                    f"published; {_REPAIR}",
-                    kind="corrupt",
-                )
-            self._last_unit.clear()
-            self._last_unit[unit] = latents
-        return self._last_unit[unit]
-
-
-_REPAIR = "longvid verify tells what else is, longvid repair computes it again"
-
-
-def chunk_file(unit: int, ndim: int) -> str:
-    """Name of the file of a chunk that spans all axes but the first."""
-    return "c." + ".".join([str(unit), *["0"] * (ndim - 1)])
-
-
-def _check_chunks(path: Path, name: str, document: Mapping[str, Any]) -> None:
-    """No chunk of a small array, which is read whole, is larger than it says."""
-    shape, chunks = document["shape"], document["chunk_grid"]["configuration"]["chunk_shape"]
-    for number in range(-(-shape[0] // chunks[0])):
-        check_chunk(path / name / chunk_file(number, len(shape)), document, where=str(path))
+        return self.published.read("latents", start, stop).astype(np.float32)
 
 
 def open_store(path: str | os.PathLike[str]) -> LatentStore:
     """Open a store of latents for reading, as it is published at this moment.
 
     Raises:
-        StoreError: nothing is there, it is not a longvid store of latents, or its metadata is damaged.
+        StoreError: see :func:`open_published`.
     """
-    where = Path(path)
-    if not where.exists():
-        raise StoreError(f"there is no store {where}", kind="missing")
-    if not (where / "zarr.json").is_file():
-        raise StoreError(f"{where} is not a zarr store; pass the folder that encode wrote", kind="foreign")
-    check_tree(where)
-    content = read_document(where / "zarr.json")
-    attributes = content.get("attributes", {})
-    facts = attributes.get("longvid") if isinstance(attributes, dict) else None
-    if not isinstance(facts, dict):
-        raise StoreError(f"{where} is a zarr store, but not of longvid", kind="foreign")
-    if facts.get("format_version") != FORMAT_VERSION:
-        raise StoreError(
-            f"{where} has format {facts.get('format_version')}, this version of longvid reads {FORMAT_VERSION}",
-            kind="format",
-        )
-    if facts.get("kind") != "latents":
-        raise StoreError(f"{where} holds {facts.get('kind')}, not latents", kind="format")
-    if not content.get("consolidated_metadata"):
-        raise StoreError(f"{where} is incomplete: nothing was published yet", kind="incomplete")
-    check_group(content, where=str(where))
-    documents = content["consolidated_metadata"]["metadata"]
+    published = open_published(path, "latents")
     try:
-        group = zarr.open_group(where, mode="r", use_consolidated=True)
-        arrays = dict(group.arrays())
-        for name in ("frame_pts", "frame_valid", "digest"):
-            _check_chunks(where, name, documents[name])
-        frame_pts = np.asarray(arrays["frame_pts"][:], np.int64)
-        if (frame_pts == MISSING).any():
-            raise ValueError("time stamps of frames are missing")
-        _ = attributes["source"]["height"], attributes["source"]["width"], attributes["vae"]
+        _ = published.attributes["source"]["height"], published.attributes["source"]["width"]
+        _ = published.attributes["vae"]
         return LatentStore(
-            path=where,
-            latents=arrays["latents"],
-            moments=arrays.get("moments"),
-            frame_pts=frame_pts,
-            attrs=attributes,
-            schedule=ChunkSchedule.from_dict(facts["chunk_plan"]),
-            arrays=arrays,
-            documents=documents,
+            published=published,
+            frame_pts=published.columns["frame_pts"],
+            schedule=ChunkSchedule.from_dict(published.facts["chunk_plan"]),
         )
-    except (KeyError, ValueError, TypeError, RuntimeError, OSError, MemoryError, ScheduleError) as exc:
-        raise StoreError(f"{where}: the metadata is damaged ({exc})", kind="corrupt") from exc
+    except (KeyError, TypeError, ScheduleError) as exc:
+        raise StoreError(f"{path}: the metadata is damaged ({exc})", kind="corrupt") from exc

@@ -38,19 +38,18 @@ from longvid.durability import Durability
 from longvid.errors import StoreError
 from longvid.lock import WriterLock
 from longvid.staging import StagedStore, is_partial, sync_folder, write_durably
-from longvid.store import (
+from longvid.store import STORE_ERRORS, Found, check_target, read_root
+from longvid.store_format import (
     DIGEST_BYTES,
     FORMAT_VERSION,
     MISSING,
     OWN_NAMES,
     PRIVATE,
-    Found,
-    array_document,
-    check_target,
+    StoreLayout,
     chunk_file,
-    read_root,
     seal_is_whole,
     sealed,
+    serialized,
     unit_digest,
 )
 from longvid.zarr_gate import check_group, check_tree
@@ -179,10 +178,9 @@ class StoreWriter(ABC):
         """The first unit that has to be computed: a run may go on from any snapshot that lies before it."""
         return min(self._mend, default=self.published_units)
 
-    @property
-    def satisfied(self) -> bool:
-        """Whether nothing more needs to be computed, although the video goes on."""
-        return bool(self._mend) and self.num_units > max(self._mend)
+    def wants_nothing_from(self, row: int) -> bool:
+        """Whether no row of the main array from this one on has to be computed, although the video may go on."""
+        return bool(self._mend) and row >= (max(self._mend) + 1) * self.unit_rows
 
     def pause(self) -> None:
         """Leave the store unfinished on the next clean exit, with all whole units published."""
@@ -234,28 +232,43 @@ class StoreWriter(ABC):
             self._epoch = self._attributes["longvid"]["epoch"]
         self._epoch_there = self._attributes["longvid"].get("epoch")
         self._attributes["longvid"]["epoch"] = self._epoch
-        members = members_of(found.root)
-        self._sweep(members)
+        layout = StoreLayout(found.root)
+        members = layout.members
+        self._sweep(layout.num_units)
         if not members:  # it ended before the first step
             self._create()
             return
         for name, document in members.items():
-            self._staged.stage(f"{name}/zarr.json", array_document(document))
-        for name in members:
-            self._arrays[name] = zarr.open_array(
-                self._staged, path=name, mode="r+", zarr_format=3, config={"write_empty_chunks": True}
-            )
-        self.unit_rows = self._arrays[self.data_names[0]].chunks[0]
-        self.published_units = self._arrays["digest"].shape[0]
-        self._chain.update(np.asarray(self._arrays["digest"][:]).tobytes())
-        if self._chain.hexdigest() != self._attributes["longvid"].get("digests"):
-            raise StoreError(f"{self.path}: its digests are damaged; longvid repair restores them", kind="corrupt")
+            self._staged.stage(f"{name}/zarr.json", serialized(document))
+        try:
+            self._take_over(layout)
+        except STORE_ERRORS as exc:
+            raise StoreError(
+                f"{self.path}: its digests or coordinates are damaged ({exc}); longvid repair restores them, then run "
+                "this once more",
+                kind="corrupt",
+            ) from exc
         self._published = True
         self._check_chunks()
         if self._mend:
             return
         # Takes the store over: a writer of an older epoch that comes back to life sees that it lost it.
         self._write_root(members)
+
+    def _take_over(self, layout: StoreLayout) -> None:
+        """Open the arrays of a store, and read what will be written again as they grow, while it can be refused."""
+        for name in layout.members:
+            self._arrays[name] = zarr.open_array(
+                self._staged, path=name, mode="r+", zarr_format=3, config={"write_empty_chunks": True}
+            )
+        self.unit_rows, self.published_units = layout.unit_rows, layout.num_units
+        columns = {name: np.asarray(self._arrays[name][:]) for name in (*layout.coordinate_names, "digest")}
+        self._chain.update(columns["digest"].tobytes())
+        if self._chain.hexdigest() != layout.facts.get("digests"):
+            raise ValueError("the digests are not those that were published")
+        for unit in range(self.published_units):
+            if not layout.coordinates_agree(columns, columns["digest"], unit):
+                raise ValueError(f"the coordinates of frames from {layout.frames(unit)[0]} on are not as published")
 
     def _check_chunks(self) -> None:
         """Every published chunk is there. What is in them is compared by those who read."""
@@ -269,23 +282,16 @@ class StoreWriter(ABC):
                         kind="corrupt",
                     )
 
-    def _sweep(self, members: Mapping[str, Any]) -> None:
+    def _sweep(self, published: int) -> None:
         """Remove what an earlier run did not finish: files half written, and chunks that were never published."""
         for partial in partial_files(self.path):
             os.unlink(partial)
         for name in self.data_names:
-            published = self._units_of(members.get(name))
             if (self.path / name).is_dir():
                 for entry in os.scandir(self.path / name):
                     number = _CHUNK_FILE.fullmatch(entry.name)
                     if number is not None and int(number[1]) >= published:
                         os.unlink(entry.path)
-
-    @staticmethod
-    def _units_of(document: Mapping[str, Any] | None) -> int:
-        if document is None:
-            return 0
-        return -(-int(document["shape"][0]) // int(document["chunk_grid"]["configuration"]["chunk_shape"][0]))
 
     def _clear(self, root: dict[str, Any]) -> None:
         """Take away the store that is to be replaced. Cut short, it is left as one of ours that holds nothing."""
@@ -307,7 +313,9 @@ class StoreWriter(ABC):
         if self._published or self._paused or any(self.snapshots_folder.glob("*")):
             return False
         root = read_root(self.path)  # a step that failed may have been visible before it did
-        return root is None or not (members_of(root) or root["attributes"]["longvid"].get("epoch") != self._epoch_there)
+        return root is None or not (
+            StoreLayout(root).members or root["attributes"]["longvid"].get("epoch") != self._epoch_there
+        )
 
     def _remove(self) -> None:
         """Take away what this writer made, unless something foreign came into it."""
@@ -380,7 +388,7 @@ class StoreWriter(ABC):
         self._attributes["longvid"] |= {"status": status, "num_frames": self.num_frames}
         members = {name: json.loads(self._staged.document(name)) for name in self._arrays}
         for name, document in members.items():
-            self._staged.stage(f"{name}/zarr.json", array_document(document))
+            self._staged.stage(f"{name}/zarr.json", serialized(document))
         self._write_root(members)
         self._published = True
         self.published_units = max(self.published_units, self.num_units)
@@ -489,7 +497,7 @@ def settle_complete(found: Found, durability: Durability) -> None:
     """
     path, private = found.path, found.path / PRIVATE
     content = (path / "zarr.json").read_bytes()
-    documents = {path / name / "zarr.json": array_document(d) for name, d in members_of(found.root).items()}
+    documents = {path / name / "zarr.json": serialized(d) for name, d in StoreLayout(found.root).members.items()}
     documents[private / "root.json"] = content
     stale = {file for file, expected in documents.items() if not file.is_file() or file.read_bytes() != expected}
     snapshots = private / "snapshots"
@@ -507,12 +515,6 @@ def settle_complete(found: Found, durability: Durability) -> None:
                 shutil.rmtree(snapshots, ignore_errors=True)
         finally:
             lock.release()
-
-
-def members_of(root: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata of every array by name, as the root has them; empty before the first step."""
-    members: dict[str, Any] = root.get("consolidated_metadata", {}).get("metadata", {})
-    return members
 
 
 def partial_files(path: Path) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -20,16 +20,18 @@ import zarr
 
 from longvid.errors import StoreError
 from longvid.lock import is_locked
-from longvid.schedule import ChunkSchedule
 from longvid.staging import StagedStore, is_partial
-from longvid.store import (
+from longvid.store import STORE_ERRORS, read_root
+from longvid.store_format import (
+    ARRAY_NAMES,
+    DATA_NAMES,
     DIGEST_BYTES,
     PRIVATE,
-    array_document,
+    StoreLayout,
     chunk_file,
     digest_chain,
-    read_root,
     seal_is_whole,
+    serialized,
     unit_digest,
 )
 from longvid.zarr_gate import check_chunk, check_group, check_tree
@@ -37,9 +39,6 @@ from longvid.zarr_gate import check_chunk, check_group, check_tree
 __all__ = ["Damage", "Opened", "Verification", "open_sealed", "verify"]
 
 Kind: TypeAlias = Literal["data", "coordinates", "digests", "metadata", "root", "stale", "foreign"]
-DATA_NAMES = {"latents": ("latents", "moments"), "frames": ("frames",)}
-_STORE_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, MemoryError)
-"what zarr and its codecs raise when they meet damage"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,83 +99,44 @@ class Verification:
 
 
 @dataclass(frozen=True)
-class Opened:
+class Opened(StoreLayout):
     """A store by what its root metadata says, also where files contradict it. Made by :func:`open_sealed`."""
 
     path: Path
     content: bytes
     "the root metadata, sealed"
-    root: dict[str, Any]
     intact: bool
     "whether that is what stands in zarr.json; else it is the copy"
-    _store: StagedStore = field(repr=False)
-
-    @property
-    def attributes(self) -> dict[str, Any]:
-        """All attributes of the group."""
-        attributes: dict[str, Any] = self.root["attributes"]
-        return attributes
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """The attribute ``longvid``."""
-        facts: dict[str, Any] = self.root["attributes"]["longvid"]
-        return facts
-
-    @property
-    def members(self) -> dict[str, Any]:
-        """Metadata of every array by name; empty before the first step."""
-        members: dict[str, Any] = self.root.get("consolidated_metadata", {}).get("metadata", {})
-        return members
+    store: StagedStore = field(repr=False)
+    "the files, under that metadata"
+    disputed: bool = False
+    "whether the copy is as whole, and says something else that fits the store as well"
 
     @cached_property
     def arrays(self) -> dict[str, zarr.Array[Any]]:
         """Every array, by the root's metadata."""
-        return {name: zarr.open_array(self._store, path=name, mode="r+", zarr_format=3) for name in self.members}
+        return {name: zarr.open_array(self.store, path=name, mode="r+", zarr_format=3) for name in self.members}
 
-    @property
-    def data_names(self) -> tuple[str, ...]:
-        """Arrays that hold data, the main one first."""
-        return tuple(name for name in DATA_NAMES[self.facts["kind"]] if name in self.members)
+    def read(self, name: str, start: int, stop: int) -> npt.NDArray[Any] | None:
+        """Rows of an array as they are; None if they cannot be read."""
+        array, file_names = self.arrays[name], self.chunk_files(name)
+        try:
+            for number in range(start // array.chunks[0], -(-stop // array.chunks[0])):
+                check_chunk(self.path / name / file_names[number], self.members[name], where=str(self.path))
+            return np.asarray(array[start:stop])
+        except STORE_ERRORS:
+            return None
 
-    @property
-    def coordinate_names(self) -> tuple[str, ...]:
-        """Arrays that hold coordinates, in the order in which they are digested."""
-        kept = [name for name in self.members if name not in (*self.data_names, "digest")]
-        return tuple(sorted(kept, key=list(COORDINATES).index))
+    @cached_property
+    def columns(self) -> dict[str, npt.NDArray[Any] | None]:
+        """Coordinates, whole arrays by name; None for one that cannot be read as a whole."""
+        return {name: self.read(name, 0, int(self.members[name]["shape"][0])) for name in self.coordinate_names}
 
-    @property
-    def num_units(self) -> int:
-        """Published units."""
-        return int(self.members["digest"]["shape"][0]) if self.members else 0
-
-    @property
-    def unit_rows(self) -> int:
-        """Rows of the main array in a whole unit."""
-        chunks = self.members[self.data_names[0]]["chunk_grid"]["configuration"]["chunk_shape"]
-        return int(chunks[0])
-
-    def rows(self, unit: int) -> tuple[int, int]:
-        """Half-open range of rows of the main array in a unit."""
-        total = int(self.members[self.data_names[0]]["shape"][0])
-        return unit * self.unit_rows, min((unit + 1) * self.unit_rows, total)
-
-    def frames(self, unit: int) -> tuple[int, int]:
-        """Half-open range of frames in a unit."""
-        start, stop = self.rows(unit)
-        if self.facts["kind"] == "frames":
-            return start, stop
-        schedule = ChunkSchedule.from_dict(self.facts["chunk_plan"])
-        num_frames = int(self.members["frame_pts"]["shape"][0])
-        return schedule.frame_range(start)[0], min(schedule.frame_range(stop - 1)[1], num_frames)
-
-    def coordinate_rows(self, name: str, unit: int) -> tuple[int, int]:
-        """Half-open range of rows of a coordinate in a unit."""
-        dimensions = self.members[name]["dimension_names"]
-        return self.frames(unit) if dimensions == ["frame"] else self.rows(unit)
-
-
-COORDINATES = ("t", "frame_start", "frame_stop", "frame_pts", "frame_valid")
+    def coordinate(self, name: str, unit: int) -> npt.NDArray[Any] | None:
+        """The rows of a coordinate in a unit; None if they cannot be read."""
+        start, stop = self.coordinate_rows(name, unit)
+        column = self.columns[name]
+        return self.read(name, start, stop) if column is None else column[start:stop]
 
 
 def open_sealed(path: str | os.PathLike[str]) -> Opened:
@@ -188,24 +148,50 @@ def open_sealed(path: str | os.PathLike[str]) -> Opened:
     where = Path(path)
     if not where.is_dir():
         raise StoreError(f"there is no store {where}", kind="missing")
-    content = _bytes_of(where / "zarr.json")
-    copy = _bytes_of(where / PRIVATE / "root.json")
-    intact = content is not None and seal_is_whole(content)
-    best = content if intact else copy if copy is not None and seal_is_whole(copy) else None
-    if best is None:
+    content, copy = (_bytes_of(where / name) for name in ("zarr.json", f"{PRIVATE}/root.json"))
+    whole = [document for document in (content, copy) if document is not None and seal_is_whole(document)]
+    if not whole:
         if read_root(where) is None and copy is None:
             raise StoreError(f"{where} is not a store of longvid, or of a version that sealed nothing", kind="foreign")
         raise StoreError(
             f"{where}: the root metadata and its copy are both damaged; encode the video again", kind="corrupt"
         )
-    root = json.loads(best)
     check_tree(where)
+    opened = [_opened(where, document, intact=document == content) for document in whole]
+    if len(opened) == 1 or _may_stand_beside(opened[1].root, opened[0].root):
+        return opened[0]
+    fitting = [one for one in opened if _digests(one) is not None]
+    if len(fitting) == 1:
+        return fitting[0]
+    if _may_stand_beside(opened[0].root, opened[1].root):  # an older root was put back
+        return opened[1]
+    return replace(opened[0], disputed=len(fitting) == 2)
+
+
+def _opened(where: Path, content: bytes, *, intact: bool) -> Opened:
+    root = json.loads(content)
     check_group(root, where=str(where))
     store = StagedStore(where, sync=False, rewritten=lambda _: False)
-    store.stage("zarr.json", best)
-    for name, document in root.get("consolidated_metadata", {}).get("metadata", {}).items():
-        store.stage(f"{name}/zarr.json", json.dumps(document).encode())
-    return Opened(where, best, root, intact, store)
+    store.stage("zarr.json", content)
+    opened = Opened(root=root, path=where, content=content, intact=intact, store=store)
+    if opened.facts.get("kind") not in DATA_NAMES:
+        raise StoreError(f"{where} holds {opened.facts.get('kind')}, which this version does not know", kind="format")
+    for name, document in opened.members.items():
+        store.stage(f"{name}/zarr.json", serialized(document))
+    return opened
+
+
+def _may_stand_beside(copy: Mapping[str, Any], root: Mapping[str, Any]) -> bool:
+    """Whether a run leaves such a copy beside such a root: the same, or older, if it was killed between the two."""
+    if copy == root:
+        return True
+    old, new = copy["attributes"]["longvid"], root["attributes"]["longvid"]
+    if not new.get("fingerprint") and not root.get("consolidated_metadata"):  # it is being replaced
+        return True
+    if old.get("fingerprint") != new.get("fingerprint") or old.get("status") != "writing":
+        return False
+    steps = [(facts.get("num_frames", 0), facts.get("status") == "complete") for facts in (old, new)]
+    return steps[0] < steps[1] or (steps[0] == steps[1] and old.get("epoch") != new.get("epoch"))
 
 
 def verify(path: str | os.PathLike[str]) -> Verification:
@@ -215,7 +201,7 @@ def verify(path: str | os.PathLike[str]) -> Verification:
         StoreError: there is no store of ours, somebody writes to it, or root metadata and copy are both damaged.
     """
     opened = open_sealed(path)
-    complete = opened.facts.get("status") == "complete"
+    complete = opened.complete
     if not complete and is_locked(opened.path / PRIVATE / "lock"):
         raise StoreError(f"{path} is being written; verify it when the run has ended", kind="locked")
     damages = [*_root_damage(opened, complete), *_metadata_damage(opened, complete)]
@@ -242,13 +228,21 @@ def _bytes_of(path: Path) -> bytes | None:
 
 
 def _root_damage(opened: Opened, complete: bool) -> Iterator[Damage]:
-    if not opened.intact:
-        everything = (0, int(opened.facts["num_frames"]))
-        yield Damage(kind="root", name="zarr.json", what="the root metadata is damaged or missing", frames=everything)
+    everything = (0, int(opened.facts["num_frames"]))
+    if not opened.intact or opened.disputed:
+        contradiction = "the root metadata and its copy are both whole and contradict each other"
+        what = contradiction if opened.disputed else "the root metadata is damaged, missing or older than its copy"
+        yield Damage(kind="root", name="zarr.json", what=what, frames=everything)
         return
     copy = _bytes_of(opened.path / PRIVATE / "root.json")
     # A run that was killed may have left a copy that is one step behind.
-    if copy is None or not seal_is_whole(copy) or (complete and copy != opened.content):
+    whole = copy is not None and seal_is_whole(copy)
+    if (
+        copy is None
+        or not whole
+        or (complete and copy != opened.content)
+        or not _may_stand_beside(json.loads(copy), opened.root)
+    ):
         yield Damage(kind="metadata", name=f"{PRIVATE}/root.json", what="the copy of the root metadata is damaged")
 
 
@@ -264,12 +258,12 @@ def metadata_is_whole(content: bytes | None, document: Mapping[str, Any], comple
     """Whether an array's own metadata is what the root says, or an earlier length of it in an unfinished store."""
     if content is None:
         return not complete
-    if content == array_document(document):
+    if content == serialized(document):
         return True
     try:
         there = json.loads(content)
         shorter = {**document, "shape": [there["shape"][0], *document["shape"][1:]]}
-        return not complete and there["shape"][0] <= document["shape"][0] and content == array_document(shorter)
+        return not complete and there["shape"][0] <= document["shape"][0] and content == serialized(shorter)
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         return False
 
@@ -280,7 +274,7 @@ def _digests(opened: Opened) -> npt.NDArray[np.uint8] | None:
         return np.zeros((0, 1, DIGEST_BYTES), np.uint8)
     try:
         digests = np.asarray(opened.arrays["digest"][:], np.uint8)
-    except _STORE_ERRORS:
+    except STORE_ERRORS:
         return None
     return digests if digest_chain(digests) == opened.facts.get("digests") else None
 
@@ -289,9 +283,9 @@ def recomputed_digests(opened: Opened) -> npt.NDArray[np.uint8]:
     """The digests of what is there now; zeros, which nothing has, where it cannot be read."""
     rows = []
     for unit in range(opened.num_units):
-        parts = [_read_data(opened, name, unit) for name in opened.data_names]
+        parts = [opened.read(name, *opened.rows(unit)) for name in opened.data_names]
         digests = [np.zeros(DIGEST_BYTES, np.uint8) if part is None else unit_digest([part]) for part in parts]
-        coordinates = [_read_coordinate(opened, name, unit) for name in opened.coordinate_names]
+        coordinates = [opened.coordinate(name, unit) for name in opened.coordinate_names]
         whole = [part for part in coordinates if part is not None]
         lost = len(whole) < len(coordinates)
         rows.append(np.stack([*digests, np.zeros(DIGEST_BYTES, np.uint8) if lost else unit_digest(whole)]))
@@ -304,12 +298,12 @@ def _unit_damage(opened: Opened, digests: npt.NDArray[np.uint8]) -> Iterator[Dam
     for unit in range(opened.num_units):
         frames = opened.frames(unit)
         for part, name in enumerate(opened.data_names):
-            data = _read_data(opened, name, unit)
+            data = opened.read(name, *opened.rows(unit))
             if data is None or not trusted or not np.array_equal(unit_digest([data]), digests[unit, part]):
                 yield _data_damage(opened, name, unit, frames, readable=data is not None)
         lost, rows = [], []
         for name in opened.coordinate_names:
-            values = _read_coordinate(opened, name, unit)
+            values = opened.coordinate(name, unit)
             if values is None:
                 lost.append(name)
             else:
@@ -321,7 +315,7 @@ def _unit_damage(opened: Opened, digests: npt.NDArray[np.uint8]) -> Iterator[Dam
 
 
 def _data_damage(opened: Opened, name: str, unit: int, frames: tuple[int, int], *, readable: bool) -> Damage:
-    file = f"{name}/c.{unit}{'.0' * (len(opened.members[name]['shape']) - 1)}"
+    file = f"{name}/{chunk_file(unit, len(opened.members[name]['shape']))}"
     if not (opened.path / file).is_file():
         what = "missing"
     elif readable:
@@ -333,34 +327,11 @@ def _data_damage(opened: Opened, name: str, unit: int, frames: tuple[int, int], 
     )
 
 
-def _read_data(opened: Opened, name: str, unit: int) -> npt.NDArray[Any] | None:
-    start, stop = opened.rows(unit)
-    return _read(opened, name, start, stop)
-
-
-def _read_coordinate(opened: Opened, name: str, unit: int) -> npt.NDArray[Any] | None:
-    return _read(opened, name, *opened.coordinate_rows(name, unit))
-
-
-def _read(opened: Opened, name: str, start: int, stop: int) -> npt.NDArray[Any] | None:
-    array = opened.arrays[name]
-    try:
-        for number in range(start // array.chunks[0], -(-stop // array.chunks[0])):
-            file = opened.path / name / chunk_file(number, array.ndim)
-            check_chunk(file, opened.members[name], where=str(opened.path))
-        return np.asarray(array[start:stop])
-    except _STORE_ERRORS:
-        return None
-
-
 def _strangers(opened: Opened, complete: bool) -> Iterator[Damage]:
     """Files that no published unit has. What an unfinished run leaves behind is swept by the next one."""
     expected = {"zarr.json", f"{PRIVATE}/root.json", f"{PRIVATE}/lock"}
-    for name, document in opened.members.items():
-        expected.add(f"{name}/zarr.json")
-        shape, chunks = document["shape"], document["chunk_grid"]["configuration"]["chunk_shape"]
-        tail = ".0" * (len(shape) - 1)
-        expected |= {f"{name}/c.{i}{tail}" for i in range(-(-shape[0] // chunks[0]))}
+    for name in opened.members:
+        expected |= {f"{name}/zarr.json", *(f"{name}/{file}" for file in opened.chunk_files(name))}
     for file in sorted(_files(opened.path, "")):
         if file in expected or file.startswith(f"{PRIVATE}/snapshots/"):
             continue
@@ -368,11 +339,8 @@ def _strangers(opened: Opened, complete: bool) -> Iterator[Damage]:
         if (name.startswith("c.") and folder in opened.members) or is_partial(name):
             if complete:
                 yield Damage(kind="stale", name=file, what="left over; nothing that is published needs it")
-        elif opened.members or folder not in ALL_NAMES:
+        elif opened.members or folder not in ARRAY_NAMES:
             yield Damage(kind="foreign", name=file, what="not written by longvid")
-
-
-ALL_NAMES = frozenset({*COORDINATES, "digest", *(name for names in DATA_NAMES.values() for name in names)})
 
 
 def _files(root: Path, prefix: str) -> Iterable[str]:

@@ -51,7 +51,8 @@ from longvid.pipeline import Prefetcher, Writer
 from longvid.push import Admission
 from longvid.schedule import ChunkSchedule
 from longvid.snapshot import Snapshot
-from longvid.store import FORMAT_VERSION, Found, LatentStore, check_target
+from longvid.store import Found, LatentStore, check_target
+from longvid.store_format import FORMAT_VERSION
 from longvid.store_writer import StoreWriter, settle_complete
 from longvid.units import format_bytes
 from longvid.video.frames import FrameSource, OnError, SourceInfo
@@ -250,7 +251,7 @@ def _encode_chunks(
         )
         with (
             Writer[LatentPiece](lambda item: store_latents(target, item)) as writer,
-            Prefetcher(frames, check=writer.check, stop=lambda: host.stopping() or target.satisfied) as reader,
+            Prefetcher(frames, check=writer.check, stop=host.stopping) as reader,
         ):
             piece = None
             for piece in reader:
@@ -258,6 +259,8 @@ def _encode_chunks(
                     latents, moments = run.latents(piece.chunk, piece.frames)
                 writer.put(LatentPiece(piece.chunk, piece.pts, piece.valid, latents, moments))
                 job.emit(piece.chunk.num_frames, piece.chunk.num_latents, reader, writer)
+                if target.wants_nothing_from(piece.chunk.latent_stop):
+                    break
                 if checkpoints.due:
                     checkpoints.take(piece.chunk.index + 1, piece.position, writer)
             if not reader.ended:
@@ -379,11 +382,7 @@ def _decode_chunks(
         chunks = latent_chunks(latents, admission.schedule, last, first=0 if snapshot is None else snapshot.chunk)
         with (
             Writer[tuple[Frames, Times, Any]](lambda piece: sink.write(*piece)) as writer,
-            Prefetcher(
-                chunks,
-                check=writer.check,
-                stop=lambda: host.stopping() or (store is not None and store.satisfied),
-            ) as reader,
+            Prefetcher(chunks, check=writer.check, stop=host.stopping) as reader,
         ):
             chunk = None
             for chunk, z_TCHW in reader:
@@ -393,6 +392,8 @@ def _decode_chunks(
                 if b > a:
                     writer.put((pixels[a - chunk.frame_start : b - chunk.frame_start], pts[a:b], valid[a:b]))
                 job.emit(b - a, chunk.num_latents, reader, writer)
+                if store is not None and store.wants_nothing_from(b - first):
+                    break
                 if checkpoints is not None and checkpoints.due:
                     checkpoints.take(chunk.index + 1, None, writer)
             if not reader.ended:

@@ -9,7 +9,7 @@ import zarr
 
 from longvid import Durability, StoreError, VideoSession, load_model, open_store
 from longvid.repair import repair
-from longvid.store import PRIVATE
+from longvid.store_format import PRIVATE
 from longvid.verify import verify
 
 HEIGHT, WIDTH, NUM_FRAMES = 32, 48, 57

@@ -10,7 +10,7 @@ from fault_commands import NUM_FRAMES, OPTIONS, Bench, SmallDisk, Trial, strace_
 from fault_runs import explain, published_frames
 
 from longvid import Durability, VideoSession, open_store
-from longvid.store import PRIVATE
+from longvid.store_format import PRIVATE
 from longvid.verify import verify
 
 FULL, READ_ONLY = "make room and run the same command again", "choose another folder, or make this one writable"

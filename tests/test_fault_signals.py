@@ -19,7 +19,7 @@ from longvid import StoreError, VideoSession
 from longvid.durability import Durability
 from longvid.frame_writer import FrameStoreWriter
 from longvid.lock import WriterLock
-from longvid.store import PRIVATE, sealed
+from longvid.store_format import PRIVATE, sealed
 from longvid.verify import verify
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

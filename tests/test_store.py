@@ -24,7 +24,8 @@ from longvid.durability import Durability
 from longvid.frame_writer import FrameStoreWriter
 from longvid.latent_writer import LatentWriter
 from longvid.schedule import ChunkSchedule
-from longvid.store import OWN_NAMES, PRIVATE, check_target
+from longvid.store import check_target
+from longvid.store_format import OWN_NAMES, PRIVATE
 from longvid.video.frames import ColorInfo, SourceInfo
 from longvid.video.sources import open_source
 

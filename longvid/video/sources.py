@@ -7,12 +7,15 @@ import re
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from longvid.errors import SourceError
+from longvid.errors import SourceError, StoreError
 from longvid.video.arrays import ArrayFrames, IterableFrames, check_window, is_array
 from longvid.video.frames import FrameSource, OnError
 from longvid.video.limits import Limits
+
+if TYPE_CHECKING:
+    import zarr
 
 __all__ = ["open_source"]
 
@@ -89,36 +92,48 @@ def _open_zarr(
     frame_rate: Fraction | int | None,
     limits: Limits | None,
 ) -> FrameSource:
-    import zarr
+    """A zarr group with an array ``frames``: one of ours, compared with its seal, or a stranger's, looked at first."""
+    from longvid.store import FrameStore, open_frames
+    from longvid.zarr_gate import read_document
 
+    array: FrameStore | zarr.Array[Any]
     try:
-        # not the consolidated copy of the metadata: it may be older than the arrays
-        group = zarr.open_group(path, mode="r", use_consolidated=False)
-        members = sorted(group.keys())
-        array = group["frames"] if "frames" in members else None
-        recorded = group.attrs.asdict().get("longvid")
-        if isinstance(recorded, dict) and "status" in recorded:  # ours: what it has published is what the copy says
-            if recorded.get("status") != "complete":
-                raise SourceError(
-                    f"{path} is incomplete: the run that wrote it ended after {recorded.get('num_frames', 0)} frames; "
-                    "decode it again",
-                    kind="truncated",
-                )
-            group = zarr.open_group(path, mode="r", use_consolidated=True)
-            array = group["frames"] if "frames" in members else None
-    except SourceError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise SourceError(f"{path} cannot be opened as a zarr group: {exc}", kind="layout") from exc
-    if not isinstance(array, zarr.Array):
-        raise SourceError(
-            f"the zarr group {path} has no array `frames`; it holds {', '.join(members) or 'nothing'}", kind="layout"
-        )
-    if frame_rate is None:
-        frame_rate = _recorded_rate(path, recorded)
+        root = read_document(path / "zarr.json")
+        recorded = (root.get("attributes") or {}).get("longvid")
+        if isinstance(recorded, dict) and "status" in recorded:
+            array = open_frames(path)
+            frame_rate = frame_rate or array.frame_rate
+        else:
+            array = _stranger(path)
+            frame_rate = frame_rate or _recorded_rate(path, recorded)
+    except StoreError as exc:
+        kind = "truncated" if exc.kind == "incomplete" else exc.kind if exc.kind == "refused" else "layout"
+        raise SourceError(f"{exc}", kind=kind) from exc
     return ArrayFrames(
         array, start=start, frames=frames, size=size, frame_rate=frame_rate, name=str(path), limits=limits
     )
+
+
+def _stranger(path: Path) -> zarr.Array[Any]:
+    """The array ``frames`` of a group that longvid did not write, if its metadata ask for nothing unusual."""
+    import zarr
+
+    from longvid.zarr_gate import StoreLimits, check_array, check_tree, read_document
+
+    check_tree(path)
+    where = path / "frames"
+    if not (where / "zarr.json").is_file():
+        members = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+        raise SourceError(
+            f"the zarr group {path} has no array `frames`; it holds {', '.join(members) or 'nothing'}", kind="layout"
+        )
+    # whoever made it may like larger chunks than we do; ArrayFrames has the last word on what is held at once
+    limits = StoreLimits(max_chunk_bytes=2**31, max_slab_bytes=2**32)
+    check_array("frames", read_document(where / "zarr.json"), where=str(path), limits=limits)
+    try:
+        return zarr.open_array(where, mode="r", zarr_format=3)
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise SourceError(f"{where} cannot be opened as a zarr array: {exc}", kind="layout") from exc
 
 
 def _recorded_rate(path: Path, recorded: Any) -> Fraction | None:
