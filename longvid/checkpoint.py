@@ -45,7 +45,6 @@ class Checkpoints:
         self._at_chunk = -1
         self.seconds = 0.0
         "time spent on snapshots"
-        self.num_snapshots = 0
 
     def _due_at(self) -> float:
         return time.monotonic() + self._target.durability.snapshot_interval(self._cost_seconds)
@@ -109,6 +108,5 @@ class Checkpoints:
                 raise ModelError(f"after chunk {chunk - 1} the context of {exc}; try another dtype") from exc
         self._cost_seconds = time.monotonic() - started
         self.seconds += self._cost_seconds
-        self.num_snapshots += 1
         self._at_chunk = chunk
         self._next = self._due_at()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, cast, get_args
 
 from longvid.errors import StoreError
 
@@ -85,4 +85,4 @@ def parse_durability(value: str | Durability) -> Durability:
     Raises:
         StoreError: kind ``"format"`` if there is no such mode.
     """
-    return value if isinstance(value, Durability) else Durability(mode=value)  # type: ignore[arg-type]
+    return value if isinstance(value, Durability) else Durability(mode=cast("DurabilityMode", value))

@@ -48,8 +48,15 @@ class FramePiece:
     pts: Times
     valid: npt.NDArray[np.bool_]
     "which of the true frames are the source's own"
-    position: SourcePosition
-    "where the source stands behind this chunk"
+    last_frame: Frames
+    "(1, H, W, 3), of its own memory: the last true one as the source gave it"
+
+    @property
+    def position(self) -> SourcePosition:
+        """Where the source stands behind this chunk. Costs a digest of a frame, so only who saves it asks."""
+        return SourcePosition(
+            num_frames=self.chunk.frame_stop, pts=int(self.pts[-1]), digest=frame_digest(self.last_frame[0])
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +90,16 @@ def frame_chunks(
         replaced: chunks whose frames are to repeat the last one before them.
     """
     reblock = Reblocker(plan.capacity, first=first)
-    last_frame: Frames | None = None
+    before: Frames | None = None
 
     def piece(chunk: Chunk, frames: Frames, pts: Times, valid: npt.NDArray[np.bool_]) -> FramePiece:
-        nonlocal last_frame
-        position = SourcePosition(num_frames=chunk.frame_stop, pts=int(pts[-1]), digest=frame_digest(frames[-1]))
-        if chunk.index in replaced and last_frame is not None:
-            frames, valid = np.repeat(last_frame, len(frames), axis=0), np.zeros(len(frames), np.bool_)
-        last_frame = frames[-1:]
-        return FramePiece(chunk, pad_frames(frames, chunk.padded_frames, *size), pts, valid, position)
+        nonlocal before
+        last_frame = frames[-1:].copy()
+        if chunk.index in replaced and before is not None:
+            frames, valid = np.repeat(before, len(frames), axis=0), np.zeros(len(frames), np.bool_)
+        else:
+            before = last_frame
+        return FramePiece(chunk, pad_frames(frames, chunk.padded_frames, *size), pts, valid, last_frame)
 
     for block in video.blocks(after=after):
         for index, (frames, pts, valid) in reblock.push(block.frames_THWC, block.pts_T, block.valid_T):

@@ -68,11 +68,6 @@ class Snapshot:
                 context = file.get_tensor(_CONTEXT + layer)
                 yield layer, context.contiguous(memory_format=_layout(layout)) if context.ndim == 5 else context
 
-    @property
-    def stored_bytes(self) -> int:
-        """Size of the file."""
-        return self.path.stat().st_size
-
 
 def write_snapshot(
     folder: Path,
@@ -159,13 +154,14 @@ def _read(path: Path, fingerprint: str) -> Snapshot | None:
             digest = _DIGEST(_canonical(facts))
             contexts = [_CONTEXT + layer for layer in facts["layouts"]]
             rows = {}
-            for name in (*contexts, *sorted(key for key in file.keys() if key.startswith(_ROWS))):  # noqa: SIM118
+            names = list(file.keys())
+            for name in (*contexts, *sorted(name for name in names if name.startswith(_ROWS))):
                 tensor = file.get_tensor(name)
                 digest.update(_described(name, tensor))
                 digest.update(_values(name, tensor).data)
                 if name.startswith(_ROWS):
                     rows[name.removeprefix(_ROWS)] = tensor.numpy()
-            if len(file.keys()) != len(contexts) + len(rows) or digest.hexdigest() != told:
+            if len(names) != len(contexts) + len(rows) or digest.hexdigest() != told:
                 return None
         position = None if facts["position"] is None else SourcePosition(**facts["position"])
         return Snapshot(

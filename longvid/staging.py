@@ -18,9 +18,9 @@ from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
-__all__ = ["PARTIAL_SUFFIX", "StagedStore", "is_partial", "sync_file", "sync_folder", "write_durably"]
+__all__ = ["StagedStore", "is_partial", "sync_file", "sync_folder", "write_durably"]
 
-PARTIAL_SUFFIX = ".partial"
+_PARTIAL_SUFFIX = ".partial"
 _PARTIAL = re.compile(r"(\..+|.*\.[0-9a-f]{32})\.partial")
 "what a file is called while it is written: ours, and those of zarr's LocalStore"
 
@@ -56,7 +56,7 @@ def write_durably(path: Path, content: bytes | Callable[[BinaryIO], None], *, sy
         content: all of it, or what writes it to an open file.
         sync: whether the new content is on the disk before it takes the name. The folder is not synced here.
     """
-    partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+    partial = path.with_name(f".{path.name}{_PARTIAL_SUFFIX}")
     try:
         with partial.open("wb") as file:
             if isinstance(content, bytes):
@@ -89,11 +89,6 @@ class StagedStore(LocalStore):
         self._staged: dict[str, bytes] = {}
         self._written: list[str] = []
         "keys of the chunks that went to the disk since the last step"
-
-    @property
-    def num_written(self) -> int:
-        """Chunks that are on their way to the disk and not published yet."""
-        return len(self._written)
 
     def document(self, name: str) -> bytes:
         """The metadata of the array ``name`` as it will be published."""

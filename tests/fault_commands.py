@@ -131,9 +131,9 @@ def _child(command: dict) -> dict:
 def serve() -> None:
     """Fork a child for every command, and tell how it ended."""
     import torch
-    import zarr  # noqa: F401
+    import zarr  # noqa: F401 - for the children
 
-    from longvid import cli, latent_writer, load_model, whole  # noqa: F401
+    from longvid import cli, latent_writer, load_model, whole  # noqa: F401 - for the children
 
     torch.set_num_threads(1)
     load_model("tiny")  # computes nothing, and imports what would take every child a second
@@ -155,7 +155,7 @@ def serve() -> None:
             told = pipe.read()
         _, status = os.waitpid(pid, 0)
         answer = json.loads(told) if told else {"code": -2, "said": "", "complained": "", "seconds": 0.0, "shown": 0}
-        print(json.dumps({**answer, "ended_by": os.WTERMSIG(status)}), flush=True)  # noqa: T201
+        print(json.dumps({**answer, "ended_by": os.WTERMSIG(status)}), flush=True)  # noqa: T201 - the answer
 
 
 # ------------------------------------------------------------------------------------------- in the tests

@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -128,7 +129,7 @@ class Operations:
 
     def _open(self, path, flags, mode=0o777, *, dir_fd=None):
         created = flags & os.O_CREAT and not os.path.lexists(self._path(path, dir_fd))
-        call = lambda: self._real["open"](path, flags, mode, dir_fd=dir_fd)  # noqa: E731
+        call = partial(self._real["open"], path, flags, mode, dir_fd=dir_fd)
         if not created:
             return self._named("open", path, dir_fd, call)
 
@@ -156,19 +157,19 @@ class Operations:
                 facts["frames"] = json.loads(Path(src).read_bytes())["attributes"]["longvid"]["num_frames"]
             return facts
 
-        call = lambda: self._real["replace"](src, dst, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)  # noqa: E731
+        call = partial(self._real["replace"], src, dst, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
         return self._named("replace", dst, dst_dir_fd, call, facts)
 
     def _unlink(self, path, *, dir_fd=None):
-        call = lambda: self._real["unlink"](path, dir_fd=dir_fd)  # noqa: E731
+        call = partial(self._real["unlink"], path, dir_fd=dir_fd)
         return self._named("unlink", path, dir_fd, call, lambda full: {"old": self._keep(full)})
 
     def _mkdir(self, path, mode=0o777, *, dir_fd=None):
-        call = lambda: self._real["mkdir"](path, mode, dir_fd=dir_fd)  # noqa: E731
+        call = partial(self._real["mkdir"], path, mode, dir_fd=dir_fd)
         return self._named("mkdir", path, dir_fd, call, lambda full: {})
 
     def _rmdir(self, path, *, dir_fd=None):
-        call = lambda: self._real["rmdir"](path, dir_fd=dir_fd)  # noqa: E731
+        call = partial(self._real["rmdir"], path, dir_fd=dir_fd)
         return self._named("rmdir", path, dir_fd, call)
 
 
@@ -218,11 +219,11 @@ def _child(command: dict, answer: int) -> None:
 
 def serve() -> None:
     """Fork a child for every command, and tell how it ended."""
-    import numpy.random  # noqa: F401
+    import numpy.random  # noqa: F401 - for the children
     import torch
-    import zarr  # noqa: F401
+    import zarr  # noqa: F401 - for the children
 
-    from longvid import frame_writer, latent_writer, load_model, whole  # noqa: F401
+    from longvid import frame_writer, latent_writer, load_model, whole  # noqa: F401 - for the children
 
     torch.set_num_threads(1)
     global _model
@@ -247,7 +248,7 @@ def serve() -> None:
         answer = json.loads(told) if told else {}
         if os.WIFSIGNALED(status):
             answer["signal"] = os.WTERMSIG(status)
-        print(json.dumps(answer), flush=True)  # noqa: T201
+        print(json.dumps(answer), flush=True)  # noqa: T201 - the answer
     os._exit(0)  # extension modules that were imported and never used tell of leaks otherwise
 
 

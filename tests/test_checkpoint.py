@@ -104,7 +104,7 @@ def test_other_frames_than_those_that_were_published_are_noticed(video, tmp_path
 
 
 CHANGES = {
-    "source.first_frame": {"source": "other"},
+    "source.content": {"source": "other"},
     "source.end": {"frames": 30},
     "source.start": {"start": 3},
     "model.weights": {"model": "scalar"},

@@ -61,9 +61,7 @@ def test_readers_of_a_single_array_never_run_ahead_of_what_is_published(tmp_path
             seen = zarr.open_array(tmp_path / "a.zarr" / "t", mode="r")
             assert seen.shape == (4 * (step - 1),)
             np.testing.assert_array_equal(seen[:], np.arange(4, 4 * step))
-        assert store.num_written == 1  # t waits in memory, however often it was written
         documents = {name: json.loads(store.document(name)) for name in ("data", "t")}
         root = {"zarr_format": 3, "node_type": "group", "attributes": {"documents": len(documents)}}
         store.publish(json.dumps(root).encode(), settled=True)
-        assert store.num_written == 0
         assert length_on_disk(tmp_path / "a.zarr" / "data") == 4 * step

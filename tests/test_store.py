@@ -265,7 +265,7 @@ def test_wrong_calls_are_refused(tmp_path):
     ):
         with pytest.raises(StoreError, match=r"were due|time stamps"), writer(tmp_path / "a.zarr") as store:
             store.write(first, z, times)
-    with pytest.raises(StoreError, match="moments are missing"):  # noqa: SIM117
+    with pytest.raises(StoreError, match="moments are missing"):  # noqa: SIM117 - in one line too long
         with writer(tmp_path / "a.zarr", representation="moments") as store:
             store.write(first, latents_of(first), pts)
     assert list(tmp_path.iterdir()) == []
@@ -449,6 +449,21 @@ def test_a_store_of_frames_cut_short_is_not_a_source(tmp_path):
         store.write(frames, np.arange(200))
     with open_source(tmp_path / "f.zarr") as again:
         assert sum(len(b.frames_THWC) for b in again.blocks()) == 200
+
+
+def test_a_damaged_store_of_frames_gives_nothing_but_what_was_published(tmp_path):
+    frames = np.random.default_rng(1).integers(0, 256, (200, 90, 120, 3), dtype=np.uint8)
+    with frame_store(tmp_path / "f.zarr") as store:
+        store.write(frames, np.arange(200))
+    known = open_source(tmp_path / "f.zarr").fingerprint()
+    chunk = tmp_path / "f.zarr" / "frames" / "c.1.0.0.0"
+    shutil.copy(chunk.with_name("c.0.0.0.0"), chunk)  # whole by its own checksum
+    with pytest.raises(SourceError, match=f"frames {store.unit_rows} to"), open_source(tmp_path / "f.zarr") as source:
+        given = []
+        for block in source.blocks():
+            given += [block.frames_THWC]
+    np.testing.assert_array_equal(np.concatenate(given), frames[: store.unit_rows])
+    assert open_source(tmp_path / "f.zarr").fingerprint() == known  # of what was published
 
 
 @pytest.mark.parametrize("survivors", [0, 1, 4])

@@ -250,3 +250,17 @@ def test_chunks_that_cannot_be_held_are_refused(tmp_path):
     array = zarr.create_array(tmp_path / "a.zarr", shape=(6000, 1080, 1920, 3), chunks=(3000, 64, 64, 3), dtype="u1")
     with pytest.raises(SourceError, match=r"chunks of 3000 frames of 1920x1080, 17\.4 GiB each"):
         ArrayFrames(array)
+
+
+@pytest.mark.parametrize("kind", [as_numpy, as_torch, as_zarr])
+def test_an_array_is_known_by_every_frame_of_its_window(kind):
+    def fingerprint(frames):
+        return open_source(kind(frames), start=2, frames=COUNT - 4).fingerprint()
+
+    frames = barcodes()
+    known = fingerprint(frames)
+    assert known == fingerprint(frames)
+    for changed, same in ((1, True), (2, False), (COUNT // 2, False), (COUNT - 3, False), (COUNT - 2, True)):
+        other = frames.copy()
+        other[changed, -1, -1, -1] ^= 1
+        assert (fingerprint(other) == known) is same, changed

@@ -208,7 +208,7 @@ def test_what_decodes_before_damage_comes_out_first(tmp_path):
         blocks = []
         with pytest.raises(SourceError) as caught:
             for block in video.blocks():
-                blocks.append(block)  # noqa: PERF402
+                blocks.append(block)  # noqa: PERF402 - what came before the error counts
     assert caught.value.kind == "damaged"
     reached = sum(len(block.pts_T) for block in blocks)
     assert f"frame {reached}" in str(caught.value)

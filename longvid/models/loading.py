@@ -8,7 +8,6 @@ so it is refused unless it is asked for by name, and nothing falls back from one
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import pickle
@@ -24,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from longvid.errors import ModelError
-from longvid.models.base import CausalVAE
+from longvid.models.base import CausalVAE, weights_digest
 from longvid.models.cogvideox import CogVideoXVAE
 from longvid.models.tiny import TinyVAE
 
@@ -260,17 +259,8 @@ def _assign(model: Native, weights: Mapping[str, Tensor], where: str) -> None:
 def _sealed(model: Native) -> Native:
     """For inference only, with the digest of the weights on record."""
     model.requires_grad_(False).eval()
-    model.origin["weights_sha256"] = _digest(model)
+    model.origin["weights_sha256"] = weights_digest(model)
     return model
-
-
-def _digest(model: nn.Module) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every tensor, in order of the names."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()
 
 
 def _read_json(path: Path, folder: Path, max_bytes: int) -> dict[str, Any]:
