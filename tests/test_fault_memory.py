@@ -10,6 +10,7 @@ import zarr
 
 from longvid import Durability, MemoryBudgetError, VideoSession, load_model
 from longvid.models.convolution import Conv2d, Conv3d
+from longvid.residency import Residency
 
 EAGER = Durability(publish_seconds=0, snapshot_seconds=0)
 FRAMES = np.random.default_rng(5).integers(0, 256, (28, 32, 48, 3), dtype=np.uint8)
@@ -84,3 +85,36 @@ def test_out_of_memory_in_any_layer(tmp_path, ledger, all_faults, direction, onc
         assert recovered, name
         assert same, name
     assert tensors_alive() <= before
+
+
+@pytest.mark.parametrize("offload", ["none", "all"])
+@pytest.mark.parametrize("name", ["cogvideox-nano", "tiny"])
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_every_context_is_forced_off_the_device_after_every_layer(
+    tmp_path, ledger, monkeypatch, direction, name, offload
+):
+    model = load_model(name, random_weights=1) if name == "cogvideox-nano" else load_model(name)
+    settings = {"device": "cpu", "layout": "contiguous", "paired_frames": "off", "chunk_frames": 8}
+    with VideoSession(model, **settings) as session:
+        session.encode(FRAMES, tmp_path / "latents.zarr")
+        source = FRAMES if direction == "encode" else tmp_path / "latents.zarr"
+        getattr(session, direction)(source, tmp_path / "whole.zarr")
+    freed, keep = [], Residency.keep
+
+    def keep_and_evict(self, path, tail):
+        keep(self, path, tail)
+        if type(self) is Residency:  # not the one of a plan
+            freed.append(self.evict())
+            assert self.device_bytes == 0
+
+    monkeypatch.setattr(Residency, "keep", keep_and_evict)
+    with VideoSession(model, offload=offload, **settings) as session:
+        getattr(session, direction)(source, tmp_path / "evicted.zarr")
+    truth, got = arrays(tmp_path / "whole.zarr"), arrays(tmp_path / "evicted.zarr")
+    same = all(np.array_equal(got[key], truth[key]) for key in truth)
+    for _ in freed:
+        ledger.add(f"eviction of all: {direction}", survived=same, silently_wrong=not same)
+    half = model.encoder if direction == "encode" else model.decoder
+    contexts = sum(getattr(module, "context_frames", 0) > 0 for module in half.modules())
+    assert len(freed) in (3 * contexts, 4 * contexts)  # chunks of 9, 8, 8 and 3 frames, or of whole eights
+    assert same
