@@ -104,7 +104,10 @@ def fuzz(folder: Path, seeds: list[Path], seed: int, count: int) -> dict:
     return json.loads(done.stdout)
 
 
-def check(found: dict, count: int) -> None:
+def check(found: dict, count: int, ledger) -> None:
+    problems = len(found["problems"])
+    for number in range(count):
+        ledger.add("media: mutant", survived=number >= problems, seconds=found["slowest"])
     assert found["problems"] == []
     assert sum(found["outcomes"].values()) == count
     assert found["slowest"] < 5
@@ -114,11 +117,11 @@ def check(found: dict, count: int) -> None:
     assert found["outcomes"].get("damaged", 0) > count // 20
 
 
-def test_three_hundred_mutants(tmp_path, seeds):
-    check(fuzz(tmp_path, seeds, seed=1, count=300), 300)
+def test_three_hundred_mutants(tmp_path, seeds, ledger):
+    check(fuzz(tmp_path, seeds, seed=1, count=300), 300, ledger)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2, 10))
-def test_two_thousand_mutants(tmp_path, seeds, seed):
-    check(fuzz(tmp_path, seeds, seed, count=250), 250)
+def test_two_thousand_mutants(tmp_path, seeds, ledger, seed):
+    check(fuzz(tmp_path, seeds, seed, count=250), 250, ledger)
