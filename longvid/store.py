@@ -241,7 +241,8 @@ def _opened(path: Path, layout: StoreLayout) -> Published:
     for name in (*layout.coordinate_names, "digest"):
         for file in layout.chunk_files(name):
             check_chunk(path / name / file, layout.members[name], where=str(path))
-        columns[name] = np.asarray(arrays[name][:])
+        # zarr has read the root once more, and a writer may have published meanwhile
+        columns[name] = np.asarray(arrays[name][: layout.members[name]["shape"][0]])
     if digest_chain(columns["digest"]) != layout.facts["digests"]:
         raise ValueError("the digests are not those that were published")
     if (columns["frame_pts"] == MISSING).any():
@@ -342,7 +343,7 @@ class LatentStore:
     @property
     def num_latents(self) -> int:
         """Latent frames that are published."""
-        return int(self.latents.shape[0])
+        return int(self.published.members["latents"]["shape"][0])
 
     @property
     def complete(self) -> bool:

@@ -1,7 +1,4 @@
-"""The command line in forked children: with system calls that fail, limits, and signals at any time.
-
-As in fault_runs, what forks imports everything and computes nothing. Commands and answers are lines of JSON.
-"""
+"""The command line in forked children: with system calls that fail, limits, and signals at any time."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ import functools
 import io
 import json
 import os
-import queue
 import resource
 import shutil
 import signal
@@ -21,16 +17,14 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from fault_runs import Outcome, Truth
+from forking import Forkers, serve
 from media import write_media
 
-_CHILD_SECONDS = 60
-_NUM_FORKERS = 2
 _UNIT_LATENTS = 2
 NUM_FRAMES, HEIGHT, WIDTH = 41, 32, 48
 OPTIONS = (
@@ -104,7 +98,6 @@ def _child(command: dict) -> dict:
 
     answer = {"shown": 0}
     _watch_steps(answer)
-    signal.alarm(_CHILD_SECONDS)
     for name, most in command["limits"].items():
         resource.setrlimit(getattr(resource, name), (most, resource.getrlimit(getattr(resource, name))[1]))
     tracer = _trace(command) if command["inject"] else None
@@ -128,8 +121,7 @@ def _child(command: dict) -> dict:
     return answer
 
 
-def serve() -> None:
-    """Fork a child for every command, and tell how it ended."""
+def _main() -> None:
     import torch
     import zarr  # noqa: F401 - for the children
 
@@ -138,24 +130,7 @@ def serve() -> None:
     torch.set_num_threads(1)
     load_model("tiny")  # computes nothing, and imports what would take every child a second
     latent_writer.TARGET_CHUNK_BYTES = _UNIT_LATENTS * 16 * (HEIGHT // 8) * (WIDTH // 8) * 2
-    for line in sys.stdin:
-        receive, send = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.close(receive)
-            os.dup2(2, 1)
-            try:
-                os.write(send, json.dumps(_child(json.loads(line))).encode())
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(0)
-        os.close(send)
-        with open(receive, "rb") as pipe:
-            told = pipe.read()
-        _, status = os.waitpid(pid, 0)
-        answer = json.loads(told) if told else {"code": -2, "said": "", "complained": "", "seconds": 0.0, "shown": 0}
-        print(json.dumps({**answer, "ended_by": os.WTERMSIG(status)}), flush=True)  # noqa: T201 - the answer
+    serve(_child)
 
 
 # ------------------------------------------------------------------------------------------- in the tests
@@ -191,30 +166,10 @@ class Ran:
         return self.complained
 
 
-class Commands:
+class Commands(Forkers):
     """Runs commands, each in a child of its own, at most two at a time. Use it in a ``with`` statement."""
 
-    def __enter__(self):
-        self._idle = queue.SimpleQueue()
-        for _ in range(_NUM_FORKERS):
-            self._idle.put(
-                subprocess.Popen(
-                    [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-                )
-            )
-        return self
-
-    def __exit__(self, *_):
-        for _ in range(_NUM_FORKERS):
-            process = self._idle.get()
-            process.stdin.close()
-            process.wait()
-            process.stdout.close()
-
-    def each(self, function, items) -> list:
-        """What ``function`` gives for every item, in order; two at a time."""
-        with ThreadPoolExecutor(_NUM_FORKERS) as executor:
-            return list(executor.map(function, items))
+    script = __file__
 
     def run(
         self,
@@ -239,12 +194,8 @@ class Commands:
             "argv": argv, "limits": limits or {}, "inject": inject, "only": only, "trace": trace,
             "signals": signals, "stuck_in": stuck_in,
         }  # fmt: skip
-        process = self._idle.get()
-        try:
-            process.stdin.write(json.dumps(command, default=str) + "\n")
-            return Ran(**json.loads(process.stdout.readline()))
-        finally:
-            self._idle.put(process)
+        silent = {"code": -2, "said": "", "complained": "", "seconds": 0.0, "shown": 0}
+        return Ran(**(silent | self.ask(command)))
 
 
 class Bench:
@@ -361,4 +312,4 @@ def strace_is_permitted() -> bool:
 
 
 if __name__ == "__main__":
-    serve()
+    _main()

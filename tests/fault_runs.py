@@ -1,38 +1,30 @@
-"""Runs that die: a process that forks one child for each, kills it at any file operation, and can write down the rest.
+"""Runs that die in forked children: killed at any file operation, with a record of what a power cut needs to know.
 
-The forking process imports torch and zarr and uses neither, since their threads do not survive a fork; children inherit
-the imports and start in milliseconds. Commands and answers are lines of JSON. The tests' own process reads stores with
-zarr, whose numbers have to be those of an undisturbed run.
+The tests' own process reads stores with zarr, whose numbers have to be those of an undisturbed run.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import os
-import queue
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from forking import Forkers, serve
 
 NUM_FRAMES, HEIGHT, WIDTH = 54, 32, 48
 """One more than fill their latent frames, so that the tail is padded, and units that do not come out even: what goes on
 behind the last chunk has to know how many frames there were."""
-_NUM_FORKERS = 2
-_CHILD_SECONDS = 60
 _LATENT_UNIT_BYTES = 4 * 16 * (HEIGHT // 8) * (WIDTH // 8) * 2
 _FRAME_UNIT_BYTES = 8 * HEIGHT * WIDTH * 3
 "of a frame store's unit this is half"
@@ -203,8 +195,7 @@ def _plain(command: dict) -> None:
         array.append(rows[start : start + 4])
 
 
-def _child(command: dict, answer: int) -> None:
-    signal.alarm(_CHILD_SECONDS)
+def _child(command: dict) -> dict:
     result: dict = {}
     operations = Operations(command["path"], command.get("kill_at"), command.get("log"), command.get("kept"))
     started = time.perf_counter()
@@ -213,12 +204,10 @@ def _child(command: dict, answer: int) -> None:
         (_plain if command["job"] == "plain" else _longvid)(command)
     except BaseException:
         result["error"] = traceback.format_exc()
-    result |= {"points": operations.points, "seconds": time.perf_counter() - started}
-    os.write(answer, json.dumps(result).encode())
+    return result | {"points": operations.points, "seconds": time.perf_counter() - started}
 
 
-def serve() -> None:
-    """Fork a child for every command, and tell how it ended."""
+def _main() -> None:
     import numpy.random  # noqa: F401 - for the children
     import torch
     import zarr  # noqa: F401 - for the children
@@ -228,69 +217,25 @@ def serve() -> None:
     torch.set_num_threads(1)
     global _model
     _model = load_model("tiny")  # computes nothing, and imports what would take every child a second
-    gc.freeze()  # else the first collection of a child copies all that it shares
     latent_writer.TARGET_CHUNK_BYTES = _LATENT_UNIT_BYTES
     frame_writer.TARGET_CHUNK_BYTES = _FRAME_UNIT_BYTES
-    for line in sys.stdin:
-        receive, send = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.close(receive)
-            os.dup2(2, 1)
-            try:
-                _child(json.loads(line), send)
-            finally:
-                os._exit(0)
-        os.close(send)
-        with open(receive, "rb") as pipe:
-            told = pipe.read()
-        _, status = os.waitpid(pid, 0)
-        answer = json.loads(told) if told else {}
-        if os.WIFSIGNALED(status):
-            answer["signal"] = os.WTERMSIG(status)
-        print(json.dumps(answer), flush=True)  # noqa: T201 - the answer
-    os._exit(0)  # extension modules that were imported and never used tell of leaks otherwise
+    serve(_child)
 
 
 # ------------------------------------------------------------------------------------------- in the tests
 
 
-class Forker:
-    """Two processes that fork. Use it in a ``with`` statement."""
+class Forker(Forkers):
+    """Runs jobs, each in a child of its own."""
 
-    def __enter__(self):
-        self._idle = queue.SimpleQueue()
-        for _ in range(_NUM_FORKERS):
-            self._idle.put(
-                subprocess.Popen(
-                    [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-                )
-            )
-        return self
-
-    def __exit__(self, *_):
-        for _ in range(_NUM_FORKERS):
-            process = self._idle.get()
-            process.stdin.close()
-            process.wait()
-            process.stdout.close()
-
-    def each(self, function, items) -> list:
-        """What ``function`` gives for every item, in order; two at a time."""
-        with ThreadPoolExecutor(_NUM_FORKERS) as executor:
-            return list(executor.map(function, items))
+    script = __file__
 
     def run(self, job: str, path: Path, *, mode: str = "fsync", **facts) -> Ending:
-        command = {"job": job, "path": str(path), "mode": mode, **{k: v for k, v in facts.items() if v is not None}}
-        process = self._idle.get()
-        try:
-            process.stdin.write(json.dumps(command, default=str) + "\n")
-            answer = json.loads(process.stdout.readline())
-        finally:
-            self._idle.put(process)
-        assert answer.get("signal") in (None, signal.SIGKILL), answer
+        command = {"job": job, "path": path, "mode": mode, **{k: v for k, v in facts.items() if v is not None}}
+        answer = self.ask(command)
+        assert answer["ended_by"] in (0, signal.SIGKILL), answer
         return Ending(
-            killed="signal" in answer,
+            killed=answer["ended_by"] == signal.SIGKILL,
             error=answer.get("error"),
             points=answer.get("points", 0),
             seconds=answer.get("seconds", 0.0),
@@ -518,4 +463,4 @@ class PowerCut:
 
 
 if __name__ == "__main__":
-    serve()
+    _main()

@@ -466,6 +466,32 @@ def test_a_damaged_store_of_frames_gives_nothing_but_what_was_published(tmp_path
     assert open_source(tmp_path / "f.zarr").fingerprint() == known  # of what was published
 
 
+def test_a_store_that_grows_while_it_is_opened_is_what_its_root_said(tmp_path, monkeypatch):
+    chunks, opened = list(PLAN.chunks(1500)), []
+    with writer(tmp_path / "a.zarr", durability=Durability(publish_seconds=0)) as store:
+
+        def write_until_published(count):
+            while store.published_units < count:
+                chunk = chunks.pop(0)
+                store.write(chunk, latents_of(chunk), np.arange(chunk.frame_start, chunk.frame_stop))
+
+        def open_group(*args, **options):
+            write_until_published(2)
+            return real(*args, **options)
+
+        write_until_published(1)
+        real = zarr.open_group
+        monkeypatch.setattr("longvid.store.zarr.open_group", open_group)
+        opened.append(open_store(tmp_path / "a.zarr"))
+        monkeypatch.undo()
+        opened.append(open_store(tmp_path / "a.zarr"))
+        store.pause()
+    early, late = (one.num_latents for one in opened)
+    assert 0 < early < late
+    np.testing.assert_array_equal(opened[0].read(0, early), opened[1].read(0, late)[:early])
+    np.testing.assert_array_equal(opened[0].frame_pts, opened[1].frame_pts[: opened[0].num_frames])
+
+
 @pytest.mark.parametrize("survivors", [0, 1, 4])
 def test_replacing_cut_short_never_shows_the_old_store_as_whole(tmp_path, monkeypatch, survivors):
     """After any number of deletions the folder is one of ours, says that it holds nothing, and can be replaced."""
