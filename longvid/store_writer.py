@@ -59,6 +59,7 @@ __all__ = ["TARGET_CHUNK_BYTES", "StoreWriter", "Unit", "disk_errors", "first_fa
 TARGET_CHUNK_BYTES = 2 * 2**20
 COORDINATE_CHUNK = 4096
 _DIGEST_CHUNK = 1024
+_LAST_TO_GO = {"digest": 1, "zarr.json": 2}
 _CHUNK_FILE = re.compile(r"c\.(\d+)(\.0)*")
 
 Unit = dict[str, npt.NDArray[Any]]
@@ -318,18 +319,19 @@ class StoreWriter(ABC):
         )
 
     def _remove(self) -> None:
-        """Take away what this writer made, unless something foreign came into it."""
-        if not self.path.is_dir() or any(e.name not in OWN_NAMES for e in self.path.iterdir()):
-            return
-        # The root metadata last: as long as anything is left, it says that the folder is ours.
-        for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == "zarr.json"):
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry, ignore_errors=True)
-            else:
-                entry.unlink(missing_ok=True)
-        if self._created_folder:
-            with suppress(OSError):  # something foreign came into it just now
-                self.path.rmdir()
+        """Take away what this writer made, unless something foreign came into it. The next run clears what stays."""
+        with suppress(OSError):
+            entries = list(self.path.iterdir())
+            if any(entry.name not in OWN_NAMES for entry in entries):
+                return
+            # What says that the folder is ours goes last, and stays if anything else has to.
+            for entry in sorted(entries, key=lambda entry: _LAST_TO_GO.get(entry.name, 0)):
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink(missing_ok=True)
+            if self._created_folder:
+                self.path.rmdir()  # unless something foreign came into it just now
 
     # ------------------------------------------------------------------------------------------- growing
 

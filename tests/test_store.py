@@ -516,6 +516,28 @@ def test_replacing_cut_short_never_shows_the_old_store_as_whole(tmp_path, monkey
     assert open_store(tmp_path / "a.zarr").num_frames == 5
 
 
+@pytest.mark.parametrize("name", ["latents", "digest"])
+def test_what_a_failed_run_cannot_remove_the_next_one_clears(tmp_path, monkeypatch, name):
+    real = shutil.rmtree
+
+    def rmtree(path, **options):
+        if Path(path).name == name:
+            raise OSError(24, "Too many open files")
+        real(path, **options)
+
+    monkeypatch.setattr("longvid.store_writer.shutil.rmtree", rmtree)
+    never = Durability(publish_seconds=float("inf"))
+    with pytest.raises(KeyboardInterrupt), writer(tmp_path / "a.zarr", durability=never) as store:
+        store._last_publish = float("inf")  # nor at the first unit
+        for chunk in PLAN.chunks(700):
+            store.write(chunk, latents_of(chunk), np.arange(chunk.frame_start, chunk.frame_stop))
+        raise KeyboardInterrupt
+    monkeypatch.undo()
+    assert (tmp_path / "a.zarr" / name).is_dir()
+    write(tmp_path / "a.zarr", 5)
+    assert open_store(tmp_path / "a.zarr").complete
+
+
 def test_missing_time_stamps_are_not_data(tmp_path):
     write(tmp_path / "a.zarr", 30)
     (tmp_path / "a.zarr" / "frame_pts" / "c.0").unlink()
