@@ -45,9 +45,9 @@ class Ledger:
     ) -> None:
         row = self.rows.setdefault(fault, {}).setdefault(who, Row())
         row.injected += 1
-        row.survived += survived
-        row.silently_wrong += silently_wrong
-        row.lost_bytes += lost_bytes
+        row.survived += bool(survived)  # of numpy's they are not ready for JSON
+        row.silently_wrong += bool(silently_wrong)
+        row.lost_bytes += int(lost_bytes)
         row.longest_seconds = max(row.longest_seconds, seconds)
 
     def table(self) -> list[str]:

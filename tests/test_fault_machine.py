@@ -35,7 +35,7 @@ from longvid.latent_writer import LatentWriter
 from longvid.repair import repair
 from longvid.schedule import ChunkSchedule
 from longvid.snapshot import snapshots_in
-from longvid.store_format import PRIVATE
+from longvid.store_format import COORDINATE_NAMES, PRIVATE
 from longvid.verify import verify
 from longvid.video.frames import SourceInfo, SourcePosition
 
@@ -302,7 +302,9 @@ class StoreMachine(RuleBasedStateMachine):
                 self.complete = json.loads(copy)["attributes"]["longvid"]["status"] == "complete"
             else:
                 for name, (content, _) in self.damaged.items():
-                    assert (self.path / name).read_bytes() == content, name
+                    # a run that died may have left rows in these that were never published, and do not come back
+                    beyond = not self.complete and name.partition("/")[0] in (*COORDINATE_NAMES, "digest")
+                    assert beyond or (self.path / name).read_bytes() == content, name
             if self.ledger is not None:
                 self.ledger.add("machine: repaired", survived=report.ok)
         self.damaged.clear()
