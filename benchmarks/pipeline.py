@@ -168,8 +168,10 @@ class Bench:
         """Frames in memory to a file or a store, as the writing thread does, with its beginning and its end."""
         latents = open_store(self.store)
         out = self.folder / f"alone{suffix}"
-        sink: FrameSink = video_sink(latents, out, True)
-        if suffix == ".zarr":
+        sink: FrameSink
+        if suffix != ".zarr":
+            sink = video_sink(latents, out, True)
+        else:
             sink = FrameStoreWriter(
                 out,
                 height=latents.height,
