@@ -27,7 +27,7 @@ test-slow: venv
 # Every fault there is, and the table of what became of them; `make test` takes a sample.
 test-faults: venv
 	$(BIN)/python -m pytest -m "slow or not slow" --timeout=3600 --all-faults \
-		--ledger benchmarks/results/faults.json tests/test_fault_*.py tests/test_media_*.py
+		--ledger benchmarks/results/faults.json tests/test_fault*.py tests/test_media_*.py
 
 lint: venv
 	$(BIN)/ruff check .

@@ -308,7 +308,7 @@ class TestEngine:
         assert got[0].shape == video.shape
         assert np.abs(got[0] - got[1]).max() <= 1  # rounding to 8 bits, at most
 
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=8, deadline=None)
     @given(st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(lambda n: 0 < sum(n) < 26))
     def test_pushed_slices_change_nothing(self, small, slices):
         video = np.random.default_rng(1).integers(0, 256, (sum(slices), 16, 24, 3), dtype=np.uint8)
