@@ -3,6 +3,7 @@
     python benchmarks/durability.py [--frames 12000] [--size 320x176] [--rounds 5]
         [--out benchmarks/results/durability.json]
     python benchmarks/durability.py --resume [--hours 1] ...
+    python benchmarks/durability.py --parts ...
 
 Cost: three kinds of run take turns in one process. *bare*: nothing waits for the disk, one publish at the end, no
 snapshots. *fsync*: as by default, without snapshots. *default*: all of it. Two figures for publishing: the medians of
@@ -14,6 +15,9 @@ Resume (``--resume``): `longvid encode` of an hour of video is killed (SIGKILL) 
 and started again. Reported are the seconds from the new process's start to the first frame that was not published
 before, beside the interval between two snapshots that the run had chosen; bar: at most two intervals. The store must
 then be, array for array, that of a run that was left alone.
+
+Parts (``--parts``): the digest of a MiB, and a snapshot of 1.65 GiB of contexts, about what CogVideoX has at 720x480,
+with its digest and sync. Medians.
 """
 
 from __future__ import annotations
@@ -33,14 +37,15 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 import numpy as np
+import torch
 from flat import loop_clip
 from tqdm import tqdm
 
 import longvid as lv
 from longvid.demo.__main__ import CLIP
 from longvid.machine import describe_machine
-from longvid.snapshot import snapshots_in
-from longvid.store_format import PRIVATE
+from longvid.snapshot import snapshots_in, write_snapshot
+from longvid.store_format import PRIVATE, unit_digest
 from longvid.store_writer import StoreWriter
 from longvid.units import parse_size
 
@@ -171,6 +176,43 @@ def resume(folder: Path, hours: float, size: str) -> dict[str, Any]:
     }
 
 
+def parts(folder: Path) -> dict[str, Any]:
+    """What the pieces take by themselves."""
+
+    def seconds(step: Callable[[], object], rounds: int) -> float:
+        times = []
+        for _ in range(rounds):
+            started = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - started)
+        return statistics.median(times)
+
+    rows = np.random.default_rng(0).random(2**21, np.float32)  # 8 MiB
+    contexts = [(f"layer{i}", torch.randn(1, 128, 2, 480, 720).bfloat16()) for i in range(10)]
+    numbers = itertools.count(1)
+
+    def snapshot() -> None:
+        write_snapshot(
+            folder,
+            chunk=next(numbers),
+            units=0,
+            position=None,
+            rows={},
+            contexts=contexts,
+            fingerprint="",
+            sync=True,
+            keep_all=False,
+        )
+
+    found = {
+        "digest_ms_per_mib": 1e3 * seconds(lambda: unit_digest([rows]), 9) / 8,
+        "snapshot_gib": sum(z.numel() * z.element_size() for _, z in contexts) / 2**30,
+        "snapshot_seconds": seconds(snapshot, 3),
+    }
+    print(", ".join(f"{name} {value:.2f}" for name, value in found.items()))
+    return found
+
+
 def main() -> int:
     """Measure, print and write the results; exit code 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -178,6 +220,7 @@ def main() -> int:
     parser.add_argument("--size", default="320x176")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--parts", action="store_true")
     parser.add_argument("--hours", type=float, default=1.0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -188,6 +231,9 @@ def main() -> int:
         if args.resume:
             results["resume"] = resume(Path(name), args.hours, args.size)
             ok = bool(results["resume"]["ok"])
+        elif args.parts:
+            results["parts"] = parts(Path(name))
+            ok = True
         else:
             results["cost"] = cost(Path(name), args.frames, args.size, args.rounds)
             ok = all(results["cost"]["shares"][key] <= bar for key, bar in BARS.items())

@@ -1,8 +1,8 @@
 """Repair: bring a store back, bit for bit, to what was published, with as little work as the damage allows.
 
 Metadata comes back from its copy, digests from the data, coordinates from each other or from the source. Data that is
-damaged is computed again: from the newest snapshot before it, else from the beginning. Whatever is written is compared
-with the digests of what was published, so a repair cannot make things worse: it restores, or it says why it cannot.
+damaged is computed again: from the newest snapshot before it, else from the beginning. What is computed is compared
+with the digests of what was published before it takes a place, so a repair restores, or says why it cannot.
 """
 
 from __future__ import annotations

@@ -134,6 +134,28 @@ print(peak() - begin)
     assert int(grown) < 100 * 1024  # KiB
 
 
+def test_no_file_takes_more_than_300_megabytes(catalogue):
+    """The whole catalogue, under every policy, in a process of its own."""
+    code = """
+import sys, warnings
+from longvid.video.sources import open_source
+warnings.simplefilter('ignore')
+for path in sys.argv[1:]:
+    for policy in ('stop', 'keep', 'conceal'):
+        try:
+            with open_source(path, on_error=policy) as video:
+                for block in video.blocks(): pass
+        except OSError:
+            pass
+print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])
+"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs /proc")
+    paths = [str(catalogue(name)) for name in CASES]
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True, timeout=120)
+    assert int(done.stdout) < 300_000_000 // 1024, done.stdout  # KiB
+
+
 @pytest.mark.parametrize("name", ["bomb.mp4", "one_p.mp4", "cut.ts", "whole.mp4"])
 def test_an_error_keeps_no_decoder_alive(catalogue, name):
     """A decoder holds frames; it has to go when it is closed, and not when the garbage is collected some day."""

@@ -246,14 +246,14 @@ def _riff_end(file: BinaryIO | io.FileIO) -> int | None:
     return end
 
 
-_EBML, _SEGMENT = 0x1A45DFA3, 0x18538067
-
-
 def _gif_end(file: BinaryIO | io.FileIO) -> int:
     """Size of a GIF file, or more if its last byte is not where it should be."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 1024))
     return size if file.read().rstrip(b"\0").endswith(b";") else size + 1
+
+
+_EBML, _SEGMENT = 0x1A45DFA3, 0x18538067
 
 
 def _matroska_end(file: BinaryIO | io.FileIO) -> int | None:
