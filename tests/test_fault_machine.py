@@ -45,8 +45,6 @@ CHUNKS = list(PLAN.chunks(NUM_FRAMES))
 FINGERPRINT = {"kind": "latents", "model": "recurrence"}
 VIDEO = np.random.default_rng(0).integers(0, 256, (NUM_FRAMES, 16, 24, 3), dtype=np.uint8)
 LAYERS = ("conv_in", "conv_out")
-REFUSALS = (StoreError, ValueError, RuntimeError)
-"of a run that meets damage: ours, or what zarr and its codecs say where it is not turned into one of ours"
 SETTLED = SimpleNamespace(settle=lambda: None)
 
 
@@ -174,7 +172,7 @@ class StoreMachine(RuleBasedStateMachine):
         durability = Durability(mode="rename", publish_seconds=seconds, publish_units=units, keep_snapshots=keep)
         try:
             self.attempt = Attempt(self.path, durability)
-        except REFUSALS as exc:
+        except StoreError as exc:
             assert self.complete or self.damaged, exc
             assert getattr(exc, "kind", "corrupt") in ("other", "exists", "corrupt", "mismatch"), exc
         else:
@@ -184,7 +182,7 @@ class StoreMachine(RuleBasedStateMachine):
         """Part of a run. It may end at damage that is there, by saying so, and not otherwise."""
         try:
             step()
-        except REFUSALS as exc:
+        except StoreError as exc:
             assert self.damaged, exc
             self.attempt.target.__exit__(type(exc), exc, None)
             self.attempt = None
@@ -239,7 +237,7 @@ class StoreMachine(RuleBasedStateMachine):
                     target.publish()
             except KeyboardInterrupt:
                 pass
-            except REFUSALS as exc:
+            except StoreError as exc:
                 assert self.damaged, exc
         self.attempt.die()
         self.attempt = None
