@@ -140,9 +140,12 @@ class VideoWriter:
             raise StoreError(
                 f"{self._path} cannot be written: there is no folder {self._path.parent}; make it first", kind="missing"
             )
-        if self._path.is_dir() or (not self._overwrite and os.path.lexists(self._path)):
+        if self._path.is_dir():
+            raise StoreError(f"{self._path} exists and is a folder; name another file", kind="exists")
+        if not self._overwrite and os.path.lexists(self._path):
             raise StoreError(
-                f"{self._path} exists; name another file, or ask to overwrite it (a folder never is)", kind="exists"
+                f"{self._path} exists; name another file, or replace it with --overwrite (overwrite=True)",
+                kind="exists",
             )
 
     def _open_container(self) -> OutputContainer:
