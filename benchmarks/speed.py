@@ -10,6 +10,10 @@ Contestants, all with the same random weights at the full width of CogVideoX, on
 * longvid: layout, form of the convolutions and slices as a session chooses them.
 * longvid plain: the same without frames in pairs (only where the session pairs them).
 * longvid pairs: with frames in pairs (only where the session does not).
+* longvid least (only if named): slices of one frame and every context moved to host memory and back, as a session does
+  whose budget is the least that the model runs in.
+* diffusers channels last (only if named): a copy of its model whose convolutions have kernels in channels last. Its
+  error says how far diffusers is from itself when only the order of the sums in the libraries' kernels changes.
 
 Each runs the first chunk of a video, which is not timed, and then as many middle chunks of 8 frames as there are
 rounds; contestants take turns chunk by chunk. The error is that of the first chunk timed against diffusers' output.
@@ -30,6 +34,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -48,7 +53,9 @@ from longvid.models.base import CausalVAE
 from longvid.numerics import Numerics
 from longvid.plan import make_plan
 from longvid.probe import choose_numerics, preferred_slice_bytes
+from longvid.residency import Residency
 from longvid.step import memory_format
+from longvid.transfer import HostTransfer
 from longvid.units import parse_size
 
 Step: TypeAlias = Callable[[Tensor], Tensor]
@@ -58,8 +65,16 @@ Shape: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tupl
 DIRECTIONS: tuple[Direction, ...] = ("encode", "decode")
 BARS = {"encode": 1.35, "decode": 1.8}
 CPU = torch.device("cpu")
-OTHER = "longvid, pairing the other way: on for bfloat16 encode, else off"
-
+COLOURS = {
+    "diffusers": "#8a8a8a",
+    "diffusers channels last": "#c9c9c9",
+    "longvid": "#1b4f80",
+    "longvid plain": "#7fb0d8",
+    "longvid pairs": "#7fb0d8",
+    "longvid least": "#3f9b7f",
+}
+LABELS = dict.fromkeys(("longvid plain", "longvid pairs"), "longvid, pairing the other way round")
+USUAL = ("longvid", "longvid plain", "longvid pairs")
 
 _OPERATIONS = (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default)
 
@@ -102,21 +117,38 @@ def open_diffusers(vae: Any, direction: str) -> Step:
     return step
 
 
+def in_channels_last(vae: Any) -> Any:
+    """The same model with its kernels in channels last, which its convolutions then use whatever their input is in."""
+    for parameter in vae.parameters():
+        if parameter.ndim in (4, 5):
+            last = torch.channels_last if parameter.ndim == 4 else torch.channels_last_3d
+            parameter.data = parameter.data.contiguous(memory_format=last)
+    return vae
+
+
 def open_longvid(
-    stack: ExitStack, model: CausalVAE, direction: Direction, numerics: Numerics, height: int, width: int
+    stack: ExitStack, model: CausalVAE, direction: Direction, numerics: Numerics, height: int, width: int, least: bool
 ) -> Step:
-    """As a session without a budget would run it."""
+    """As a session would run it without a budget, or with the ``least`` one."""
     part = make_plan(
         model,
         height=height,
         width=width,
         numerics=numerics,
+        offload="all" if least else "auto",
+        slice_frames=1 if least else None,
         slice_bytes=preferred_slice_bytes(CPU),
         directions=(direction,),
     ).direction(direction)
     module, run = (model.encoder, model.encode) if direction == "encode" else (model.decoder, model.decode)
+    transfer = stack.enter_context(HostTransfer(CPU))
     cache = stack.enter_context(
-        ConvCache(module, slice_elements=part.slicing.elements, paired_frames=numerics.paired_frames)
+        ConvCache(
+            module,
+            slice_elements=part.slicing.elements,
+            paired_frames=numerics.paired_frames,
+            residency=Residency(part.placement, transfer, host_sizes=part.host_sizes),
+        )
     )
     return lambda x: run(x.contiguous(memory_format=memory_format(numerics)), cache)
 
@@ -169,14 +201,17 @@ def measure(
         "longvid": numerics,
         "longvid plain": Numerics(layout=numerics.layout),
         "longvid pairs": Numerics(layout="channels_last", paired_frames=True),
+        "longvid least": numerics,
     }
     del variants["longvid plain" if not numerics.paired_frames else "longvid pairs"]
     x = chunk(direction, height, width, dtype, 1)
     with ExitStack() as stack:
         steps = {"diffusers": open_diffusers(theirs, direction)}
+        if "diffusers channels last" in wanted:
+            steps["diffusers channels last"] = open_diffusers(in_channels_last(deepcopy(theirs)), direction)
         for name, choice in variants.items():
             if name in wanted:
-                steps[name] = open_longvid(stack, ours, direction, choice, height, width)
+                steps[name] = open_longvid(stack, ours, direction, choice, height, width, name == "longvid least")
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         errors, names = {}, list(steps)
         for step in steps.values():
@@ -233,7 +268,6 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Time of a chunk over that of the bare convolutions, as bars."""
     from matplotlib.figure import Figure
 
-    colours = {"diffusers": "#8a8a8a", "longvid": "#1b4f80", "longvid plain": "#7fb0d8", "longvid pairs": "#7fb0d8"}
     rows = [row for row in rows if row["threads"] == max(r["threads"] for r in rows)]
     figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
     axes = figure.subplots()
@@ -241,12 +275,12 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for i, row in enumerate(rows):
         labels.append(f"{row['direction']}\n{row['size']}\n{row['dtype']}")
         for k, (name, got) in enumerate(row["contestants"].items()):
-            label = {"longvid plain": OTHER, "longvid pairs": OTHER}.get(name, name)
+            label = LABELS.get(name, name)
             bar = axes.bar(
                 i + (k - 1) * 0.27,
                 got["over_bare_convolutions"],
                 0.25,
-                color=colours[name],
+                color=COLOURS[name],
                 label=None if label in seen else label,
             )
             axes.bar_label(bar, fmt="%.2f", padding=2, fontsize=8)
@@ -267,7 +301,7 @@ def main() -> int:
     parser.add_argument("--sizes", nargs="+", default=["240x160", "480x272"])
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
-    parser.add_argument("--contestants", nargs="+", default=["longvid", "longvid plain", "longvid pairs"])
+    parser.add_argument("--contestants", nargs="+", choices=list(COLOURS)[1:], default=USUAL)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--merge", type=Path, nargs="+", help="results to put together instead of measuring")

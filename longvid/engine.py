@@ -125,6 +125,17 @@ class Engine:
             guard=ModelGuard(ready),
         )
 
+    def staged(self, frames_THWC: Frames) -> Frames:
+        """The same frames where the device fetches them from at its full rate: page-locked memory, for CUDA.
+
+        For the thread that reads ahead, since it is a copy.
+        """
+        if self.device.type != "cuda":
+            return frames_THWC
+        locked = torch.empty_like(torch.from_numpy(frames_THWC), pin_memory=True).numpy()
+        np.copyto(locked, frames_THWC)
+        return cast("Frames", locked)
+
 
 class Run:
     """One video in one direction: its cache and its meter.
@@ -297,4 +308,8 @@ def _device_numbers(engine: Engine) -> str:
 
 def _to_host(tensor: Tensor) -> Tensor:
     """A copy in host memory, also from the CPU: results wait in queues, and must not count as the device's."""
-    return tensor.to("cpu", copy=True)
+    if tensor.device.type != "cuda":
+        return tensor.to("cpu", copy=True)
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    torch.accelerator.current_stream(tensor.device).synchronize()
+    return host

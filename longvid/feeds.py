@@ -78,8 +78,9 @@ def frame_chunks(
     first: int = 0,
     after: SourcePosition | None = None,
     replaced: frozenset[int] = frozenset(),
+    stage: Callable[[Frames], Frames] = lambda frames: frames,
 ) -> Iterator[FramePiece]:
-    """Runs in the reader thread: decode, re-block, pad to ``size``.
+    """Runs in the reader thread: decode, re-block, pad to ``size``, lay out where the device can fetch it.
 
     Args:
         video: the frames.
@@ -88,18 +89,20 @@ def frame_chunks(
         first: number of the first chunk.
         after: where the source stands before it.
         replaced: chunks whose frames are to repeat the last one before them.
+        stage: copies padded frames to where the device fetches them from; see :meth:`longvid.engine.Engine.staged`.
     """
     reblock = Reblocker(plan.capacity, first=first)
     before: Frames | None = None
 
     def piece(chunk: Chunk, frames: Frames, pts: Times, valid: npt.NDArray[np.bool_]) -> FramePiece:
         nonlocal before
-        last_frame = frames[-1:].copy()
+        last_frame = frames[-1:].copy(order="K")
         if chunk.index in replaced and before is not None:
             frames, valid = np.repeat(before, len(frames), axis=0), np.zeros(len(frames), np.bool_)
         else:
             before = last_frame
-        return FramePiece(chunk, pad_frames(frames, chunk.padded_frames, *size), pts, valid, last_frame)
+        padded = stage(pad_frames(frames, chunk.padded_frames, *size))
+        return FramePiece(chunk, padded, pts, valid, last_frame)
 
     for block in video.blocks(after=after):
         for index, (frames, pts, valid) in reblock.push(block.frames_THWC, block.pts_T, block.valid_T):

@@ -20,7 +20,7 @@ class Reblocker:
     """Collects slices of parallel arrays along axis 0 into blocks of given lengths.
 
     What is pushed is copied at once into a new block, so a caller may reuse its buffer, and a block may be handed to
-    another thread. At most one block is held.
+    another thread. At most one block is held. It lies in memory as its first slice does, slice after slice.
 
     Args:
         capacity: length of block ``i``.
@@ -58,7 +58,7 @@ class Reblocker:
     def _open(self, slices: Arrays) -> Arrays:
         if self._block is None:
             count = self._capacity(self._index)
-            self._block = tuple(np.empty((count, *s.shape[1:]), s.dtype) for s in slices)
+            self._block = tuple(_empty_like(s, (count, *s.shape[1:])) for s in slices)
         for have, got in zip(self._block, slices, strict=True):
             if have.shape[1:] != got.shape[1:] or have.dtype != got.dtype:
                 raise ValueError(
@@ -78,4 +78,15 @@ def pad_frames(frames_THWC: npt.NDArray[np.uint8], num_frames: int, height: int,
     T, H, W, _ = frames_THWC.shape
     if (num_frames, height, width) == (T, H, W):
         return frames_THWC
-    return np.pad(frames_THWC, ((0, num_frames - T), (0, height - H), (0, width - W), (0, 0)), mode="edge")
+    padded = _empty_like(frames_THWC, (num_frames, height, width, 3))
+    padded[:T, :H, :W] = frames_THWC
+    padded[:T, :H, W:] = frames_THWC[:, :, -1:]
+    padded[:T, H:] = padded[:T, H - 1 : H]
+    padded[T:] = padded[T - 1 : T]
+    return padded
+
+
+def _empty_like(array: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """Axis 0 outermost, the others in the order in which they lie in ``array``."""
+    order = [0, *sorted(range(1, array.ndim), key=lambda axis: -abs(array.strides[axis]))]
+    return np.empty([shape[axis] for axis in order], array.dtype).transpose(np.argsort(order))

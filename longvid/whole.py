@@ -248,6 +248,7 @@ def _encode_chunks(
             first=0 if snapshot is None else snapshot.chunk,
             after=None if snapshot is None else snapshot.position,
             replaced=replaced,
+            stage=host.engine.staged,
         )
         with (
             Writer[LatentPiece](lambda item: store_latents(target, item)) as writer,

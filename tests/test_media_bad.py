@@ -197,7 +197,7 @@ def test_a_limit_of_frames_holds_where_the_header_does_not_say(tmp_path, suffix)
     frames, pts, _ = read(path)
     with open_source(path, limits=Limits(max_frames=5)) as video:
         blocks = video.blocks(after=SourcePosition(3, int(pts[2]), frame_digest(frames[2])))
-        assert indices(next(blocks).frames_THWC) == [3, 4]
+        assert [indices(next(blocks).frames_THWC) for _ in range(2)] == [[3], [4]]
         with pytest.raises(SourceError, match="max_frames is 5") as caught:
             next(blocks)
     assert caught.value.kind == "limit"

@@ -48,3 +48,29 @@ def test_padding_repeats_the_last_of_each_axis():
     np.testing.assert_array_equal(padded[:, 7], padded[:, 2])
     np.testing.assert_array_equal(padded[:, :, 7], padded[:, :, 3])
     assert pad_frames(frames, 2, 3, 4) is frames
+
+
+@given(
+    st.permutations([1, 2, 3]),
+    st.lists(st.integers(1, 5), min_size=1, max_size=5),
+    st.tuples(*[st.integers(0, 3)] * 3),
+    st.integers(0, 2**32 - 1),
+)
+def test_the_order_in_memory_is_that_of_the_slices_and_changes_nothing(order, lengths, more, seed):
+    data = np.random.default_rng(seed).integers(0, 256, (sum(lengths), 4, 5, 3), dtype=np.uint8)
+    axes = [0, *order]
+    ordered = np.ascontiguousarray(data.transpose(axes)).transpose(np.argsort(axes))
+    reblock, at, blocks = Reblocker(lambda i: 3), 0, []
+    for n in lengths:
+        blocks += [block for _, (block,) in reblock.push(ordered[at : at + n])]
+        at += n
+    rest = reblock.rest()
+    blocks += [] if rest is None else [rest[1][0]]
+    np.testing.assert_array_equal(np.concatenate(blocks), data)
+    for block in blocks:
+        assert block.transpose(axes).flags.c_contiguous
+        T, H, W, _ = block.shape
+        padded = pad_frames(block, T + more[0], H + more[1], W + more[2])
+        expected = np.pad(block, ((0, more[0]), (0, more[1]), (0, more[2]), (0, 0)), mode="edge")
+        np.testing.assert_array_equal(padded, expected)
+        assert padded.transpose(axes).flags.c_contiguous

@@ -19,9 +19,9 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from longvid.errors import SourceError
-from longvid.video.arrays import DEFAULT_FRAME_RATE, OnePass, block_length, check_position, check_window
+from longvid.video.arrays import DEFAULT_FRAME_RATE, OnePass, check_position, check_window
 from longvid.video.container import MediaFile, declared_end, lost_samples, pick_stream
-from longvid.video.convert import Converter
+from longvid.video.convert import REVISION, Converter
 from longvid.video.decoder import Decoder, Fault, Picture
 from longvid.video.frames import FrameBlock, OnError, SourceInfo, SourcePosition, frame_digest
 from longvid.video.limits import Limits
@@ -94,6 +94,7 @@ class VideoFile(OnePass):
             "size": [self.info.height, self.info.width],
             "start": self._begin,
             "frames": self._limit,
+            "conversion": REVISION,
             "on_error": self._on_error,
             **{key: details[key] for key in facts},
             "matrix": self._converter.color.info.matrix,
@@ -260,24 +261,8 @@ class VideoFile(OnePass):
             )
 
     def _blocks(self, after: SourcePosition | None) -> Iterator[FrameBlock]:
-        length = block_length(self.info.height, self.info.width)
-        images: list[npt.NDArray[np.uint8]] = []
-        stamps: list[int] = []
-        valid: list[bool] = []
-        try:
-            for image, pts, good in self._images(after):
-                images.append(image)
-                stamps.append(pts)
-                valid.append(good)
-                if len(images) == length:
-                    yield _block(images, stamps, valid)
-                    images, stamps, valid = [], [], []
-        except SourceError:
-            if images and not self._closed:
-                yield _block(images, stamps, valid)
-            raise
-        if images:
-            yield _block(images, stamps, valid)
+        for image, pts, valid in self._images(after):
+            yield FrameBlock(image[None], np.array([pts], dtype=np.int64), np.array([valid], dtype=np.bool_))
 
     def _images(self, after: SourcePosition | None) -> Iterator[tuple[npt.NDArray[np.uint8], int, bool]]:
         """Yield the frames of the window with time stamps and marks; those behind ``after`` if it is given."""
@@ -441,10 +426,6 @@ class _Clock:
             return pts
         self._since_anchor += 1
         return self._anchor + round(self._since_anchor * self._step)
-
-
-def _block(images: list[npt.NDArray[np.uint8]], stamps: list[int], valid: list[bool]) -> FrameBlock:
-    return FrameBlock(np.stack(images), np.array(stamps, dtype=np.int64), np.array(valid, dtype=np.bool_))
 
 
 def _frame_rate(stream: VideoStream) -> Fraction | None:
