@@ -449,10 +449,7 @@ class StoreWriter(ABC):
             # one folder for all chunks of an array, so that a new chunk needs one folder on the disk, not four
             chunk_key_encoding={"name": "default", "separator": "."},
             serializer=BytesCodec(endian="little") if item.itemsize > 1 else BytesCodec(endian=None),
-            compressors=[
-                BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle", typesize=item.itemsize),
-                Crc32cCodec(),
-            ],
+            compressors=[_PIXELS if item.itemsize == 1 else _numbers(item.itemsize), Crc32cCodec()],
             attributes=dict(attributes or {}),
             config={"write_empty_chunks": True},
         )
@@ -489,6 +486,14 @@ class StoreWriter(ABC):
 
         ``units`` of the store were full then, and ``pending`` is what :meth:`pending` gave.
         """
+
+
+_PIXELS = BloscCodec(cname="zstd", clevel=1, shuffle="noshuffle", typesize=1)
+"their bits have no exponent to bring together: see decision 20"
+
+
+def _numbers(itemsize: int) -> BloscCodec:
+    return BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle", typesize=itemsize)
 
 
 def settle_complete(found: Found, durability: Durability) -> None:
