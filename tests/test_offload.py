@@ -281,3 +281,13 @@ def test_on_a_device_too_no_policy_changes_a_bit(vae, frames, tmp_path):
         assert report.peak_device_bytes <= report.projected_bytes + 512 * 2**20
     assert np.array_equal(results[0], results[1])
     assert np.array_equal(results[0], results[2])
+
+
+@pytest.mark.cuda
+def test_on_a_device_frames_in_page_locked_memory_are_the_same_frames(vae, frames, tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    staged, _ = encoded(vae, frames, tmp_path / "a.zarr", device="cuda")
+    with VideoSession(vae, device="cuda") as session, session.encoder(representation="moments") as encoder:
+        pushed = torch.cat([encoder.push(frames), encoder.finish()], dim=2)
+    np.testing.assert_array_equal(staged, pushed[0].movedim(1, 0).numpy())

@@ -241,6 +241,18 @@ def test_non_finite_output_stops_a_decode(vae):
         dec.push(torch.randn(1, 16, 3, 2, 2))
 
 
+@pytest.mark.parametrize("bad", [(0,), (2,), (1, 3)])
+def test_the_first_frame_that_is_not_finite_is_named(vae, monkeypatch, bad):
+    frames = torch.zeros(1, 3, 9, 16, 16)
+    for t in bad:
+        frames[0, 1, t, 5, 7] = float("inf")
+    broken = copy.deepcopy(vae)
+    monkeypatch.setattr(broken, "decode", lambda z, cache: frames[:, :, : z.shape[2] * 4 - 3])
+    message = f"frame {bad[0]} of the decoded chunk is not finite"
+    with VideoSession(broken) as session, session.decoder() as dec, pytest.raises(ModelError, match=message):
+        dec.push(torch.randn(1, 16, 3, 2, 2))
+
+
 def test_non_finite_latents_never_reach_a_store(vae, frames, tmp_path):
     broken = copy.deepcopy(vae)
     broken.encoder.conv_out.conv.bias.fill_(float("inf"))
