@@ -1,7 +1,7 @@
 """Speed of the compute path: longvid and diffusers chunk by chunk in one process, and the bare convolutions as a floor.
 
     python benchmarks/speed.py [--sizes 240x160 480x272] [--dtypes bfloat16 float32] [--threads 2] [--rounds 3]
-        [--contestants ...] [--out benchmarks/results/speed.json] [--plot docs/images/speed.png]
+        [--contestants ...] [--no-floor] [--out benchmarks/results/speed.json] [--plot docs/images/speed.png]
     python benchmarks/speed.py --merge A.json B.json --out ... --plot ...
 
 Contestants, all with the same random weights at the full width of CogVideoX, on the CPU:
@@ -193,6 +193,7 @@ def measure(
     dtype: torch.dtype,
     rounds: int,
     wanted: Sequence[str],
+    with_floor: bool,
 ) -> dict[str, Any]:
     """One row of the results: every contestant at one setting."""
     height, width = parse_size(size)
@@ -226,7 +227,9 @@ def measure(
                 expected = outs["diffusers"].float()
                 errors = {n: float((out.float() - expected).norm() / expected.norm()) for n, out in outs.items()}
             outs.clear()
-    floor = floor_seconds(convolutions_of(ours, direction, height, width, dtype), dtype, max(2, rounds))
+    floor = None
+    if with_floor:
+        floor = floor_seconds(convolutions_of(ours, direction, height, width, dtype), dtype, max(2, rounds))
     base = seconds["diffusers"]
     return {
         "size": size,
@@ -240,7 +243,7 @@ def measure(
                 "seconds": times,
                 "frames_per_second": 8 / statistics.median(times),
                 "speedup": statistics.median(b / t for b, t in zip(base, times, strict=True)),
-                "over_bare_convolutions": statistics.median(times) / floor,
+                "over_bare_convolutions": None if floor is None else statistics.median(times) / floor,
                 "relative_error": errors[name],
             }
             for name, times in seconds.items()
@@ -250,15 +253,16 @@ def measure(
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """The rows as a table."""
-    print(f"\n{'':34}{'contestant':16}{'frames/s':>10}{'speedup':>9}{'range':>15}{'/ bare convs':>14}{'error':>10}")
+    print(f"\n{'':34}{'contestant':24}{'frames/s':>10}{'speedup':>9}{'range':>15}{'/ bare convs':>14}{'error':>10}")
     for row in rows:
         label = f"{row['direction']} {row['size']} {row['dtype']}, {row['threads']} thr."
         base = row["contestants"]["diffusers"]["seconds"]
         for name, got in row["contestants"].items():
             ratios = [b / t for b, t in zip(base, got["seconds"], strict=True)]
+            over = got["over_bare_convolutions"]
             print(
-                f"{label:34}{name:16}{got['frames_per_second']:>10.3f}{got['speedup']:>9.2f}"
-                f"{f'{min(ratios):.2f} to {max(ratios):.2f}':>15}{got['over_bare_convolutions']:>14.2f}"
+                f"{label:34}{name:24}{got['frames_per_second']:>10.3f}{got['speedup']:>9.2f}"
+                f"{f'{min(ratios):.2f} to {max(ratios):.2f}':>15}{'-' if over is None else f'{over:.2f}':>14}"
                 f"{got['relative_error']:>10.1e}"
             )
             label = ""
@@ -268,7 +272,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Time of a chunk over that of the bare convolutions, as bars."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in rows if row["threads"] == max(r["threads"] for r in rows)]
+    threads = max(row["threads"] for row in rows)
+    rows = [row for row in rows if row["threads"] == threads and row["bare_convolutions_seconds"] is not None]
     figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
     axes = figure.subplots()
     labels, seen = [], set()
@@ -304,6 +309,7 @@ def main() -> int:
     parser.add_argument("--contestants", nargs="+", choices=list(COLOURS)[1:], default=USUAL)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-floor", action="store_true", help="do without the bare convolutions")
     parser.add_argument("--merge", type=Path, nargs="+", help="results to put together instead of measuring")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -327,7 +333,10 @@ def main() -> int:
             assert isinstance(ours, nn.Module)
             for size in args.sizes:
                 for direction in args.directions:
-                    rows.append(measure(theirs, ours, direction, size, dtype, args.rounds, args.contestants))
+                    row = measure(
+                        theirs, ours, direction, size, dtype, args.rounds, args.contestants, not args.no_floor
+                    )
+                    rows.append(row)
                     show(rows[-1:])
         record = {
             "command": "python " + " ".join(sys.argv),
