@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 import statistics
 import sys
 import time
@@ -279,12 +280,13 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     labels, seen = [], set()
     for i, row in enumerate(rows):
         labels.append(f"{row['direction']}\n{row['size']}\n{row['dtype']}")
+        width = 0.84 / len(row["contestants"])
         for k, (name, got) in enumerate(row["contestants"].items()):
             label = LABELS.get(name, name)
             bar = axes.bar(
-                i + (k - 1) * 0.27,
+                i + (k - (len(row["contestants"]) - 1) / 2) * width,
                 got["over_bare_convolutions"],
-                0.25,
+                width * 0.93,
                 color=COLOURS[name],
                 label=None if label in seen else label,
             )
@@ -339,7 +341,7 @@ def main() -> int:
                     rows.append(row)
                     show(rows[-1:])
         record = {
-            "command": "python " + " ".join(sys.argv),
+            "command": "python " + shlex.join(sys.argv),
             "machine": describe_machine("cpu"),
             "diffusers": diffusers.__version__,
             "rows": rows,
