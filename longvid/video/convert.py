@@ -57,7 +57,7 @@ class Converter:
                 frame,
                 width=width,
                 height=height,
-                # The same RGB (to 1 where it is resized), but for planes swscale has vector code: half the time or less
+                # The same RGB (to 1 where it is resized), but for planes swscale has vector code
                 format="rgb24" if is_rgb else "gbrp",
                 src_colorspace=color.matrix,
                 src_color_range=ColorRange.JPEG if color.info.range == "full" else ColorRange.MPEG,
