@@ -119,7 +119,7 @@ def open_diffusers(vae: Any, direction: str) -> Step:
 
 
 def in_channels_last(vae: Any) -> Any:
-    """The same model with its kernels in channels last, which its convolutions then use whatever their input is in."""
+    """Lay the kernels out in channels last, which convolutions then use whatever layout their input has."""
     for parameter in vae.parameters():
         if parameter.ndim in (4, 5):
             last = torch.channels_last if parameter.ndim == 4 else torch.channels_last_3d

@@ -449,7 +449,7 @@ class StoreWriter(ABC):
             # one folder for all chunks of an array, so that a new chunk needs one folder on the disk, not four
             chunk_key_encoding={"name": "default", "separator": "."},
             serializer=BytesCodec(endian="little") if item.itemsize > 1 else BytesCodec(endian=None),
-            compressors=[_PIXELS if item.itemsize == 1 else _numbers(item.itemsize), Crc32cCodec()],
+            compressors=[_compressor(item.itemsize), Crc32cCodec()],
             attributes=dict(attributes or {}),
             config={"write_empty_chunks": True},
         )
@@ -488,12 +488,9 @@ class StoreWriter(ABC):
         """
 
 
-_PIXELS = BloscCodec(cname="zstd", clevel=1, shuffle="noshuffle", typesize=1)
-"their bits have no exponent to bring together: see decision 20"
-
-
-def _numbers(itemsize: int) -> BloscCodec:
-    return BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle", typesize=itemsize)
+def _compressor(itemsize: int) -> BloscCodec:
+    """Bitshuffle brings the exponents of numbers together; single bytes, pixels above all, have none (decision 20)."""
+    return BloscCodec(cname="zstd", clevel=1, shuffle="noshuffle" if itemsize == 1 else "bitshuffle", typesize=itemsize)
 
 
 def settle_complete(found: Found, durability: Durability) -> None:

@@ -63,13 +63,13 @@ def run_and_drop(call, error):
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 def test_an_exception_in_any_layer_of_any_chunk(vae, direction, all_faults):
-    """In `make test` every layer fails in one chunk, and the chunks take turns."""
+    """In `make test` every layer of the decoder fails in one chunk, and the chunks take turns."""
     module, run = (vae.encoder, encode) if direction == "encode" else (vae.decoder, decode)
     with VideoSession(vae) as session:
         expected = run(session)
         assert torch.equal(expected, run_fresh(vae, run))
         for count, name in enumerate(convolutions(module)):
-            for chunk in range(NUM_CHUNKS) if all_faults else (count % NUM_CHUNKS,):
+            for chunk in range(NUM_CHUNKS) if all_faults or direction == "encode" else (count % NUM_CHUNKS,):
                 error = (Injected, KeyboardInterrupt)[(count + chunk) % 2]
                 hook, tracker = failing(module.get_submodule(name), chunk, error), AllocationTracker()
                 with tracker:
@@ -79,9 +79,7 @@ def test_an_exception_in_any_layer_of_any_chunk(vae, direction, all_faults):
                     gc.collect()
                 assert failed, (name, chunk)
                 assert tracker.live_bytes == 0, (name, chunk)
-            if all_faults or count % 4 == 0:
-                assert torch.equal(run(session), expected), name
-        assert torch.equal(run(session), expected)
+            assert torch.equal(run(session), expected), name
 
 
 def run_fresh(vae, run):

@@ -284,9 +284,8 @@ def test_on_a_device_too_no_policy_changes_a_bit(vae, frames, tmp_path):
 
 
 @pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_device_frames_in_page_locked_memory_are_the_same_frames(vae, frames, tmp_path):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     staged, _ = encoded(vae, frames, tmp_path / "a.zarr", device="cuda")
     with VideoSession(vae, device="cuda") as session, session.encoder(representation="moments") as encoder:
         pushed = torch.cat([encoder.push(frames), encoder.finish()], dim=2)

@@ -98,6 +98,8 @@ def test_the_layout_follows_the_conventions(tmp_path):
     latents = members["latents"]
     assert latents["fill_value"] == "NaN"
     assert [c["name"] for c in latents["codecs"]] == ["bytes", "blosc", "crc32c"]
+    shuffles = {name: m["codecs"][1]["configuration"]["shuffle"] for name, m in members.items()}
+    assert (shuffles["latents"], shuffles["frame_valid"]) == ("bitshuffle", "noshuffle")
     assert all(m["codecs"][-1]["name"] == "crc32c" for m in members.values())
     assert {p.name for p in (tmp_path / "a.zarr").iterdir()} <= OWN_NAMES
     assert [p.name for p in (tmp_path / "a.zarr" / PRIVATE).iterdir()] == ["root.json"]

@@ -56,20 +56,9 @@ def test_planes_hold_what_swscale_gives_as_packed_rgb(pixel_format, coded, size,
     )
     got = converter.convert(frame, 0)
     assert got.shape == (height, width, 3)
-    if not converter.color.expand_gray:
-        # swscale takes shortcuts in its packed form, where it resizes, that round otherwise
-        most = 0 if size in (None, coded) and pixel_format != "yuv410p" else 1
-        np.testing.assert_allclose(got.astype(int), expected.to_ndarray().astype(int), rtol=0, atol=most)
-
-
-@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
-@pytest.mark.parametrize("pixel_format", ["yuv420p", "rgb24", "gray"])
-def test_frames_are_turned_as_a_whole_and_own_their_memory(pixel_format, rotation):
-    frame = frame_of(pixel_format, 32, 48)
-    converter = converter_of(frame)
-    upright = converter.convert(frame, 0)
-    converter._turns = rotation // 90
-    converter.height, converter.width = (32, 48) if rotation % 180 == 0 else (48, 32)
-    turned, again = converter.convert(frame, 0), converter.convert(frame, 0)
-    np.testing.assert_array_equal(turned, np.rot90(upright, rotation // 90))
-    assert not np.shares_memory(turned, again)
+    packed = expected.to_ndarray().astype(int)
+    if converter.color.expand_gray:  # swscale takes every gray for full range
+        packed = np.clip(np.round((packed - 16) * 255 / 219), 0, 255).astype(int)
+    # swscale takes shortcuts in its packed form, where it resizes, that round otherwise
+    most = 0 if size in (None, coded) and pixel_format != "yuv410p" else 2 if converter.color.expand_gray else 1
+    np.testing.assert_allclose(got.astype(int), packed, rtol=0, atol=most)

@@ -248,8 +248,9 @@ def test_a_change_of_pixel_format_is_read_on(tmp_path):
 
 @pytest.mark.parametrize("rotation", [90, 180, 270])
 @pytest.mark.parametrize("size", [None, (40, 24)])
-def test_rotation_is_applied(tmp_path, rotation, size):
-    path = write_media(tmp_path / "turned.mp4", barcodes(4), rotation=rotation)
+@pytest.mark.parametrize(("codec", "pix_fmt"), [("libx264", "yuv420p"), ("libx264", "gray"), ("libx264rgb", "rgb24")])
+def test_rotation_is_applied(tmp_path, rotation, size, codec, pix_fmt):
+    path = write_media(tmp_path / "turned.mp4", barcodes(4), rotation=rotation, codec=codec, pix_fmt=pix_fmt)
     with av.open(str(path)) as container:
         stored = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     turns = rotation // 90

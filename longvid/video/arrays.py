@@ -22,7 +22,6 @@ __all__ = [
     "ArrayFrames",
     "IterableFrames",
     "OnePass",
-    "block_length",
     "check_position",
     "check_window",
     "is_array",
@@ -334,14 +333,14 @@ def check_window(start: int, frames: int | None) -> None:
         raise SourceError(f"frames={frames} asks for no frame; ask for at least 1, or None for all", kind="range")
 
 
-def block_length(height: int, width: int) -> int:
+def _block_length(height: int, width: int) -> int:
     """How many frames of this size make a block: 16, fewer if they are large."""
     return max(1, min(_BLOCK_FRAMES, _BLOCK_BYTES // max(1, height * width * 3)))
 
 
 def _aligned_step(array: Any, height: int, width: int, name: str) -> int:
     """Frames per block: whole chunks where the array has chunks, since a part of one costs as much as all of it."""
-    step = block_length(height, width)
+    step = _block_length(height, width)
     chunks = getattr(array, "chunks", None)
     if not (isinstance(chunks, tuple) and chunks and isinstance(chunks[0], int)):
         return step

@@ -76,7 +76,7 @@ class Converter:
         for channel, plane in zip(_GBR, rgb.planes, strict=True):
             image[..., channel] = np.rot90(_samples(plane)[:, :width], self._turns)
         if color.expand_gray:
-            np.take(_LIMITED_TO_FULL, image, out=image)
+            image[:] = _LIMITED_TO_FULL[image]
         return image
 
     def _color_of(self, frame: VideoFrame) -> Conversion:
