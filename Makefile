@@ -18,8 +18,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: venv
 	$(BIN)/python -m longvid.demo
 
+# One thread of torch for each of them: models here are small.
+WORKERS ?= 2
+
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow --timeout=1800

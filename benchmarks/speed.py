@@ -10,6 +10,7 @@ Contestants, all with the same random weights at the full width of CogVideoX, on
 * longvid: layout, form of the convolutions and slices as a session chooses them.
 * longvid plain: the same without frames in pairs (only where the session pairs them).
 * longvid pairs: with frames in pairs (only where the session does not).
+* longvid compiled: the same with norms compiled, whether or not a session's probe would choose it.
 * longvid least (only if named): slices of one frame and every context moved to host memory and back, as a session does
   whose budget is the least that the model runs in.
 * diffusers channels last (only if named): a copy of its model whose convolutions have kernels in channels last. Its
@@ -36,6 +37,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -72,10 +74,11 @@ COLOURS = {
     "longvid": "#1b4f80",
     "longvid plain": "#7fb0d8",
     "longvid pairs": "#7fb0d8",
+    "longvid compiled": "#b07aa1",
     "longvid least": "#3f9b7f",
 }
 LABELS = dict.fromkeys(("longvid plain", "longvid pairs"), "longvid, pairing the other way round")
-USUAL = ("longvid", "longvid plain", "longvid pairs")
+USUAL = ("longvid", "longvid plain", "longvid pairs", "longvid compiled")
 
 _OPERATIONS = (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default)
 
@@ -147,7 +150,7 @@ def open_longvid(
         ConvCache(
             module,
             slice_elements=part.slicing.elements,
-            paired_frames=numerics.paired_frames,
+            numerics=numerics,
             residency=Residency(part.placement, transfer, host_sizes=part.host_sizes),
         )
     )
@@ -201,8 +204,9 @@ def measure(
     numerics = choose_numerics(ours, device=CPU, dtype=dtype, height=height, width=width, direction=direction)
     variants = {
         "longvid": numerics,
-        "longvid plain": Numerics(layout=numerics.layout),
-        "longvid pairs": Numerics(layout="channels_last", paired_frames=True),
+        "longvid plain": replace(numerics, paired_frames=False),
+        "longvid pairs": replace(numerics, layout="channels_last", paired_frames=True),
+        "longvid compiled": replace(numerics, compiled=True),
         "longvid least": numerics,
     }
     del variants["longvid plain" if not numerics.paired_frames else "longvid pairs"]

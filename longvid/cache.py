@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from longvid.errors import CacheError
 from longvid.memory import is_out_of_memory
+from longvid.numerics import Numerics
 from longvid.residency import Residency
 from longvid.units import format_bytes
 from longvid.workspace import TensorKind, Workspace
@@ -84,8 +85,7 @@ class ConvCache:
             and, where a frame is too large, over rows; the default is what 32-bit indexing in kernels can address.
         slice_elements: layers run in slices of so many frames that neither the new input nor the output of a slice has
             more elements than this, but of one frame at least. Slices save memory and never change a result.
-        paired_frames: layers with three taps in time convolve frames in pairs where that is possible, with a third
-            fewer multiplications; to rounding. Only in the channels-last layout.
+        numerics: which of several forms the layers compute in, beside the layout, which is that of their input.
         residency: where the contexts live; on the device by default.
 
     Use it in a ``with`` statement; leaving it frees every context. Each chunk runs inside :meth:`chunk`. If a chunk
@@ -98,12 +98,12 @@ class ConvCache:
         *,
         max_conv_elements: int = 2**31 - 1,
         slice_elements: int = 2**31 - 1,
-        paired_frames: bool = False,
+        numerics: Numerics = Numerics(),  # noqa: B008 - a frozen value
         residency: Residency | None = None,
     ) -> None:
         self.max_conv_elements = max_conv_elements
         self.slice_elements = slice_elements
-        self.paired_frames = paired_frames
+        self.numerics = numerics
         self.workspace = Workspace()
         "memory that the layers of this video take turns with; empty between chunks"
         self._residency = residency or Residency()

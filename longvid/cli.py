@@ -150,6 +150,7 @@ def _decode(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
+    from longvid.numerics import Numerics
     from longvid.store import open_store
 
     store = open_store(args.store)
@@ -177,8 +178,7 @@ def _info(args: argparse.Namespace) -> int:
     print(f"chunks    {1 + plan.chunk_frames}, {plan.chunk_frames}, {plan.chunk_frames}, ... frames")
     computed = store.attrs["longvid"].get("numerics") or {}
     if computed:
-        pairs = ", frames in pairs" if computed.get("paired_frames") else ""
-        print(f"computed  {str(computed.get('layout')).replace('_', ' ')} layout{pairs}")
+        print(f"computed  {Numerics.from_dict(computed).words}")
     print(f"model     {_model_name(store.vae)}, scaling_factor {store.vae.get('scaling_factor')}")
     print(f"source    {store.source.get('name')}")
     return 0
@@ -205,6 +205,7 @@ def _repair(args: argparse.Namespace) -> int:
     args.dtype = args.dtype or made_by.get("dtype")
     args.layout = numerics.get("layout", "auto")
     args.paired_frames = numerics.get("paired_frames", "auto")
+    args.compile = bool(numerics.get("compiled", False))
     args.chunk_frames = opened.facts.get("fingerprint", {}).get("chunk_plan", {}).get("chunk_frames")
     with _session(args, model, seed, revision) as (session, _):
         done = repair(session, args.store, source=args.source)
@@ -338,6 +339,7 @@ def _session(
                 slice_frames=args.slice_frames,
                 layout=args.layout,
                 paired_frames=args.paired_frames,
+                compile=args.compile,
                 callbacks=callbacks,
             )
         )
@@ -673,6 +675,11 @@ def _budget_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="convolve frames in pairs, with a third fewer multiplications; to rounding, which in bfloat16 doubles "
         "(default: %(default)s, on a CPU in float32 and in a bfloat16 decoder)",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="let torch.compile make one kernel of norm and activation where that wins, on a CPU; needs a C++ compiler",
     )
 
 

@@ -64,7 +64,7 @@ def dry_run(
     with ConvCache(
         model.encoder if direction == "encode" else model.decoder,
         slice_elements=slice_elements,
-        paired_frames=numerics.paired_frames,
+        numerics=numerics,
         residency=probe,
     ) as cache:
         first_host, middle_host = (

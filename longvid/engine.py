@@ -155,7 +155,7 @@ class Run:
         self.cache = ConvCache(
             engine.model.encoder if self.direction == "encode" else engine.model.decoder,
             slice_elements=part.slicing.elements,
-            paired_frames=part.numerics.paired_frames,
+            numerics=part.numerics,
             residency=self._residency,
         )
         self._layout = memory_format(part.numerics)

@@ -1,7 +1,7 @@
 """Numerics: choices that decide the last bits of a result. Fixed for a video, recorded in its store.
 
-Neither is a matter of right or wrong: kernels add the same products in another order, or fewer products that amount to
-the same. What never changes a bit (budgets, offloading, slices, prefetch) is not here.
+None is a matter of right or wrong: kernels add the same products in another order, round less often, or compute fewer
+products that amount to the same. What never changes a bit (budgets, offloading, slices, prefetch) is not here.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ class Numerics:
     for bit on a CPU. ``channels_last``: B T H W C, in which convolutions need no reordering"""
     paired_frames: bool = False
     "whether convolutions over three frames take two frames at a time, with a third fewer multiplications"
+    fused_residuals: bool = False
+    "whether a convolution adds onto its residual within the kernel, where a sum apart would round once more"
+    compiled: bool = False
+    "whether norm and activation are one kernel made by torch.compile, where PyTorch's own would round between them"
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -34,7 +38,23 @@ class Numerics:
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Numerics:
         """What :meth:`to_dict` gave."""
-        return cls(layout=parse_layout(facts["layout"]) or "contiguous", paired_frames=bool(facts["paired_frames"]))
+        return cls(
+            layout=parse_layout(facts["layout"]) or "contiguous",
+            paired_frames=bool(facts["paired_frames"]),
+            fused_residuals=bool(facts.get("fused_residuals")),
+            compiled=bool(facts.get("compiled")),
+        )
+
+    @property
+    def words(self) -> str:
+        """In words, for people."""
+        told = f"{self.layout.replace('_', ' ')} layout"
+        facts = {
+            "frames in pairs": self.paired_frames,
+            "residuals in the convolutions": self.fused_residuals,
+            "norms compiled": self.compiled,
+        }
+        return ", ".join([told, *(words for words, holds in facts.items() if holds)])
 
 
 def parse_layout(layout: str) -> Layout | None:

@@ -642,12 +642,7 @@ class _Planner:
 
 def _by_direction(parts: Mapping[Direction, DirectionPlan]) -> str:
     """The numerics of all directions in words, told apart where they differ."""
-    told = {
-        direction: part.numerics.layout.replace("_", " ")
-        + " layout"
-        + (", frames in pairs" if part.numerics.paired_frames else "")
-        for direction, part in parts.items()
-    }
+    told = {direction: part.numerics.words for direction, part in parts.items()}
     if len(set(told.values())) == 1:
         return next(iter(told.values()))
     return "; ".join(f"{words} ({direction})" for direction, words in told.items())

@@ -7,6 +7,8 @@ thresholds lie far from what is measured where either form makes sense.
 Two things are known and need no measuring. Where the windows of a chunk are small, nothing is gained on a CPU by
 channels last, and the contiguous layout is, bit for bit, what diffusers computes. And pairing frames costs bfloat16 one
 more rounding of every input: a decoder hides it in pixels, an encoder shows it in latents and has to be asked for it.
+A residual that a convolution adds itself is rounded once less, which takes a bfloat16 encoder nearer to float32 and
+further from what others compute; it is left to the decoder, too.
 """
 
 from __future__ import annotations
@@ -20,22 +22,26 @@ from torch import Tensor
 
 from longvid.dryrun import dry_run, skeleton_of
 from longvid.events import Direction
+from longvid.models import compiled_norm
 from longvid.models.base import CausalVAE
-from longvid.models.convolution import convolution, filters_of_pairs, paired
+from longvid.models.convolution import convolution, filters_of_pairs, fuses_residuals, paired
 from longvid.models.layers import CausalConv3d
+from longvid.models.norms import Fitted
 from longvid.numerics import Layout, Numerics
 
-__all__ = ["choose_numerics", "preferred_slice_bytes"]
+__all__ = ["can_compute", "choose_numerics", "preferred_slice_bytes"]
 
 _SMALL_BYTES = 32 * 2**20
 "of the largest window of a chunk; up to this size the C library hands memory out again without fetching it anew"
 _MOST_FLOPS = 3e9
 "of a measured convolution"
+_NORM_BYTES = 256 * 2**20
+"of what a measured norm reads, at most; it writes as many"
 _ROUNDS = 7
 _SLOWER = 1.3
 "a layout is given up if it is slower than the other one by this factor: slow corners, and no noise"
 _FASTER = 1.1
-"pairing frames has to win by this factor; where it is worth anything, it wins by a third"
+"pairing frames or compiling has to win by this factor; where it is worth anything, pairs win by a third"
 
 
 def choose_numerics(
@@ -47,6 +53,7 @@ def choose_numerics(
     width: int,
     layout: Layout | None = None,
     paired_frames: bool | None = None,
+    compile: bool = False,
     direction: Direction = "encode",
 ) -> Numerics:
     """The numerics for frames of this size, by the rules above unless asked for.
@@ -59,6 +66,7 @@ def choose_numerics(
         width: of a frame after padding.
         layout: None to choose.
         paired_frames: None to choose.
+        compile: whether norms may be compiled, if that wins; it takes seconds, once.
         direction: in which the model runs.
     """
     module = model.encoder if direction == "encode" else model.decoder
@@ -67,10 +75,13 @@ def choose_numerics(
         for path, layer in module.named_modules()
         if isinstance(layer, CausalConv3d) and min(layer.conv.kernel_size) > 1
     }
-    if not layers:  # nothing here that either choice is about
+    if not layers:  # nothing here that any choice is about
         return Numerics(layout=layout or "contiguous", paired_frames=bool(paired_frames))
-    if layout is not None and (paired_frames is not None or layout == "contiguous"):
-        return Numerics(layout=layout, paired_frames=bool(paired_frames))
+    if layout == "contiguous":
+        return Numerics(paired_frames=bool(paired_frames))
+    fused = device.type == "cpu" and _hides_roundings(direction, dtype) and fuses_residuals(dtype)
+    if layout is not None and paired_frames is not None and not compile:
+        return Numerics(layout=layout, paired_frames=paired_frames, fused_residuals=fused)
     timeline = dry_run(skeleton_of(model, dtype), direction, height, width, dtype, model.geometry.schedule)
     widest = max((step for step in timeline.steps if step.layer in layers), key=lambda step: step.context_bytes)
     layer = layers[widest.layer]
@@ -85,13 +96,26 @@ def choose_numerics(
         layout = "channels_last" if last < contiguous * _SLOWER else "contiguous"
     if paired_frames is None:
         paired_frames = False
-        if layout == "channels_last" and device.type == "cpu" and _bears_pairs(direction, dtype):
+        if layout == "channels_last" and device.type == "cpu" and _hides_roundings(direction, dtype):
             plain, pairs = _race([partial(_plain, layer, area, torch.channels_last_3d), partial(_pairs, layer, area)])
             paired_frames = plain > pairs * _FASTER
-    return Numerics(layout=layout, paired_frames=paired_frames)
+    if layout == "contiguous":
+        return Numerics(paired_frames=paired_frames)
+    compiled = compile and device.type == "cpu" and compiled_norm.available()
+    if compiled:
+        plain, kernel = _race([partial(_norm, layer, area, False), partial(_norm, layer, area, True)])
+        compiled = plain > kernel * _FASTER
+    return Numerics(layout=layout, paired_frames=paired_frames, fused_residuals=fused, compiled=compiled)
 
 
-def _bears_pairs(direction: Direction, dtype: torch.dtype) -> bool:
+def can_compute(numerics: Numerics, dtype: torch.dtype) -> bool:
+    """Whether this machine has the kernels that an earlier run was computed with."""
+    return (not numerics.fused_residuals or fuses_residuals(dtype)) and (
+        not numerics.compiled or compiled_norm.available()
+    )
+
+
+def _hides_roundings(direction: Direction, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (direction == "decode" and dtype == torch.bfloat16)
 
 
@@ -123,6 +147,17 @@ def _pairs(layer: CausalConv3d, area: int) -> Callable[[], object]:
     filters = filters_of_pairs(conv.weight)
     out = x.new_empty((1, conv.out_channels, 2, *x.shape[3:])).contiguous(memory_format=torch.channels_last_3d)
     return lambda: paired(x, filters, conv.bias, out)
+
+
+def _norm(layer: CausalConv3d, area: int, compiled: bool) -> Callable[[], object]:
+    """Of frames that no cache holds, as those of a chunk: there, memory limits what a kernel can win."""
+    channels, weight = layer.conv.in_channels, layer.conv.weight
+    side = max(8, int(min(area, _NORM_BYTES / (4 * channels * weight.element_size())) ** 0.5))
+    x = torch.zeros((1, channels, 4, side, side), dtype=weight.dtype, device=weight.device)
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    scale = torch.ones((1, channels), device=weight.device)
+    fitted, out = Fitted(x, scale, torch.zeros_like(scale), compiled=compiled), torch.empty_like(x)
+    return lambda: fitted.write(range(x.shape[2]), out)
 
 
 @torch.inference_mode()

@@ -31,7 +31,7 @@ from longvid.models.loading import load_model
 from longvid.numerics import Numerics, parse_layout, parse_paired_frames
 from longvid.offload import OffloadPolicy
 from longvid.plan import DirectionPlan, Offload, Plan, make_plan, parse_dtype, parse_offload
-from longvid.probe import choose_numerics, preferred_slice_bytes
+from longvid.probe import can_compute, choose_numerics, preferred_slice_bytes
 from longvid.profile import Profile, ProfileScope
 from longvid.push import Admission, PushDecoder, PushEncoder, Scope
 from longvid.store import LatentStore, open_store
@@ -83,6 +83,9 @@ class VideoSession:
         paired_frames: whether convolutions take frames in pairs, with a third fewer multiplications: ``"auto"`` (on a
             CPU, in float32 and in a bfloat16 decoder, if it is faster), ``"on"`` or ``"off"``. To rounding; recorded in
             the store.
+        compile: whether norm and activation may run as one kernel made by ``torch.compile``, on a CPU in channels last;
+            it is if it wins in a moment's race. Needs a C++ compiler, and some ten seconds once. To rounding; recorded
+            in the store.
         callbacks: called with a :class:`~longvid.events.ChunkEvent` after every chunk, in the caller's thread.
     """
 
@@ -101,10 +104,12 @@ class VideoSession:
         slice_frames: int | None = None,
         layout: str = "auto",
         paired_frames: str | bool = "auto",
+        compile: bool = False,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self._layout = parse_layout(layout)
         self._paired_frames = parse_paired_frames(paired_frames)
+        self._compile = compile
         if slice_frames is not None and slice_frames < 1:
             raise ScheduleError(f"slices of {slice_frames} frames were asked for; one frame is the least")
         self._slice_frames = slice_frames
@@ -251,11 +256,14 @@ class VideoSession:
         self, engine: Engine, direction: Direction, height: int, width: int, recorded: Recorded
     ) -> Numerics:
         """Of frames of this size; chosen once, so that all videos of a session are computed alike."""
-        if recorded.numerics is not None:
-            return Numerics(
-                layout=self._layout or recorded.numerics.layout,
-                paired_frames=recorded.numerics.paired_frames if self._paired_frames is None else self._paired_frames,
-            )
+        earlier = recorded.numerics
+        if (
+            earlier is not None
+            and self._layout in (None, earlier.layout)
+            and self._paired_frames in (None, earlier.paired_frames)
+            and can_compute(earlier, engine.dtype)
+        ):
+            return earlier
         if (direction, height, width) not in self._numerics:
             self._numerics[direction, height, width] = choose_numerics(
                 engine.model,
@@ -265,6 +273,7 @@ class VideoSession:
                 width=width,
                 layout=self._layout,
                 paired_frames=self._paired_frames,
+                compile=self._compile,
                 direction=direction,
             )
         return self._numerics[direction, height, width]

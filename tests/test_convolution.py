@@ -6,7 +6,14 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longvid.models.convolution import convolution, filters_of_pairs, paired, row_bands
+from longvid.models.convolution import (
+    accumulate,
+    convolution,
+    filters_of_pairs,
+    fuses_residuals,
+    paired,
+    row_bands,
+)
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
 
@@ -62,6 +69,63 @@ def test_a_pair_of_frames_equals_its_definition(dtype, bias):
     expected = F.conv3d(x.double(), weight.double(), None if offset is None else offset.double(), padding=(0, 1, 1))
     error = (out.double() - expected).norm() / expected.norm()
     assert error < {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}[dtype]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pair_is_added_onto_what_is_there(dtype, fused):
+    x = torch.randn(1, 16, 4, 7, 6, dtype=dtype).contiguous(memory_format=LAYOUTS[1])
+    weight, bias = torch.randn(12, 16, 3, 3, 3, dtype=dtype) / 20, torch.randn(12, dtype=dtype)
+    out = torch.randn(1, 12, 2, 7, 6, dtype=dtype).contiguous(memory_format=LAYOUTS[1])
+    before = out.clone()
+    with torch.inference_mode():
+        paired(x, filters_of_pairs(weight), bias, out, onto=True, fused=fused)
+    expected = before.double() + F.conv3d(x.double(), weight.double(), bias.double(), padding=(0, 1, 1))
+    assert (out.double() - expected).norm() / expected.norm() < {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+
+
+@pytest.mark.skipif(not fuses_residuals(torch.float32), reason="this build of PyTorch cannot")
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_convolution_is_added_in_place_and_in_any_parts_of_time_alike(dtype, flat, batch):
+    x = torch.randn(batch, 8, 6, 5, 7, dtype=dtype).contiguous(memory_format=LAYOUTS[1])
+    weight, bias = torch.randn(8, 8, 3, 3, 3, dtype=dtype) / 10, torch.randn(8, dtype=dtype)
+    start, padding = torch.randn(batch, 8, 4, 5, 7, dtype=dtype).contiguous(memory_format=LAYOUTS[1]), (0, 1, 1)
+    if flat:
+        x, weight, start, padding = x[:, :, 0], weight[:, :, 0], start[:, :, 0], (1, 1)
+    outs = []
+    for limit in (10**9, 4 * 8 * 5 * 7 * batch, 1):  # the last leaves it to bands of rows, and a sum apart
+        out = start.clone()
+        with torch.inference_mode():
+            accumulate(out, x, weight, bias, padding=padding, limit=limit)
+        outs.append(out)
+    expected = start.double() + (F.conv2d if flat else F.conv3d)(
+        x.double(), weight.double(), bias.double(), padding=padding
+    )
+    assert torch.equal(outs[0], outs[1])
+    for out, bound in zip(outs, (2e-3, 2e-3, 4e-3), strict=True):
+        error = (out.double() - expected).norm() / expected.norm()
+        assert error < (bound * (1 + batch) / 2 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_without_memory_nothing_is_added_twice():
+    """Every step that takes memory is done twice, as on a device that fails at its end."""
+    x = torch.randn(1, 16, 4, 7, 6).contiguous(memory_format=LAYOUTS[1])
+    weight, start = torch.randn(16, 16, 3, 3, 3), torch.randn(1, 16, 2, 7, 6).contiguous(memory_format=LAYOUTS[1])
+
+    def twice(step):
+        steps.append(step())
+        return step()
+
+    steps, outs = [], []
+    for attempt in (lambda step: step(), twice):
+        out = start.clone()
+        with torch.inference_mode():
+            paired(x, filters_of_pairs(weight), None, out, onto=True, attempt=attempt)
+        outs.append(out)
+    assert torch.equal(*outs)
+    assert len(steps) == 5  # the sum of two frames and four products
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -83,18 +83,19 @@ def test_spatial_norm_needs_a_latent():
         SpatialNormSiLU(4, 2, num_groups=1).fit(torch.zeros(1, 4, 1, 2, 2))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 3, 1000])
-def test_slabs_of_any_height_write_the_same(monkeypatch, rows):
+def test_slabs_of_any_height_write_the_same(monkeypatch, rows, dtype):
     from longvid.models import norms
 
-    norm = SpatialNormSiLU(8, 5, num_groups=2)
+    norm = SpatialNormSiLU(8, 5, num_groups=2).to(dtype)
     x, z = (
-        torch.randn(1, c, t, h, w).contiguous(memory_format=torch.channels_last_3d)
+        torch.randn(1, c, t, h, w, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
         for c, t, h, w in ((8, 4, 24, 16), (5, 2, 6, 4))
     )
     outs = []
-    for elements in (2**18, rows * 16 * 8):
-        monkeypatch.setattr(norms, "_SLAB_ELEMENTS", elements)
+    for num_bytes in (2**20, rows * 16 * 8 * dtype.itemsize):
+        monkeypatch.setattr(norms, "_SLAB_BYTES", num_bytes)
         outs.append(torch.empty_like(x))
         with torch.inference_mode():
             norm.fit(x, z).write(range(4), outs[-1])

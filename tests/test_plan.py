@@ -79,7 +79,7 @@ def run_for_real(model, direction, height, width, dtype, numerics=None, slice_el
     ready, tracker, peaks = placed(model, device, dtype), AllocationTracker(), []
     plan, p = model.geometry.schedule, model.geometry.pixels_per_latent
     module = ready.encoder if direction == "encode" else ready.decoder
-    with ConvCache(module, slice_elements=slice_elements, paired_frames=numerics.paired_frames) as cache:
+    with ConvCache(module, slice_elements=slice_elements, numerics=numerics) as cache:
         for chunk in (plan.full(i) for i in range(4)):
             if direction == "encode":
                 host, step = (
@@ -100,6 +100,8 @@ def run_for_real(model, direction, height, width, dtype, numerics=None, slice_el
 
 PLAIN, LAST = Numerics(), Numerics(layout="channels_last")
 PAIRED = Numerics(layout="channels_last", paired_frames=True)
+FUSED = Numerics(layout="channels_last", fused_residuals=True)
+ALL = Numerics(layout="channels_last", paired_frames=True, fused_residuals=True, compiled=True)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +115,10 @@ PAIRED = Numerics(layout="channels_last", paired_frames=True)
         ((64, 40), torch.float32, LAST, 1),
         ((32, 48), torch.float32, PAIRED, None),
         ((64, 40), torch.float32, PAIRED, 3),
+        ((32, 48), torch.bfloat16, FUSED, None),
+        ((64, 40), torch.float32, FUSED, 1),
+        ((32, 48), torch.float32, ALL, 3),
+        ((32, 48), torch.bfloat16, ALL, None),
     ],
 )
 @pytest.mark.parametrize("direction", ["encode", "decode"])

@@ -7,10 +7,12 @@ import torch
 import longvid.probe
 from longvid import ModelError, VideoSession, load_model, open_store
 from longvid.models.cogvideox import CogVideoXConfig, CogVideoXVAE
+from longvid.models.convolution import fuses_residuals
 from longvid.numerics import Numerics, parse_layout, parse_paired_frames
 from longvid.probe import choose_numerics, preferred_slice_bytes
 
 CPU = torch.device("cpu")
+FUSES = fuses_residuals(torch.float32)
 WIDE = {"block_out_channels": (16, 16, 16, 16), "norm_num_groups": 4, "layers_per_block": 1}
 
 
@@ -36,9 +38,9 @@ def test_small_frames_on_a_cpu_stay_contiguous_and_nothing_is_measured(wide, mon
 @pytest.mark.parametrize(
     ("seconds", "dtype", "expected"),
     [
-        ((1.0, 1.1), torch.float32, Numerics(layout="channels_last")),
+        ((1.0, 1.1), torch.float32, Numerics(layout="channels_last", fused_residuals=FUSES)),
         ((1.0, 1.3), torch.float32, Numerics()),
-        ((1.4, 1.0), torch.float32, Numerics(layout="channels_last", paired_frames=True)),
+        ((1.4, 1.0), torch.float32, Numerics(layout="channels_last", paired_frames=True, fused_residuals=FUSES)),
         ((1.4, 1.0), torch.bfloat16, Numerics(layout="channels_last")),
     ],
 )
@@ -51,7 +53,15 @@ def test_what_is_asked_for_is_taken(wide, monkeypatch):
     for layout in ("contiguous", "channels_last"):
         for paired in (False, True):
             found = chosen(wide, layout=layout, paired_frames=paired)
-            assert found == Numerics(layout=layout, paired_frames=paired)
+            fused = FUSES and layout == "channels_last"
+            assert found == Numerics(layout=layout, paired_frames=paired, fused_residuals=fused)
+
+
+def test_a_bfloat16_encoder_rounds_as_others_do(wide, monkeypatch):
+    """A residual within the convolution would take it beyond 0.02 of diffusers, and nearer to float32."""
+    asked = {"layout": "channels_last", "paired_frames": False, "dtype": torch.bfloat16}
+    assert not chosen(wide, direction="encode", **asked).fused_residuals
+    assert chosen(wide, direction="decode", **asked).fused_residuals == fuses_residuals(torch.bfloat16)
 
 
 def test_the_real_race_runs_in_both_forms(wide, monkeypatch):
@@ -96,7 +106,9 @@ def test_a_session_computes_as_asked_and_records_it(wide, frames, tmp_path, layo
     assert np.array_equal(a, b)  # slices never change a bit
     assert np.linalg.norm(a - c) <= 1e-5 * np.linalg.norm(c)
     assert np.array_equal(a, c) == (layout == "contiguous")  # pairs need channels last
-    assert stores[0].attrs["longvid"]["numerics"] == {"layout": layout, "paired_frames": paired}
+    fused = FUSES and layout == "channels_last"
+    expected = Numerics(layout=layout, paired_frames=paired, fused_residuals=fused)
+    assert Numerics.from_dict(stores[0].attrs["longvid"]["numerics"]) == expected
 
 
 def test_a_video_comes_back_alike_in_every_form(wide, frames, tmp_path):

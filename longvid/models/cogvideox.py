@@ -130,7 +130,7 @@ class Encoder(nn.Module):
         for stage in (*self.down_blocks, self.mid_block):
             for layer in stage.layers():
                 x = layer(x, cache)
-        normed = cache.attempt(partial(self.norm_out.fit, x))
+        normed = cache.attempt(partial(self.norm_out.fit, x, compiled=cache.numerics.compiled))
         del x
         return self.conv_out.stream(normed, cache)
 
@@ -170,7 +170,7 @@ class Decoder(nn.Module):
         for stage in (self.mid_block, *self.up_blocks):
             for layer in stage.layers():
                 x = layer(x, cache, z)
-        normed = cache.attempt(partial(self.norm_out.fit, x, z))
+        normed = cache.attempt(partial(self.norm_out.fit, x, z, compiled=cache.numerics.compiled))
         del x
         return self.conv_out.stream(normed, cache)
 

@@ -1,12 +1,14 @@
 """One convolution, kept out of the slow corners of the libraries that compute it.
 
-Four things are done here and nowhere else:
+Five things are done here and nowhere else:
 
 * On a CPU, PyTorch does not ask oneDNN for a float32 convolution when the first four sizes of its input multiply to
   20,480 or less, and takes 10 to 50 times longer; oneDNN is then called by its own name. (bfloat16 is not affected.)
 * Kernels address elements with 32 bits. Input and output of a call stay below a limit: longer inputs are cut in time,
   larger frames in bands of rows with a halo, whose doubly computed rows are thrown away. Nothing is blended and every
   element comes from the same products, in the same order on a CPU.
+* A residual is added within the kernel (:func:`accumulate`), where the library has a way: no output beside the
+  residual, no pass over both, one rounding.
 * Three taps in time over pairs of frames need four 2-D convolutions, not six: Winograd's minimal filtering F(2, 3)
   along time (:func:`paired`). A third fewer multiplications, to rounding.
 
@@ -18,15 +20,24 @@ Axes: B batch, C channels, T time, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Conv2d", "Conv3d", "convolution", "filters_of_pairs", "paired", "row_bands"]
+__all__ = [
+    "Conv2d",
+    "Conv3d",
+    "accumulate",
+    "convolution",
+    "filters_of_pairs",
+    "fuses_residuals",
+    "paired",
+    "row_bands",
+]
 
 MAX_ELEMENTS = 2**31 - 1
 
@@ -79,7 +90,7 @@ def _in_parts(
 ) -> Tensor:
     taps, halo = kernel[0], kernel[1] // 2
     time = x.shape[2] - taps + 1 if x.ndim == 5 else 1
-    frame = max(x.shape[1], out_channels) * x.shape[0] * x.shape[-2] * x.shape[-1]
+    frame = _frame_elements(x, out_channels)
     if frame * (time + taps - 1) <= limit:
         return call(x)
     longest = max(1, limit // frame - taps + 1)
@@ -95,6 +106,74 @@ def _in_parts(
     return out
 
 
+def _frame_elements(x: Tensor, out_channels: int) -> int:
+    return max(x.shape[1], out_channels) * x.shape[0] * x.shape[-2] * x.shape[-1]
+
+
+def accumulate(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    padding: tuple[int, ...],
+    limit: int = MAX_ELEMENTS,
+    attempt: Callable[[Callable[[], Tensor]], Tensor] = lambda step: step(),
+) -> None:
+    """``out += convolution(x)``, rounded once, and without a tensor for the convolution's own result.
+
+    Where the kernel cannot do that, which depends on the size of a frame and never on the number of frames, the two
+    are separate operations. The arguments are those of :func:`convolution`.
+
+    Args:
+        out: what the convolution would return, of one batch element and in channels last.
+        attempt: runs a step that takes memory and may be repeated; see :meth:`longvid.ConvCache.attempt`.
+    """
+    taps, frame = weight.shape[2] if x.ndim == 5 else 1, _frame_elements(x, len(weight))
+    if out.shape[0] > 1 or frame * taps > limit:
+        out.add_(attempt(lambda: convolution(x, weight, bias, padding=padding, limit=limit)))
+        return
+    longest, time = limit // frame - taps + 1, out.shape[2] if out.ndim == 5 else 1
+    for start in range(0, time, longest):
+        stop = min(start + longest, time)
+        part, target = (x[:, :, start : stop + taps - 1], out[:, :, start:stop]) if x.ndim == 5 else (x, out)
+        # A kernel that finds no memory has not begun, so repeating it adds nothing twice.
+        attempt(partial(_accumulate, target, part, weight, bias, padding))
+
+
+def _accumulate(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> Tensor:
+    x, ones = x.contiguous(memory_format=_layout(x)), (1,) * (x.ndim - 2)
+    if out.is_meta:  # what a dry run has to see are the operations and that nothing is allocated
+        zeros = (0,) * (x.ndim - 2)
+        result = torch.ops.aten.convolution.out(x, weight, bias, ones, padding, ones, False, zeros, 1, out=out)
+    else:
+        result = _onednn_sum()(out, x, weight, bias, padding, ones, ones, 1, "add", None, None, [], None)
+    return cast("Tensor", result)
+
+
+def _onednn_sum() -> Any:
+    # PyTorch has no public name for oneDNN's sum: this is what its own compiler calls.
+    return torch.ops.mkldnn._convolution_pointwise_.binary
+
+
+@cache
+def fuses_residuals(dtype: torch.dtype) -> bool:
+    """Whether the CPU's library adds onto a tensor here, in this version of PyTorch, and what it should."""
+    if not _has_onednn() or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    last = torch.channels_last_3d
+    with torch.inference_mode():
+        ramp = torch.linspace(-1, 1, 8 * 3 * 4 * 4).view(1, 8, 3, 4, 4).to(dtype).contiguous(memory_format=last)
+        weight = torch.linspace(-1, 1, 8 * 8 * 27).view(8, 8, 3, 3, 3).to(dtype)
+        expected = 1 + F.conv3d(ramp, weight, padding=(0, 1, 1)).float()
+        out = torch.ones((1, 8, 1, 4, 4), dtype=dtype).contiguous(memory_format=last)
+        try:
+            _accumulate(out, ramp, weight, None, (0, 1, 1))
+        except (AttributeError, RuntimeError, TypeError):  # gone, not built in, or other arguments
+            return False
+    return bool(torch.allclose(out.float(), expected, rtol=0.02, atol=0.02))
+
+
 def filters_of_pairs(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four 2-D kernels that take the place of one with three taps in time; see :func:`paired`."""
     first, middle, last = weight.unbind(2)
@@ -103,7 +182,15 @@ def filters_of_pairs(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def paired(
-    x_BCTHW: Tensor, filters: tuple[Tensor, ...], bias: Tensor | None, out_BCTHW: Tensor, *, limit: int = MAX_ELEMENTS
+    x_BCTHW: Tensor,
+    filters: tuple[Tensor, ...],
+    bias: Tensor | None,
+    out_BCTHW: Tensor,
+    *,
+    onto: bool = False,
+    fused: bool = False,
+    limit: int = MAX_ELEMENTS,
+    attempt: Callable[[Callable[[], Tensor]], Tensor] = lambda step: step(),
 ) -> None:
     """Two output frames of a convolution with three taps in time, from four input frames, by four 2-D convolutions.
 
@@ -111,6 +198,8 @@ def paired(
 
         m0 = (d0 - d2) g0    m1 = (d1 + d2) (g0 + g1 + g2) / 2    m2 = (d2 - d1) (g0 - g1 + g2) / 2    m3 = (d1 - d3) g2
         y0 = m0 + m1 + m2    y1 = m1 - m2 - m3
+
+    of which m0 and -m3 are added last, by :func:`accumulate` if that is ``fused``.
 
     Sums of inputs and of taps are rounded to the dtype. In float32 the result is as near to the truth as the plain
     form; in bfloat16 its error is about twice that of the plain form.
@@ -120,7 +209,10 @@ def paired(
         filters: from :func:`filters_of_pairs`.
         bias: (out channels,) or None.
         out_BCTHW: two frames, written; dense in each frame.
+        onto: add to what ``out`` holds.
+        fused: see above.
         limit: as for :func:`convolution`.
+        attempt: as for :func:`accumulate`.
 
     Source: Lavin and Gray 2016, arXiv 1509.09308, in one dimension; Winograd 1980.
     """
@@ -129,16 +221,26 @@ def paired(
     padding = (filters[0].shape[-2] // 2, filters[0].shape[-1] // 2)
 
     def product(d: Tensor, index: int, bias: Tensor | None = None) -> Tensor:
-        return convolution(d, filters[index], bias, padding=padding, limit=limit)
+        return attempt(lambda: convolution(d, filters[index], bias, padding=padding, limit=limit))
 
-    d = d1 + d2
+    def add(y: Tensor, d: Tensor, index: int) -> None:
+        if fused:
+            accumulate(y, d, filters[index], None, padding=padding, limit=limit, attempt=attempt)
+        else:
+            y.add_(product(d, index))
+
+    d = attempt(lambda: d1 + d2)
     m1 = product(d, 1, bias)
     m2 = product(torch.sub(d2, d1, out=d), 2)
-    torch.add(m1, m2, out=y0)
-    torch.sub(m1, m2, out=y1)
+    if onto:
+        y0.add_(m1).add_(m2)
+        y1.add_(m1).sub_(m2)
+    else:
+        torch.add(m1, m2, out=y0)
+        torch.sub(m1, m2, out=y1)
     del m1, m2
-    y0.add_(product(torch.sub(d0, d2, out=d), 0))
-    y1.sub_(product(torch.sub(d1, d3, out=d), 3))
+    add(y0, torch.sub(d0, d2, out=d), 0)
+    add(y1, torch.sub(d3, d1, out=d), 3)
 
 
 def row_bands(height: int, *, halo: int, row: int, limit: int) -> list[tuple[range, range]]:

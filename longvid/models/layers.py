@@ -21,14 +21,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longvid.cache import ConvCache, Window
-from longvid.models.convolution import Conv2d, Conv3d, convolution, filters_of_pairs, paired, row_bands
+from longvid.models.convolution import (
+    Conv2d,
+    Conv3d,
+    accumulate,
+    convolution,
+    filters_of_pairs,
+    paired,
+    row_bands,
+)
 from longvid.models.norms import GroupNormSiLU, Producer, SpatialNormSiLU
 from longvid.workspace import TensorKind, layout_of
 
@@ -151,21 +159,29 @@ class CausalConv3d(nn.Module):
     def _pairs(self, like: Tensor, cache: ConvCache) -> bool:
         """Whether frames are convolved in pairs: thin layers gain nothing, and other layouts have no dense frames."""
         return (
-            cache.paired_frames
+            cache.numerics.paired_frames
             and self.conv.kernel_size[0] == 3
             and min(self.conv.in_channels, self.conv.out_channels) >= _LEAST_PAIRED_CHANNELS
             and layout_of(like) == torch.channels_last_3d
         )
 
     def stream(
-        self, source: Producer, cache: ConvCache, *, finish: Finish | None = None, overwrite: bool = False
+        self,
+        source: Producer,
+        cache: ConvCache,
+        *,
+        onto: Tensor | None = None,
+        finish: Finish | None = None,
+        overwrite: bool = False,
     ) -> Tensor:
         """Convolve what ``source`` writes, slice by slice, into T output frames. Every slicing gives the same.
 
         Args:
             source: writes the input into the window; let go of as soon as nothing reads from it any more.
             cache: of the video; its ``slice_elements`` says how long slices are.
-            finish: changes the output of a slice in place, before it is stored: the place of a residual.
+            onto: a residual in the shape of the output: the output is added to it in place, and it is returned.
+            finish: changes the output of a slice in place, before it is stored: the place of a residual that has yet
+                to be computed.
             overwrite: the output may take the place of what the source reads, if it is in slices and of its shape.
                 Slices of the output then overwrite what the source has read.
 
@@ -176,8 +192,8 @@ class CausalConv3d(nn.Module):
         B, _, T, H, W = like.shape
         kind, shape = TensorKind.of(like), (B, self.conv.out_channels, T, H, W)
         pieces, in_pairs = self.slices(like, cache), self._pairs(like, cache)
-        out: Tensor | None = None
-        if len(pieces) > 1:
+        out = onto
+        if out is None and len(pieces) > 1:
             reuse = overwrite and like.shape == shape
             out = like if reuse else cache.attempt(partial(cache.workspace.take, shape, kind))
         with cache.window(self, like=like, frames=max(map(len, pieces))) as window:
@@ -187,30 +203,46 @@ class CausalConv3d(nn.Module):
                 cache.attempt(partial(source.write, piece, window.new))
                 if piece.stop == T:
                     source.release()
-                if filters is not None:
-                    if out is None:
-                        out = cache.attempt(partial(cache.workspace.take, shape, kind))
-                    y = out[:, :, piece.start : piece.stop]
-                    self._convolve_pairs(window, filters, y)
+                if filters is not None and out is None:
+                    out = cache.attempt(partial(cache.workspace.take, shape, kind))
+                part = None if out is None else out[:, :, piece.start : piece.stop]
+                if filters is not None and part is not None:
+                    self._convolve_pairs(window, filters, part, onto is not None, cache)
+                elif onto is not None and part is not None:
+                    self._accumulate(part, window.input(), cache)
                 else:
                     y = self.convolve(window)
+                    part = y if part is None else part.copy_(y)
+                    del y
                 if finish is not None:
-                    finish(piece, y)
+                    finish(piece, part)
                 if out is None:
-                    return y
-                if filters is None:
-                    out[:, :, piece.start : piece.stop].copy_(y)
-                del y
+                    return part
+                del part
         assert out is not None
         return out
 
-    def _convolve_pairs(self, window: Window, filters: tuple[Tensor, ...], out: Tensor) -> None:
-        x, bias, limit = window.input(), self.conv.bias, window.max_conv_elements
+    def _convolve_pairs(
+        self, window: Window, filters: tuple[Tensor, ...], out: Tensor, onto: bool, cache: ConvCache
+    ) -> None:
+        x, limit, fused = window.input(), window.max_conv_elements, cache.numerics.fused_residuals
         for t in range(0, out.shape[2] - 1, 2):
-            pair = partial(paired, x[:, :, t : t + 4], filters, bias, out[:, :, t : t + 2], limit=limit)
-            window.attempt(pair)
+            pair, ins = out[:, :, t : t + 2], x[:, :, t : t + 4]
+            paired(ins, filters, self.conv.bias, pair, onto=onto, fused=fused, limit=limit, attempt=cache.attempt)
         if out.shape[2] % 2:
-            out[:, :, -1:].copy_(window.attempt(lambda: self._conv(x[:, :, -3:], limit)))
+            last, ins = out[:, :, -1:], x[:, :, -3:]
+            if onto:
+                self._accumulate(last, ins, cache)
+            else:
+                last.copy_(window.attempt(lambda: self._conv(ins, limit)))
+
+    def _accumulate(self, out: Tensor, x: Tensor, cache: ConvCache) -> None:
+        conv, limit = self.conv, cache.max_conv_elements
+        if cache.numerics.fused_residuals and layout_of(x) == torch.channels_last_3d:
+            padding = cast("tuple[int, ...]", conv.padding)
+            accumulate(out, x, conv.weight, conv.bias, padding=padding, limit=limit, attempt=cache.attempt)
+        else:
+            out.add_(cache.attempt(lambda: self._conv(x, limit)))
 
     def convolve(self, window: Window) -> Tensor:
         """Convolve a window whose new frames are written; in parts where it is too large for one call."""
@@ -265,17 +297,18 @@ class ResnetBlock(nn.Module):
     def forward(self, x_BCTHW: Tensor, cache: ConvCache, latent: Tensor | None = None) -> Tensor:
         """(B, in, T, H, W) to (B, out, T, H, W). Alive at the peak: the input, the hidden state, one window, one slice.
 
-        In one slice the hidden state is gone when the second convolution runs, and the output takes its place.
+        The input is taken over: without a shortcut, the output is added to it in place. With one, the output takes the
+        place of the hidden state.
         """
-        h = self.conv1.stream(cache.attempt(partial(self.norm1.fit, x_BCTHW, latent)), cache)
-        normed = cache.attempt(partial(self.norm2.fit, h, latent))
+        compiled = cache.numerics.compiled
+        h = self.conv1.stream(cache.attempt(partial(self.norm1.fit, x_BCTHW, latent, compiled=compiled)), cache)
+        normed = cache.attempt(partial(self.norm2.fit, h, latent, compiled=compiled))
         del h
-        return self.conv2.stream(normed, cache, finish=partial(self._add, x_BCTHW, cache), overwrite=True)
-
-    def _add(self, x_BCTHW: Tensor, cache: ConvCache, frames: range, y_BCTHW: Tensor) -> None:
         if not hasattr(self, "conv_shortcut"):
-            y_BCTHW.add_(x_BCTHW[:, :, frames.start : frames.stop])
-            return
+            return self.conv2.stream(normed, cache, onto=x_BCTHW)
+        return self.conv2.stream(normed, cache, finish=partial(self._add_shortcut, x_BCTHW, cache), overwrite=True)
+
+    def _add_shortcut(self, x_BCTHW: Tensor, cache: ConvCache, frames: range, y_BCTHW: Tensor) -> None:
         weight, bias = self.conv_shortcut.weight[:, :, 0], self.conv_shortcut.bias
         for i, t in enumerate(frames):
             shortcut = partial(convolution, x_BCTHW[:, :, t], weight, bias, padding=(0, 0))

@@ -7,8 +7,9 @@ Two layouts, two ways to the same numbers:
 
 * contiguous on a CPU: moments from ``torch.native_group_norm``, rounding where plain modules round. Bit for bit what
   they give (decision 2).
-* channels last: moments of every channel in one pass without an output, joined to groups; the maps of a spatial norm
-  are folded into its scale and shift at the size of the latent. To rounding.
+* channels last: moments of every channel in one pass without an output, joined to groups. In float32 the maps of a
+  spatial norm are folded into its scale and shift at the size of the latent; narrower dtypes round between norm, maps
+  and activation, as plain modules do. To rounding.
 
 Axes: B batch, C channels, T time, H height, W width; lower-case t h w are those of a latent.
 """
@@ -21,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longvid.models import triton_norm
+from longvid.models import compiled_norm, triton_norm
 from longvid.workspace import layout_of
 
 __all__ = ["Fitted", "GroupNormSiLU", "Producer", "SpatialNormSiLU", "group_moments"]
 
-_SLAB_ELEMENTS = 2**18
-"of the float32 copy that a slab of rows is normalised in: it stays in a core's cache between the operations"
+_SLAB_BYTES = 2**20
+"of a slab of rows, which stays in a core's cache from one operation on it to the next"
 _NORM_CALLS = 4
 "in how many parts moments are gathered where the kernel writes a copy that nobody needs"
 
@@ -57,16 +58,29 @@ class Fitted:
         scale_BC: float32, the norm's own weight in it.
         shift_BC: float32; the norm is x * scale + shift.
         maps: y and b at the latent's size, (B, C, t, h, w): the norm is then multiplied by y, and b added.
+        compiled: by one kernel of :mod:`longvid.models.compiled_norm`; in channels last only.
     """
 
     def __init__(
-        self, x_BCTHW: Tensor, scale_BC: Tensor, shift_BC: Tensor, maps: tuple[Tensor, Tensor] | None = None
+        self,
+        x_BCTHW: Tensor,
+        scale_BC: Tensor,
+        shift_BC: Tensor,
+        maps: tuple[Tensor, Tensor] | None = None,
+        *,
+        compiled: bool = False,
     ) -> None:
         self._x: Tensor | None = x_BCTHW
         self._scale, self._shift, self._maps = scale_BC, shift_BC, maps
         self._triton = triton_norm.available(x_BCTHW)
         self._folded: tuple[Tensor, Tensor] | None = None
-        if maps is not None and layout_of(x_BCTHW) == torch.channels_last_3d and not self._triton:
+        last = layout_of(x_BCTHW) == torch.channels_last_3d and not self._triton
+        # A side of one is a size that torch.compile makes a kernel of its own for; such frames are not worth it.
+        self._compiled = compiled and last and (maps is None or min(maps[0].shape[3:]) > 1)
+        if maps is not None and self._compiled:  # kernels are made for strides as well
+            y, b = (m.contiguous(memory_format=torch.channels_last_3d) for m in maps)
+            self._maps = y, b
+        elif maps is not None and last and x_BCTHW.dtype == torch.float32:
             # (x s + t) y + b = x (s y) + (t y + b)
             y, b = (m.to(torch.float32, memory_format=torch.channels_last_3d) for m in maps)
             wide = (slice(None), slice(None), None, None, None)
@@ -91,6 +105,10 @@ class Fitted:
         if self._triton:
             latents = [_latent_frame(t, T, self._maps[0].shape[2]) for t in frames] if self._maps else None
             triton_norm.apply_silu(x, out_BCTHW, self._scale, self._shift, self._maps, latents)
+        elif self._compiled:
+            for i, t in enumerate(_allocating(frames, x)):
+                maps = self._maps_of(t, T)
+                compiled_norm.apply_silu(x[:, :, i], out_BCTHW[:, :, i], self._scale, self._shift, maps)
         elif layout_of(self.like) == torch.channels_last_3d:
             for i, t in enumerate(_allocating(frames, x)):
                 self._write_slabs(x[:, :, i], out_BCTHW[:, :, i], t, T)
@@ -116,46 +134,52 @@ class Fitted:
 
     def _write_slabs(self, x_BCHW: Tensor, out_BCHW: Tensor, t: int, T: int) -> None:
         """One frame in channels last, in slabs of rows small enough to stay in a cache from operation to operation."""
-        B, C, H, W = x_BCHW.shape
-        x_BHWC, out_BHWC = x_BCHW.permute(0, 2, 3, 1), out_BCHW.permute(0, 2, 3, 1)
-        if self._folded is None:
-            h, w = H, 1
-        else:
-            h, w = self._folded[0].shape[-2:]
-            scale_BhwC, shift_BhwC = (
-                m[:, :, _latent_frame(t, T, m.shape[2])].permute(0, 2, 3, 1) for m in self._folded
-            )
-        repeat = H // h  # rows of x to a row of the maps
-        step = max(1, _SLAB_ELEMENTS // (repeat * W * C)) if x_BCHW.device.type in ("cpu", "meta") else h
-        narrow = out_BCHW.dtype != torch.float32
-        shape = (min(step, h), repeat, w, W // w, C)
-        wide = torch.empty(shape, dtype=torch.float32, device=x_BCHW.device) if narrow else None
+        # Batch norm with given statistics is the kernel that computes x * scale + shift in float32 and rounds once.
+        mean, variance = torch.zeros_like(self._scale[0]), torch.ones_like(self._scale[0])
+        unused = mean.new_empty(0), mean.new_empty(0)
         if x_BCHW.is_meta:  # nothing else is allocated, and a dry run need not go over hundreds of slabs
             return
+        B, C, H, W = x_BCHW.shape
+        maps = self._maps_of(t, T)
+        h = H if maps is None else maps[0].shape[2]
+        repeat = H // h  # rows of x to a row of the maps
+        slab_bytes = repeat * W * C * x_BCHW.element_size()
+        step = max(1, _SLAB_BYTES // slab_bytes) if x_BCHW.device.type == "cpu" else h
         for batch in range(B):
+            one = slice(batch, batch + 1)
             for row in range(0, h, step):
                 rows = slice(row * repeat, min(row + step, h) * repeat)
-                slab, target = (a[batch, rows].view(-1, repeat, w, W // w, C) for a in (x_BHWC, out_BHWC))
-                if self._folded is None:
+                slab, target = x_BCHW[one, :, rows], out_BCHW[one, :, rows]
+                y, b = (None, None) if maps is None else (m[one, :, row : row + step] for m in maps)
+                if x_BCHW.dtype != torch.float32:
                     scale, shift = self._scale[batch], self._shift[batch]
+                    torch.native_batch_norm(slab, scale, shift, mean, variance, False, 0.0, 0.0, out=(target, *unused))
+                    if y is not None and b is not None:
+                        _multiply_add(target, y, b, out=target)
+                elif y is None or b is None:
+                    wide = (one, slice(None), None, None)
+                    torch.addcmul(self._shift[wide], slab, self._scale[wide], out=target)
                 else:
-                    scale, shift = (m[batch, row : row + step, None, :, None] for m in (scale_BhwC, shift_BhwC))
-                if wide is None:
-                    torch.addcmul(shift, slab, scale, out=target)
-                else:
-                    copy = wide[: len(slab)].copy_(slab)
-                    target.copy_(torch.addcmul(shift, copy, scale, out=copy))
+                    _multiply_add(slab, y, b, out=target)
                 F.silu(target, inplace=True)
 
+    def _maps_of(self, t: int, T: int) -> tuple[Tensor, Tensor] | None:
+        """Of a feature frame, (B, C, h, w) each; folded if they are."""
+        maps = self._folded or self._maps
+        if maps is None:
+            return None
+        y, b = (m[:, :, _latent_frame(t, T, m.shape[2])] for m in maps)
+        return y, b
 
-def _fit(norm: nn.GroupNorm, x: Tensor, maps: tuple[Tensor, Tensor] | None = None) -> Fitted:
+
+def _fit(norm: nn.GroupNorm, x: Tensor, maps: tuple[Tensor, Tensor] | None, compiled: bool) -> Fitted:
     """Statistics over the chunk, folded with the norm's own weight and bias, in float32."""
     mean, rstd = group_moments(x, norm.num_groups, norm.eps)
     repeats = x.shape[1] // norm.num_groups
     scale = rstd.repeat_interleave(repeats, dim=1).mul_(norm.weight.float())
     # addcmul, not a product and a sum: it rounds once, as the kernels of torch.group_norm do.
     shift = torch.addcmul(norm.bias.float(), mean.repeat_interleave(repeats, dim=1), scale, value=-1)
-    return Fitted(x, scale, shift, maps)
+    return Fitted(x, scale, shift, maps, compiled=compiled)
 
 
 def group_moments(x_BCTHW: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -245,9 +269,9 @@ def _moments_by_frame(x_BCTHW: Tensor, num_groups: int, eps: float) -> tuple[Ten
 class GroupNormSiLU(nn.GroupNorm):
     """GroupNorm over the frames of a chunk, then SiLU, written where the next convolution reads."""
 
-    def fit(self, x_BCTHW: Tensor, latent: Tensor | None = None) -> Fitted:
+    def fit(self, x_BCTHW: Tensor, latent: Tensor | None = None, *, compiled: bool = False) -> Fitted:
         """First pass: the statistics of x. Second pass: :meth:`Fitted.write`."""
-        return _fit(self, x_BCTHW)
+        return _fit(self, x_BCTHW, None, compiled)
 
 
 class SpatialNormSiLU(nn.Module):
@@ -265,11 +289,11 @@ class SpatialNormSiLU(nn.Module):
         self.conv_y = _Named(latent_channels, channels)
         self.conv_b = _Named(latent_channels, channels)
 
-    def fit(self, x_BCTHW: Tensor, latent: Tensor | None = None) -> Fitted:
+    def fit(self, x_BCTHW: Tensor, latent: Tensor | None = None, *, compiled: bool = False) -> Fitted:
         """First pass: the statistics of x and the maps of the latent (B, c, t, h, w), which this norm needs."""
         if latent is None:
             raise ValueError("a spatial norm is steered by a latent; none was given")
-        return _fit(self.norm_layer, x_BCTHW, (self.conv_y.conv(latent), self.conv_b.conv(latent)))
+        return _fit(self.norm_layer, x_BCTHW, (self.conv_y.conv(latent), self.conv_b.conv(latent)), compiled)
 
 
 class _Named(nn.Module):
@@ -290,6 +314,15 @@ def _latent_frame(t: int, num_frames: int, num_latents: int) -> int:
     if num_frames > 1 and num_frames % 2 == 1:
         return 0 if t == 0 else 1 + (t - 1) * (num_latents - 1) // (num_frames - 1)
     return t * num_latents // num_frames
+
+
+def _multiply_add(x_BCHW: Tensor, y_BChw: Tensor, b_BChw: Tensor, *, out: Tensor) -> None:
+    """out = x * y + b in channels last, both maps read as if enlarged to x by nearest neighbour."""
+    _, C, H, W = x_BCHW.shape
+    h, w = y_BChw.shape[2:]
+    x, target = (a.permute(0, 2, 3, 1).view(h, H // h, w, W // w, C) for a in (x_BCHW, out))
+    y, b = (m[0].permute(1, 2, 0)[:, None, :, None] for m in (y_BChw, b_BChw))
+    torch.addcmul(b, x, y, out=target)
 
 
 def _modulate(frame_BCHW: Tensor, scale_BChw: Tensor, offset_BChw: Tensor) -> None:
