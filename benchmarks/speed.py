@@ -55,7 +55,7 @@ from longvid.machine import describe_machine
 from longvid.models.base import CausalVAE
 from longvid.numerics import Numerics
 from longvid.plan import make_plan
-from longvid.probe import choose_numerics, preferred_slice_bytes
+from longvid.probe import choose_numerics, fresh_memory_is_slow, preferred_slice_bytes
 from longvid.residency import Residency
 from longvid.step import memory_format
 from longvid.transfer import HostTransfer
@@ -142,6 +142,7 @@ def open_longvid(
         offload="all" if least else "auto",
         slice_frames=1 if least else None,
         slice_bytes=preferred_slice_bytes(CPU),
+        keep_workspace=fresh_memory_is_slow(CPU),
         directions=(direction,),
     ).direction(direction)
     module, run = (model.encoder, model.encode) if direction == "encode" else (model.decoder, model.decode)
@@ -151,6 +152,7 @@ def open_longvid(
             module,
             slice_elements=part.slicing.elements,
             numerics=numerics,
+            keep_workspace=part.keeps_workspace,
             residency=Residency(part.placement, transfer, host_sizes=part.host_sizes),
         )
     )

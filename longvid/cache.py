@@ -87,6 +87,8 @@ class ConvCache:
             more elements than this, but of one frame at least. Slices save memory and never change a result.
         numerics: which of several forms the layers compute in, beside the layout, which is that of their input.
         residency: where the contexts live; on the device by default.
+        keep_workspace: keep the memory of the layers between them and between chunks, see
+            :class:`~longvid.workspace.Workspace`.
 
     Use it in a ``with`` statement; leaving it frees every context. Each chunk runs inside :meth:`chunk`. If a chunk
     fails, all contexts are dropped at once and the cache refuses further use: they would be of mixed age.
@@ -100,12 +102,14 @@ class ConvCache:
         slice_elements: int = 2**31 - 1,
         numerics: Numerics = Numerics(),  # noqa: B008 - a frozen value
         residency: Residency | None = None,
+        keep_workspace: bool = False,
     ) -> None:
         self.max_conv_elements = max_conv_elements
         self.slice_elements = slice_elements
         self.numerics = numerics
-        self.workspace = Workspace()
-        "memory that the layers of this video take turns with; empty between chunks"
+        self.workspace = Workspace(keep=keep_workspace)
+        "memory that the layers of this video take turns with; empty between chunks unless it is kept"
+        self._keep_workspace = keep_workspace
         self._residency = residency or Residency()
         self._entries = {
             layer: _Entry(path) for path, layer in module.named_modules() if getattr(layer, "context_frames", 0) > 0
@@ -225,7 +229,8 @@ class ConvCache:
             self._drop(_State.FAILED)
             raise
         finally:
-            self.workspace.clear()
+            if not self._keep_workspace:
+                self.workspace.clear()
             self._in_chunk = False
 
     def _require_all_advanced(self) -> None:
@@ -345,7 +350,7 @@ class Window:
             self.input()
             self._cache._residency.done(self._entry.path)
         self._tensor = self._cache._open_path = None
-        if len(self._piece) == self._num_frames:
+        if len(self._piece) == self._num_frames and not self._cache._keep_workspace:
             # Memory of this size is better given up than kept beside the statistics of the next norm.
             self._cache.workspace.clear()
 

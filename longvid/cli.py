@@ -218,8 +218,10 @@ def _plan(args: argparse.Namespace) -> int:
     from longvid.models.base import resolve_device
     from longvid.numerics import Numerics, parse_layout, parse_paired_frames
     from longvid.plan import make_plan
+    from longvid.probe import fresh_memory_is_slow
 
     height, width = args.size
+    device = resolve_device(args.device)
     plan = make_plan(
         args.model,
         height=height,
@@ -233,7 +235,8 @@ def _plan(args: argparse.Namespace) -> int:
             paired_frames=bool(parse_paired_frames(args.paired_frames)),
         ),
         slice_frames=args.slice_frames,
-        reserved=default_reserved_bytes(resolve_device(args.device)) if args.reserved is None else args.reserved,
+        reserved=default_reserved_bytes(device) if args.reserved is None else args.reserved,
+        keep_workspace=fresh_memory_is_slow(device),
     )
     print(json.dumps(plan.to_dict()) if args.json else plan.explain())
     return 0

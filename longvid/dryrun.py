@@ -24,6 +24,8 @@ from longvid.timeline import Step, Timeline
 __all__ = ["dry_run", "skeleton_of"]
 
 _META = torch.device("meta")
+_MOST_SETTLING = 6
+"chunks; two are usual"
 
 
 def skeleton_of(model: CausalVAE, dtype: torch.dtype) -> CausalVAE:
@@ -47,8 +49,12 @@ def dry_run(
     *,
     numerics: Numerics | None = None,
     slice_elements: int = 2**31 - 1,
+    keep_workspace: bool = False,
 ) -> Timeline:
-    """Run the first chunk and a middle one on meta tensors, and note bytes and, of the middle one, FLOPs."""
+    """Run the first chunk and a middle one on meta tensors, and note bytes and, of the middle one, FLOPs.
+
+    If the workspace is kept, middle chunks run until it has settled, and the highest of them counts.
+    """
     numerics = numerics or Numerics()
     p = model.geometry.pixels_per_latent
 
@@ -66,6 +72,7 @@ def dry_run(
         slice_elements=slice_elements,
         numerics=numerics,
         residency=probe,
+        keep_workspace=keep_workspace,
     ) as cache:
         first_host, middle_host = (
             host(schedule.full(0)),
@@ -78,6 +85,15 @@ def dry_run(
         with probe.flop_counter, probe.tracker:
             run(model, cache, middle_host, device=_META, dtype=dtype, layout=layout)
         steady_lead, steady, flops = probe.take()
+        for _ in range(_MOST_SETTLING if keep_workspace else 0):
+            before = cache.workspace.sizes
+            with probe.tracker:
+                run(model, cache, middle_host, device=_META, dtype=dtype, layout=layout)
+            lead, later, _ = probe.take()
+            steady_lead = max(steady_lead, lead)
+            steady = {layer: [*steady[layer], *later[layer]] for layer in steady}
+            if cache.workspace.sizes == before:
+                break
         context_bytes = probe.layer_bytes()
     return Timeline(
         steps=tuple(

@@ -157,6 +157,7 @@ class Run:
             slice_elements=part.slicing.elements,
             numerics=part.numerics,
             residency=self._residency,
+            keep_workspace=part.keeps_workspace,
         )
         self._layout = memory_format(part.numerics)
         self.meter = DeviceMeter(engine.device, engine.weights_bytes)

@@ -100,6 +100,8 @@ class DirectionPlan:
     chunk_frames: int
     numerics: Numerics = field(default_factory=Numerics)
     slicing: Slicing = field(default_factory=lambda: Slicing())
+    keeps_workspace: bool = False
+    "whether the layers' memory is kept from chunk to chunk"
     least_timeline: Timeline | None = field(default=None, repr=False)
     "with the shortest slices; None if there are none shorter than the plan's"
     suggestions: tuple[str, ...] = ()
@@ -194,6 +196,7 @@ class DirectionPlan:
             "prefetch_bytes": self.placement.prefetch_bytes,
             "slice_frames": self.slicing.frames,
             "slice_elements": self.slicing.elements,
+            "keeps_workspace": self.keeps_workspace,
             "numerics": self.numerics.to_dict(),
             "suggestions": list(self.suggestions),
             "rates": asdict(self.rates),
@@ -295,6 +298,8 @@ class Plan:
         for label, key in _ROWS:
             lines.append(f"{label:28}" + "".join(f"{format_bytes(getattr(part, key)):>14}" for part in parts))
         lines.append(f"{'layers run in':28}" + "".join(f"{part.slicing!s:>14}" for part in parts))
+        kept = ("kept" if part.keeps_workspace else "given up" for part in parts)
+        lines.append(f"{'memory between chunks':28}" + "".join(f"{words:>14}" for words in kept))
         if self.allowed_bytes is not None:
             lines.append(f"{'fits':28}" + "".join(f"{'yes' if self.fits(d) else 'no':>14}" for d in directions))
         for direction, part in zip(directions, parts, strict=True):
@@ -350,6 +355,7 @@ def make_plan(
     numerics: Numerics | Mapping[Direction, Numerics] | None = None,
     slice_frames: int | Mapping[Direction, int | None] | None = None,
     slice_bytes: int | None = None,
+    keep_workspace: bool = False,
 ) -> Plan:
     """Plan encoding and decoding of ``height`` x ``width`` frames. Needs no weights, no device and about a second.
 
@@ -373,6 +379,8 @@ def make_plan(
         slice_frames: frames of a slice in the layer with the largest frames; None for the longest slices that fit the
             budget, whole chunks first. A mapping gives each direction its own.
         slice_bytes: most bytes of a slice if ``slice_frames`` is None, for devices that prefer short ones.
+        keep_workspace: keep the layers' memory from chunk to chunk if that fits without offloading, for devices on
+            which fresh memory is slow.
 
     Raises:
         ModelError: the model, the dtype or the policy cannot be used.
@@ -397,6 +405,7 @@ def make_plan(
         numerics if isinstance(numerics, Mapping) else dict.fromkeys(_DIRECTIONS, numerics or Numerics()),
         slice_frames if isinstance(slice_frames, Mapping) else dict.fromkeys(_DIRECTIONS, slice_frames),
         slice_bytes,
+        keep_workspace,
     )
     padded = vae.geometry.padded_size(height, width)
     chosen: tuple[ChunkSchedule, dict[Direction, DirectionPlan]] | None = None
@@ -457,6 +466,7 @@ class _Planner:
         numerics: Mapping[Direction, Numerics],
         slice_frames: Mapping[Direction, int | None],
         slice_bytes: int | None,
+        keep_workspace: bool,
     ) -> None:
         self._model = model
         self._dtype = dtype
@@ -466,6 +476,7 @@ class _Planner:
         self._rates = rates
         self._numerics = numerics
         self._slice_frames = slice_frames
+        self._keep_workspace = keep_workspace
         self._most_elements = 2**31 - 1 if slice_bytes is None else min(2**31 - 1, slice_bytes // dtype.itemsize)
         self._timelines: dict[tuple[object, ...], Timeline] = {}
         self._frames: dict[Direction, tuple[int, int]] = {}
@@ -488,14 +499,17 @@ class _Planner:
     ) -> DirectionPlan:
         """A direction with the slices and the placement that the policy and the limits give it.
 
-        Shorter slices cost next to nothing, transfers may cost a lot: contexts leave only if the shortest slices are
-        not enough.
+        Memory that is kept saves time, shorter slices cost next to nothing, transfers may cost a lot: contexts leave
+        only if the shortest slices are not enough.
         """
         candidates = self._slicings(direction, height, width, schedule)
         least = self._timeline(direction, height, width, self._dtype, schedule, candidates[-1])
         staying = OffloadPolicy("none") if policy.kind == "auto" else policy
-        for slicing in candidates:
-            part = self._part(direction, height, width, schedule, policy, slicing, least)
+        tried = [(slicing, False) for slicing in candidates]
+        if self._keep_workspace and staying.kind == "none":
+            tried.insert(0, (candidates[0], True))
+        for slicing, keeps in tried:
+            part = self._part(direction, height, width, schedule, policy, slicing, least, keeps)
             part = self._placed(part, staying)
             if self.fits(part, part.placement):
                 return part
@@ -510,9 +524,10 @@ class _Planner:
         policy: OffloadPolicy,
         slicing: Slicing,
         least: Timeline,
+        keeps_workspace: bool,
     ) -> DirectionPlan:
         return DirectionPlan(
-            timeline=self._timeline(direction, height, width, self._dtype, schedule, slicing),
+            timeline=self._timeline(direction, height, width, self._dtype, schedule, slicing, keeps_workspace),
             frame_size=(height, width),
             placement=Placement(),
             offload=str(policy),
@@ -521,6 +536,7 @@ class _Planner:
             chunk_frames=schedule.chunk_frames,
             numerics=self._numerics[direction],
             slicing=slicing,
+            keeps_workspace=keeps_workspace,
             least_timeline=least,
         )
 
@@ -624,8 +640,9 @@ class _Planner:
         dtype: torch.dtype,
         schedule: ChunkSchedule,
         slicing: Slicing,
+        keeps_workspace: bool = False,
     ) -> Timeline:
-        key = (direction, height, width, dtype, schedule, slicing.elements)
+        key = (direction, height, width, dtype, schedule, slicing.elements, keeps_workspace)
         if key not in self._timelines:
             self._timelines[key] = dry_run(
                 self._skeleton(dtype),
@@ -636,6 +653,7 @@ class _Planner:
                 schedule,
                 numerics=self._numerics[direction],
                 slice_elements=slicing.elements,
+                keep_workspace=keeps_workspace,
             )
         return self._timelines[key]
 

@@ -29,7 +29,7 @@ from longvid.models.layers import CausalConv3d
 from longvid.models.norms import Fitted
 from longvid.numerics import Layout, Numerics
 
-__all__ = ["can_compute", "choose_numerics", "preferred_slice_bytes"]
+__all__ = ["can_compute", "choose_numerics", "fresh_memory_is_slow", "preferred_slice_bytes"]
 
 _SMALL_BYTES = 32 * 2**20
 "of the largest window of a chunk; up to this size the C library hands memory out again without fetching it anew"
@@ -126,6 +126,11 @@ def preferred_slice_bytes(device: torch.device) -> int | None:
     enough for the C library to hand out again; copying a slice to where it belongs costs a fraction of that.
     """
     return _SMALL_BYTES * 3 // 4 if device.type == "cpu" else None
+
+
+def fresh_memory_is_slow(device: torch.device) -> bool:
+    """Whether it is worth keeping memory between chunks: not where an allocator of the device's own does so."""
+    return device.type == "cpu"
 
 
 def _input(layer: CausalConv3d, area: int, layout: torch.memory_format) -> Tensor:

@@ -31,7 +31,7 @@ from longvid.models.loading import load_model
 from longvid.numerics import Numerics, parse_layout, parse_paired_frames
 from longvid.offload import OffloadPolicy
 from longvid.plan import DirectionPlan, Offload, Plan, make_plan, parse_dtype, parse_offload
-from longvid.probe import can_compute, choose_numerics, preferred_slice_bytes
+from longvid.probe import can_compute, choose_numerics, fresh_memory_is_slow, preferred_slice_bytes
 from longvid.profile import Profile, ProfileScope
 from longvid.push import Admission, PushDecoder, PushEncoder, Scope
 from longvid.store import LatentStore, open_store
@@ -199,7 +199,7 @@ class VideoSession:
 
     def plan(self, *, height: int, width: int) -> Plan:
         """The plan for frames of this size under the session's dtype and budget; see :func:`longvid.make_plan`."""
-        return self._plan(self._check_usable("plan"), height, width, ("encode", "decode"))
+        return self._plan(self._check_usable("plan"), height, width, ("encode", "decode"), whole=True)
 
     def _plan(
         self,
@@ -211,12 +211,13 @@ class VideoSession:
         held_bytes: int = 0,
         idle_limit_bytes: int | None = None,
         recorded: Recorded = Recorded(),  # noqa: B008 - a frozen value
+        whole: bool = False,
     ) -> Plan:
-        """The plan under what ``held_bytes`` of other videos leave of the budget."""
+        """The plan under what ``held_bytes`` of other videos leave of the budget; ``whole`` if chunk follows chunk."""
         height, width = engine.model.geometry.padded_size(height, width)
         if engine.model.geometry.chunk_invariant and self._allowed_bytes is not None:
             directions = ("encode", "decode")  # the budget may shorten chunks, and both directions share their length
-        key = (height, width, directions, held_bytes, idle_limit_bytes, recorded)
+        key = (height, width, directions, held_bytes, idle_limit_bytes, recorded, whole)
         if key not in self._plans:
             profile = self._profile
             offload: Offload | Mapping[Direction, OffloadPolicy] = self._offload
@@ -244,6 +245,7 @@ class VideoSession:
                 numerics={d: self._numerics_for(engine, d, height, width, recorded) for d in directions},
                 slice_frames=slice_frames,
                 slice_bytes=preferred_slice_bytes(engine.device),
+                keep_workspace=whole and fresh_memory_is_slow(engine.device),
             )
         return self._plans[key]
 
@@ -285,6 +287,7 @@ class VideoSession:
         height: int,
         width: int,
         recorded: Recorded = Recorded(),  # noqa: B008 - a frozen value
+        whole: bool = False,
     ) -> Admission:
         """Check a video of this size against all limits, beside those that are open, and give it its plan.
 
@@ -299,7 +302,14 @@ class VideoSession:
         room = [budget.left(other.projected_bytes + held_bytes - other.idle_bytes) for other in others]
         idle_limit = min((r for r in room if r is not None), default=None)
         plan = self._plan(
-            engine, height, width, (direction,), held_bytes=held_bytes, idle_limit_bytes=idle_limit, recorded=recorded
+            engine,
+            height,
+            width,
+            (direction,),
+            held_bytes=held_bytes,
+            idle_limit_bytes=idle_limit,
+            recorded=recorded,
+            whole=whole,
         )
         plan.check(direction)
         part = plan.direction(direction)
@@ -486,7 +496,7 @@ class VideoSession:
     def _host(self, engine: Engine) -> Host:
 
         def admit(direction: Direction, height: int, width: int, recorded: Recorded) -> Admission:
-            return self._admit(engine, direction, height, width, recorded)
+            return self._admit(engine, direction, height, width, recorded, whole=True)
 
         return Host(engine=engine, callbacks=self._callbacks, admit=admit, stopping=lambda: self._stopping)
 

@@ -1,12 +1,16 @@
 """Workspace: large tensors that the layers of one video take turns with.
 
 Memory that is fresh from the system costs a page fault for every 4 KiB, which is more time than a norm takes to fill
-it. So windows and outputs come from here: a tensor's memory is handed out again, to the next tensor of just that size,
-once nothing refers to it any more. Whoever still holds the tensor, or a view of it, keeps the memory; there is no call
-to give it back and nothing that could be given back too early.
+it. So windows and outputs come from here: a tensor's memory is handed out again once nothing refers to it any more.
+Whoever still holds the tensor, or a view of it, keeps the memory; there is no call to give it back and nothing that
+could be given back too early.
 
-Memory that no one holds is let go at the next request, unless it serves that request or one of the last two: what is
-idle is what a layer of the same level used a moment ago.
+There are two ways to deal with memory that no one holds:
+
+* A **thrifty** workspace hands it to a tensor of just that size, and lets go of it unless it serves this request or one
+  of the last two: what is idle is what a layer of the same level used a moment ago. It adds nothing to a peak.
+* One that **keeps** hands it to any tensor that it is large enough for, and lets go of it only where more would be held
+  than was ever in use at once. The levels of a model then share the memory of the widest, and so do chunks.
 """
 
 from __future__ import annotations
@@ -24,6 +28,9 @@ __all__ = ["TensorKind", "Workspace", "flattened", "layout_of"]
 
 _HUGE_PAGES = 14
 "MADV_HUGEPAGE of Linux"
+_SMALL = 16
+"""what is this many times smaller than the most that was in use at once is never kept: a C library hands small memory
+out again by itself, and a small result would keep a large storage from others"""
 _LEAST_ADVISED_BYTES = 4 * 2**20
 _RECENT = 2
 "requests that idle memory outlives: a layer asks for a window and an output"
@@ -56,31 +63,74 @@ def flattened(tensor: Tensor) -> Tensor:
 
 
 class Workspace:
-    """Hands out uninitialised tensors and takes their memory back when they are gone."""
+    """Hands out uninitialised tensors and takes their memory back when they are gone.
 
-    def __init__(self) -> None:
+    Args:
+        keep: whether to keep it for later, see above.
+    """
+
+    def __init__(self, *, keep: bool = False) -> None:
+        self._keep = keep
         self._storages: dict[int, torch.UntypedStorage] = {}
         "by the number of the request that each served last, the latest at the end"
         self._requests = 0
+        self._asked_bytes: dict[int, int] = {}
+        "by each request; less than its storage has, if it was given a larger one"
+        self._most_bytes = 0
+        "that were asked for and in use at once"
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of everything that is held, in use or not, in order of size."""
+        return sorted(storage.nbytes() for storage in self._storages.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Their sum."""
+        return sum(self.sizes)
 
     def take(self, shape: tuple[int, int, int, int, int], kind: TensorKind) -> Tensor:
         """A tensor of this shape and kind. Its content is undefined."""
         self._requests += 1
-        wanted = (math.prod(shape) * kind.dtype.itemsize, kind.device)
+        num_bytes = math.prod(shape) * kind.dtype.itemsize
+        if self._keep and num_bytes * _SMALL < self._most_bytes:
+            return _fresh(shape, kind)
         idle = [n for n, storage in self._storages.items() if _is_idle(storage)]
-        found = next((n for n in idle if (self._storages[n].nbytes(), self._storages[n].device) == wanted), None)
-        for n in idle:
-            if n != found and (found is None or n < self._requests - _RECENT):
-                del self._storages[n]
+        found = self._fitting(idle, num_bytes, kind.device)
+        for n in self._superfluous(idle, found, num_bytes):
+            del self._storages[n]
         if found is not None:
             storage = self._storages.pop(found)
             tensor = _over(storage, shape, kind)
         else:
-            tensor = torch.empty(shape, dtype=kind.dtype, device=kind.device, memory_format=kind.layout)
+            tensor = _fresh(shape, kind)
             _advise(tensor)
             storage = tensor.untyped_storage()
         self._storages[self._requests] = storage
+        self._asked_bytes = {n: self._asked_bytes.get(n, num_bytes) for n in self._storages}
         return tensor
+
+    def _fitting(self, idle: list[int], num_bytes: int, device: torch.device) -> int | None:
+        """The smallest idle storage that is large enough, or just as large if nothing is kept."""
+        sizes = {n: self._storages[n].nbytes() for n in idle if self._storages[n].device == device}
+        fitting = [n for n, size in sizes.items() if size == num_bytes or (self._keep and size > num_bytes)]
+        return min(fitting, key=sizes.__getitem__, default=None)
+
+    def _superfluous(self, idle: list[int], found: int | None, num_bytes: int) -> list[int]:
+        """What to let go of before ``found`` is used, or as much as is asked for is taken from the system."""
+        if not self._keep:
+            return [n for n in idle if n != found and (found is None or n < self._requests - _RECENT)]
+        if found is not None:
+            return []
+        in_use = sum(num for n, num in self._asked_bytes.items() if n not in idle)
+        self._most_bytes = max(self._most_bytes, in_use + num_bytes)
+        excess, gone = self.num_bytes + num_bytes - self._most_bytes, []
+        for n in idle:  # what served last longest ago first
+            if excess <= 0:
+                break
+            gone.append(n)
+            excess -= self._storages[n].nbytes()
+        return gone
 
     def clear(self) -> None:
         """Forget everything; memory that is in use lives on with whoever uses it. May be called at any time."""
@@ -90,6 +140,10 @@ class Workspace:
 def _is_idle(storage: torch.UntypedStorage) -> bool:
     """Whether nothing but the workspace refers to it: no tensor, no view."""
     return int(torch._C._storage_Use_Count(storage._cdata)) == 1
+
+
+def _fresh(shape: tuple[int, int, int, int, int], kind: TensorKind) -> Tensor:
+    return torch.empty(shape, dtype=kind.dtype, device=kind.device, memory_format=kind.layout)
 
 
 def _over(storage: torch.UntypedStorage, shape: tuple[int, int, int, int, int], kind: TensorKind) -> Tensor:

@@ -72,15 +72,15 @@ def test_parts_add_up(full_plan):
     assert full_plan.projected_bytes == full_plan.decode.projected_bytes
 
 
-def run_for_real(model, direction, height, width, dtype, numerics=None, slice_elements=2**31 - 1):
-    """Peak bytes of the first and of three middle chunks on CPU tensors."""
+def run_for_real(model, direction, height, width, dtype, numerics=None, slice_elements=2**31 - 1, keep=False):
+    """Peak bytes of the first and of four middle chunks on CPU tensors."""
     numerics = numerics or Numerics()
     device = torch.device("cpu")
     ready, tracker, peaks = placed(model, device, dtype), AllocationTracker(), []
     plan, p = model.geometry.schedule, model.geometry.pixels_per_latent
     module = ready.encoder if direction == "encode" else ready.decoder
-    with ConvCache(module, slice_elements=slice_elements, numerics=numerics) as cache:
-        for chunk in (plan.full(i) for i in range(4)):
+    with ConvCache(module, slice_elements=slice_elements, numerics=numerics, keep_workspace=keep) as cache:
+        for chunk in (plan.full(i) for i in range(5)):
             if direction == "encode":
                 host, step = (
                     torch.randint(0, 256, (chunk.padded_frames, height, width, 3), dtype=torch.uint8),
@@ -93,7 +93,8 @@ def run_for_real(model, direction, height, width, dtype, numerics=None, slice_el
                 tracker.reset_peak()
                 step(ready, cache, host, device=device, dtype=dtype, layout=memory_format(numerics))
             peaks.append(tracker.peak_bytes)
-            assert tracker.live_bytes == cache.nbytes
+            assert tracker.live_bytes == cache.nbytes + cache.workspace.num_bytes
+            assert keep == bool(cache.workspace.num_bytes)
     assert tracker.live_bytes == 0
     return peaks
 
@@ -122,12 +123,36 @@ ALL = Numerics(layout="channels_last", paired_frames=True, fused_residuals=True,
     ],
 )
 @pytest.mark.parametrize("direction", ["encode", "decode"])
-def test_projection_equals_a_tracked_run_to_the_byte(vae, direction, size, dtype, slice_frames, numerics):
-    setting = {"dtype": dtype, "numerics": numerics, "slice_frames": slice_frames}
+@pytest.mark.parametrize("keep", [False, True])
+def test_projection_equals_a_tracked_run_to_the_byte(vae, direction, size, dtype, slice_frames, numerics, keep):
+    setting = {"dtype": dtype, "numerics": numerics, "slice_frames": slice_frames, "keep_workspace": keep}
     plan = make_plan(vae, height=size[0], width=size[1], **setting).direction(direction)
-    first, *middle = run_for_real(vae, direction, *size, dtype, numerics, plan.slicing.elements)
-    assert set(middle) == {plan.steady_chunk_bytes - plan.weights_bytes}
-    assert plan.projected_bytes - plan.weights_bytes == max(first, middle[0])
+    first, *middle = run_for_real(vae, direction, *size, dtype, numerics, plan.slicing.elements, keep)
+    assert plan.keeps_workspace == keep
+    if not keep:
+        assert len(set(middle)) == 1
+    assert max(middle) == middle[-1] == plan.steady_chunk_bytes - plan.weights_bytes
+    assert plan.projected_bytes - plan.weights_bytes == max(first, *middle)
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_memory_is_kept_between_chunks_only_where_there_is_room(vae, direction):
+    setting = {"height": 64, "width": 96, "keep_workspace": True, "slice_bytes": 2**16}
+
+    def planned(**more):
+        return make_plan(vae, **setting, **more).direction(direction)
+
+    kept = planned()
+    thrifty = make_plan(vae, **{**setting, "keep_workspace": False}).direction(direction)
+    assert kept.keeps_workspace
+    assert not thrifty.keeps_workspace
+    assert thrifty.projected_bytes < kept.projected_bytes < 1.25 * thrifty.projected_bytes
+    assert planned(memory=kept.projected_bytes) == kept
+    less = planned(memory=kept.projected_bytes - 1)
+    assert (less.keeps_workspace, less.projected_bytes) == (False, thrifty.projected_bytes)
+    assert less.placement.offloaded == frozenset()  # it costs less than transfers
+    assert not planned(offload="all").keeps_workspace  # who offloads wants little memory
+    assert kept.minimum_bytes == thrifty.minimum_bytes
 
 
 @pytest.mark.slow

@@ -288,7 +288,7 @@ def test_budget_is_checked_before_any_output(vae, frames, tmp_path):
 def test_the_measured_peak_is_the_planned_one_whoever_is_slow(vae, frames, tmp_path):
     """Results that wait for a slow writer are host memory and do not count."""
     long = np.concatenate([frames] * 3)
-    plan, held = make_plan(vae, height=24, width=40), []
+    plan, held = make_plan(vae, height=24, width=40, keep_workspace=True), []
 
     def slow(part):
         time.sleep(0.02)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from longvid import AllocationTracker
 from longvid.workspace import TensorKind, Workspace, flattened, layout_of
@@ -65,6 +67,39 @@ def test_what_is_not_asked_for_again_goes_after_two_requests():
             live.append(tracker.live_bytes)
     assert live[-1] == 3 * 480
     assert live[0] == 12 * 480
+
+
+def test_kept_memory_serves_what_is_smaller_and_more_is_never_held_than_was_in_use_at_once():
+    workspace, tracker = Workspace(keep=True), AllocationTracker()
+    with tracker:
+        wide = [workspace.take((1, 4, t, 5, 6), kind()) for t in (9, 4, 9)]
+        addresses = {t.data_ptr() for t in wide}
+        del wide
+        for _ in range(3):  # the levels of a model, chunk after chunk
+            for t in (3, 4, 8):
+                a, b = workspace.take((1, 4, t, 5, 6), kind()).fill_(1.0), workspace.take((1, 4, 9, 5, 6), kind())
+                b.fill_(2.0)
+                assert (a == 1.0).all()
+                assert {a.data_ptr(), b.data_ptr()} <= addresses
+                del a, b
+            assert tracker.live_bytes == workspace.num_bytes == 22 * 480
+        larger = workspace.take((1, 4, 12, 5, 6), kind())  # what served last longest ago makes room for it
+        assert workspace.num_bytes <= 22 * 480
+        del larger
+        assert workspace.take((1, 4, 1, 5, 6), kind()).untyped_storage().nbytes() == 480  # none of its business
+    workspace.clear()
+    assert tracker.live_bytes == 0
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), min_size=1, max_size=60), st.booleans())
+def test_no_two_living_tensors_share_memory(requests, keep):
+    """Tensors live for a few requests each; every one keeps what was written into it."""
+    workspace, living = Workspace(keep=keep), []
+    for number, (frames, life) in enumerate(requests):
+        living = [(t, n, left - 1) for t, n, left in living if left]
+        living.append((workspace.take((1, 1, frames, 2, 2), kind()).fill_(number), number, life))
+        assert all((t == n).all() for t, n, _ in living)
+        assert all(t.shape[2:] == (t.shape[2], 2, 2) for t, _, _ in living)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
