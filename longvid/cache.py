@@ -252,8 +252,10 @@ class ConvCache:
     def attempt(self, step: Callable[[], T]) -> T:
         """Run a step that takes device memory. If there is none left, move every context to the host and try once more.
 
-        The chunk then goes on as if nothing had happened: the same numbers, bit for bit. What is called a step must be
-        harmless to repeat, so it computes from what is there and changes nothing.
+        Memory that the workspace holds and nobody uses is given up as well, and none is kept any more. The chunk then
+        goes on as if nothing had happened: the same numbers, bit for bit. What is called a step must be harmless to
+        repeat after it has run out of memory: it computes from what is there into something new, or takes all memory
+        that it needs before it changes anything.
 
         Raises:
             RuntimeError: the device's own error, if the step fails again or nothing could be moved.
@@ -264,11 +266,14 @@ class ConvCache:
             if not is_out_of_memory(exc) or self._state is not _State.OPEN:
                 raise
             failure = exc.with_traceback(None)  # the frames would keep alive what the step had allocated
+        idle_bytes = self.workspace.idle_bytes
         self.workspace.clear()
+        if self._keep_workspace:  # there is no room for that any more
+            self._keep_workspace, self.workspace = False, Workspace()
         freed = self._residency.evict()
-        if not freed:
+        if not freed and not idle_bytes:
             raise failure
-        if not self._told:
+        if freed and not self._told:
             self._told = True
             warnings.warn(
                 f"the device ran out of memory in chunk {self.num_chunks}; all contexts were moved to the host, which "

@@ -218,7 +218,7 @@ def _plan(args: argparse.Namespace) -> int:
     from longvid.models.base import resolve_device
     from longvid.numerics import Numerics, parse_layout, parse_paired_frames
     from longvid.plan import make_plan
-    from longvid.probe import fresh_memory_is_slow
+    from longvid.probe import fresh_memory_is_slow, preferred_slice_bytes
 
     height, width = args.size
     device = resolve_device(args.device)
@@ -233,9 +233,11 @@ def _plan(args: argparse.Namespace) -> int:
         numerics=Numerics(
             layout=parse_layout(args.layout) or "channels_last",
             paired_frames=bool(parse_paired_frames(args.paired_frames)),
+            compiled=args.compile,
         ),
         slice_frames=args.slice_frames,
         reserved=default_reserved_bytes(device) if args.reserved is None else args.reserved,
+        slice_bytes=preferred_slice_bytes(device),
         keep_workspace=fresh_memory_is_slow(device),
     )
     print(json.dumps(plan.to_dict()) if args.json else plan.explain())

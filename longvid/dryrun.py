@@ -20,12 +20,13 @@ from longvid.residency import Residency
 from longvid.schedule import Chunk, ChunkSchedule
 from longvid.step import decode_chunk, encode_chunk, memory_format
 from longvid.timeline import Step, Timeline
+from longvid.workspace import Workspace
 
 __all__ = ["dry_run", "skeleton_of"]
 
 _META = torch.device("meta")
-_MOST_SETTLING = 6
-"chunks; two are usual"
+_MOST_SETTLING = 8
+"chunks until the workspace is what it was a chunk ago, usually two, and one more"
 
 
 def skeleton_of(model: CausalVAE, dtype: torch.dtype) -> CausalVAE:
@@ -53,7 +54,8 @@ def dry_run(
 ) -> Timeline:
     """Run the first chunk and a middle one on meta tensors, and note bytes and, of the middle one, FLOPs.
 
-    If the workspace is kept, middle chunks run until it has settled, and the highest of them counts.
+    If the workspace is kept, middle chunks run until it has settled, and one as the first of a run that is continued;
+    the highest of them counts.
     """
     numerics = numerics or Numerics()
     p = model.geometry.pixels_per_latent
@@ -85,15 +87,19 @@ def dry_run(
         with probe.flop_counter, probe.tracker:
             run(model, cache, middle_host, device=_META, dtype=dtype, layout=layout)
         steady_lead, steady, flops = probe.take()
-        for _ in range(_MOST_SETTLING if keep_workspace else 0):
+        settled = not keep_workspace
+        for turn in range(_MOST_SETTLING if keep_workspace else 0):
             before = cache.workspace.sizes
+            if settled:
+                cache.workspace = Workspace(keep=True)
             with probe.tracker:
                 run(model, cache, middle_host, device=_META, dtype=dtype, layout=layout)
             lead, later, _ = probe.take()
             steady_lead = max(steady_lead, lead)
             steady = {layer: [*steady[layer], *later[layer]] for layer in steady}
-            if cache.workspace.sizes == before:
+            if settled:
                 break
+            settled = cache.workspace.sizes == before or turn == _MOST_SETTLING - 2
         context_bytes = probe.layer_bytes()
     return Timeline(
         steps=tuple(

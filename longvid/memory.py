@@ -113,8 +113,8 @@ class DeviceMeter:
     On a CPU these are exact tensor bytes from an :class:`AllocationTracker`; on an accelerator the peak that its
     allocator reports, less what others held before. ``base_bytes`` (the weights) are included in both.
 
-    Tracking costs tens of microseconds an operation, and all chunks after the first allocate alike. So the tracker
-    looks at the first three stretches and at every 32nd after them.
+    Tracking costs tens of microseconds an operation, and chunks allocate alike once the workspace has settled. So the
+    tracker looks at the first three stretches and at every 32nd after them.
     """
 
     def __init__(self, device: torch.device, base_bytes: int) -> None:

@@ -37,10 +37,10 @@ class Numerics:
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Numerics:
-        """What :meth:`to_dict` gave."""
+        """What :meth:`to_dict` gave, of an older version too: what it does not know was not done."""
         return cls(
-            layout=parse_layout(facts["layout"]) or "contiguous",
-            paired_frames=bool(facts["paired_frames"]),
+            layout=parse_layout(facts.get("layout", "auto")) or "contiguous",
+            paired_frames=bool(facts.get("paired_frames")),
             fused_residuals=bool(facts.get("fused_residuals")),
             compiled=bool(facts.get("compiled")),
         )

@@ -375,7 +375,7 @@ def make_plan(
         held_bytes: contexts of other videos on the device while this one computes.
         idle_limit_bytes: most bytes of contexts on the device between chunks; for several videos in one session.
         directions: what to plan; both share the length of a chunk.
-        numerics: layout and form of the convolutions, also by direction; contiguous and plain by default.
+        numerics: layout and forms of convolutions and norms, also by direction; contiguous and plain by default.
         slice_frames: frames of a slice in the layer with the largest frames; None for the longest slices that fit the
             budget, whole chunks first. A mapping gives each direction its own.
         slice_bytes: most bytes of a slice if ``slice_frames`` is None, for devices that prefer short ones.

@@ -35,8 +35,8 @@ _SMALL_BYTES = 32 * 2**20
 "of the largest window of a chunk; up to this size the C library hands memory out again without fetching it anew"
 _MOST_FLOPS = 3e9
 "of a measured convolution"
-_NORM_BYTES = 256 * 2**20
-"of what a measured norm reads, at most; it writes as many"
+_NORM_BYTES = 64 * 2**20
+"of what a measured norm reads, at most; it writes as many, and there are two of them"
 _ROUNDS = 7
 _SLOWER = 1.3
 "a layout is given up if it is slower than the other one by this factor: slow corners, and no noise"
@@ -103,7 +103,8 @@ def choose_numerics(
         return Numerics(paired_frames=paired_frames)
     compiled = compile and device.type == "cpu" and compiled_norm.available()
     if compiled:
-        plain, kernel = _race([partial(_norm, layer, area, False), partial(_norm, layer, area, True)])
+        maps = direction == "decode"
+        plain, kernel = _race([partial(_norm, layer, area, maps, False), partial(_norm, layer, area, maps, True)])
         compiled = plain > kernel * _FASTER
     return Numerics(layout=layout, paired_frames=paired_frames, fused_residuals=fused, compiled=compiled)
 
@@ -154,14 +155,16 @@ def _pairs(layer: CausalConv3d, area: int) -> Callable[[], object]:
     return lambda: paired(x, filters, conv.bias, out)
 
 
-def _norm(layer: CausalConv3d, area: int, compiled: bool) -> Callable[[], object]:
+def _norm(layer: CausalConv3d, area: int, with_maps: bool, compiled: bool) -> Callable[[], object]:
     """Of frames that no cache holds, as those of a chunk: there, memory limits what a kernel can win."""
-    channels, weight = layer.conv.in_channels, layer.conv.weight
-    side = max(8, int(min(area, _NORM_BYTES / (4 * channels * weight.element_size())) ** 0.5))
-    x = torch.zeros((1, channels, 4, side, side), dtype=weight.dtype, device=weight.device)
-    x = x.contiguous(memory_format=torch.channels_last_3d)
+    channels, weight, last = layer.conv.in_channels, layer.conv.weight, torch.channels_last_3d
+    side = max(2, int(min(area, _NORM_BYTES / (4 * channels * weight.element_size())) ** 0.5) // 8)
+    small = torch.zeros((1, channels, 4, side, side), dtype=weight.dtype, device=weight.device)
+    x = small.new_zeros((1, channels, 4, 8 * side, 8 * side)).contiguous(memory_format=last)
+    maps = (small.contiguous(memory_format=last),) * 2
     scale = torch.ones((1, channels), device=weight.device)
-    fitted, out = Fitted(x, scale, torch.zeros_like(scale), compiled=compiled), torch.empty_like(x)
+    fitted = Fitted(x, scale, torch.zeros_like(scale), maps if with_maps else None, compiled=compiled)
+    out = torch.empty_like(x)
     return lambda: fitted.write(range(x.shape[2]), out)
 
 

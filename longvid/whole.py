@@ -72,11 +72,13 @@ class Recorded:
     chunk_frames: int | None = None
 
     @classmethod
-    def of(cls, found: Found) -> Recorded:
-        """What the store that was found says; nothing if there is none to continue."""
-        if found.state == "nothing":
+    def of(cls, found: Found, engine: Engine, *, overwrite: bool) -> Recorded:
+        """What the store that was found says; nothing if there is none to continue, or not with this dtype here."""
+        if found.state == "nothing" or (found.state == "complete" and overwrite):
             return cls()
-        numerics, plan = found.facts.get("numerics"), found.facts.get("chunk_plan") or {}
+        compute = (found.facts.get("fingerprint") or {}).get("compute") or {}
+        alike = (compute.get("dtype"), compute.get("kernels")) == (_name(engine.dtype), kernels_of(str(engine.device)))
+        numerics, plan = found.facts.get("numerics") if alike else None, found.facts.get("chunk_plan") or {}
         try:
             return cls(
                 numerics=None if numerics is None else Numerics.from_dict(numerics),
@@ -176,7 +178,8 @@ def _encode(host: Host, source: Any, store: Path, options: EncodeOptions, replac
             )
         )
         info, geometry = video.info, engine.model.geometry
-        admission = host.admit("encode", info.height, info.width, Recorded.of(found))
+        recorded = Recorded.of(found, engine, overwrite=options.overwrite)
+        admission = host.admit("encode", info.height, info.width, recorded)
         height, width = geometry.padded_size(info.height, info.width)
         p = geometry.pixels_per_latent
         fingerprint = _encode_fingerprint(engine, admission, video, options)
@@ -312,8 +315,9 @@ def decode_video(
     """Decode a store, or go on with it. Arguments and errors are those of ``VideoSession.decode``."""
     window = _frame_window(latents.num_frames, options.start, options.frames)
     found = check_target(out) if isinstance(out, Path) and out.suffix == ".zarr" else None
-    recorded = Recorded() if found is None else Recorded(numerics=Recorded.of(found).numerics)
-    engine = host.engine
+    engine, recorded = host.engine, Recorded()
+    if found is not None:
+        recorded = Recorded(numerics=Recorded.of(found, engine, overwrite=options.overwrite).numerics)
     admission = host.admit("decode", latents.height, latents.width, recorded)
     fingerprint = _decode_fingerprint(engine, admission, latents, window)
     if found is not None and _is_done(found, fingerprint, options):

@@ -81,13 +81,18 @@ class Workspace:
 
     @property
     def sizes(self) -> list[int]:
-        """Bytes of everything that is held, in use or not, in order of size."""
-        return sorted(storage.nbytes() for storage in self._storages.values())
+        """Bytes of everything that is held, in use or not, what served last longest ago first."""
+        return [storage.nbytes() for storage in self._storages.values()]
 
     @property
     def num_bytes(self) -> int:
         """Their sum."""
         return sum(self.sizes)
+
+    @property
+    def idle_bytes(self) -> int:
+        """What of it is not in use."""
+        return sum(storage.nbytes() for storage in self._storages.values() if _is_idle(storage))
 
     def take(self, shape: tuple[int, int, int, int, int], kind: TensorKind) -> Tensor:
         """A tensor of this shape and kind. Its content is undefined."""
@@ -135,6 +140,7 @@ class Workspace:
     def clear(self) -> None:
         """Forget everything; memory that is in use lives on with whoever uses it. May be called at any time."""
         self._storages.clear()
+        self._asked_bytes.clear()
 
 
 def _is_idle(storage: torch.UntypedStorage) -> bool:

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longvid import CausalConv3d, ConvCache
+from longvid.models.convolution import fuses_residuals
 from longvid.models.layers import Downsample, ResnetBlock, Upsample, time_slices
 from longvid.numerics import Numerics
 
@@ -78,6 +79,8 @@ def test_a_slice_is_never_shorter_than_the_kernel():
 @pytest.mark.parametrize("widths", [(16, 16), (16, 24)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_block_in_slices_is_the_whole_bit_for_bit(dtype, widths, paired, fused, layout):
+    if fused and not fuses_residuals(dtype):
+        pytest.skip("this build of PyTorch cannot")
     numerics = Numerics(paired_frames=paired, fused_residuals=fused)
     block = ResnetBlock(*widths, num_groups=4, eps=1e-6).to(dtype)
     chunks = [torch.randn(1, widths[0], t, 6, 10, dtype=dtype).contiguous(memory_format=layout) for t in (9, 8, 3)]

@@ -9,6 +9,7 @@ from longvid import AllocationTracker, ConvCache, MemoryBudgetError, ModelError,
 from longvid.models.base import placed
 from longvid.numerics import Numerics
 from longvid.plan import parse_dtype
+from longvid.probe import can_compute
 from longvid.step import decode_chunk, encode_chunk, memory_format
 
 # bytes at 720x480 in bfloat16: projected peak of the run and all contexts, weights (431,167,814) included in the first
@@ -125,6 +126,8 @@ ALL = Numerics(layout="channels_last", paired_frames=True, fused_residuals=True,
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 @pytest.mark.parametrize("keep", [False, True])
 def test_projection_equals_a_tracked_run_to_the_byte(vae, direction, size, dtype, slice_frames, numerics, keep):
+    if not can_compute(numerics, dtype):
+        pytest.skip("a kernel is missing here")
     setting = {"dtype": dtype, "numerics": numerics, "slice_frames": slice_frames, "keep_workspace": keep}
     plan = make_plan(vae, height=size[0], width=size[1], **setting).direction(direction)
     first, *middle = run_for_real(vae, direction, *size, dtype, numerics, plan.slicing.elements, keep)

@@ -111,6 +111,15 @@ def test_a_session_computes_as_asked_and_records_it(wide, frames, tmp_path, layo
     assert Numerics.from_dict(stores[0].attrs["longvid"]["numerics"]) == expected
 
 
+def test_what_is_overwritten_in_another_dtype_hands_down_no_numerics(wide, frames, tmp_path):
+    """A float32 run adds residuals in its convolutions; a bfloat16 encoder that takes its place must not."""
+    asked = {"layout": "channels_last", "paired_frames": "off"}
+    for dtype, fused in (("float32", FUSES), ("bfloat16", False)):
+        with VideoSession(wide, **asked, dtype=dtype) as session:
+            session.encode(frames, tmp_path / "a.zarr", overwrite=True)
+        assert open_store(tmp_path / "a.zarr").attrs["longvid"]["numerics"]["fused_residuals"] == fused
+
+
 def test_a_video_comes_back_alike_in_every_form(wide, frames, tmp_path):
     with VideoSession(wide) as session:
         session.encode(frames, tmp_path / "a.zarr")

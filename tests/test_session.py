@@ -285,6 +285,28 @@ def test_budget_is_checked_before_any_output(vae, frames, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
 
 
+@pytest.mark.parametrize("numerics", [{}, {"layout": "channels_last"}], ids=["contiguous", "channels_last"])
+def test_a_run_that_is_continued_needs_no_more_than_was_planned(vae, frames, tmp_path, numerics):
+    """It starts in the middle, with none of the memory that the layers of the first run had kept."""
+    long = np.concatenate([frames] * 3)
+    for stop_after in (1, 2, 3):
+        path, seen = tmp_path / f"{stop_after}.zarr", []
+
+        def stop(event, seen=seen, stop_after=stop_after):
+            seen.append(event)
+            if len(seen) == stop_after:
+                session.stop()
+
+        with VideoSession(vae, **numerics, callbacks=[stop]) as session:
+            assert not session.encode(long, path).complete
+        with VideoSession(vae, **numerics) as session:
+            assert session.plan(height=24, width=40).encode.keeps_workspace
+            report = session.encode(long, path)
+        assert report.complete
+        assert report.resumed_from_frame
+        assert 0 < report.peak_device_bytes <= report.projected_bytes
+
+
 def test_the_measured_peak_is_the_planned_one_whoever_is_slow(vae, frames, tmp_path):
     """Results that wait for a slow writer are host memory and do not count."""
     long = np.concatenate([frames] * 3)

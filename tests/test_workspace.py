@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longvid import AllocationTracker
+from longvid import AllocationTracker, CausalConv3d, ConvCache
 from longvid.workspace import TensorKind, Workspace, flattened, layout_of
 
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def test_what_is_not_asked_for_again_goes_after_two_requests():
     assert live[0] == 12 * 480
 
 
-def test_kept_memory_serves_what_is_smaller_and_more_is_never_held_than_was_in_use_at_once():
+def test_kept_memory_serves_what_is_smaller_and_is_not_hoarded():
     workspace, tracker = Workspace(keep=True), AllocationTracker()
     with tracker:
         wide = [workspace.take((1, 4, t, 5, 6), kind()) for t in (9, 4, 9)]
@@ -118,3 +118,26 @@ def test_layouts_of_odd_shapes_survive_a_slice(shape):
         found = layout_of(tensor)
         assert tensor.is_contiguous(memory_format=found)
         assert tensor[:, :, :1].is_contiguous(memory_format=layout_of(tensor[:, :, :1])) or layout_of(tensor) == found
+
+
+def test_kept_memory_is_given_up_before_a_chunk_fails_and_is_not_kept_again():
+    layer, x, calls = CausalConv3d(4, 4, 3), torch.randn(1, 4, 4, 6, 6), []
+
+    def fails(times):
+        calls.append(1)
+        if len(calls) <= times:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return "done"
+
+    with ConvCache(layer, keep_workspace=True) as cache, torch.inference_mode():
+        with cache.chunk():
+            layer(x, cache)
+        assert cache.workspace.idle_bytes
+        with cache.chunk():
+            assert cache.attempt(lambda: fails(1)) == "done"  # no context can leave, but this memory can
+            assert len(calls) == 2
+            layer(x, cache)
+        assert cache.workspace.num_bytes == 0
+        with pytest.raises(torch.OutOfMemoryError), cache.chunk():
+            cache.attempt(lambda: fails(10))
+    assert len(calls) == 3

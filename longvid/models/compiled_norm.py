@@ -29,19 +29,24 @@ _MOST_KERNELS = 64
 def available() -> bool:
     """Whether a kernel can be made here and computes what it should.
 
-    The first call makes one (seconds), because what can be missing shows only then, such as a C++ compiler. A failure
+    The first call makes two (seconds), because what can be missing shows only then, such as a C++ compiler. A failure
     is a warning, once, and False from then on.
     """
-    x = torch.linspace(-3, 3, 96).view(1, 8, 3, 4).contiguous(memory_format=torch.channels_last)
-    scale, shift, out = torch.full((1, 8), 2.0), torch.full((1, 8), 0.5), torch.empty_like(x)
+    last = torch.channels_last
+    x = torch.linspace(-3, 3, 192).view(1, 8, 4, 6).contiguous(memory_format=last)
+    y = torch.linspace(-1, 1, 48).view(1, 8, 2, 3).contiguous(memory_format=last)
+    scale, shift, outs = torch.full((1, 8), 2.0), torch.full((1, 8), 0.5), (torch.empty_like(x), torch.empty_like(x))
     with torch.inference_mode():
         try:
-            apply_silu(x, out, scale, shift, None)
+            for out, maps in zip(outs, (None, (y, y)), strict=True):
+                apply_silu(x, out, scale, shift, maps)
         except Exception as failure:  # a missing compiler or header, a full disk: each has an exception of its own
             reason = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
             warnings.warn(f"norms cannot be compiled here and run as they are: {reason}", stacklevel=2)
             return False
-    return bool(torch.allclose(out, F.silu(2 * x + 0.5), rtol=1e-5, atol=1e-5))
+    large = F.interpolate(y, scale_factor=2)
+    expected = F.silu(2 * x + 0.5), F.silu((2 * x + 0.5) * large + large)
+    return all(torch.allclose(out, right, rtol=1e-5, atol=1e-5) for out, right in zip(outs, expected, strict=True))
 
 
 def apply_silu(

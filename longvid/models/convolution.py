@@ -126,7 +126,8 @@ def accumulate(
     are separate operations. The arguments are those of :func:`convolution`.
 
     Args:
-        out: what the convolution would return, of one batch element and in channels last.
+        out: what the convolution would return, in channels last. With more than one batch element, in which slices
+            of frames are not dense, the two are separate operations as well.
         attempt: runs a step that takes memory and may be repeated; see :meth:`longvid.ConvCache.attempt`.
     """
     taps, frame = weight.shape[2] if x.ndim == 5 else 1, _frame_elements(x, len(weight))
@@ -209,7 +210,7 @@ def paired(
         filters: from :func:`filters_of_pairs`.
         bias: (out channels,) or None.
         out_BCTHW: two frames, written; dense in each frame.
-        onto: add to what ``out`` holds.
+        onto: add to what ``out`` holds, at the end.
         fused: see above.
         limit: as for :func:`convolution`.
         attempt: as for :func:`accumulate`.
@@ -233,14 +234,15 @@ def paired(
     m1 = product(d, 1, bias)
     m2 = product(torch.sub(d2, d1, out=d), 2)
     if onto:
-        y0.add_(m1).add_(m2)
-        y1.add_(m1).sub_(m2)
+        s0, s1 = attempt(partial(torch.add, m1, m2)), m1.sub_(m2)
     else:
-        torch.add(m1, m2, out=y0)
-        torch.sub(m1, m2, out=y1)
+        s0, s1 = torch.add(m1, m2, out=y0), torch.sub(m1, m2, out=y1)
     del m1, m2
-    add(y0, torch.sub(d0, d2, out=d), 0)
-    add(y1, torch.sub(d3, d1, out=d), 3)
+    add(s0, torch.sub(d0, d2, out=d), 0)
+    add(s1, torch.sub(d3, d1, out=d), 3)
+    if onto:
+        y0.add_(s0)
+        y1.add_(s1)
 
 
 def row_bands(height: int, *, halo: int, row: int, limit: int) -> list[tuple[range, range]]:

@@ -5,8 +5,8 @@ into that convolution's window. A convolution may run in slices of frames, throu
 beside the input and the output of a layer only one slice is alive. Everything that works frame by frame (resampling,
 1x1 shortcuts) does so in a loop over frames, so its temporaries are one frame large.
 
-A fourth rule makes a device that runs out of memory survivable: what takes memory and is harmless to repeat is called
-through :meth:`~longvid.cache.ConvCache.attempt`.
+A fourth rule makes a device that runs out of memory survivable: what takes memory, and is harmless to repeat if there
+is none, is called through :meth:`~longvid.cache.ConvCache.attempt`.
 
 The layers are for inference: they write in place and are not differentiable. The exception is
 :meth:`CausalConv3d.whole`, which small models that are trained here are built on.
@@ -297,8 +297,8 @@ class ResnetBlock(nn.Module):
     def forward(self, x_BCTHW: Tensor, cache: ConvCache, latent: Tensor | None = None) -> Tensor:
         """(B, in, T, H, W) to (B, out, T, H, W). Alive at the peak: the input, the hidden state, one window, one slice.
 
-        The input is taken over: without a shortcut, the output is added to it in place. With one, the output takes the
-        place of the hidden state.
+        The input is taken over: without a shortcut, the output is added to it in place, so whoever watches a layer
+        before it clones what is to outlive it. With one, the output takes the place of the hidden state.
         """
         compiled = cache.numerics.compiled
         h = self.conv1.stream(cache.attempt(partial(self.norm1.fit, x_BCTHW, latent, compiled=compiled)), cache)

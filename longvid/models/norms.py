@@ -134,7 +134,8 @@ class Fitted:
 
     def _write_slabs(self, x_BCHW: Tensor, out_BCHW: Tensor, t: int, T: int) -> None:
         """One frame in channels last, in slabs of rows small enough to stay in a cache from operation to operation."""
-        # Batch norm with given statistics is the kernel that computes x * scale + shift in float32 and rounds once.
+        # Batch norm with given statistics is the kernel that reads a narrow dtype, computes x * scale + shift in
+        # float32 and rounds once.
         mean, variance = torch.zeros_like(self._scale[0]), torch.ones_like(self._scale[0])
         unused = mean.new_empty(0), mean.new_empty(0)
         if x_BCHW.is_meta:  # nothing else is allocated, and a dry run need not go over hundreds of slabs
