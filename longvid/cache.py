@@ -118,7 +118,8 @@ class ConvCache:
         self._chunk = -1
         self._in_chunk = False
         self._open_path: str | None = None
-        self._told = False
+        self._told: set[str] = set()
+        "what was given up for want of memory, and said"
 
     def __enter__(self) -> Self:
         if self._state is not _State.UNOPENED:
@@ -273,16 +274,23 @@ class ConvCache:
         freed = self._residency.evict()
         if not freed and not idle_bytes:
             raise failure
-        if freed and not self._told:
-            self._told = True
-            warnings.warn(
-                f"the device ran out of memory in chunk {self.num_chunks}; all contexts were moved to the host, which "
-                f"set {format_bytes(freed)} free, and stay there for the rest of this video, which will be slower",
-                stacklevel=2,
-            )
+        if freed:
+            self._tell("all contexts were moved to the host", freed, "stay there")
+        else:
+            self._tell("memory that the layers take turns with was given up", idle_bytes, "is not kept")
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
         return step()
+
+    def _tell(self, what: str, num_bytes: int, then: str) -> None:
+        if what in self._told:
+            return
+        self._told.add(what)
+        warnings.warn(
+            f"the device ran out of memory in chunk {self.num_chunks}; {what}, which set {format_bytes(num_bytes)} "
+            f"free, and {then} for the rest of this video, which will be slower",
+            stacklevel=3,
+        )
 
     def window(self, layer: CausalLayer, *, like: Tensor, frames: int | None = None) -> Window:
         """The window of ``layer`` for as many new frames as ``like`` has.

@@ -155,7 +155,7 @@ def memory_error():
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 @pytest.mark.parametrize("offload", ["none", "all"])
 def test_memory_that_runs_out_in_a_layer_is_survived_bit_for_bit_or_told(vae, direction, offload, all_faults):
-    """Once: the same bits, since contexts make room; if they had left already: an error with the numbers.
+    """Once: the same bits, since contexts or idle memory make room; if there is neither: an error with the numbers.
 
     Every layer with --all-faults.
     """
@@ -175,7 +175,8 @@ def test_memory_that_runs_out_in_a_layer_is_survived_bit_for_bit_or_told(vae, di
                 else:
                     survived += 1
                     assert torch.equal(got, expected), name
-                    assert any("all contexts were moved" in str(w.message) for w in said)
+                    made_room = "all contexts were moved|memory that the layers take turns with was given up"
+                    assert any(re.search(f"ran out of memory in chunk .*({made_room})", str(w.message)) for w in said)
                     del got
             hook.remove()
             gc.collect()
