@@ -45,7 +45,6 @@ def main() -> int:
     write_png(picture, side_by_side([[source[t], result[t]] for t in shown]))
 
     store = lv.open_store(store_path)
-    plan = lv.make_plan("tiny", height=store.height, width=store.width)
     raw, latents = source.nbytes, store.latents
     print(f"\nsource   {CLIP}")
     print(f"         {store.num_frames} frames of {store.width}x{store.height}, {format_bytes(raw)} as pixels")
@@ -55,10 +54,10 @@ def main() -> int:
     print(f"         {decoded.frames} frames, {psnr:.2f} dB PSNR before mp4 compression")
     print(f"look     {picture}")
     print("         left the source, right what came back; first, middle and last frame")
-    for report, part in ((encoded, plan.encode), (decoded, plan.decode)):
+    for report in (encoded, decoded):
         print(
             f"{report.direction}   {report.frames_per_second:.0f} frames/s; peak tensor memory "
-            f"{format_bytes(report.peak_device_bytes)} (planned {format_bytes(part.projected_bytes)}), "
+            f"{format_bytes(report.peak_device_bytes)} (planned {format_bytes(report.projected_bytes)}), "
             f"of which contexts {format_bytes(report.cache_bytes)}"
         )
     print(f"process  peak resident memory {format_bytes(decoded.peak_rss_bytes)}")
