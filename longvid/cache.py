@@ -109,7 +109,6 @@ class ConvCache:
         self.numerics = numerics
         self.workspace = Workspace(keep=keep_workspace)
         "memory that the layers of this video take turns with; empty between chunks unless it is kept"
-        self._keep_workspace = keep_workspace
         self._residency = residency or Residency()
         self._entries = {
             layer: _Entry(path) for path, layer in module.named_modules() if getattr(layer, "context_frames", 0) > 0
@@ -230,7 +229,7 @@ class ConvCache:
             self._drop(_State.FAILED)
             raise
         finally:
-            if not self._keep_workspace:
+            if not self.workspace.keeps:
                 self.workspace.clear()
             self._in_chunk = False
 
@@ -269,8 +268,8 @@ class ConvCache:
             failure = exc.with_traceback(None)  # the frames would keep alive what the step had allocated
         idle_bytes = self.workspace.idle_bytes
         self.workspace.clear()
-        if self._keep_workspace:  # there is no room for that any more
-            self._keep_workspace, self.workspace = False, Workspace()
+        if self.workspace.keeps:  # there is no room for that any more
+            self.workspace = Workspace()
         freed = self._residency.evict()
         if not freed and not idle_bytes:
             raise failure
@@ -363,7 +362,7 @@ class Window:
             self.input()
             self._cache._residency.done(self._entry.path)
         self._tensor = self._cache._open_path = None
-        if len(self._piece) == self._num_frames and not self._cache._keep_workspace:
+        if len(self._piece) == self._num_frames and not self._cache.workspace.keeps:
             # Memory of this size is better given up than kept beside the statistics of the next norm.
             self._cache.workspace.clear()
 

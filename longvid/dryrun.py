@@ -26,7 +26,7 @@ __all__ = ["dry_run", "skeleton_of"]
 
 _META = torch.device("meta")
 _MOST_SETTLING = 8
-"chunks until the workspace is what it was a chunk ago, usually two, and one more"
+"chunks until the workspace is what it was a chunk ago; one or two are usual"
 
 
 def skeleton_of(model: CausalVAE, dtype: torch.dtype) -> CausalVAE:
@@ -87,19 +87,23 @@ def dry_run(
         with probe.flop_counter, probe.tracker:
             run(model, cache, middle_host, device=_META, dtype=dtype, layout=layout)
         steady_lead, steady, flops = probe.take()
-        settled = not keep_workspace
-        for turn in range(_MOST_SETTLING if keep_workspace else 0):
-            before = cache.workspace.sizes
-            if settled:
-                cache.workspace = Workspace(keep=True)
+
+        def run_another() -> None:
+            nonlocal steady_lead, steady
             with probe.tracker:
                 run(model, cache, middle_host, device=_META, dtype=dtype, layout=layout)
             lead, later, _ = probe.take()
             steady_lead = max(steady_lead, lead)
             steady = {layer: [*steady[layer], *later[layer]] for layer in steady}
-            if settled:
-                break
-            settled = cache.workspace.sizes == before or turn == _MOST_SETTLING - 2
+
+        if keep_workspace:
+            for _ in range(_MOST_SETTLING):
+                before = cache.workspace.sizes
+                run_another()
+                if cache.workspace.sizes == before:
+                    break
+            cache.workspace = Workspace(keep=True)
+            run_another()
         context_bytes = probe.layer_bytes()
     return Timeline(
         steps=tuple(

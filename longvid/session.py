@@ -84,8 +84,8 @@ class VideoSession:
             CPU, in float32 and in a bfloat16 decoder, if it is faster), ``"on"`` or ``"off"``. To rounding; recorded in
             the store.
         compile: whether norm and activation may run as one kernel made by ``torch.compile``, on a CPU in channels last;
-            it is if it wins in a moment's race. Needs a C++ compiler, and some ten seconds once. To rounding; recorded
-            in the store.
+            it is if it wins in a moment's race. Needs a C++ compiler, and seconds, once. To rounding; recorded in the
+            store.
         callbacks: called with a :class:`~longvid.events.ChunkEvent` after every chunk, in the caller's thread.
     """
 

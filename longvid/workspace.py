@@ -70,7 +70,7 @@ class Workspace:
     """
 
     def __init__(self, *, keep: bool = False) -> None:
-        self._keep = keep
+        self.keeps = keep
         self._storages: dict[int, torch.UntypedStorage] = {}
         "by the number of the request that each served last, the latest at the end"
         self._requests = 0
@@ -98,7 +98,7 @@ class Workspace:
         """A tensor of this shape and kind. Its content is undefined."""
         self._requests += 1
         num_bytes = math.prod(shape) * kind.dtype.itemsize
-        if self._keep and num_bytes * _SMALL < self._most_bytes:
+        if self.keeps and num_bytes * _SMALL < self._most_bytes:
             return _fresh(shape, kind)
         idle = [n for n, storage in self._storages.items() if _is_idle(storage)]
         found = self._fitting(idle, num_bytes, kind.device)
@@ -118,12 +118,12 @@ class Workspace:
     def _fitting(self, idle: list[int], num_bytes: int, device: torch.device) -> int | None:
         """The smallest idle storage that is large enough, or just as large if nothing is kept."""
         sizes = {n: self._storages[n].nbytes() for n in idle if self._storages[n].device == device}
-        fitting = [n for n, size in sizes.items() if size == num_bytes or (self._keep and size > num_bytes)]
+        fitting = [n for n, size in sizes.items() if size == num_bytes or (self.keeps and size > num_bytes)]
         return min(fitting, key=sizes.__getitem__, default=None)
 
     def _superfluous(self, idle: list[int], found: int | None, num_bytes: int) -> list[int]:
         """What to let go of before ``found`` is used, or as much as is asked for is taken from the system."""
-        if not self._keep:
+        if not self.keeps:
             return [n for n in idle if n != found and (found is None or n < self._requests - _RECENT)]
         if found is not None:
             return []
