@@ -10,8 +10,8 @@ Contestants, all with the same random weights at the full width of CogVideoX and
   window is complete and comes back by a blocking ``.to(device)`` when its layer runs again: what CogVideo's SAT code
   does, and SeedVR with ``memory_device="cpu"``.
 * longvid with offload none, auto (a budget halfway between the least possible and no offload), all (as planned, and
-  on meta with no context fetched early), all in slices of one frame and channels last with none fetched early, which
-  is the least possible, and all to a file.
+  on meta with no context fetched early), all in channels last, slices of one frame and bands of rows with none fetched
+  early, which is the least possible, and all to a file.
 
 First exact tensor bytes on ``meta`` at real sizes; these need no device. Then the real thing at ``--size``: peak bytes
 of the third chunk and contexts on the device after it, whether the outputs agree, and seconds per chunk, medians over
@@ -48,6 +48,8 @@ from longvid.machine import describe_machine
 from longvid.models.cogvideox import CogVideoXVAE
 from longvid.numerics import Numerics
 from longvid.offload import Placement
+from longvid.plan import Slicing
+from longvid.probe import preferred_band_bytes
 from longvid.residency import Residency
 from longvid.transfer import HostTransfer
 from longvid.units import parse_size
@@ -135,7 +137,7 @@ def open_longvid(
     placement: Placement | None,
     device: torch.device,
     folder: Path | None = None,
-    slice_elements: int = 2**31 - 1,
+    slicing: Slicing | None = None,
     layout: torch.memory_format = torch.contiguous_format,
 ) -> Opener:
     """longvid with this placement, or with blocking moves if there is none."""
@@ -147,7 +149,10 @@ def open_longvid(
         else:
             transfer = stack.enter_context(HostTransfer(device, directory=folder))
             residency = Residency(placement, transfer)
-        cache = stack.enter_context(ConvCache(module, slice_elements=slice_elements, residency=residency))
+        limits = slicing or Slicing()
+        cache = stack.enter_context(
+            ConvCache(module, slice_elements=limits.elements, band_elements=limits.band_elements, residency=residency)
+        )
         return lambda x: run(x.contiguous(memory_format=layout), cache)
 
     return opened
@@ -175,10 +180,11 @@ def contestants(
         "longvid all": open_longvid(ours, direction, everything, device),
     }
     numerics = Numerics(layout="channels_last")
-    sliced = make_plan(ours, height=height, width=width, dtype=dtype, slice_frames=1, numerics=numerics)
+    limits: dict[str, Any] = {"slice_frames": 1, "band_bytes": preferred_band_bytes(torch.device("cpu"))}
+    sliced = make_plan(ours, height=height, width=width, dtype=dtype, numerics=numerics, **limits)
     least = sliced.encode if direction == "encode" else sliced.decode
     found["longvid all, slices"] = open_longvid(
-        ours, direction, least.timeline.least, device, None, least.slicing.elements, torch.channels_last_3d
+        ours, direction, least.timeline.least, device, None, least.slicing, torch.channels_last_3d
     )
     if folder is None:
         found["longvid all, least"] = open_longvid(ours, direction, part.timeline.least, device)
@@ -401,7 +407,7 @@ def draw(rows: Sequence[Mapping[str, Any]], paths: Sequence[Path], dtype: str) -
         "longvid auto": "longvid, auto with half the room",
         "longvid all": "longvid, offload all",
         "longvid all, least": "longvid, offload all, no early fetch",
-        "longvid all, slices": "the same in slices of one frame",
+        "longvid all, slices": "the same in slices and bands",
     }
     groups = [(size, direction) for size in PLOT_SIZES for direction in DIRECTIONS]
     figure, axes = plt.subplots(figsize=(11, 4.8), dpi=150, layout="constrained")

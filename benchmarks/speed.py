@@ -56,7 +56,7 @@ from longvid.machine import describe_machine
 from longvid.models.base import CausalVAE
 from longvid.numerics import Numerics
 from longvid.plan import make_plan
-from longvid.probe import choose_numerics, fresh_memory_is_slow, preferred_slice_bytes
+from longvid.probe import choose_numerics, fresh_memory_is_slow, preferred_band_bytes
 from longvid.residency import Residency
 from longvid.step import memory_format
 from longvid.transfer import HostTransfer
@@ -151,7 +151,7 @@ def open_longvid(
         numerics=numerics,
         offload="all" if least else "auto",
         slice_frames=1 if least else None,
-        slice_bytes=preferred_slice_bytes(CPU),
+        band_bytes=preferred_band_bytes(CPU),
         keep_workspace=fresh_memory_is_slow(CPU) and not thrifty,
         directions=(direction,),
     ).direction(direction)
@@ -161,6 +161,7 @@ def open_longvid(
         ConvCache(
             module,
             slice_elements=part.slicing.elements,
+            band_elements=part.slicing.band_elements,
             numerics=numerics,
             keep_workspace=part.keeps_workspace,
             residency=Residency(part.placement, transfer, host_sizes=part.host_sizes),

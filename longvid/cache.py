@@ -11,12 +11,14 @@ A layer reads from a **window**, one tensor ``[context | new frames]``::
         h = layer.convolve(window)              # reads window.input()
     # the window is gone; its last k - 1 frames are the context of the next chunk
 
-There is one copy of every context and no copy of the input. A window may be shorter than a chunk and roll over it::
+There is one copy of every context and no copy of the input. A window may be smaller than a chunk, in frames or in rows,
+and go over it block by block. What comes in is read once, row after row and in order, since the rows that two blocks
+share stay in the window. A layer of its own then pads no rows, which are there::
 
-    with cache.window(layer, like=x, frames=2) as window:
-        for piece in window.roll([range(0, 2), range(2, 4), ...]):
-            produce(piece, out=window.new)
-            y = layer.convolve(window)          # the output frames of this piece
+    with cache.window(layer, like=x, blocks=blocks, halo=1) as window:
+        for block in window.blocks():
+            produce(block.frames, window.rows, out=window.new)
+            y = F.conv3d(window.input(), ...)   # the output frames and rows of this block
 
 Layers with one tap in time have no entry. Where a context is between chunks, on the device or on the host, is the
 business of :class:`~longvid.residency.Residency`.
@@ -27,10 +29,12 @@ Axes: B batch, C channels, T time, H height, W width.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
+from itertools import groupby
 from types import TracebackType
 from typing import Literal, Protocol, Self, TypeAlias, TypeVar, cast
 
@@ -40,11 +44,11 @@ from torch import Tensor, nn
 from longvid.errors import CacheError
 from longvid.memory import is_out_of_memory
 from longvid.numerics import Numerics
-from longvid.residency import Residency
+from longvid.residency import Residency, empty_context
 from longvid.units import format_bytes
 from longvid.workspace import TensorKind, Workspace
 
-__all__ = ["CausalLayer", "ConvCache", "Window"]
+__all__ = ["Block", "CausalLayer", "ConvCache", "Window"]
 
 
 T = TypeVar("T")
@@ -58,6 +62,14 @@ class CausalLayer(Protocol):
     "frames of context, k - 1; 0 for a layer that needs none"
     initial_context: Literal["repeat", "zeros"]
     "what stands in front of the first frame of a video: that frame again, or zeros"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What of a layer's output is computed at once."""
+
+    frames: range
+    rows: range
 
 
 class _State(Enum):
@@ -81,10 +93,13 @@ class ConvCache:
 
     Args:
         module: the encoder or the decoder. Every submodule with ``context_frames > 0`` gets an entry.
-        max_conv_elements: a convolution whose window or output has more elements than this runs in parts, over time
-            and, where a frame is too large, over rows; the default is what 32-bit indexing in kernels can address.
+        max_conv_elements: most elements of a convolution's window and output, as far as frames and rows can be cut; the
+            default is what 32-bit indexing in kernels can address.
         slice_elements: layers run in slices of so many frames that neither the new input nor the output of a slice has
             more elements than this, but of one frame at least. Slices save memory and never change a result.
+        band_elements: layers in channels last run in bands of so many rows that neither a window nor its output has
+            more elements than this, but of about 16 rows at least, and with packed kernels; None for whole frames.
+            That saves memory, and time where a band fits a cache, and never changes a result.
         numerics: which of several forms the layers compute in, beside the layout, which is that of their input.
         residency: where the contexts live; on the device by default.
         keep_workspace: keep the memory of the layers between them and between chunks, see
@@ -100,12 +115,14 @@ class ConvCache:
         *,
         max_conv_elements: int = 2**31 - 1,
         slice_elements: int = 2**31 - 1,
+        band_elements: int | None = None,
         numerics: Numerics = Numerics(),  # noqa: B008 - a frozen value
         residency: Residency | None = None,
         keep_workspace: bool = False,
     ) -> None:
         self.max_conv_elements = max_conv_elements
         self.slice_elements = slice_elements
+        self.band_elements = band_elements
         self.numerics = numerics
         self.workspace = Workspace(keep=keep_workspace)
         "memory that the layers of this video take turns with; empty between chunks unless it is kept"
@@ -291,13 +308,18 @@ class ConvCache:
             stacklevel=3,
         )
 
-    def window(self, layer: CausalLayer, *, like: Tensor, frames: int | None = None) -> Window:
+    def window(
+        self, layer: CausalLayer, *, like: Tensor, blocks: Sequence[Block] | None = None, halo: int = 0
+    ) -> Window:
         """The window of ``layer`` for as many new frames as ``like`` has.
 
         Args:
             layer: a layer of the module this cache was made for, with ``context_frames > 0``.
             like: a tensor (B, C, T, H, W) with the shape, dtype, device and memory layout of the layer's input.
-            frames: new frames that the window holds at a time; it then has to :meth:`~Window.roll` over all of them.
+            blocks: what the window holds at a time, covering all frames and, for each range of frames, all rows, in
+                order; None for everything at once. It then has to go over all :meth:`~Window.blocks`.
+            halo: rows above and below an output row that it depends on. Bands of rows have them in the window, as
+                zeros where the frame ends; whole frames do not, and are padded by the layer.
 
         Raises:
             CacheError: the layer is not of this module, ran already in this chunk, or its context is of another
@@ -316,44 +338,63 @@ class ConvCache:
                 f"layer {entry.path!r} ran twice in chunk {self._chunk}; every call needs a layer of its own"
             )
         _require_same_video(entry, like)
-        return Window(self, layer, entry, like, frames)
+        return Window(self, layer, entry, like, blocks, halo)
 
 
 class Window:
     """The input of one causal layer for one chunk: ``[context | new frames]``. Made by :meth:`ConvCache.window`.
 
-    Its last frames become the layer's next context when :meth:`input` is called for the last of the new frames, or else
-    when the ``with`` block is left; leaving the block frees the window.
+    The last frames of each block become the layer's context when :meth:`input` is called for it, or else when the
+    ``with`` block is left; leaving it frees the window.
     """
 
-    def __init__(self, cache: ConvCache, layer: CausalLayer, entry: _Entry, like: Tensor, frames: int | None) -> None:
+    def __init__(
+        self,
+        cache: ConvCache,
+        layer: CausalLayer,
+        entry: _Entry,
+        like: Tensor,
+        blocks: Sequence[Block] | None,
+        halo: int,
+    ) -> None:
         self.max_conv_elements = cache.max_conv_elements
         self.attempt = cache.attempt
         self._cache = cache
         self._entry = entry
         self._initial_context = layer.initial_context
         self._context_frames = layer.context_frames
-        B, C, self._num_frames, H, W = like.shape
-        held = self._num_frames if frames is None else min(frames, self._num_frames)
-        self._shape = (B, C, layer.context_frames + held, H, W)
+        B, C, T, self._height, W = like.shape
+        self._blocks = [Block(range(T), range(self._height))] if blocks is None else blocks
+        rows = max(len(block.rows) for block in self._blocks)
+        self._banded = rows < self._height
+        self._halo = halo if self._banded else 0
+        "rows of it in the window"
+        frames = max(len(block.frames) for block in self._blocks)
+        self.shape = (B, C, layer.context_frames + frames, rows + 2 * self._halo, W)
+        "of the largest block with everything that it depends on"
+        self._context_shape = (B, C, layer.context_frames, self._height, W)
         self._kind = TensorKind.of(like)
-        self._piece = range(held)
-        "the new frames that are in the window now"
+        self._block = self._blocks[0]
+        "what is in the window now"
+        self.rows = range(0)
+        "of the frame, that are to be written into ``new``; those before them are in the window already"
+        self._first_row = 0
+        "where in the window they begin"
         self._tensor: Tensor | None = None
-        self._kept = self._has_front = False
+        self._context: Tensor | None = None
+        "what stands before the frames of the block; overwritten row by row with what stands before the next ones"
+        self._had_context = self._is_read = False
 
     def __enter__(self) -> Self:
         self._cache._enter_window(self._entry.path)
         self._tensor = self.attempt(self._open)
+        self._begin(self._block)
         return self
 
     def _open(self) -> Tensor:
-        context = self._cache._residency.open(self._entry.path)
-        tensor = self._cache.workspace.take(self._shape, self._kind)
-        if context is not None:
-            tensor[:, :, : self._context_frames].copy_(context)
-        self._has_front = context is not None
-        return tensor
+        self._context = self._cache._residency.open(self._entry.path)
+        self._had_context = self._context is not None
+        return self._cache.workspace.take(self.shape, self._kind)
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
@@ -361,28 +402,46 @@ class Window:
         if exc_type is None:
             self.input()
             self._cache._residency.done(self._entry.path)
-        self._tensor = self._cache._open_path = None
-        if len(self._piece) == self._num_frames and not self._cache.workspace.keeps:
+        self._tensor = self._context = self._cache._open_path = None
+        if len(self._blocks) == 1 and not self._cache.workspace.keeps:
             # Memory of this size is better given up than kept beside the statistics of the next norm.
             self._cache.workspace.clear()
 
-    def roll(self, pieces: Iterable[range]) -> Iterator[range]:
-        """Go over all new frames piece by piece; each has to be written and convolved before the next.
+    def blocks(self) -> Iterator[Block]:
+        """Go over all blocks; each has to be written and convolved before the next."""
+        for block in _allocating(self._blocks) if self._require().is_meta else self._blocks:
+            if block is not self._blocks[0]:
+                self._begin(block)
+            yield block
 
-        Args:
-            pieces: ranges that cover the new frames in order, each of at most ``frames`` of them.
-        """
-        for piece in pieces:
-            if piece.start:
-                self._advance()
-            self._piece = piece
-            yield piece
+    def _begin(self, block: Block) -> None:
+        """Move on: rows that the last block shares with this one stay, context stands before the others."""
+        tensor, last = self._require(), self._block
+        halo, above, height = self._halo, block.rows.start, self._height
+        stop = min(height, block.rows.stop + halo)
+        if above:
+            for i in range(2 * halo):  # one by one: source and target may overlap
+                tensor[:, :, :, i].copy_(tensor[:, :, :, len(last.rows) + i])
+            self.rows = range(min(height, above + halo), stop)
+        else:
+            if halo:
+                tensor[:, :, :, :halo].zero_()
+            self.rows = range(stop)
+        end = stop - above + halo
+        if end < len(block.rows) + 2 * halo:
+            tensor[:, :, :, end : len(block.rows) + 2 * halo].zero_()
+        self._first_row = self.rows.start - above + halo
+        self._block, self._is_read = block, False
+        if block.frames.start and not self._banded:  # what stands before these frames is in the window itself
+            for i in range(self._context_frames):
+                tensor[:, :, i].copy_(tensor[:, :, len(last.frames) + i])
+        elif self._has_context and self._context is not None:
+            there = self._context[:, :, :, self.rows.start : self.rows.stop]
+            tensor[:, :, : self._context_frames, self._first_row : end].copy_(there)
 
-    def _advance(self) -> None:
-        """The last frames of this piece are the context of the next one."""
-        tensor, step = self._require(), len(self._piece)
-        for i in range(self._context_frames):  # one by one: source and target may overlap
-            tensor[:, :, i].copy_(tensor[:, :, step + i])
+    @property
+    def _has_context(self) -> bool:
+        return self._had_context or self._block.frames.start > 0
 
     def _require(self) -> Tensor:
         if self._tensor is None:
@@ -391,30 +450,47 @@ class Window:
 
     @property
     def new(self) -> Tensor:
-        """The part (B, C, T, H, W) into which the producer of the layer's input writes every element of a piece."""
-        return self._require()[:, :, self._context_frames : self._context_frames + len(self._piece)]
+        """The part (B, C, T, H, W) into which the producer writes every element of a block's frames in ``rows``."""
+        frames = slice(self._context_frames, self._context_frames + len(self._block.frames))
+        return self._require()[:, :, frames, self._first_row : self._first_row + len(self.rows)]
 
     def input(self) -> Tensor:
         """The whole window (B, C, k - 1 + T, H, W), once ``new`` is written; it may not change any more."""
-        tensor = self._require()[:, :, : self._context_frames + len(self._piece)]
-        if not self._has_front:
-            self._has_front = True
-            self._fill_front(tensor[:, :, : self._context_frames])
-        if self._piece.stop == self._num_frames and not self._kept:
-            self._kept = True
-            self._keep(tensor[:, :, -self._context_frames :].detach())
+        num_frames, num_rows = len(self._block.frames), len(self._block.rows)
+        tensor = self._require()[:, :, : self._context_frames + num_frames, : num_rows + 2 * self._halo]
+        if not self._is_read:
+            self._is_read = True
+            if not self._has_context:
+                self._fill_front()
+            if self._banded or self._block is self._blocks[-1]:
+                self._keep(tensor[:, :, num_frames:, self._halo : self._halo + num_rows].detach())
         return tensor
 
-    def _fill_front(self, front: Tensor) -> None:
+    def _fill_front(self) -> None:
+        new = self.new
+        front = self._require()[:, :, : self._context_frames, self._first_row : self._first_row + len(self.rows)]
         if self._initial_context == "zeros":
             front.zero_()
         else:
-            front.copy_(self.new[:, :, :1].expand_as(front))
+            front.copy_(new[:, :, :1].expand_as(front))
 
     def _keep(self, tail: Tensor) -> None:
-        # Before the layer computes, so that a context that leaves is on its way meanwhile.
-        self.attempt(lambda: self._cache._residency.keep(self._entry.path, tail))
-        self._entry.chunk = self._cache._chunk
+        rows = self._block.rows
+        if self._context is None:  # not before: what wrote the window may be gone by now
+            self._context = self.attempt(partial(empty_context, self._context_shape, self._kind))
+        context = self._context
+        context[:, :, :, rows.start : rows.stop].copy_(tail)
+        if self._block is self._blocks[-1]:
+            # Before the layer computes, so that a context that leaves is on its way meanwhile.
+            self.attempt(lambda: self._cache._residency.keep(self._entry.path, context))
+            self._entry.chunk = self._cache._chunk
+
+
+def _allocating(blocks: Sequence[Block]) -> Iterator[Block]:
+    """What a dry run has to see: the first two and the last two bands of a slice, since all between them are alike."""
+    for _, band_group in groupby(blocks, key=lambda block: block.frames):
+        slice_blocks = list(band_group)
+        yield from slice_blocks if len(slice_blocks) <= 4 else (*slice_blocks[:2], *slice_blocks[-2:])
 
 
 def _require_same_video(entry: _Entry, like: Tensor) -> None:

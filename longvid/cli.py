@@ -218,7 +218,7 @@ def _plan(args: argparse.Namespace) -> int:
     from longvid.models.base import resolve_device
     from longvid.numerics import Numerics, parse_layout, parse_paired_frames
     from longvid.plan import make_plan
-    from longvid.probe import fresh_memory_is_slow, preferred_slice_bytes
+    from longvid.probe import fresh_memory_is_slow, preferred_band_bytes
 
     height, width = args.size
     device = resolve_device(args.device)
@@ -237,7 +237,7 @@ def _plan(args: argparse.Namespace) -> int:
         ),
         slice_frames=args.slice_frames,
         reserved=default_reserved_bytes(device) if args.reserved is None else args.reserved,
-        slice_bytes=preferred_slice_bytes(device),
+        band_bytes=preferred_band_bytes(device),
         keep_workspace=fresh_memory_is_slow(device),
     )
     print(json.dumps(plan.to_dict()) if args.json else plan.explain())
@@ -665,8 +665,8 @@ def _budget_options(parser: argparse.ArgumentParser) -> None:
         "--slice-frames",
         type=_at_least(1),
         metavar="N",
-        help="frames at a time in the layers with the largest frames; results are the same (default: whole chunks, a "
-        "few frames on a CPU, or fewer if --memory asks for it)",
+        help="frames at a time in the layers with the largest frames; results are the same (default: whole chunks, or "
+        "fewer if --memory asks for it)",
     )
     parser.add_argument(
         "--layout",

@@ -5,6 +5,7 @@ It executes the code of the real run, without a device, without weights and with
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -50,13 +51,18 @@ def dry_run(
     *,
     numerics: Numerics | None = None,
     slice_elements: int = 2**31 - 1,
+    band_elements: int | None = None,
     keep_workspace: bool = False,
+    like: Timeline | None = None,
 ) -> Timeline:
     """Run the first chunk and a middle one on meta tensors, and note bytes and, of the middle one, FLOPs.
 
     If the workspace is kept, middle chunks run until it has settled, and one as the first of a run that is continued;
-    the highest of them counts.
+    the highest of them counts. ``like`` is the timeline of the same chunks in other slices or bands, from which FLOPs
+    are taken over: those of bands cannot be counted, since bands that are alike are left out.
     """
+    if like is None and band_elements is not None:
+        like = dry_run(model, direction, height, width, dtype, schedule, numerics=numerics)
     numerics = numerics or Numerics()
     p = model.geometry.pixels_per_latent
 
@@ -72,6 +78,7 @@ def dry_run(
     with ConvCache(
         model.encoder if direction == "encode" else model.decoder,
         slice_elements=slice_elements,
+        band_elements=band_elements,
         numerics=numerics,
         residency=probe,
         keep_workspace=keep_workspace,
@@ -84,7 +91,7 @@ def dry_run(
             run(model, cache, first_host, device=_META, dtype=dtype, layout=layout)
         first_lead, first, _ = probe.take()
         # The tracker is the inner mode: it sees the same operations as without the counter.
-        with probe.flop_counter, probe.tracker:
+        with probe.flop_counter if like is None else nullcontext(), probe.tracker:
             run(model, cache, middle_host, device=_META, dtype=dtype, layout=layout)
         steady_lead, steady, flops = probe.take()
 
@@ -105,6 +112,8 @@ def dry_run(
             cache.workspace = Workspace(keep=True)
             run_another()
         context_bytes = probe.layer_bytes()
+    if like is not None:
+        flops = {"": like.lead_flops} | {step.layer: step.flops for step in like.steps}
     return Timeline(
         steps=tuple(
             Step(
@@ -141,9 +150,9 @@ class _Probe(Residency):
         self._bytes[path] = []
         return super().open(path)
 
-    def keep(self, path: str, tail: Tensor) -> None:
+    def keep(self, path: str, context: Tensor) -> None:
         self._cut()
-        super().keep(path, tail)
+        super().keep(path, context)
 
     def _cut(self) -> None:
         self._bytes[self._step].append(self.tracker.peak_bytes - self.device_bytes)

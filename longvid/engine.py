@@ -155,6 +155,7 @@ class Run:
         self.cache = ConvCache(
             engine.model.encoder if self.direction == "encode" else engine.model.decoder,
             slice_elements=part.slicing.elements,
+            band_elements=part.slicing.band_elements,
             numerics=part.numerics,
             residency=self._residency,
             keep_workspace=part.keeps_workspace,

@@ -64,7 +64,7 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         "bytes alive now"
         self.peak_bytes = 0
         "highest value of ``live_bytes`` since the start or the last reset"
-        self._storages: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
+        self._storages: dict[int, tuple[int, weakref.ref[torch.UntypedStorage | torch.Tensor]]] = {}
 
     def reset_peak(self) -> None:
         """Let the peak start again from what is alive now."""
@@ -78,14 +78,16 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Nearly every operation returns one tensor; walking a tree would cost more than small operations do.
         for leaf in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
+                if leaf.is_mkldnn:  # a packed kernel: it has no storage, and nothing is a view of it
+                    self._add(id(leaf), leaf.nbytes, leaf)
+                    continue
                 storage = leaf.untyped_storage()
                 if storage._cdata not in self._storages and not _aliases(storage, args, kwargs):
-                    self._add(storage)
+                    self._add(storage._cdata, storage.nbytes(), storage)
         return out
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, num_bytes = storage._cdata, storage.nbytes()
-        self._storages[key] = (num_bytes, weakref.ref(storage, lambda _: self._remove(key)))
+    def _add(self, key: int, num_bytes: int, memory: torch.UntypedStorage | torch.Tensor) -> None:
+        self._storages[key] = (num_bytes, weakref.ref(memory, lambda _: self._remove(key)))
         self.live_bytes += num_bytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
@@ -98,7 +100,10 @@ def _aliases(storage: torch.UntypedStorage, args: tuple[Any, ...], kwargs: Mappi
     """Whether a result only looks into the storage of one of its inputs, such as a view of a weight."""
     for value in (*args, *kwargs.values()):
         leaves = (value,) if isinstance(value, torch.Tensor) else tree_leaves(value) if _nests(value) else ()
-        if any(isinstance(x, torch.Tensor) and x.untyped_storage()._cdata == storage._cdata for x in leaves):
+        if any(
+            isinstance(x, torch.Tensor) and not x.is_mkldnn and x.untyped_storage()._cdata == storage._cdata
+            for x in leaves
+        ):
             return True
     return False
 

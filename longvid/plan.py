@@ -74,15 +74,19 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class Slicing:
-    """How long the slices are in which layers run. Never changes a result."""
+    """How large the slices of frames and the bands of rows are in which layers run. Never changes a result."""
 
     elements: int = 2**31 - 1
     "most elements of a slice's new input frames and of its output; at least one frame"
     frames: int | None = None
     "that many frames in the layer with the largest frames, and more in the others; None for whole chunks"
+    band_elements: int | None = None
+    "most elements of a window, beyond which layers run in bands of rows; None for whole frames"
 
     def __str__(self) -> str:
-        return "whole chunks" if self.frames is None else f"slices of {self.frames}"
+        if self.band_elements is None:
+            return "whole chunks" if self.frames is None else f"slices of {self.frames}"
+        return "bands of rows" if self.frames is None else f"{self.frames}-frame bands"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +200,7 @@ class DirectionPlan:
             "prefetch_bytes": self.placement.prefetch_bytes,
             "slice_frames": self.slicing.frames,
             "slice_elements": self.slicing.elements,
+            "band_elements": self.slicing.band_elements,
             "keeps_workspace": self.keeps_workspace,
             "numerics": self.numerics.to_dict(),
             "suggestions": list(self.suggestions),
@@ -354,7 +359,7 @@ def make_plan(
     directions: Sequence[Direction] = _DIRECTIONS,
     numerics: Numerics | Mapping[Direction, Numerics] | None = None,
     slice_frames: int | Mapping[Direction, int | None] | None = None,
-    slice_bytes: int | None = None,
+    band_bytes: int | None = None,
     keep_workspace: bool = False,
 ) -> Plan:
     """Plan encoding and decoding of ``height`` x ``width`` frames. Needs no weights, no device and about a second.
@@ -378,7 +383,8 @@ def make_plan(
         numerics: layout and forms of convolutions and norms, also by direction; contiguous and plain by default.
         slice_frames: frames of a slice in the layer with the largest frames; None for the longest slices that fit the
             budget, whole chunks first. A mapping gives each direction its own.
-        slice_bytes: most bytes of a slice if ``slice_frames`` is None, for devices that prefer short ones.
+        band_bytes: most bytes of a layer's window, beyond which it runs in bands of rows, for devices with caches that
+            gain from that.
         keep_workspace: keep the layers' memory from chunk to chunk if that fits without offloading, for devices on
             which fresh memory is slow.
 
@@ -404,7 +410,7 @@ def make_plan(
         rates if isinstance(rates, Mapping) else dict.fromkeys(_DIRECTIONS, rates or DeviceRates()),
         numerics if isinstance(numerics, Mapping) else dict.fromkeys(_DIRECTIONS, numerics or Numerics()),
         slice_frames if isinstance(slice_frames, Mapping) else dict.fromkeys(_DIRECTIONS, slice_frames),
-        slice_bytes,
+        band_bytes,
         keep_workspace,
     )
     padded = vae.geometry.padded_size(height, width)
@@ -465,7 +471,7 @@ class _Planner:
         rates: Mapping[Direction, DeviceRates],
         numerics: Mapping[Direction, Numerics],
         slice_frames: Mapping[Direction, int | None],
-        slice_bytes: int | None,
+        band_bytes: int | None,
         keep_workspace: bool,
     ) -> None:
         self._model = model
@@ -477,8 +483,8 @@ class _Planner:
         self._numerics = numerics
         self._slice_frames = slice_frames
         self._keep_workspace = keep_workspace
-        self._most_elements = 2**31 - 1 if slice_bytes is None else min(2**31 - 1, slice_bytes // dtype.itemsize)
-        self._timelines: dict[tuple[object, ...], Timeline] = {}
+        self._band_elements = None if band_bytes is None else band_bytes // dtype.itemsize
+        self._timelines: dict[tuple[tuple[object, ...], Slicing, bool], Timeline] = {}
         self._frames: dict[Direction, tuple[int, int]] = {}
         "elements of the largest frame of a layer's input, for frames of how many pixels"
         self._skeletons: dict[torch.dtype, CausalVAE] = {}
@@ -546,8 +552,12 @@ class _Planner:
 
     def _slicings(self, direction: Direction, height: int, width: int, schedule: ChunkSchedule) -> list[Slicing]:
         """What to try, longest first. The unit is a frame of the layer whose frames are the largest."""
+        # A layout that has no bands has slices of that size instead.
+        last = self._numerics[direction].layout == "channels_last"
+        most = 2**31 - 1 if last or self._band_elements is None else self._band_elements
+        whole = Slicing(most, band_elements=self._band_elements if last else None)
         if direction not in self._frames:
-            timeline = self._timeline(direction, height, width, self._dtype, schedule, Slicing(self._most_elements))
+            timeline = self._timeline(direction, height, width, self._dtype, schedule, whole)
             module = self._model.encoder if direction == "encode" else self._model.decoder
             layers = dict(module.named_modules())
             context_frames = (cast("CausalLayer", layers[step.layer]).context_frames for step in timeline.steps)
@@ -556,17 +566,16 @@ class _Planner:
         largest, area = self._frames[direction]
         frame = largest * height * width // area
         if not frame:
-            return [Slicing()]
+            return [whole]
         asked = self._slice_frames[direction]
         if asked is not None:
-            return [Slicing(asked * frame, asked)]
+            return [replace(whole, elements=asked * frame, frames=asked)]
         shortest = 2 if self._numerics[direction].paired_frames else 1
-        preferred = max(shortest, self._most_elements // frame)
-        whole = preferred >= schedule.chunk_frames
-        found = [Slicing(self._most_elements, None if whole else preferred)]
-        frames = min(preferred, schedule.chunk_frames) // 2
+        longest = max(shortest, most // frame)
+        found = [whole if longest >= schedule.chunk_frames else replace(whole, frames=longest)]
+        frames = min(longest, schedule.chunk_frames) // 2
         while frames >= shortest:
-            found.append(Slicing(frames * frame, frames))
+            found.append(replace(whole, elements=frames * frame, frames=frames))
             frames //= 2
         return found
 
@@ -642,7 +651,8 @@ class _Planner:
         slicing: Slicing,
         keeps_workspace: bool = False,
     ) -> Timeline:
-        key = (direction, height, width, dtype, schedule, slicing.elements, keeps_workspace)
+        chunks = (direction, height, width, dtype, schedule)
+        key = (chunks, slicing, keeps_workspace)
         if key not in self._timelines:
             self._timelines[key] = dry_run(
                 self._skeleton(dtype),
@@ -653,7 +663,9 @@ class _Planner:
                 schedule,
                 numerics=self._numerics[direction],
                 slice_elements=slicing.elements,
+                band_elements=slicing.band_elements,
                 keep_workspace=keeps_workspace,
+                like=next((known for (other, *_), known in self._timelines.items() if other == chunks), None),
             )
         return self._timelines[key]
 

@@ -29,10 +29,12 @@ from longvid.models.layers import CausalConv3d
 from longvid.models.norms import Fitted
 from longvid.numerics import Layout, Numerics
 
-__all__ = ["can_compute", "choose_numerics", "fresh_memory_is_slow", "preferred_slice_bytes"]
+__all__ = ["can_compute", "choose_numerics", "fresh_memory_is_slow", "preferred_band_bytes"]
 
 _SMALL_BYTES = 32 * 2**20
 "of the largest window of a chunk; up to this size the C library hands memory out again without fetching it anew"
+_BAND_BYTES = 24 * 2**20
+"of the window of a band; decision 22"
 _MOST_FLOPS = 3e9
 "of a measured convolution"
 _NORM_BYTES = 64 * 2**20
@@ -120,13 +122,13 @@ def _hides_roundings(direction: Direction, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (direction == "decode" and dtype == torch.bfloat16)
 
 
-def preferred_slice_bytes(device: torch.device) -> int | None:
-    """How long slices are where nothing else decides; None for as long as can be.
+def preferred_band_bytes(device: torch.device) -> int | None:
+    """How large the windows of bands of rows are at most; None for whole frames.
 
-    On a CPU a convolution's output is memory fresh from the system, a page fault for every 4 KiB, unless it is small
-    enough for the C library to hand out again; copying a slice to where it belongs costs a fraction of that.
+    On a CPU, what a norm has written is in a cache when the convolution reads it, and so is what that gives when it is
+    stored; and the kernels of the convolutions themselves are faster on blocks that size.
     """
-    return _SMALL_BYTES * 3 // 4 if device.type == "cpu" else None
+    return _BAND_BYTES if device.type == "cpu" else None
 
 
 def fresh_memory_is_slow(device: torch.device) -> bool:
@@ -152,7 +154,8 @@ def _pairs(layer: CausalConv3d, area: int) -> Callable[[], object]:
     conv, x = layer.conv, _input(layer, area, torch.channels_last_3d)
     filters = filters_of_pairs(conv.weight)
     out = x.new_empty((1, conv.out_channels, 2, *x.shape[3:])).contiguous(memory_format=torch.channels_last_3d)
-    return lambda: paired(x, filters, conv.bias, out)
+    padding = conv.kernel_size[1] // 2, conv.kernel_size[2] // 2
+    return lambda: paired(x, filters, conv.bias, out, padding=padding)
 
 
 def _norm(layer: CausalConv3d, area: int, with_maps: bool, compiled: bool) -> Callable[[], object]:
@@ -165,7 +168,7 @@ def _norm(layer: CausalConv3d, area: int, with_maps: bool, compiled: bool) -> Ca
     scale = torch.ones((1, channels), device=weight.device)
     fitted = Fitted(x, scale, torch.zeros_like(scale), maps if with_maps else None, compiled=compiled)
     out = torch.empty_like(x)
-    return lambda: fitted.write(range(x.shape[2]), out)
+    return lambda: fitted.write(range(x.shape[2]), range(x.shape[3]), out)
 
 
 @torch.inference_mode()

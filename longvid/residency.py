@@ -6,8 +6,8 @@ from then on, when the window of layer l opens ::
     1. what earlier layers sent out has left the device by now: its memory is free
     2. l's context is on the device, and those of the next layers are too or are on their way, as many as fit in the
        placement's prefetch_bytes
-    3. l's context is handed over; once the layer's input is known, its new context takes the old one's place and,
-       if the placement says so, starts for the host while the layer computes
+    3. l's context is handed over; row by row its new context takes the old one's place as the layer's input becomes
+       known and, if the placement says so, starts for the host while the layer computes the last of it
 
 So between two openings the device holds the resident contexts and a few others, and which ones is known in advance
 (:meth:`~longvid.offload.Placement.staged`). Resident contexts never move. Where a context is never changes a result.
@@ -16,7 +16,7 @@ So between two openings the device holds the resident contexts and a few others,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,9 +25,9 @@ from longvid.arena import HostArena, HostSlot
 from longvid.events import Lane, Span
 from longvid.offload import Placement
 from longvid.transfer import HostTransfer, Mark, Ticket
-from longvid.workspace import layout_of
+from longvid.workspace import TensorKind
 
-__all__ = ["Residency"]
+__all__ = ["Residency", "empty_context"]
 
 
 @dataclass(slots=True)
@@ -67,6 +67,8 @@ class Residency:
             raise ValueError("contexts are to be offloaded, and nothing is there to move them: pass a HostTransfer")
         self._transfer = transfer
         self._evicted = False
+        self._in_use = ""
+        "path of the layer whose window holds its context; it is sent when it is kept"
         self._homes: dict[str, _Home] = {}
         "in the order in which the layers run"
         self._contexts: list[tuple[str, int]] = []
@@ -134,6 +136,7 @@ class Residency:
         """
         self._free_what_left()
         home = self._homes.setdefault(path, _Home())
+        self._in_use = path
         if not home.num_bytes:
             self._mark_open(path)
             return None
@@ -148,13 +151,16 @@ class Residency:
         self._mark_open(path)
         return home.device
 
-    def keep(self, path: str, tail: Tensor) -> None:
-        """Make ``tail``, the last frames of a layer's window, its context for the next chunk."""
+    def keep(self, path: str, context: Tensor) -> None:
+        """Make ``context`` that of a layer for the next chunk. It is taken over: nobody else may write to it.
+
+        Args:
+            path: of the layer.
+            context: what :meth:`open` gave, changed in place, or in the first chunk a tensor of :func:`empty_context`.
+        """
         home = self._homes[path]
-        if home.device is None:
-            home.device = _empty_like(tail)
-            home.num_bytes = tail.numel() * tail.element_size()
-        home.device.copy_(tail)
+        home.device, home.num_bytes = context, context.numel() * context.element_size()
+        self._in_use = ""
         if self._evicted:  # also a context that has just come into being
             self._placement = Placement(offloaded=self._placement.offloaded | {path})
         if path in self._placement.offloaded:
@@ -170,7 +176,7 @@ class Residency:
     # ------------------------------------------------------------------------------------------- all layers
 
     def evict(self) -> int:
-        """Move every context to the host at once and have them all live there from now on.
+        """Move every context but the one that a window holds to the host, and have them all live there from now on.
 
         Returns:
             The device bytes that this set free; 0 if nothing was left to move.
@@ -181,11 +187,11 @@ class Residency:
         before = self.device_bytes
         self._evicted = True
         self._placement = Placement(offloaded=self._placement.offloaded.union(self._homes))
-        for home in self._homes.values():
-            if home.arriving is not None:  # a prefetched context is still on the host
+        for path, home in self._homes.items():
+            if home.arriving is not None and path != self._in_use:  # a prefetched context is still on the host
                 home.arriving.synchronize()
                 home.device = home.arriving = None
-        moving = {path: home for path, home in self._homes.items() if home.device is not None}
+        moving = {p: home for p, home in self._homes.items() if home.device is not None and p != self._in_use}
         homeless = [home.num_bytes for home in moving.values() if home.host is None]
         if homeless:
             self._arenas.append(self._transfer.arena(homeless))
@@ -279,8 +285,12 @@ class Residency:
             self._log.append((lane, path, ticket.started, ticket.stopped, num_bytes))
 
 
-def _empty_like(tensor: Tensor, device: torch.device | None = None) -> Tensor:
-    """Dense in the same layout, and an ordinary tensor, so that chunks may run inside and outside of inference mode."""
-    layout = layout_of(tensor)
+def empty_context(shape: tuple[int, int, int, int, int], kind: TensorKind) -> Tensor:
+    """Memory for the context of a layer: an ordinary tensor, so that chunks may run in and outside inference mode."""
     with torch.inference_mode(False):
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device or tensor.device, memory_format=layout)
+        return torch.empty(shape, dtype=kind.dtype, device=kind.device, memory_format=kind.layout)
+
+
+def _empty_like(context: Tensor, device: torch.device) -> Tensor:
+    B, C, T, H, W = context.shape
+    return empty_context((B, C, T, H, W), replace(TensorKind.of(context), device=device))

@@ -31,7 +31,7 @@ from longvid.models.loading import load_model
 from longvid.numerics import Numerics, parse_layout, parse_paired_frames
 from longvid.offload import OffloadPolicy
 from longvid.plan import DirectionPlan, Offload, Plan, make_plan, parse_dtype, parse_offload
-from longvid.probe import can_compute, choose_numerics, fresh_memory_is_slow, preferred_slice_bytes
+from longvid.probe import can_compute, choose_numerics, fresh_memory_is_slow, preferred_band_bytes
 from longvid.profile import Profile, ProfileScope
 from longvid.push import Admission, PushDecoder, PushEncoder, Scope
 from longvid.store import LatentStore, open_store
@@ -75,8 +75,8 @@ class VideoSession:
             size, dtype or device is refused.
         chunk_frames: frames of a chunk after the first, for a model whose result does not depend on it; None for the
             model's own, or shorter where the budget asks for it.
-        slice_frames: frames of a slice, in which the layers with the largest frames run; None for whole chunks on an
-            accelerator and short slices on a CPU, and shorter where the budget asks for it. Never changes a bit.
+        slice_frames: frames of a slice, in which the layers with the largest frames run; None for whole chunks, and
+            fewer where the budget asks for it. Never changes a bit.
         layout: of activations in memory: ``"auto"``, ``"contiguous"`` or ``"channels_last"``. Seen in the last bits of
             a result and recorded in the store. ``"auto"`` is channels last where it is not slower, except for small
             frames on a CPU, for which contiguous is bit for bit what diffusers computes in the bfloat16 encoder.
@@ -244,7 +244,7 @@ class VideoSession:
                 rates=None if profile is None else profile.rates,
                 numerics={d: self._numerics_for(engine, d, height, width, recorded) for d in directions},
                 slice_frames=slice_frames,
-                slice_bytes=preferred_slice_bytes(engine.device),
+                band_bytes=preferred_band_bytes(engine.device),
                 keep_workspace=whole and fresh_memory_is_slow(engine.device),
             )
         return self._plans[key]

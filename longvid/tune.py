@@ -26,7 +26,7 @@ from longvid.machine import describe_machine
 from longvid.models.base import CausalVAE
 from longvid.offload import OffloadPolicy
 from longvid.plan import DirectionPlan, make_plan
-from longvid.probe import choose_numerics, fresh_memory_is_slow
+from longvid.probe import choose_numerics, fresh_memory_is_slow, preferred_band_bytes
 from longvid.profile import DirectionProfile, Profile, ProfileScope
 from longvid.schedule import ChunkSchedule
 from longvid.timeline import DeviceRates
@@ -205,6 +205,7 @@ def _thresholds(
             directions=(direction,),
             numerics=numerics,
             slice_frames=slice_frames,
+            band_bytes=preferred_band_bytes(engine.device),
             keep_workspace=fresh_memory_is_slow(engine.device),
         )
         return plan.schedule, plan.direction(direction)

@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from longvid import AllocationTracker
 from longvid.models.convolution import (
     accumulate,
     convolution,
     filters_of_pairs,
     fuses_residuals,
+    packed,
     paired,
     row_bands,
 )
@@ -68,7 +70,7 @@ def test_a_pair_of_frames_equals_its_definition(dtype, bias):
     offset = torch.randn(12, dtype=dtype) if bias else None
     out = torch.empty(2, 12, 2, 7, 6, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
     with torch.inference_mode():
-        paired(x, filters_of_pairs(weight), offset, out)
+        paired(x, filters_of_pairs(weight), offset, out, padding=(1, 1))
     expected = F.conv3d(x.double(), weight.double(), None if offset is None else offset.double(), padding=(0, 1, 1))
     error = (out.double() - expected).norm() / expected.norm()
     assert error < {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}[dtype]
@@ -84,7 +86,7 @@ def test_a_pair_is_added_onto_what_is_there(dtype, fused):
     out = torch.randn(1, 12, 2, 7, 6, dtype=dtype).contiguous(memory_format=LAYOUTS[1])
     before = out.clone()
     with torch.inference_mode():
-        paired(x, filters_of_pairs(weight), bias, out, onto=True, fused=fused)
+        paired(x, filters_of_pairs(weight), bias, out, padding=(1, 1), onto=True, fused=fused)
     expected = before.double() + F.conv3d(x.double(), weight.double(), bias.double(), padding=(0, 1, 1))
     assert (out.double() - expected).norm() / expected.norm() < {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
 
@@ -93,25 +95,67 @@ def test_a_pair_is_added_onto_what_is_there(dtype, fused):
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_convolution_is_added_in_place_and_in_any_parts_of_time_alike(dtype, flat, batch):
+def test_a_convolution_is_added_in_place_and_in_bands_of_rows_alike(dtype, flat, batch):
     x = torch.randn(batch, 8, 6, 5, 7, dtype=dtype).contiguous(memory_format=LAYOUTS[1])
     weight, bias = torch.randn(8, 8, 3, 3, 3, dtype=dtype) / 10, torch.randn(8, dtype=dtype)
     start, padding = torch.randn(batch, 8, 4, 5, 7, dtype=dtype).contiguous(memory_format=LAYOUTS[1]), (0, 1, 1)
     if flat:
         x, weight, start, padding = x[:, :, 0], weight[:, :, 0], start[:, :, 0], (1, 1)
-    outs = []
-    for limit in (10**9, 4 * 8 * 5 * 7 * batch, 1):  # the last leaves it to bands of rows, and a sum apart
-        out = start.clone()
-        with torch.inference_mode():
-            accumulate(out, x, weight, bias, padding=padding, limit=limit)
-        outs.append(out)
+    whole, bands = start.clone(), start.clone()
+    tall = F.pad(x, (0, 0, 1, 1)).contiguous(memory_format=torch.channels_last if flat else LAYOUTS[1])
+    with torch.inference_mode():
+        accumulate(whole, x, weight, bias, padding=padding)
+        for row, stop in ((0, 2), (2, 5)):
+            out, ins = bands[..., row:stop, :], tall[..., row : stop + 2, :]
+            accumulate(out, ins, weight, bias, padding=(*padding[:-2], 0, 1))
     expected = start.double() + (F.conv2d if flat else F.conv3d)(
         x.double(), weight.double(), bias.double(), padding=padding
     )
-    assert torch.equal(outs[0], outs[1])
-    for out, bound in zip(outs, (2e-3, 2e-3, 4e-3), strict=True):
-        error = (out.double() - expected).norm() / expected.norm()
-        assert error < (bound * (1 + batch) / 2 if dtype == torch.bfloat16 else 1e-6)
+    assert torch.equal(whole, bands)
+    error = (whole.double() - expected).norm() / expected.norm()
+    assert error < (2e-3 * (1 + batch) / 2 if dtype == torch.bfloat16 else 1e-6)
+
+
+PACKS = packed(torch.zeros(64, 64, 3, 3, 3), (0, 1, 1), (1, 64, 3, 4, 4)).is_mkldnn
+
+
+@pytest.mark.skipif(not PACKS, reason="this build of PyTorch cannot pack kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize(("channels", "out_channels"), [(64, 64), (128, 64), (64, 192), (512, 256)])
+def test_packed_kernels_give_the_same_bits(dtype, flat, channels, out_channels):
+    """Also for inputs of another size than they were packed for, and when the result is added to another."""
+    x = torch.randn(1, channels, 5, 18, 20).to(dtype).contiguous(memory_format=LAYOUTS[1])
+    weight, bias = (torch.randn(out_channels, channels, 3, 3, 3) / 40).to(dtype), torch.randn(out_channels).to(dtype)
+    padding = (0, 0, 1)
+    if flat:
+        x, weight, padding = x[:, :, 0], weight[:, :, 0], (0, 1)
+    with torch.inference_mode():
+        tracker = AllocationTracker()
+        with tracker:
+            kernel = packed(weight, padding, tuple(x.shape))
+        assert kernel.is_mkldnn
+        assert tracker.live_bytes == weight.nbytes == packed(weight.to("meta"), padding, tuple(x.shape)).nbytes
+        for rows in (18, 7, 3):
+            part = x[..., :rows, :]
+            y = convolution(part, kernel, bias, padding=padding)
+            assert torch.equal(y, convolution(part, weight, bias, padding=padding))
+            if fuses_residuals(dtype):
+                sums = [y.clone(memory_format=torch.preserve_format) for _ in range(2)]
+                for out, w in zip(sums, (kernel, weight), strict=True):
+                    accumulate(out, part, w, bias, padding=padding)
+                assert torch.equal(*sums)
+                assert not torch.equal(sums[0], y)
+        del kernel
+        assert tracker.live_bytes == 0
+
+
+def test_kernels_that_would_be_filled_up_are_left_as_they_are():
+    for shape in ((64, 3, 3, 3, 3), (3, 64, 3, 3, 3), (96, 64, 3, 3, 3)):
+        weight = torch.zeros(shape)
+        assert packed(weight, (0, 1, 1), (1, shape[1], 3, 4, 4)) is weight
+    double = torch.zeros(64, 64, 3, 3, 3, dtype=torch.float64)
+    assert packed(double, (0, 1, 1), (1, 64, 3, 4, 4)) is double
 
 
 @pytest.mark.skipif(not fuses_residuals(torch.float32), reason="this build of PyTorch cannot")
@@ -138,7 +182,8 @@ def test_without_memory_nothing_is_added_twice(pairs, fused):
         out = start.clone()
         with torch.inference_mode(), mode:
             if pairs:
-                paired(x, filters_of_pairs(weight), None, out, onto=True, fused=fused, attempt=attempt)
+                how = {"padding": (1, 1), "fused": fused, "attempt": attempt}
+                paired(x, filters_of_pairs(weight), None, out, onto=True, **how)
             else:
                 accumulate(out, x, weight, None, padding=(0, 1, 1), attempt=attempt)
         return out

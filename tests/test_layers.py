@@ -1,12 +1,16 @@
+import itertools
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from longvid import CausalConv3d, ConvCache
+from longvid.models import norms
 from longvid.models.convolution import fuses_residuals
-from longvid.models.layers import Downsample, ResnetBlock, Upsample, time_slices
+from longvid.models.layers import Downsample, ResnetBlock, Upsample, _Copied, bands, time_slices
 from longvid.numerics import Numerics
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -101,6 +105,82 @@ def test_a_block_in_slices_is_the_whole_bit_for_bit(dtype, widths, paired, fused
     for frames in (1, 2, 3, 5):
         for got, expected in zip(run(frames * max(widths) * 60), whole, strict=True):
             assert torch.equal(got, expected)
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 3), st.integers(1, 20))
+def test_bands_cover_all_rows_and_read_in_steps(height, most, halo, step):
+    found = bands(height, most, halo=halo, step=step)
+    assert [row for band in found for row in band] == list(range(height))
+    assert all(len(band) <= max(most, step) for band in found)
+    assert len({len(band) for band in found[1:-1]}) <= 1
+    if max(most, step) > halo:
+        assert all((band.stop + halo) % step == 0 for band in found if band.stop + halo < height)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.sampled_from([(64, 64), (64, 128), (16, 24), (10, 14)]),
+    st.sampled_from([*itertools.product(DTYPES, [False, True], [False, True])]),
+    st.sampled_from([None, 5]),
+    st.integers(1, 2),
+    st.sampled_from([16, 17, 24, 37]),
+    st.sampled_from([1, 3]),
+    st.sampled_from(
+        [
+            {"band_elements": 1},
+            {"band_elements": 1, "slice_elements": 1},
+            {"band_elements": 20_000, "slice_elements": 50_000},
+            {"max_conv_elements": 1},
+            {"max_conv_elements": 30_000},
+        ]
+    ),
+)
+def test_a_block_in_bands_is_the_whole_bit_for_bit(widths, form, latent_channels, batch, rows, threads, limits):
+    """Bands of rows, alone and within slices of frames, with the context of three chunks and every kind of residual."""
+    dtype, paired, fused = form
+    assume(not fused or fuses_residuals(dtype))
+    torch.manual_seed(0)
+    block = ResnetBlock(*widths, num_groups=2, eps=1e-6, latent_channels=latent_channels).to(dtype)
+    numerics = Numerics(layout="channels_last", paired_frames=paired, fused_residuals=fused)
+    videos = [
+        [torch.randn(batch, c, t, h, w).to(dtype).contiguous(memory_format=LAYOUTS[1]) for t in times]
+        for c, times, h, w in ((widths[0], (9, 8, 3), rows * 2, 12), (5, (3, 2, 2), rows, 3))
+    ]
+
+    def run(**limits):
+        with ConvCache(block, numerics=numerics, **limits) as cache, torch.inference_mode():
+            outs = []
+            for x, z in zip(*videos, strict=True):
+                with cache.chunk():
+                    outs.append(block(x.clone(memory_format=torch.preserve_format), cache, z).clone())
+            return outs, dict(cache.contexts())
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    slabs = mock.patch.object(norms, "_SLAB_BYTES", 4000)  # less than a band of these frames
+    try:
+        with slabs:
+            (outs, contexts), (expected, expected_contexts) = run(**limits), run()
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, outs, expected))
+    assert all(torch.equal(contexts[path], context) for path, context in expected_contexts.items())
+
+
+def test_layers_with_large_frames_really_run_in_bands():
+    conv = CausalConv3d(64, 64, 3)
+    x = torch.randn(1, 64, 8, 40, 10).contiguous(memory_format=LAYOUTS[1])
+
+    def bands_of(x, **limits):
+        with ConvCache(conv, **limits) as cache:
+            return [(len(block.frames), len(block.rows)) for block in conv.blocks(_Copied(x), cache)]
+
+    assert bands_of(x) == [(8, 40)]
+    assert bands_of(x, band_elements=1) == [(8, 15), (8, 16), (8, 9)]
+    assert bands_of(x, band_elements=64 * 10 * 10 * 22) == [(8, 19), (8, 20), (8, 1)]
+    assert bands_of(x, band_elements=64 * 10 * 10 * 40) == [(8, 40)]
+    assert set(bands_of(x, max_conv_elements=1)) == {(1, 1)}
+    assert bands_of(x.contiguous(), band_elements=1) == [(8, 40)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

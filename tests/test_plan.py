@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from longvid import AllocationTracker, ConvCache, MemoryBudgetError, ModelError, ScheduleError, load_model, make_plan
+from longvid.models import norms
 from longvid.models.base import placed
+from longvid.models.cogvideox import CogVideoXConfig, CogVideoXVAE
 from longvid.numerics import Numerics
-from longvid.plan import parse_dtype
+from longvid.plan import Slicing, parse_dtype
 from longvid.probe import can_compute
 from longvid.step import decode_chunk, encode_chunk, memory_format
 
@@ -73,14 +75,15 @@ def test_parts_add_up(full_plan):
     assert full_plan.projected_bytes == full_plan.decode.projected_bytes
 
 
-def run_for_real(model, direction, height, width, dtype, numerics=None, slice_elements=2**31 - 1, keep=False):
+def run_for_real(model, direction, height, width, dtype, numerics=None, slicing=Slicing(), keep=False):  # noqa: B008
     """Peak bytes of the first and of four middle chunks on CPU tensors."""
     numerics = numerics or Numerics()
     device = torch.device("cpu")
     ready, tracker, peaks = placed(model, device, dtype), AllocationTracker(), []
     plan, p = model.geometry.schedule, model.geometry.pixels_per_latent
     module = ready.encoder if direction == "encode" else ready.decoder
-    with ConvCache(module, slice_elements=slice_elements, numerics=numerics, keep_workspace=keep) as cache:
+    limits = {"slice_elements": slicing.elements, "band_elements": slicing.band_elements}
+    with ConvCache(module, **limits, numerics=numerics, keep_workspace=keep) as cache:
         for chunk in (plan.full(i) for i in range(5)):
             if direction == "encode":
                 host, step = (
@@ -130,7 +133,11 @@ def test_projection_equals_a_tracked_run_to_the_byte(vae, direction, size, dtype
         pytest.skip("a kernel is missing here")
     setting = {"dtype": dtype, "numerics": numerics, "slice_frames": slice_frames, "keep_workspace": keep}
     plan = make_plan(vae, height=size[0], width=size[1], **setting).direction(direction)
-    first, *middle = run_for_real(vae, direction, *size, dtype, numerics, plan.slicing.elements, keep)
+    assert_planned(plan, vae, direction, size, dtype, keep)
+
+
+def assert_planned(plan, model, direction, size, dtype, keep):
+    first, *middle = run_for_real(model, direction, *size, dtype, plan.numerics, plan.slicing, keep)
     assert plan.keeps_workspace == keep
     if not keep:
         assert len(set(middle)) == 1
@@ -138,9 +145,42 @@ def test_projection_equals_a_tracked_run_to_the_byte(vae, direction, size, dtype
     assert plan.projected_bytes - plan.weights_bytes == max(first, *middle)
 
 
+@pytest.fixture(scope="module")
+def wide():
+    """Channels in numbers that kernels are packed for."""
+    config = CogVideoXConfig(block_out_channels=(64, 128), layers_per_block=1)
+    return CogVideoXVAE(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "numerics", "keep", "slice_frames"),
+    [
+        (torch.bfloat16, LAST, True, None),
+        (torch.float32, LAST, False, 2),
+        (torch.bfloat16, FUSED, False, None),
+        (torch.float32, PAIRED, True, None),
+        (torch.float32, PAIRED, False, 2),
+    ],
+)
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_bands_and_packed_kernels_are_in_the_projection(
+    wide, monkeypatch, direction, dtype, numerics, keep, slice_frames
+):
+    monkeypatch.setattr(norms, "_SLAB_BYTES", 1)  # of these frames, one slab is more than a band
+    if not can_compute(numerics, dtype):
+        pytest.skip("a kernel is missing here")
+    setting = {"height": 72, "width": 24, "dtype": dtype, "numerics": numerics, "keep_workspace": keep}
+    setting["slice_frames"] = slice_frames
+    whole = make_plan(wide, **setting).direction(direction)
+    plan = make_plan(wide, **setting, band_bytes=2**16).direction(direction)
+    assert plan.slicing.band_elements == 2**16 // dtype.itemsize
+    assert plan.projected_bytes < whole.projected_bytes
+    assert_planned(plan, wide, direction, (72, 24), dtype, keep)
+
+
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 def test_memory_is_kept_between_chunks_only_where_there_is_room(vae, direction):
-    setting = {"height": 64, "width": 96, "keep_workspace": True, "slice_bytes": 2**16}
+    setting = {"height": 64, "width": 96, "keep_workspace": True, "numerics": LAST, "band_bytes": 2**16}
 
     def planned(**more):
         return make_plan(vae, **setting, **more).direction(direction)

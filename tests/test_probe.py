@@ -9,7 +9,7 @@ from longvid import ModelError, VideoSession, load_model, open_store
 from longvid.models.cogvideox import CogVideoXConfig, CogVideoXVAE
 from longvid.models.convolution import fuses_residuals
 from longvid.numerics import Numerics, parse_layout, parse_paired_frames
-from longvid.probe import choose_numerics, preferred_slice_bytes
+from longvid.probe import choose_numerics, preferred_band_bytes
 
 CPU = torch.device("cpu")
 FUSES = fuses_residuals(torch.float32)
@@ -81,9 +81,9 @@ def test_what_does_not_exist_is_refused(parse):
     assert parse("auto") is None
 
 
-def test_a_cpu_prefers_short_slices_and_a_device_whole_chunks():
-    assert preferred_slice_bytes(CPU) == 24 * 2**20
-    assert preferred_slice_bytes(torch.device("cuda")) is None
+def test_a_cpu_prefers_bands_of_rows_and_a_device_whole_frames():
+    assert preferred_band_bytes(CPU) == 24 * 2**20
+    assert preferred_band_bytes(torch.device("cuda")) is None
 
 
 @pytest.fixture(scope="module")

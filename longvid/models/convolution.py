@@ -6,7 +6,9 @@ Five things are done here and nowhere else:
   20,480 or less, and takes 10 to 50 times longer; oneDNN is then called by its own name. (bfloat16 is not affected.)
 * Kernels address elements with 32 bits. Input and output of a call stay below a limit: longer inputs are cut in time,
   larger frames in bands of rows with a halo, whose doubly computed rows are thrown away. Nothing is blended and every
-  element comes from the same products, in the same order on a CPU.
+  element comes from the same products, in the same order on a CPU. (A causal layer cuts its window before that.)
+* A library that reads kernels in an order of its own reorders them in every call. For all calls of a layer that is done
+  once (:func:`packed`).
 * A residual is added within the kernel (:func:`accumulate`), where the library has a way: no output beside the
   residual, no pass over both, one rounding.
 * Three taps in time over pairs of frames need four 2-D convolutions, not six: Winograd's minimal filtering F(2, 3)
@@ -35,11 +37,14 @@ __all__ = [
     "convolution",
     "filters_of_pairs",
     "fuses_residuals",
+    "packed",
     "paired",
     "row_bands",
 ]
 
 MAX_ELEMENTS = 2**31 - 1
+_PACKED_CHANNELS = 64
+"channels of a packed kernel are multiples of this; no block of the library is wider, so none is filled up"
 
 
 @cache
@@ -52,10 +57,6 @@ class Conv2d(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _call(input, weight, bias, cast("tuple[int, ...]", self.padding), self.stride[0])
-
-    def in_parts(self, x_BCHW: Tensor, limit: int = MAX_ELEMENTS) -> Tensor:
-        """The same in bands of rows, if it is too large for one call; see :func:`convolution`."""
-        return _in_parts(self, x_BCHW, self.out_channels, (1, *self.kernel_size), limit)
 
 
 class Conv3d(nn.Conv3d):
@@ -117,29 +118,27 @@ def accumulate(
     bias: Tensor | None,
     *,
     padding: tuple[int, ...],
-    limit: int = MAX_ELEMENTS,
     attempt: Callable[[Callable[[], Tensor]], Tensor] = lambda step: step(),
 ) -> None:
     """``out += convolution(x)``, rounded once, and without a tensor for the convolution's own result.
 
-    Where the kernel cannot do that, which depends on the size of a frame and never on the number of frames, the two
-    are separate operations. The arguments are those of :func:`convolution`.
+    The arguments are those of :func:`convolution`, of a size that one call can take.
 
     Args:
-        out: what the convolution would return, in channels last. With more than one batch element, in which slices
-            of frames are not dense, the two are separate operations as well.
+        out: what the convolution would return, in channels last; dense in every frame, so that it may be a band of rows
+            of longer frames. With more than one batch element, the two are separate operations.
         attempt: runs a step that takes memory and may be repeated; see :meth:`longvid.ConvCache.attempt`.
     """
-    taps, frame = weight.shape[2] if x.ndim == 5 else 1, _frame_elements(x, len(weight))
-    if out.shape[0] > 1 or frame * taps > limit:
-        out.add_(attempt(lambda: convolution(x, weight, bias, padding=padding, limit=limit)))
-        return
-    longest, time = limit // frame - taps + 1, out.shape[2] if out.ndim == 5 else 1
-    for start in range(0, time, longest):
-        stop = min(start + longest, time)
-        part, target = (x[:, :, start : stop + taps - 1], out[:, :, start:stop]) if x.ndim == 5 else (x, out)
+    if out.shape[0] > 1:
+        out.add_(attempt(lambda: convolution(x, weight, bias, padding=padding)))
+    elif out.ndim == 4 or out.is_contiguous(memory_format=torch.channels_last_3d):
         # A kernel that finds no memory has not begun, so repeating it adds nothing twice.
-        attempt(partial(_accumulate, target, part, weight, bias, padding))
+        attempt(partial(_accumulate, out, x, weight, bias, padding))
+    else:
+        taps = weight.shape[2]
+        for t in range(out.shape[2]):
+            frame, ins = out[:, :, t : t + 1], x[:, :, t : t + taps]
+            attempt(partial(_accumulate, frame, ins, weight, bias, padding))
 
 
 def _accumulate(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> Tensor:
@@ -175,6 +174,53 @@ def fuses_residuals(dtype: torch.dtype) -> bool:
     return bool(torch.allclose(out.float(), expected, rtol=0.02, atol=0.02))
 
 
+def packed(weight: Tensor, padding: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    """A kernel in the order in which the CPU's library reads it, for any of the functions here; or as it is.
+
+    Without this, each call does it again. The result of a convolution is the same, bit for bit.
+
+    Args:
+        weight: (out channels, C, *kernel).
+        padding: that of the calls.
+        shape: of the input of most calls, in channels last.
+    """
+    if any(channels % _PACKED_CHANNELS for channels in weight.shape[:2]):  # the library would pad them
+        return weight
+    if weight.is_meta:
+        return torch.empty_like(weight)
+    if weight.device.type != "cpu" or not _packs(weight.dtype):
+        return weight
+    return _pack(weight, padding, shape)
+
+
+def _pack(weight: Tensor, padding: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    ones = (1,) * (weight.ndim - 2)
+    return cast("Tensor", torch.ops.mkldnn._reorder_convolution_weight(weight, padding, ones, ones, 1, shape))
+
+
+def _call_packed(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> Tensor:
+    ones = (1,) * (x.ndim - 2)
+    op = torch.ops.mkldnn._convolution_pointwise.default
+    return cast("Tensor", op(x, weight, bias, padding, ones, ones, 1, "none", [], None))
+
+
+@cache
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether the CPU's library packs kernels here, in this version of PyTorch, and then gives what it should."""
+    if not _has_onednn() or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    channels, padding = _PACKED_CHANNELS, (0, 1, 1)
+    with torch.inference_mode():
+        x = torch.linspace(-1, 1, channels * 48).view(1, channels, 3, 4, 4).to(dtype)
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        weight = torch.linspace(-0.1, 0.1, channels * channels * 27).view(channels, channels, 3, 3, 3).to(dtype)
+        try:
+            found = _call_packed(x, _pack(weight, padding, tuple(x.shape)), None, padding)
+        except (AttributeError, RuntimeError, TypeError):  # gone, not built in, or other arguments
+            return False
+        return torch.allclose(found.float(), _call(x, weight, None, padding, 1).float(), rtol=0.02, atol=0.02)
+
+
 def filters_of_pairs(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four 2-D kernels that take the place of one with three taps in time; see :func:`paired`."""
     first, middle, last = weight.unbind(2)
@@ -188,9 +234,9 @@ def paired(
     bias: Tensor | None,
     out_BCTHW: Tensor,
     *,
+    padding: tuple[int, int],
     onto: bool = False,
     fused: bool = False,
-    limit: int = MAX_ELEMENTS,
     attempt: Callable[[Callable[[], Tensor]], Tensor] = lambda step: step(),
 ) -> None:
     """Two output frames of a convolution with three taps in time, from four input frames, by four 2-D convolutions.
@@ -207,26 +253,25 @@ def paired(
 
     Args:
         x_BCTHW: four frames.
-        filters: from :func:`filters_of_pairs`.
+        filters: from :func:`filters_of_pairs`, packed or not.
         bias: (out channels,) or None.
         out_BCTHW: two frames, written; dense in each frame.
+        padding: zeros on both sides in height and width.
         onto: add to what ``out`` holds, at the end.
         fused: see above.
-        limit: as for :func:`convolution`.
         attempt: as for :func:`accumulate`.
 
     Source: Lavin and Gray 2016, arXiv 1509.09308, in one dimension; Winograd 1980.
     """
     d0, d1, d2, d3 = x_BCTHW.unbind(2)
     y0, y1 = out_BCTHW.unbind(2)
-    padding = (filters[0].shape[-2] // 2, filters[0].shape[-1] // 2)
 
     def product(d: Tensor, index: int, bias: Tensor | None = None) -> Tensor:
-        return attempt(lambda: convolution(d, filters[index], bias, padding=padding, limit=limit))
+        return attempt(lambda: convolution(d, filters[index], bias, padding=padding))
 
     def add(y: Tensor, d: Tensor, index: int) -> None:
         if fused:
-            accumulate(y, d, filters[index], None, padding=padding, limit=limit, attempt=attempt)
+            accumulate(y, d, filters[index], None, padding=padding, attempt=attempt)
         else:
             y.add_(product(d, index))
 
@@ -269,6 +314,8 @@ def _layout(x: Tensor) -> torch.memory_format:
 def _call(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], stride: int) -> Tensor:
     # Kernels want dense input. Slices that are not are copied here, where a dry run sees it, and not within a kernel.
     x = x.contiguous(memory_format=_layout(x))
+    if weight.is_mkldnn:
+        return _call_packed(x, weight, bias, padding)
     if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled() and _has_onednn():
         n = x.ndim - 2
         return torch.mkldnn_convolution(x, weight, bias, padding, (stride,) * n, (1,) * n, 1)

@@ -1,9 +1,10 @@
 """The layers that causal video VAEs are built from.
 
 Three rules keep memory low. What feeds a causal convolution is a :class:`~longvid.models.norms.Producer`, which writes
-into that convolution's window. A convolution may run in slices of frames, through a window that rolls on, so that
-beside the input and the output of a layer only one slice is alive. Everything that works frame by frame (resampling,
-1x1 shortcuts) does so in a loop over frames, so its temporaries are one frame large.
+into that convolution's window. A convolution may run in blocks, slices of frames and bands of rows, through a window
+that moves on, so that beside the input and the output of a layer only one block is alive; if it fits a cache of the
+processor, so does everything between the two. What works frame by frame (resampling, 1x1 shortcuts) does so in a loop
+over frames, so its temporaries are one frame large.
 
 A fourth rule makes a device that runs out of memory survivable: what takes memory, and is harmless to repeat if there
 is none, is called through :meth:`~longvid.cache.ConvCache.attempt`.
@@ -18,34 +19,38 @@ Axes: B batch, C channels, T time, H height, W width; lower-case t h w are those
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Literal, TypeAlias, cast
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longvid.cache import ConvCache, Window
+from longvid.cache import Block, ConvCache, Window
 from longvid.models.convolution import (
     Conv2d,
     Conv3d,
     accumulate,
     convolution,
     filters_of_pairs,
+    packed,
     paired,
     row_bands,
 )
 from longvid.models.norms import GroupNormSiLU, Producer, SpatialNormSiLU
 from longvid.workspace import TensorKind, layout_of
 
-__all__ = ["CausalConv3d", "Downsample", "ResnetBlock", "Upsample", "time_slices"]
+__all__ = ["CausalConv3d", "Downsample", "ResnetBlock", "Upsample", "bands", "time_slices"]
 
 _LEAST_PAIRED_CHANNELS = 16
+_LEAST_BAND_ROWS = 16
+"of a band that is meant to save time; calls of fewer cost more than a cache gives back"
 
-Finish: TypeAlias = Callable[[range, Tensor], None]
-"""Changes the output frames of a slice in place, knowing which they are."""
+Finish: TypeAlias = Callable[[Block, Tensor], None]
+"""Changes a block of the output in place, knowing which it is."""
 
 
 def time_slices(
@@ -83,14 +88,27 @@ def time_slices(
     return [range(a, b) for a, b in pairwise(edges)]
 
 
+def bands(height: int, most: int, *, halo: int, step: int) -> list[range]:
+    """Cut the rows of a frame into bands of at most ``most`` rows.
+
+    What they read in turn, up to ``halo`` rows below each, ends at multiples of ``step``, or with the frame. Between
+    the first and the last all are of one height: another one costs a copy of the window.
+    """
+    rows = max(step, most // step * step)
+    edges = [0, *range(rows - halo, height, rows), height] if rows > halo else [*range(0, height, rows), height]
+    return [range(a, b) for a, b in pairwise(edges)]
+
+
 class _Copied:
     """A convolution's input that exists already."""
+
+    row_step = 1
 
     def __init__(self, x_BCTHW: Tensor) -> None:
         self.like = x_BCTHW
 
-    def write(self, frames: range, out_BCTHW: Tensor) -> None:
-        out_BCTHW.copy_(self.like[:, :, frames.start : frames.stop])
+    def write(self, frames: range, rows: range, out_BCTHW: Tensor) -> None:
+        out_BCTHW.copy_(self.like[:, :, frames.start : frames.stop, rows.start : rows.stop])
 
     def release(self) -> Tensor:
         return self.like
@@ -143,18 +161,31 @@ class CausalConv3d(nn.Module):
             x_BCTHW = torch.cat([first] * self.context_frames + [x_BCTHW], dim=2)
         return self._conv(x_BCTHW, 2**31 - 1)
 
-    def slices(self, like: Tensor, cache: ConvCache) -> list[range]:
-        """The slices of frames that this layer runs in for an input like this one."""
-        B, _, T, H, W = like.shape
-        return time_slices(
+    def blocks(self, source: Producer, cache: ConvCache) -> list[Block]:
+        """The blocks that this layer runs in for what ``source`` writes, band by band within each slice."""
+        like = source.like
+        B, C, T, H, W = like.shape
+        slices = time_slices(
             T,
             context_frames=self.context_frames,
-            in_frame=B * self.conv.in_channels * H * W,
+            in_frame=B * C * H * W,
             out_frame=B * self.conv.out_channels * H * W,
             window_limit=cache.max_conv_elements,
             slice_limit=cache.slice_elements,
             multiple=2 if self._pairs(like, cache) else 1,
         )
+        longest = max(map(len, slices))
+        row = B * W * max((longest + self.context_frames) * C, longest * self.conv.out_channels)
+        halo, most = self.conv.kernel_size[1] // 2, H
+        # Kernels for other layouts may sum in another order where no zeros are padded, and those that are flat in space
+        # are computed as another convolution, which does.
+        if layout_of(like) == torch.channels_last_3d and halo:
+            if cache.band_elements is not None and row * H > cache.band_elements:
+                most = min(H, max(_LEAST_BAND_ROWS, cache.band_elements // row - 2 * halo))
+            if row * H > cache.max_conv_elements:
+                most = min(most, max(1, cache.max_conv_elements // row - 2 * halo))
+        found = [range(H)] if most == H else bands(H, most, halo=halo, step=source.row_step)
+        return [Block(frames, rows) for frames in slices for rows in found]
 
     def _pairs(self, like: Tensor, cache: ConvCache) -> bool:
         """Whether frames are convolved in pairs: thin layers gain nothing, and other layouts have no dense frames."""
@@ -174,16 +205,16 @@ class CausalConv3d(nn.Module):
         finish: Finish | None = None,
         overwrite: bool = False,
     ) -> Tensor:
-        """Convolve what ``source`` writes, slice by slice, into T output frames. Every slicing gives the same.
+        """Convolve what ``source`` writes, block by block, into T output frames. All blocks give the same.
 
         Args:
             source: writes the input into the window; let go of as soon as nothing reads from it any more.
-            cache: of the video; its ``slice_elements`` says how long slices are.
+            cache: of the video; its limits say what blocks are.
             onto: a residual in the shape of the output: the output is added to it in place, and it is returned.
-            finish: changes the output of a slice in place, before it is stored: the place of a residual that has yet
+            finish: changes the output of a block in place, before it is stored: the place of a residual that has yet
                 to be computed.
-            overwrite: the output may take the place of what the source reads, if it is in slices and of its shape.
-                Slices of the output then overwrite what the source has read.
+            overwrite: the output may take the place of what the source reads, if it is in blocks and of its shape.
+                Blocks of the output then overwrite what the source has read.
 
         Returns:
             (B, out_channels, T, H, W) in the layout of the input.
@@ -191,61 +222,38 @@ class CausalConv3d(nn.Module):
         like = source.like
         B, _, T, H, W = like.shape
         kind, shape = TensorKind.of(like), (B, self.conv.out_channels, T, H, W)
-        pieces, in_pairs = self.slices(like, cache), self._pairs(like, cache)
+        blocks, in_pairs = self.blocks(source, cache), self._pairs(like, cache)
         out = onto
-        if out is None and len(pieces) > 1:
+        if out is None and len(blocks) > 1:
             reuse = overwrite and like.shape == shape
             out = like if reuse else cache.attempt(partial(cache.workspace.take, shape, kind))
-        with cache.window(self, like=like, frames=max(map(len, pieces))) as window:
+        halo = self.conv.kernel_size[1] // 2
+        with cache.window(self, like=like, blocks=blocks, halo=halo) as window:
+            banded = len(blocks[0].rows) < H
+            conv = _BlockConv(self, window, cache, like, banded=banded, in_pairs=in_pairs)
             del like
-            filters = cache.attempt(partial(filters_of_pairs, self.conv.weight)) if in_pairs else None
-            for piece in window.roll(pieces):
-                cache.attempt(partial(source.write, piece, window.new))
-                if piece.stop == T:
+            for block in window.blocks():
+                if window.rows:  # a last row may have been read as the one below the others
+                    cache.attempt(partial(source.write, block.frames, window.rows, window.new))
+                if block is blocks[-1]:
                     source.release()
-                if filters is not None and out is None:
+                if in_pairs and out is None:
                     out = cache.attempt(partial(cache.workspace.take, shape, kind))
-                part = None if out is None else out[:, :, piece.start : piece.stop]
-                if filters is not None and part is not None:
-                    self._convolve_pairs(window, filters, part, onto is not None, cache)
-                elif onto is not None and part is not None:
-                    self._accumulate(part, window.input(), cache)
+                if out is None:
+                    part = conv.fresh()
                 else:
-                    y = self.convolve(window)
-                    part = y if part is None else part.copy_(y)
-                    del y
+                    part = out[:, :, block.frames.start : block.frames.stop, block.rows.start : block.rows.stop]
+                    conv.write_to(part, onto=onto is not None)
                 if finish is not None:
-                    finish(piece, part)
+                    finish(block, part)
                 if out is None:
                     return part
                 del part
         assert out is not None
         return out
 
-    def _convolve_pairs(
-        self, window: Window, filters: tuple[Tensor, ...], out: Tensor, onto: bool, cache: ConvCache
-    ) -> None:
-        x, limit, fused = window.input(), window.max_conv_elements, cache.numerics.fused_residuals
-        for t in range(0, out.shape[2] - 1, 2):
-            pair, ins = out[:, :, t : t + 2], x[:, :, t : t + 4]
-            paired(ins, filters, self.conv.bias, pair, onto=onto, fused=fused, limit=limit, attempt=cache.attempt)
-        if out.shape[2] % 2:
-            last, ins = out[:, :, -1:], x[:, :, -3:]
-            if onto:
-                self._accumulate(last, ins, cache)
-            else:
-                last.copy_(window.attempt(lambda: self._conv(ins, limit)))
-
-    def _accumulate(self, out: Tensor, x: Tensor, cache: ConvCache) -> None:
-        conv, limit = self.conv, cache.max_conv_elements
-        if cache.numerics.fused_residuals and layout_of(x) == torch.channels_last_3d:
-            padding = cast("tuple[int, ...]", conv.padding)
-            accumulate(out, x, conv.weight, conv.bias, padding=padding, limit=limit, attempt=cache.attempt)
-        else:
-            out.add_(cache.attempt(lambda: self._conv(x, limit)))
-
     def convolve(self, window: Window) -> Tensor:
-        """Convolve a window whose new frames are written; in parts where it is too large for one call."""
+        """Convolve a window of whole frames whose new frames are written."""
         x = window.input()
         return window.attempt(lambda: self._conv(x, window.max_conv_elements))
 
@@ -264,6 +272,79 @@ class CausalConv3d(nn.Module):
         if kt > 1 and kh * kw == 1:
             return F.conv2d(x.flatten(3), weight[..., 0], bias).view(B, -1, T - kt + 1, H, W)
         return self.conv.in_parts(x, limit)
+
+
+class _BlockConv:
+    """The convolution of one layer's window, block by block.
+
+    Args:
+        layer: whose convolution it is.
+        window: what it reads.
+        cache: that the window is of.
+        like: what the layer's input is like.
+        banded: whether blocks are bands of rows, which have the rows above and below them in the window.
+        in_pairs: whether frames are convolved in pairs.
+    """
+
+    def __init__(
+        self, layer: CausalConv3d, window: Window, cache: ConvCache, like: Tensor, *, banded: bool, in_pairs: bool
+    ) -> None:
+        self._layer, self._window, self._cache, self._in_pairs = layer, window, cache, in_pairs
+        conv, last = layer.conv, layout_of(like) == torch.channels_last_3d
+        _, kh, kw = conv.kernel_size
+        self._padding = (0 if banded else kh // 2, kw // 2)
+        self._fuses = cache.numerics.fused_residuals and last
+        weights: tuple[Tensor, ...] = (conv.weight,)
+        if in_pairs:
+            weights = cache.attempt(partial(filters_of_pairs, conv.weight))
+        if cache.band_elements is not None and last and kh > 1:
+            B, C, T, H, W = window.shape
+            shape, padding = ((B, C, H, W), self._padding) if in_pairs else ((B, C, T, H, W), (0, *self._padding))
+            weights = tuple(cache.attempt(partial(packed, weight, padding, shape)) for weight in weights)
+        self._weights = weights
+        self._is_plain = weights[0] is conv.weight and not banded
+
+    def fresh(self) -> Tensor:
+        """The output of the block that is in the window."""
+        x = self._window.input()
+        return self._cache.attempt(lambda: self._convolve(x, self._weights[0]))
+
+    def write_to(self, out: Tensor, *, onto: bool = False) -> None:
+        """Write it, or add it to what is there."""
+        x = self._window.input()
+        if not self._in_pairs:
+            self._write(out, x, self._weights[0], onto)
+            return
+        for t in range(0, out.shape[2] - 1, 2):
+            paired(
+                x[:, :, t : t + 4],
+                self._weights,
+                self._layer.conv.bias,
+                out[:, :, t : t + 2],
+                padding=self._padding,
+                onto=onto,
+                fused=self._fuses,
+                attempt=self._cache.attempt,
+            )
+        if out.shape[2] % 2:
+            self._write(out[:, :, -1:], x[:, :, -3:], self._layer.conv.weight, onto)
+
+    def _write(self, out: Tensor, x: Tensor, weight: Tensor, onto: bool) -> None:
+        if onto and self._fuses:
+            padding = (0, *self._padding)
+            accumulate(out, x, weight, self._layer.conv.bias, padding=padding, attempt=self._cache.attempt)
+            return
+        y = self._cache.attempt(lambda: self._convolve(x, weight))
+        if onto:
+            out.add_(y)
+        else:
+            out.copy_(y)
+
+    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self._is_plain:
+            return self._layer._conv(x, self._window.max_conv_elements)
+        # A band is within the limits of one call, and pads no rows, as parts would.
+        return convolution(x, weight, self._layer.conv.bias, padding=(0, *self._padding), limit=sys.maxsize)
 
 
 class ResnetBlock(nn.Module):
@@ -295,7 +376,7 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv3d(in_channels, out_channels, 1)
 
     def forward(self, x_BCTHW: Tensor, cache: ConvCache, latent: Tensor | None = None) -> Tensor:
-        """(B, in, T, H, W) to (B, out, T, H, W). Alive at the peak: the input, the hidden state, one window, one slice.
+        """(B, in, T, H, W) to (B, out, T, H, W). Alive at the peak: the input, the hidden state, one window, one block.
 
         The input is taken over: without a shortcut, the output is added to it in place, so whoever watches a layer
         before it clones what is to outlive it. With one, the output takes the place of the hidden state.
@@ -308,10 +389,11 @@ class ResnetBlock(nn.Module):
             return self.conv2.stream(normed, cache, onto=x_BCTHW)
         return self.conv2.stream(normed, cache, finish=partial(self._add_shortcut, x_BCTHW, cache), overwrite=True)
 
-    def _add_shortcut(self, x_BCTHW: Tensor, cache: ConvCache, frames: range, y_BCTHW: Tensor) -> None:
+    def _add_shortcut(self, x_BCTHW: Tensor, cache: ConvCache, block: Block, y_BCTHW: Tensor) -> None:
         weight, bias = self.conv_shortcut.weight[:, :, 0], self.conv_shortcut.bias
-        for i, t in enumerate(frames):
-            shortcut = partial(convolution, x_BCTHW[:, :, t], weight, bias, padding=(0, 0))
+        x_BCTRW = x_BCTHW[:, :, :, block.rows.start : block.rows.stop]
+        for i, t in enumerate(block.frames):
+            shortcut = partial(convolution, x_BCTRW[:, :, t], weight, bias, padding=(0, 0))
             y_BCTHW[:, :, i].add_(cache.attempt(shortcut))
 
 
@@ -365,11 +447,11 @@ class Upsample(nn.Module):
         copies = [1] * T if not self.time or T == 1 else [1] * (T % 2) + [2] * (T - T % 2)
         out = cache.workspace.take((B, C, sum(copies), 2 * H, 2 * W), TensorKind.of(x_BCTHW))
         # An enlarged band is four times as large as what it is made of, and as large as what comes of it.
-        limit = min(cache.max_conv_elements, cache.slice_elements) // 4
-        bands = row_bands(H, halo=1, row=B * C * W, limit=limit)
+        limit = min(cache.max_conv_elements, cache.slice_elements, cache.band_elements or cache.max_conv_elements) // 4
+        parts = row_bands(H, halo=1, row=B * C * W, limit=limit)
         done = 0
         for t, count in enumerate(copies):
-            for read, rows in bands:
+            for read, rows in parts:
                 band = F.interpolate(x_BCTHW[:, :, t, read.start : read.stop], scale_factor=2.0, mode="nearest")
                 band = self.conv(band)
                 kept = band[:, :, 2 * (rows.start - read.start) : 2 * (rows.stop - read.start)]

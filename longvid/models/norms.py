@@ -1,7 +1,8 @@
 """Norm and activation in two passes: statistics of a chunk, then silu(norm(x)) written where a convolution reads.
 
-A norm of a chunk is fitted once and written slice by slice, into the window of the convolution behind it. Statistics
-are of the whole chunk, however it is sliced, so slices never change a bit.
+A norm of a chunk is fitted once and written block by block, into the window of the convolution behind it. Statistics
+are of the whole chunk, whatever its blocks are, and values are computed in slabs that no block cuts: blocks never
+change a bit.
 
 Two layouts, two ways to the same numbers:
 
@@ -28,21 +29,31 @@ from longvid.workspace import layout_of
 __all__ = ["Fitted", "GroupNormSiLU", "Producer", "SpatialNormSiLU", "group_moments"]
 
 _SLAB_BYTES = 2**20
-"of a slab of rows, which stays in a core's cache from one operation on it to the next"
 _NORM_CALLS = 4
 "in how many parts moments are gathered where the kernel writes a copy that nobody needs"
 
 
 class Producer(Protocol):
-    """Something that can write the input of a convolution, any frames of it, into the convolution's window."""
+    """Something that can write the input of a convolution, any part of it, into the convolution's window."""
 
     @property
     def like(self) -> Tensor:
         """A tensor with the shape (B, C, T, H, W), dtype, device and layout of that input."""
         ...
 
-    def write(self, frames: range, out_BCTHW: Tensor) -> None:
-        """Write these frames of the input into ``out``. Harmless to repeat."""
+    @property
+    def row_step(self) -> int:
+        """Rows that are computed at once, counted from the first: where bands begin, so that they change no bit."""
+        ...
+
+    def write(self, frames: range, rows: range, out_BCTHW: Tensor) -> None:
+        """Write these rows of these frames of the input into ``out``. Harmless to repeat.
+
+        Args:
+            frames: any.
+            rows: they begin at a multiple of ``row_step``, and end there or with the frame.
+            out_BCTHW: (B, C, frames, rows, W).
+        """
         ...
 
     def release(self) -> Tensor:
@@ -98,24 +109,47 @@ class Fitted:
         x, self._x = self.like, None
         return x
 
-    def write(self, frames: range, out_BCTHW: Tensor) -> None:
-        """Write silu(norm(x)) of these frames into ``out`` (B, C, frames, H, W)."""
-        T = self.like.shape[2]
-        x = self.like[:, :, frames.start : frames.stop]
-        if self._triton:
-            latents = [_latent_frame(t, T, self._maps[0].shape[2]) for t in frames] if self._maps else None
-            triton_norm.apply_silu(x, out_BCTHW, self._scale, self._shift, self._maps, latents)
-        elif self._compiled:
-            for i, t in enumerate(_allocating(frames, x)):
-                maps = self._maps_of(t, T)
-                compiled_norm.apply_silu(x[:, :, i], out_BCTHW[:, :, i], self._scale, self._shift, maps)
-        elif layout_of(self.like) == torch.channels_last_3d:
-            for i, t in enumerate(_allocating(frames, x)):
-                self._write_slabs(x[:, :, i], out_BCTHW[:, :, i], t, T)
-        else:
-            self._write_frames(x, out_BCTHW, frames, T)
+    @property
+    def row_step(self) -> int:
+        """Rows of a slab: what stays in a core's cache from one operation to the next, and whole rows of the maps.
 
-    def _write_frames(self, x: Tensor, out: Tensor, frames: range, T: int) -> None:
+        Which elements a kernel takes by vectors and which one by one, and what it gives for them, depends on where what
+        it is called for begins and ends. So that is always a slab of one frame, whatever slices and bands there are.
+        """
+        _, C, _, H, W = self.like.shape
+        repeat = 1 if self._maps is None else H // self._maps[0].shape[3]
+        rows = _SLAB_BYTES // (C * W * self.like.element_size())
+        return max(repeat, rows // repeat * repeat)
+
+    def write(self, frames: range, rows: range, out_BCTHW: Tensor) -> None:
+        """Write silu(norm(x)) of these frames and rows into ``out`` (B, C, frames, rows, W); see :class:`Producer`."""
+        x = self.like[:, :, frames.start : frames.stop, rows.start : rows.stop]
+        if self._triton:
+            # Its kernel wants frames that lie one behind the other: bands of them go one by one.
+            step = len(frames) if triton_norm.is_channels_last(x) and triton_norm.is_channels_last(out_BCTHW) else 1
+            for i in range(0, len(frames), step):
+                part = slice(i, i + step)
+                self._write_triton(x[:, :, part], out_BCTHW[:, :, part], frames[part], rows)
+        elif layout_of(self.like) != torch.channels_last_3d:
+            self._write_frames(x, out_BCTHW, frames, rows)
+        else:
+            step, constants = self.row_step, None if self._compiled else _constants(self._scale)
+            slabs = [range(row, min(row + step, rows.stop)) for row in range(rows.start, rows.stop, step)]
+            # On meta tensors one slab is enough, since all of them allocate and free the same.
+            for i, t in enumerate(_allocating(frames, x)):
+                for slab in slabs[:1] if x.is_meta else slabs:
+                    inner = slice(slab.start - rows.start, slab.stop - rows.start)
+                    self._write_slab(x[:, :, i, inner], out_BCTHW[:, :, i, inner], self._maps_of(t, slab), constants)
+
+    def _write_triton(self, x: Tensor, out: Tensor, frames: range, rows: range) -> None:
+        if self._maps is None:
+            triton_norm.apply_silu(x, out, self._scale, self._shift)
+            return
+        y, b = (_rows_of(m, rows, self.like.shape[3]) for m in self._maps)
+        latents = [_latent_frame(t, self.like.shape[2], y.shape[2]) for t in frames]
+        triton_norm.apply_silu(x, out, self._scale, self._shift, (y, b), latents)
+
+    def _write_frames(self, x: Tensor, out: Tensor, frames: range, rows: range) -> None:
         """Frame by frame, rounded where plain modules round."""
         scale, shift = self._scale[:, :, None, None], self._shift[:, :, None, None]
         B, C, _, H, W = x.shape
@@ -128,49 +162,64 @@ class Fitted:
             else:
                 wide.copy_(x[:, :, i])
                 frame.copy_(torch.addcmul(shift, wide, scale, out=wide))
-            if self._maps is not None:
-                _modulate(frame, *(m[:, :, _latent_frame(t, T, m.shape[2])] for m in self._maps))
+            maps = self._maps_of(t, rows)
+            if maps is not None:
+                _modulate(frame, *maps)
             F.silu(frame, inplace=True)
 
-    def _write_slabs(self, x_BCHW: Tensor, out_BCHW: Tensor, t: int, T: int) -> None:
-        """One frame in channels last, in slabs of rows small enough to stay in a cache from operation to operation."""
-        # Batch norm with given statistics is the kernel that reads a narrow dtype, computes x * scale + shift in
-        # float32 and rounds once.
-        mean, variance = torch.zeros_like(self._scale[0]), torch.ones_like(self._scale[0])
-        unused = mean.new_empty(0), mean.new_empty(0)
-        if x_BCHW.is_meta:  # nothing else is allocated, and a dry run need not go over hundreds of slabs
-            return
-        B, C, H, W = x_BCHW.shape
-        maps = self._maps_of(t, T)
-        h = H if maps is None else maps[0].shape[2]
-        repeat = H // h  # rows of x to a row of the maps
-        slab_bytes = repeat * W * C * x_BCHW.element_size()
-        step = max(1, _SLAB_BYTES // slab_bytes) if x_BCHW.device.type == "cpu" else h
-        for batch in range(B):
-            one = slice(batch, batch + 1)
-            for row in range(0, h, step):
-                rows = slice(row * repeat, min(row + step, h) * repeat)
-                slab, target = x_BCHW[one, :, rows], out_BCHW[one, :, rows]
-                y, b = (None, None) if maps is None else (m[one, :, row : row + step] for m in maps)
-                if x_BCHW.dtype != torch.float32:
-                    scale, shift = self._scale[batch], self._shift[batch]
-                    torch.native_batch_norm(slab, scale, shift, mean, variance, False, 0.0, 0.0, out=(target, *unused))
-                    if y is not None and b is not None:
-                        _multiply_add(target, y, b, out=target)
-                elif y is None or b is None:
-                    wide = (one, slice(None), None, None)
-                    torch.addcmul(self._shift[wide], slab, self._scale[wide], out=target)
-                else:
-                    _multiply_add(slab, y, b, out=target)
-                F.silu(target, inplace=True)
+    def _write_slab(
+        self,
+        x_BCHW: Tensor,
+        out_BCHW: Tensor,
+        maps: tuple[Tensor, Tensor] | None,
+        constants: tuple[Tensor, ...] | None,
+    ) -> None:
+        """Rows of one frame in channels last, one operation after the other, or compiled.
 
-    def _maps_of(self, t: int, T: int) -> tuple[Tensor, Tensor] | None:
-        """Of a feature frame, (B, C, h, w) each; folded if they are."""
+        Of a narrow dtype, batch norm with given statistics (0 and 1) is the kernel that computes x * scale + shift in
+        float32 and rounds once.
+        """
+        if constants is None:
+            compiled_norm.apply_silu(x_BCHW, out_BCHW, self._scale, self._shift, maps)
+            return
+        if x_BCHW.is_meta:  # nothing more is allocated
+            return
+        for batch in range(len(x_BCHW)):
+            one = slice(batch, batch + 1)
+            slab, target = x_BCHW[one], out_BCHW[one]
+            y, b = (None, None) if maps is None else (m[one] for m in maps)
+            if x_BCHW.dtype != torch.float32:
+                scale, shift, (mean, variance, *unused) = self._scale[batch], self._shift[batch], constants
+                written = (target, *unused)
+                torch.native_batch_norm(slab, scale, shift, mean, variance, False, 0.0, 0.0, out=written)
+                if y is not None and b is not None:
+                    _multiply_add(target, y, b, out=target)
+            elif y is None or b is None:
+                wide = (one, slice(None), None, None)
+                torch.addcmul(self._shift[wide], slab, self._scale[wide], out=target)
+            else:
+                _multiply_add(slab, y, b, out=target)
+            F.silu(target, inplace=True)
+
+    def _maps_of(self, t: int, rows: range) -> tuple[Tensor, Tensor] | None:
+        """What rows of a feature frame read of them, (B, C, some rows, w) each; folded if they are."""
         maps = self._folded or self._maps
         if maps is None:
             return None
-        y, b = (m[:, :, _latent_frame(t, T, m.shape[2])] for m in maps)
+        T, H = self.like.shape[2:4]
+        y, b = (_rows_of(m, rows, H)[:, :, _latent_frame(t, T, m.shape[2])] for m in maps)
         return y, b
+
+
+def _constants(scale_BC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean and variance that change nothing, and two places for statistics that nobody asks for."""
+    mean = torch.zeros_like(scale_BC[0])
+    return mean, torch.ones_like(mean), mean.new_empty(0), mean.new_empty(0)
+
+
+def _rows_of(map_BCthw: Tensor, rows: range, height: int) -> Tensor:
+    repeat = height // map_BCthw.shape[3]
+    return map_BCthw[:, :, :, rows.start // repeat : rows.stop // repeat]
 
 
 def _fit(norm: nn.GroupNorm, x: Tensor, maps: tuple[Tensor, Tensor] | None, compiled: bool) -> Fitted:
