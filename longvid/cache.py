@@ -344,8 +344,8 @@ class ConvCache:
 class Window:
     """The input of one causal layer for one chunk: ``[context | new frames]``. Made by :meth:`ConvCache.window`.
 
-    The last frames of each block become the layer's context when :meth:`input` is called for it, or else when the
-    ``with`` block is left; leaving it frees the window.
+    Its last frames become the layer's context when :meth:`input` is called for the last of the new frames, bands one
+    after the other, or else when the ``with`` block is left; leaving it frees the window.
     """
 
     def __init__(

@@ -75,13 +75,14 @@ def test_parts_add_up(full_plan):
     assert full_plan.projected_bytes == full_plan.decode.projected_bytes
 
 
-def run_for_real(model, direction, height, width, dtype, numerics=None, slicing=Slicing(), keep=False):  # noqa: B008
+def run_for_real(model, direction, height, width, dtype, numerics=None, slicing=None, keep=False):
     """Peak bytes of the first and of four middle chunks on CPU tensors."""
     numerics = numerics or Numerics()
     device = torch.device("cpu")
     ready, tracker, peaks = placed(model, device, dtype), AllocationTracker(), []
     plan, p = model.geometry.schedule, model.geometry.pixels_per_latent
     module = ready.encoder if direction == "encode" else ready.decoder
+    slicing = slicing or Slicing()
     limits = {"slice_elements": slicing.elements, "band_elements": slicing.band_elements}
     with ConvCache(module, **limits, numerics=numerics, keep_workspace=keep) as cache:
         for chunk in (plan.full(i) for i in range(5)):

@@ -29,6 +29,7 @@ from longvid.workspace import layout_of
 __all__ = ["Fitted", "GroupNormSiLU", "Producer", "SpatialNormSiLU", "group_moments"]
 
 _SLAB_BYTES = 2**20
+"of a slab, on a CPU: what stays in a core's cache from one operation on it to the next"
 _NORM_CALLS = 4
 "in how many parts moments are gathered where the kernel writes a copy that nobody needs"
 
@@ -133,7 +134,8 @@ class Fitted:
         elif layout_of(self.like) != torch.channels_last_3d:
             self._write_frames(x, out_BCTHW, frames, rows)
         else:
-            step, constants = self.row_step, None if self._compiled else _constants(self._scale)
+            step = self.row_step if x.device.type in ("cpu", "meta") else len(rows)
+            constants = None if self._compiled else _constants(self._scale)
             slabs = [range(row, min(row + step, rows.stop)) for row in range(rows.start, rows.stop, step)]
             # On meta tensors one slab is enough, since all of them allocate and free the same.
             for i, t in enumerate(_allocating(frames, x)):
