@@ -20,9 +20,11 @@ Contestants, all with the same random weights at the full width of CogVideoX, on
 Each runs the first chunk of a video, which is not timed, and then as many middle chunks of 8 frames as there are
 rounds; contestants take turns chunk by chunk. The error is that of the first chunk timed against diffusers' output.
 
-Bare convolutions: every convolution that longvid would run on whole chunks, by shape, context frames included, called
-as ``torch.nn.functional`` does on tensors that are there already, in both layouts; of each shape the faster median
-counts. So what a contestant takes beyond that is norms, activations, residuals, resampling, caches and copies.
+Bare convolutions: every convolution that longvid would run on whole chunks, by shape and as often, context frames
+included, called as ``torch.nn.functional`` does on tensors that are there already; each shape in the layout that won a
+race before. They take turns with the contestants, as one of them, since a machine that is shared, or whose clock falls
+under load, is not equally fast at all times. So what a contestant takes beyond that is norms, activations, residuals,
+resampling, caches and copies.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -81,6 +84,8 @@ COLOURS = {
 }
 LABELS = dict.fromkeys(("longvid plain", "longvid pairs"), "longvid, pairing the other way round")
 USUAL = ("longvid", "longvid plain", "longvid pairs")
+
+FLOOR = "bare convolutions"
 
 _OPERATIONS = (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default)
 
@@ -182,24 +187,42 @@ def convolutions_of(model: CausalVAE, direction: str, height: int, width: int, d
     return found
 
 
-@torch.inference_mode()
-def floor_seconds(shapes: Counter[Shape], dtype: torch.dtype, rounds: int) -> float:
-    """Seconds of all convolutions of a chunk: for each shape the median of the faster layout."""
-    total = 0.0
-    for (x_shape, w_shape, stride, padding), count in tqdm(shapes.items(), desc="bare convolutions", leave=False):
-        call = F.conv3d if len(x_shape) == 5 else F.conv2d
-        x, weight, bias = torch.randn(x_shape).to(dtype), torch.randn(w_shape).to(dtype), torch.zeros(w_shape[0])
-        last = torch.channels_last_3d if len(x_shape) == 5 else torch.channels_last
-        inputs = [x, x.contiguous(memory_format=last)]
-        seconds: list[list[float]] = [[], []]
-        for turn in range(rounds + 1):
-            for one, times in zip(inputs, seconds, strict=True):
-                started = time.perf_counter()
-                call(one, weight, bias.to(dtype), stride=stride, padding=padding)
-                if turn:
-                    times.append(time.perf_counter() - started)
-        total += count * min(map(statistics.median, seconds))
-    return total
+class BareConvolutions:
+    """All convolutions of a chunk, one after the other, in tensors that are there already.
+
+    Args:
+        shapes: which, and how often.
+        dtype: of all tensors.
+        rounds: of the race between the layouts, by the medians of which each shape gets its own.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, shapes: Counter[Shape], dtype: torch.dtype, rounds: int) -> None:
+        self._calls: list[tuple[Callable[[], Tensor], int]] = []
+        for (x_shape, w_shape, stride, padding), count in tqdm(shapes.items(), desc="bare convolutions", leave=False):
+            function = F.conv3d if len(x_shape) == 5 else F.conv2d
+            last = torch.channels_last_3d if len(x_shape) == 5 else torch.channels_last
+            x, weight, bias = (torch.randn(shape).to(dtype) for shape in (x_shape, w_shape, w_shape[:1]))
+            calls = [
+                partial(function, one, weight, bias, stride=stride, padding=padding)
+                for one in (x, x.contiguous(memory_format=last))
+            ]
+            seconds: list[list[float]] = [[], []]
+            for turn in range(rounds + 1):
+                for call, times in zip(calls, seconds, strict=True):
+                    started = time.perf_counter()
+                    call()
+                    if turn:
+                        times.append(time.perf_counter() - started)
+            medians = list(map(statistics.median, seconds))
+            self._calls.append((calls[medians.index(min(medians))], count))
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        """Compute them all."""
+        for call, count in self._calls:
+            for _ in range(count):
+                call()
 
 
 def measure(
@@ -237,19 +260,25 @@ def measure(
         errors, names = {}, list(steps)
         for step in steps.values():
             step(chunk(direction, height, width, dtype, 0))
+        floor: list[float] = []
+        if with_floor:
+            shapes = convolutions_of(ours, direction, height, width, dtype)
+            bare = BareConvolutions(shapes, dtype, max(2, rounds))
+            names.append(FLOOR)
         for turn in tqdm(range(rounds), desc=f"{direction} {size} {dtype}"):
             outs = {}
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 started = time.perf_counter()
-                outs[name] = steps[name](x)
-                seconds[name].append(time.perf_counter() - started)
+                if name == FLOOR:
+                    bare()
+                    floor.append(time.perf_counter() - started)
+                else:
+                    outs[name] = steps[name](x)
+                    seconds[name].append(time.perf_counter() - started)
             if turn == 0:
                 expected = outs["diffusers"].float()
                 errors = {n: float((out.float() - expected).norm() / expected.norm()) for n, out in outs.items()}
             outs.clear()
-    floor = None
-    if with_floor:
-        floor = floor_seconds(convolutions_of(ours, direction, height, width, dtype), dtype, max(2, rounds))
     base = seconds["diffusers"]
     return {
         "size": size,
@@ -257,13 +286,15 @@ def measure(
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "numerics": numerics.to_dict(),
-        "bare_convolutions_seconds": floor,
+        "bare_convolutions_seconds": floor or None,
         "contestants": {
             name: {
                 "seconds": times,
                 "frames_per_second": 8 / statistics.median(times),
                 "speedup": statistics.median(b / t for b, t in zip(base, times, strict=True)),
-                "over_bare_convolutions": None if floor is None else statistics.median(times) / floor,
+                "over_bare_convolutions": statistics.median(t / f for t, f in zip(times, floor, strict=True))
+                if floor
+                else None,
                 "relative_error": errors[name],
             }
             for name, times in seconds.items()

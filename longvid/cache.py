@@ -46,7 +46,7 @@ from longvid.memory import is_out_of_memory
 from longvid.numerics import Numerics
 from longvid.residency import Residency, empty_context
 from longvid.units import format_bytes
-from longvid.workspace import TensorKind, Workspace
+from longvid.workspace import TensorKind, Workspace, dense_within
 
 __all__ = ["Block", "CausalLayer", "ConvCache", "Window"]
 
@@ -103,7 +103,7 @@ class ConvCache:
         numerics: which of several forms the layers compute in, beside the layout, which is that of their input.
         residency: where the contexts live; on the device by default.
         keep_workspace: keep the memory of the layers between them and between chunks, see
-            :class:`~longvid.workspace.Workspace`.
+            :class:`~longvid.workspace.Workspace`, and what they make of their weights.
 
     Use it in a ``with`` statement; leaving it frees every context. Each chunk runs inside :meth:`chunk`. If a chunk
     fails, all contexts are dropped at once and the cache refuses further use: they would be of mixed age.
@@ -126,6 +126,8 @@ class ConvCache:
         self.numerics = numerics
         self.workspace = Workspace(keep=keep_workspace)
         "memory that the layers of this video take turns with; empty between chunks unless it is kept"
+        self._kernels: dict[nn.Module, tuple[Tensor, ...]] = {}
+        "what layers made of their weights; empty unless the workspace is kept"
         self._residency = residency or Residency()
         self._entries = {
             layer: _Entry(path) for path, layer in module.named_modules() if getattr(layer, "context_frames", 0) > 0
@@ -154,6 +156,7 @@ class ConvCache:
 
     def _drop(self, state: _State) -> None:
         self._state = state
+        self._kernels.clear()
         self.workspace.clear()
         self._residency.drop()
 
@@ -166,6 +169,11 @@ class ConvCache:
     def device_bytes(self) -> int:
         """Bytes of the contexts that hold device memory now."""
         return self._residency.device_bytes
+
+    @property
+    def kernel_bytes(self) -> int:
+        """Bytes of what :meth:`kernels` has kept; beside the weights that they were made of."""
+        return sum(kernel.nbytes for kernels in self._kernels.values() for kernel in kernels)
 
     @property
     def num_chunks(self) -> int:
@@ -269,7 +277,8 @@ class ConvCache:
     def attempt(self, step: Callable[[], T]) -> T:
         """Run a step that takes device memory. If there is none left, move every context to the host and try once more.
 
-        Memory that the workspace holds and nobody uses is given up as well, and none is kept any more. The chunk then
+        Kept kernels, and memory that the workspace holds and nobody uses, are given up as well, and none is kept any
+        more. The chunk then
         goes on as if nothing had happened: the same numbers, bit for bit. What is called a step must be harmless to
         repeat after it has run out of memory: it computes from what is there into something new, or takes all memory
         that it needs before it changes anything.
@@ -283,7 +292,8 @@ class ConvCache:
             if not is_out_of_memory(exc) or self._state is not _State.OPEN:
                 raise
             failure = exc.with_traceback(None)  # the frames would keep alive what the step had allocated
-        idle_bytes = self.workspace.idle_bytes
+        idle_bytes = self.workspace.idle_bytes + self.kernel_bytes
+        self._kernels.clear()
         self.workspace.clear()
         if self.workspace.keeps:  # there is no room for that any more
             self.workspace = Workspace()
@@ -297,6 +307,20 @@ class ConvCache:
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
         return step()
+
+    def kernels(self, layer: nn.Module, prepare: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What ``prepare`` makes of a layer's weights. If memory is kept, once for all chunks, so they must not change.
+
+        Args:
+            layer: whose.
+            prepare: allocates all that it returns, and is harmless to repeat.
+        """
+        found = self._kernels.get(layer)
+        if found is None:
+            found = self.attempt(prepare)
+            if self.workspace.keeps and not any(isinstance(kernel, nn.Parameter) for kernel in found):
+                self._kernels[layer] = found
+        return found
 
     def _tell(self, what: str, num_bytes: int, then: str) -> None:
         if what in self._told:
@@ -380,14 +404,18 @@ class Window:
         "of the frame, that are to be written into ``new``; those before them are in the window already"
         self._first_row = 0
         "where in the window they begin"
+        self._memory: Tensor | None = None
+        "of the largest block"
         self._tensor: Tensor | None = None
+        "that of the block, in this memory"
         self._context: Tensor | None = None
         "what stands before the frames of the block; overwritten row by row with what stands before the next ones"
         self._had_context = self._is_read = False
 
     def __enter__(self) -> Self:
         self._cache._enter_window(self._entry.path)
-        self._tensor = self.attempt(self._open)
+        self._memory = self.attempt(self._open)
+        self._tensor = self._part(self._block)
         self._begin(self._block)
         return self
 
@@ -402,7 +430,7 @@ class Window:
         if exc_type is None:
             self.input()
             self._cache._residency.done(self._entry.path)
-        self._tensor = self._context = self._cache._open_path = None
+        self._memory = self._tensor = self._context = self._cache._open_path = None
         if len(self._blocks) == 1 and not self._cache.workspace.keeps:
             # Memory of this size is better given up than kept beside the statistics of the next norm.
             self._cache.workspace.clear()
@@ -414,27 +442,41 @@ class Window:
                 self._begin(block)
             yield block
 
+    def _part(self, block: Block) -> Tensor:
+        """The window of a block in the memory of the largest. Bands are dense, whatever their height."""
+        assert self._memory is not None
+        B, C, _, _, W = self.shape
+        num_frames, num_rows = self._context_frames + len(block.frames), len(block.rows) + 2 * self._halo
+        if not self._banded:  # in other layouts, frames would not stay where they are
+            return self._memory[:, :, :num_frames]
+        return dense_within(self._memory, (B, C, num_frames, num_rows, W))
+
     def _begin(self, block: Block) -> None:
         """Move on: rows that the last block shares with this one stay, context stands before the others."""
-        tensor, last = self._require(), self._block
+        held, last = self._require(), self._block
+        tensor = self._tensor = self._part(block)
         halo, above, height = self._halo, block.rows.start, self._height
         stop = min(height, block.rows.stop + halo)
         if above:
-            for i in range(2 * halo):  # one by one: source and target may overlap
-                tensor[:, :, :, i].copy_(tensor[:, :, :, len(last.rows) + i])
+            if tensor.shape == held.shape:
+                for i in range(2 * halo):  # one by one: source and target may overlap
+                    tensor[:, :, :, i].copy_(tensor[:, :, :, len(last.rows) + i])
+            else:  # of another height, every frame lies somewhere else
+                shared = held[:, :, :, len(last.rows) : len(last.rows) + 2 * halo]
+                tensor[:, :, :, : 2 * halo].copy_(self.attempt(shared.clone))
             self.rows = range(min(height, above + halo), stop)
         else:
             if halo:
                 tensor[:, :, :, :halo].zero_()
             self.rows = range(stop)
         end = stop - above + halo
-        if end < len(block.rows) + 2 * halo:
-            tensor[:, :, :, end : len(block.rows) + 2 * halo].zero_()
+        if end < tensor.shape[3]:
+            tensor[:, :, :, end:].zero_()
         self._first_row = self.rows.start - above + halo
         self._block, self._is_read = block, False
         if block.frames.start and not self._banded:  # what stands before these frames is in the window itself
             for i in range(self._context_frames):
-                tensor[:, :, i].copy_(tensor[:, :, len(last.frames) + i])
+                tensor[:, :, i].copy_(held[:, :, len(last.frames) + i])
         elif self._has_context and self._context is not None:
             there = self._context[:, :, :, self.rows.start : self.rows.stop]
             tensor[:, :, : self._context_frames, self._first_row : end].copy_(there)
@@ -451,13 +493,13 @@ class Window:
     @property
     def new(self) -> Tensor:
         """The part (B, C, T, H, W) into which the producer writes every element of a block's frames in ``rows``."""
-        frames = slice(self._context_frames, self._context_frames + len(self._block.frames))
-        return self._require()[:, :, frames, self._first_row : self._first_row + len(self.rows)]
+        rows = slice(self._first_row, self._first_row + len(self.rows))
+        return self._require()[:, :, self._context_frames :, rows]
 
     def input(self) -> Tensor:
         """The whole window (B, C, k - 1 + T, H, W), once ``new`` is written; it may not change any more."""
         num_frames, num_rows = len(self._block.frames), len(self._block.rows)
-        tensor = self._require()[:, :, : self._context_frames + num_frames, : num_rows + 2 * self._halo]
+        tensor = self._require()
         if not self._is_read:
             self._is_read = True
             if not self._has_context:

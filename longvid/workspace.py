@@ -24,7 +24,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["TensorKind", "Workspace", "flattened", "layout_of"]
+__all__ = ["TensorKind", "Workspace", "dense_within", "flattened", "layout_of"]
 
 _HUGE_PAGES = 14
 "MADV_HUGEPAGE of Linux"
@@ -62,6 +62,14 @@ def flattened(tensor: Tensor) -> Tensor:
     return (tensor.movedim(1, -1) if layout_of(tensor) == torch.channels_last_3d else tensor).view(-1)
 
 
+def dense_within(tensor: Tensor, shape: tuple[int, int, int, int, int]) -> Tensor:
+    """A dense tensor of this shape, and of the same layout, in the first part of the memory of a dense one.
+
+    Kernels want dense input, which a part of the rows of several frames is not.
+    """
+    return tensor.as_strided(shape, _dense_strides(shape, layout_of(tensor)))
+
+
 class Workspace:
     """Hands out uninitialised tensors and takes their memory back when they are gone.
 
@@ -94,12 +102,19 @@ class Workspace:
         """What of it is not in use."""
         return sum(storage.nbytes() for storage in self._storages.values() if _is_idle(storage))
 
-    def take(self, shape: tuple[int, int, int, int, int], kind: TensorKind) -> Tensor:
-        """A tensor of this shape and kind. Its content is undefined."""
-        self._requests += 1
+    def take(self, shape: tuple[int, int, int, int, int], kind: TensorKind, *, brief: bool = False) -> Tensor:
+        """A tensor of this shape and kind. Its content is undefined.
+
+        Args:
+            shape: any.
+            kind: any.
+            brief: it will be gone before the next request. Such memory is kept however small it is, or, by a thrifty
+                workspace, not a moment longer.
+        """
         num_bytes = math.prod(shape) * kind.dtype.itemsize
-        if self.keeps and num_bytes * _SMALL < self._most_bytes:
+        if not self.keeps if brief else self.keeps and num_bytes * _SMALL < self._most_bytes:
             return _fresh(shape, kind)
+        self._requests += 1
         idle = [n for n, storage in self._storages.items() if _is_idle(storage)]
         found = self._fitting(idle, num_bytes, kind.device)
         for n in self._superfluous(idle, found, num_bytes):
@@ -109,7 +124,6 @@ class Workspace:
             tensor = _over(storage, shape, kind)
         else:
             tensor = _fresh(shape, kind)
-            _advise(tensor)
             storage = tensor.untyped_storage()
         self._storages[self._requests] = storage
         self._asked_bytes = {n: self._asked_bytes.get(n, num_bytes) for n in self._storages}
@@ -149,16 +163,21 @@ def _is_idle(storage: torch.UntypedStorage) -> bool:
 
 
 def _fresh(shape: tuple[int, int, int, int, int], kind: TensorKind) -> Tensor:
-    return torch.empty(shape, dtype=kind.dtype, device=kind.device, memory_format=kind.layout)
+    tensor = torch.empty(shape, dtype=kind.dtype, device=kind.device, memory_format=kind.layout)
+    _advise(tensor)
+    return tensor
 
 
 def _over(storage: torch.UntypedStorage, shape: tuple[int, int, int, int, int], kind: TensorKind) -> Tensor:
+    empty = torch.empty(0, dtype=kind.dtype, device=kind.device)
+    return empty.set_(storage, 0, shape, _dense_strides(shape, kind.layout))
+
+
+def _dense_strides(shape: tuple[int, int, int, int, int], layout: torch.memory_format) -> tuple[int, ...]:
     _, C, T, H, W = shape
-    if kind.layout == torch.channels_last_3d:
-        strides = (T * H * W * C, 1, H * W * C, W * C, C)
-    else:
-        strides = (C * T * H * W, T * H * W, H * W, W, 1)
-    return torch.empty(0, dtype=kind.dtype, device=kind.device).set_(storage, 0, shape, strides)
+    if layout == torch.channels_last_3d:
+        return T * H * W * C, 1, H * W * C, W * C, C
+    return C * T * H * W, T * H * W, H * W, W, 1
 
 
 @cache

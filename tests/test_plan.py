@@ -98,7 +98,8 @@ def run_for_real(model, direction, height, width, dtype, numerics=None, slicing=
                 tracker.reset_peak()
                 step(ready, cache, host, device=device, dtype=dtype, layout=memory_format(numerics))
             peaks.append(tracker.peak_bytes)
-            assert tracker.live_bytes == cache.nbytes + cache.workspace.num_bytes
+            assert tracker.live_bytes == cache.nbytes + cache.workspace.num_bytes + cache.kernel_bytes
+            assert keep or not cache.kernel_bytes
             assert keep == bool(cache.workspace.num_bytes)
     assert tracker.live_bytes == 0
     return peaks
@@ -175,7 +176,8 @@ def test_bands_and_packed_kernels_are_in_the_projection(
     whole = make_plan(wide, **setting).direction(direction)
     plan = make_plan(wide, **setting, band_bytes=2**16).direction(direction)
     assert plan.slicing.band_elements == 2**16 // dtype.itemsize
-    assert plan.projected_bytes < whole.projected_bytes
+    if not keep:  # or else the kernels are kept, which are larger than all else of such frames
+        assert plan.projected_bytes < whole.projected_bytes
     assert_planned(plan, wide, direction, (72, 24), dtype, keep)
 
 

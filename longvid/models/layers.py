@@ -41,7 +41,7 @@ from longvid.models.convolution import (
     row_bands,
 )
 from longvid.models.norms import GroupNormSiLU, Producer, SpatialNormSiLU
-from longvid.workspace import TensorKind, layout_of
+from longvid.workspace import TensorKind, dense_within, layout_of
 
 __all__ = ["CausalConv3d", "Downsample", "ResnetBlock", "Upsample", "bands", "time_slices"]
 
@@ -294,15 +294,22 @@ class _BlockConv:
         _, kh, kw = conv.kernel_size
         self._padding = (0 if banded else kh // 2, kw // 2)
         self._fuses = cache.numerics.fused_residuals and last
-        weights: tuple[Tensor, ...] = (conv.weight,)
-        if in_pairs:
-            weights = cache.attempt(partial(filters_of_pairs, conv.weight))
-        if cache.band_elements is not None and last and kh > 1:
-            B, C, T, H, W = window.shape
+        self._in_bands = cache.band_elements is not None and last and kh > 1
+        self._memory: Tensor | None = None
+        "of blocks of the output that are not dense where they belong"
+        B, C, T, H, W = window.shape
+        rows_around = kh - 1 if banded else 0
+        self._largest = (B, conv.out_channels, T - layer.context_frames, H - rows_around, W)
+        self._weights: tuple[Tensor, ...] = (conv.weight,)
+        if in_pairs or self._in_bands:
             shape, padding = ((B, C, H, W), self._padding) if in_pairs else ((B, C, T, H, W), (0, *self._padding))
-            weights = tuple(cache.attempt(partial(packed, weight, padding, shape)) for weight in weights)
-        self._weights = weights
-        self._is_plain = weights[0] is conv.weight and not banded
+            self._weights = cache.kernels(layer, partial(self._prepared, shape, padding))
+        self._is_plain = self._weights[0] is conv.weight and not banded
+
+    def _prepared(self, shape: tuple[int, ...], padding: tuple[int, ...]) -> tuple[Tensor, ...]:
+        weight = self._layer.conv.weight
+        weights = filters_of_pairs(weight) if self._in_pairs else (weight,)
+        return tuple(packed(w, padding, shape) for w in weights) if self._in_bands else weights
 
     def fresh(self) -> Tensor:
         """The output of the block that is in the window."""
@@ -331,14 +338,30 @@ class _BlockConv:
 
     def _write(self, out: Tensor, x: Tensor, weight: Tensor, onto: bool) -> None:
         if onto and self._fuses:
-            padding = (0, *self._padding)
-            accumulate(out, x, weight, self._layer.conv.bias, padding=padding, attempt=self._cache.attempt)
+            self._accumulate(out, x, weight)
             return
         y = self._cache.attempt(lambda: self._convolve(x, weight))
         if onto:
             out.add_(y)
         else:
             out.copy_(y)
+
+    def _accumulate(self, out: Tensor, x: Tensor, weight: Tensor) -> None:
+        """In bands by way of a copy that is dense, since one call for all frames takes less than one for each."""
+        is_dense = out.is_contiguous(memory_format=torch.channels_last_3d)
+        dense = self._dense(out).copy_(out) if self._in_bands and not is_dense else out
+        padding = (0, *self._padding)
+        accumulate(dense, x, weight, self._layer.conv.bias, padding=padding, attempt=self._cache.attempt)
+        if dense is not out:
+            out.copy_(dense)
+
+    def _dense(self, out: Tensor) -> Tensor:
+        """A dense tensor of the same shape, which a kernel writes without leaps; the same memory for every block."""
+        B, C, T, H, W = out.shape
+        if self._memory is None:
+            take = partial(self._cache.workspace.take, self._largest, TensorKind.of(out), brief=True)
+            self._memory = self._cache.attempt(take)
+        return dense_within(self._memory, (B, C, T, H, W))
 
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         if self._is_plain:
