@@ -8,6 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from longvid import CausalConv3d, ConvCache
+from longvid.cache import Window
 from longvid.models import norms
 from longvid.models.convolution import fuses_residuals
 from longvid.models.layers import Downsample, ResnetBlock, Upsample, _Copied, bands, time_slices
@@ -181,6 +182,23 @@ def test_layers_with_large_frames_really_run_in_bands():
     assert bands_of(x, band_elements=64 * 10 * 10 * 40) == [(8, 40)]
     assert set(bands_of(x, max_conv_elements=1)) == {(1, 1)}
     assert bands_of(x.contiguous(), band_elements=1) == [(8, 40)]
+
+
+def test_what_a_convolution_reads_is_dense_in_every_band(monkeypatch):
+    """Also in the first and the last, which are lower: a kernel would copy what is not."""
+    conv, found = CausalConv3d(64, 64, 3), set()
+    x = torch.randn(1, 64, 8, 40, 10).contiguous(memory_format=LAYOUTS[1])
+    read = Window.input
+
+    def watched(window):
+        tensor = read(window)
+        found.add((tensor.shape[3], tensor.is_contiguous(memory_format=LAYOUTS[1])))
+        return tensor
+
+    monkeypatch.setattr(Window, "input", watched)
+    with ConvCache(conv, band_elements=1) as cache, torch.inference_mode(), cache.chunk():
+        conv.stream(_Copied(x), cache)
+    assert found == {(17, True), (18, True), (11, True)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longvid import AllocationTracker, CausalConv3d, ConvCache
-from longvid.workspace import TensorKind, Workspace, flattened, layout_of
+from longvid.workspace import TensorKind, Workspace, dense_within, flattened, layout_of
 
 CPU = torch.device("cpu")
 LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
@@ -91,6 +91,29 @@ def test_kept_memory_serves_what_is_smaller_and_is_not_hoarded():
     assert tracker.live_bytes == 0
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_memory_that_is_gone_before_the_next_request(keep):
+    workspace, tracker = Workspace(keep=keep), AllocationTracker()
+    small, large = (1, 1, 1, 1, 8), (1, 1, 1, 100, 8)
+    with tracker:
+        held = workspace.take(large, kind())
+        for _ in range(3):
+            workspace.take(small, kind(), brief=True)
+            assert tracker.live_bytes == 3200 + 32 * keep  # thrifty ones hold it not a moment longer
+    assert tracker.peak_bytes == 3232
+    assert workspace.sizes == ([3200, 32] if keep else [3200])
+    del held
+
+
+def test_a_dense_part_lies_at_the_beginning_in_the_same_layout():
+    for layout in LAYOUTS:
+        tensor = torch.arange(360.0).view(SHAPE).contiguous(memory_format=layout)
+        part = dense_within(tensor, (1, 4, 3, 2, 6))
+        assert part.is_contiguous(memory_format=layout)
+        assert part.data_ptr() == tensor.data_ptr()
+        assert torch.equal(flattened(part), flattened(tensor)[:144])
+
+
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), min_size=1, max_size=60), st.booleans())
 def test_no_two_living_tensors_share_memory(requests, keep):
     """Tensors live for a few requests each; every one keeps what was written into it."""
@@ -142,3 +165,33 @@ def test_kept_memory_is_given_up_before_a_chunk_fails_and_is_not_kept_again():
         with pytest.raises(torch.OutOfMemoryError), cache.chunk():
             cache.attempt(lambda: fails(10))
     assert len(calls) == 3
+
+
+def test_kept_kernels_are_made_once_and_given_up_before_a_chunk_fails():
+    layer, made = CausalConv3d(4, 4, 3), []
+
+    def prepare():
+        made.append(1)
+        return (torch.ones(5),)
+
+    def fails_once():
+        if cache.kernel_bytes:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return "done"
+
+    with ConvCache(layer, keep_workspace=True) as cache:
+        kernels = cache.kernels(layer, prepare)
+        assert cache.kernels(layer, prepare) is kernels
+        assert (len(made), cache.kernel_bytes) == (1, 20)
+        with pytest.warns(UserWarning, match="was given up, which set 20 B free"):
+            assert cache.attempt(fails_once) == "done"
+        assert torch.equal(cache.kernels(layer, prepare)[0], kernels[0])
+        assert (len(made), cache.kernel_bytes) == (2, 0)  # there is no room for them any more
+    with ConvCache(layer, keep_workspace=True) as cache:
+        assert cache.kernels(layer, lambda: (layer.conv.weight,))[0] is layer.conv.weight
+        assert cache.kernel_bytes == 0  # it is the model's
+        cache.kernels(layer, prepare)
+    assert cache.kernel_bytes == 0
+    with ConvCache(layer) as thrifty:
+        thrifty.kernels(layer, prepare)
+        assert thrifty.kernel_bytes == 0
