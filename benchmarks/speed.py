@@ -169,6 +169,7 @@ def open_longvid(
             band_elements=part.slicing.band_elements,
             numerics=numerics,
             keep_workspace=part.keeps_workspace,
+            keep_kernels=part.keeps_kernels,
             residency=Residency(part.placement, transfer, host_sizes=part.host_sizes),
         )
     )

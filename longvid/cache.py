@@ -103,7 +103,8 @@ class ConvCache:
         numerics: which of several forms the layers compute in, beside the layout, which is that of their input.
         residency: where the contexts live; on the device by default.
         keep_workspace: keep the memory of the layers between them and between chunks, see
-            :class:`~longvid.workspace.Workspace`, and what they make of their weights.
+            :class:`~longvid.workspace.Workspace`.
+        keep_kernels: keep what the layers make of their weights, see :meth:`kernels`.
 
     Use it in a ``with`` statement; leaving it frees every context. Each chunk runs inside :meth:`chunk`. If a chunk
     fails, all contexts are dropped at once and the cache refuses further use: they would be of mixed age.
@@ -119,6 +120,7 @@ class ConvCache:
         numerics: Numerics = Numerics(),  # noqa: B008 - a frozen value
         residency: Residency | None = None,
         keep_workspace: bool = False,
+        keep_kernels: bool = False,
     ) -> None:
         self.max_conv_elements = max_conv_elements
         self.slice_elements = slice_elements
@@ -127,7 +129,8 @@ class ConvCache:
         self.workspace = Workspace(keep=keep_workspace)
         "memory that the layers of this video take turns with; empty between chunks unless it is kept"
         self._kernels: dict[nn.Module, tuple[Tensor, ...]] = {}
-        "what layers made of their weights; empty unless the workspace is kept"
+        "what layers made of their weights"
+        self._keeps_kernels = keep_kernels
         self._residency = residency or Residency()
         self._entries = {
             layer: _Entry(path) for path, layer in module.named_modules() if getattr(layer, "context_frames", 0) > 0
@@ -294,8 +297,9 @@ class ConvCache:
             failure = exc.with_traceback(None)  # the frames would keep alive what the step had allocated
         idle_bytes = self.workspace.idle_bytes + self.kernel_bytes
         self._kernels.clear()
+        self._keeps_kernels = False  # there is no room for that any more
         self.workspace.clear()
-        if self.workspace.keeps:  # there is no room for that any more
+        if self.workspace.keeps:
             self.workspace = Workspace()
         freed = self._residency.evict()
         if not freed and not idle_bytes:
@@ -309,7 +313,7 @@ class ConvCache:
         return step()
 
     def kernels(self, layer: nn.Module, prepare: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """What ``prepare`` makes of a layer's weights. If memory is kept, once for all chunks, so they must not change.
+        """What ``prepare`` makes of a layer's weights; once for all chunks if it is kept, so they must not change then.
 
         Args:
             layer: whose.
@@ -318,7 +322,7 @@ class ConvCache:
         found = self._kernels.get(layer)
         if found is None:
             found = self.attempt(prepare)
-            if self.workspace.keeps and not any(isinstance(kernel, nn.Parameter) for kernel in found):
+            if self._keeps_kernels and not any(isinstance(kernel, nn.Parameter) for kernel in found):
                 self._kernels[layer] = found
         return found
 

@@ -53,6 +53,7 @@ def dry_run(
     slice_elements: int = 2**31 - 1,
     band_elements: int | None = None,
     keep_workspace: bool = False,
+    keep_kernels: bool = False,
     like: Timeline | None = None,
 ) -> Timeline:
     """Run the first chunk and a middle one on meta tensors, and note bytes and, of the middle one, FLOPs.
@@ -82,6 +83,7 @@ def dry_run(
         numerics=numerics,
         residency=probe,
         keep_workspace=keep_workspace,
+        keep_kernels=keep_kernels,
     ) as cache:
         first_host, middle_host = (
             host(schedule.full(0)),

@@ -159,6 +159,7 @@ class Run:
             numerics=part.numerics,
             residency=self._residency,
             keep_workspace=part.keeps_workspace,
+            keep_kernels=part.keeps_kernels,
         )
         self._layout = memory_format(part.numerics)
         self.meter = DeviceMeter(engine.device, engine.weights_bytes)

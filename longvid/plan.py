@@ -106,6 +106,8 @@ class DirectionPlan:
     slicing: Slicing = field(default_factory=lambda: Slicing())
     keeps_workspace: bool = False
     "whether the layers' memory is kept from chunk to chunk"
+    keeps_kernels: bool = False
+    "whether what the layers make of their weights is kept as well"
     least_timeline: Timeline | None = field(default=None, repr=False)
     "with the shortest slices; None if there are none shorter than the plan's"
     suggestions: tuple[str, ...] = ()
@@ -202,6 +204,7 @@ class DirectionPlan:
             "slice_elements": self.slicing.elements,
             "band_elements": self.slicing.band_elements,
             "keeps_workspace": self.keeps_workspace,
+            "keeps_kernels": self.keeps_kernels,
             "numerics": self.numerics.to_dict(),
             "suggestions": list(self.suggestions),
             "rates": asdict(self.rates),
@@ -303,7 +306,7 @@ class Plan:
         for label, key in _ROWS:
             lines.append(f"{label:28}" + "".join(f"{format_bytes(getattr(part, key)):>14}" for part in parts))
         lines.append(f"{'layers run in':28}" + "".join(f"{part.slicing!s:>14}" for part in parts))
-        kept = ("kept" if part.keeps_workspace else "given up" for part in parts)
+        kept = (("kept" if p.keeps_kernels else "layers only") if p.keeps_workspace else "given up" for p in parts)
         lines.append(f"{'memory between chunks':28}" + "".join(f"{words:>14}" for words in kept))
         if self.allowed_bytes is not None:
             lines.append(f"{'fits':28}" + "".join(f"{'yes' if self.fits(d) else 'no':>14}" for d in directions))
@@ -386,7 +389,7 @@ def make_plan(
         band_bytes: most bytes of a layer's window, beyond which it runs in bands of rows, for devices with caches that
             gain from that.
         keep_workspace: keep the layers' memory from chunk to chunk if that fits without offloading, for devices on
-            which fresh memory is slow.
+            which fresh memory is slow; and what they make of their weights if that fits as well.
 
     Raises:
         ModelError: the model, the dtype or the policy cannot be used.
@@ -458,6 +461,14 @@ def _schedules(model: CausalVAE, chunk_frames: int | None) -> Iterator[ChunkSche
         yield geometry.schedule_for(length)
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What is kept from chunk to chunk."""
+
+    workspace: bool = False
+    kernels: bool = False
+
+
 class _Planner:
     """Plans of one model in one dtype under one budget."""
 
@@ -484,7 +495,7 @@ class _Planner:
         self._slice_frames = slice_frames
         self._keep_workspace = keep_workspace
         self._band_elements = None if band_bytes is None else band_bytes // dtype.itemsize
-        self._timelines: dict[tuple[tuple[object, ...], Slicing, bool], Timeline] = {}
+        self._timelines: dict[tuple[tuple[object, ...], Slicing, _Kept], Timeline] = {}
         self._frames: dict[Direction, tuple[int, int]] = {}
         "elements of the largest frame of a layer's input, for frames of how many pixels"
         self._skeletons: dict[torch.dtype, CausalVAE] = {}
@@ -511,11 +522,11 @@ class _Planner:
         candidates = self._slicings(direction, height, width, schedule)
         least = self._timeline(direction, height, width, self._dtype, schedule, candidates[-1])
         staying = OffloadPolicy("none") if policy.kind == "auto" else policy
-        tried = [(slicing, False) for slicing in candidates]
+        tried = [(slicing, _Kept()) for slicing in candidates]
         if self._keep_workspace and staying.kind == "none":
-            tried.insert(0, (candidates[0], True))
-        for slicing, keeps in tried:
-            part = self._part(direction, height, width, schedule, policy, slicing, least, keeps)
+            tried[:0] = [(candidates[0], _Kept(True, True)), (candidates[0], _Kept(True))]
+        for slicing, kept in tried:
+            part = self._part(direction, height, width, schedule, policy, slicing, least, kept)
             part = self._placed(part, staying)
             if self.fits(part, part.placement):
                 return part
@@ -530,10 +541,10 @@ class _Planner:
         policy: OffloadPolicy,
         slicing: Slicing,
         least: Timeline,
-        keeps_workspace: bool,
+        kept: _Kept,
     ) -> DirectionPlan:
         return DirectionPlan(
-            timeline=self._timeline(direction, height, width, self._dtype, schedule, slicing, keeps_workspace),
+            timeline=self._timeline(direction, height, width, self._dtype, schedule, slicing, kept),
             frame_size=(height, width),
             placement=Placement(),
             offload=str(policy),
@@ -542,7 +553,8 @@ class _Planner:
             chunk_frames=schedule.chunk_frames,
             numerics=self._numerics[direction],
             slicing=slicing,
-            keeps_workspace=keeps_workspace,
+            keeps_workspace=kept.workspace,
+            keeps_kernels=kept.kernels,
             least_timeline=least,
         )
 
@@ -649,10 +661,10 @@ class _Planner:
         dtype: torch.dtype,
         schedule: ChunkSchedule,
         slicing: Slicing,
-        keeps_workspace: bool = False,
+        kept: _Kept = _Kept(),
     ) -> Timeline:
         chunks = (direction, height, width, dtype, schedule)
-        key = (chunks, slicing, keeps_workspace)
+        key = (chunks, slicing, kept)
         if key not in self._timelines:
             self._timelines[key] = dry_run(
                 self._skeleton(dtype),
@@ -664,7 +676,8 @@ class _Planner:
                 numerics=self._numerics[direction],
                 slice_elements=slicing.elements,
                 band_elements=slicing.band_elements,
-                keep_workspace=keeps_workspace,
+                keep_workspace=kept.workspace,
+                keep_kernels=kept.kernels,
                 like=next((known for (other, *_), known in self._timelines.items() if other == chunks), None),
             )
         return self._timelines[key]

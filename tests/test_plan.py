@@ -75,7 +75,7 @@ def test_parts_add_up(full_plan):
     assert full_plan.projected_bytes == full_plan.decode.projected_bytes
 
 
-def run_for_real(model, direction, height, width, dtype, numerics=None, slicing=None, keep=False):
+def run_for_real(model, direction, height, width, dtype, numerics=None, slicing=None, keep=False, kernels=False):
     """Peak bytes of the first and of four middle chunks on CPU tensors."""
     numerics = numerics or Numerics()
     device = torch.device("cpu")
@@ -84,7 +84,7 @@ def run_for_real(model, direction, height, width, dtype, numerics=None, slicing=
     module = ready.encoder if direction == "encode" else ready.decoder
     slicing = slicing or Slicing()
     limits = {"slice_elements": slicing.elements, "band_elements": slicing.band_elements}
-    with ConvCache(module, **limits, numerics=numerics, keep_workspace=keep) as cache:
+    with ConvCache(module, **limits, numerics=numerics, keep_workspace=keep, keep_kernels=kernels) as cache:
         for chunk in (plan.full(i) for i in range(5)):
             if direction == "encode":
                 host, step = (
@@ -99,7 +99,7 @@ def run_for_real(model, direction, height, width, dtype, numerics=None, slicing=
                 step(ready, cache, host, device=device, dtype=dtype, layout=memory_format(numerics))
             peaks.append(tracker.peak_bytes)
             assert tracker.live_bytes == cache.nbytes + cache.workspace.num_bytes + cache.kernel_bytes
-            assert keep or not cache.kernel_bytes
+            assert kernels or not cache.kernel_bytes
             assert keep == bool(cache.workspace.num_bytes)
     assert tracker.live_bytes == 0
     return peaks
@@ -139,7 +139,7 @@ def test_projection_equals_a_tracked_run_to_the_byte(vae, direction, size, dtype
 
 
 def assert_planned(plan, model, direction, size, dtype, keep):
-    first, *middle = run_for_real(model, direction, *size, dtype, plan.numerics, plan.slicing, keep)
+    first, *middle = run_for_real(model, direction, *size, dtype, plan.numerics, plan.slicing, keep, plan.keeps_kernels)
     assert plan.keeps_workspace == keep
     if not keep:
         assert len(set(middle)) == 1
@@ -178,7 +178,12 @@ def test_bands_and_packed_kernels_are_in_the_projection(
     assert plan.slicing.band_elements == 2**16 // dtype.itemsize
     if not keep:  # or else the kernels are kept, which are larger than all else of such frames
         assert plan.projected_bytes < whole.projected_bytes
+    assert plan.keeps_kernels == keep
     assert_planned(plan, wide, direction, (72, 24), dtype, keep)
+    if keep:  # kernels are the first thing to do without
+        less = make_plan(wide, **setting, band_bytes=2**16, memory=plan.projected_bytes - 1).direction(direction)
+        assert not less.keeps_kernels
+        assert_planned(less, wide, direction, (72, 24), dtype, keep)
 
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])

@@ -179,7 +179,7 @@ def test_kept_kernels_are_made_once_and_given_up_before_a_chunk_fails():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return "done"
 
-    with ConvCache(layer, keep_workspace=True) as cache:
+    with ConvCache(layer, keep_kernels=True) as cache:
         kernels = cache.kernels(layer, prepare)
         assert cache.kernels(layer, prepare) is kernels
         assert (len(made), cache.kernel_bytes) == (1, 20)
@@ -187,7 +187,7 @@ def test_kept_kernels_are_made_once_and_given_up_before_a_chunk_fails():
             assert cache.attempt(fails_once) == "done"
         assert torch.equal(cache.kernels(layer, prepare)[0], kernels[0])
         assert (len(made), cache.kernel_bytes) == (2, 0)  # there is no room for them any more
-    with ConvCache(layer, keep_workspace=True) as cache:
+    with ConvCache(layer, keep_kernels=True) as cache:
         assert cache.kernels(layer, lambda: (layer.conv.weight,))[0] is layer.conv.weight
         assert cache.kernel_bytes == 0  # it is the model's
         cache.kernels(layer, prepare)
