@@ -200,7 +200,7 @@ class BareConvolutions:
     @torch.inference_mode()
     def __init__(self, shapes: Counter[Shape], dtype: torch.dtype, rounds: int) -> None:
         self._calls: list[tuple[Callable[[], Tensor], int]] = []
-        for (x_shape, w_shape, stride, padding), count in tqdm(shapes.items(), desc="bare convolutions", leave=False):
+        for (x_shape, w_shape, stride, padding), count in tqdm(shapes.items(), desc=FLOOR, leave=False):
             function = F.conv3d if len(x_shape) == 5 else F.conv2d
             last = torch.channels_last_3d if len(x_shape) == 5 else torch.channels_last
             x, weight, bias = (torch.randn(shape).to(dtype) for shape in (x_shape, w_shape, w_shape[:1]))
@@ -219,11 +219,12 @@ class BareConvolutions:
             self._calls.append((calls[medians.index(min(medians))], count))
 
     @torch.inference_mode()
-    def __call__(self) -> None:
-        """Compute them all."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """Compute them all. A step like those of the contestants; what goes in comes out."""
         for call, count in self._calls:
             for _ in range(count):
                 call()
+        return x
 
 
 def measure(
@@ -257,45 +258,41 @@ def measure(
             if name in wanted:
                 mode = {"least": name == "longvid least", "thrifty": name == "longvid thrifty"}
                 steps[name] = open_longvid(stack, ours, direction, choice, height, width, **mode)
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
-        errors, names = {}, list(steps)
         for step in steps.values():
             step(chunk(direction, height, width, dtype, 0))
-        floor: list[float] = []
         if with_floor:
             shapes = convolutions_of(ours, direction, height, width, dtype)
-            bare = BareConvolutions(shapes, dtype, max(2, rounds))
-            names.append(FLOOR)
+            steps[FLOOR] = BareConvolutions(shapes, dtype, max(2, rounds))
+        errors, names = {}, list(steps)
+        seconds: dict[str, list[float]] = {name: [] for name in names}
         for turn in tqdm(range(rounds), desc=f"{direction} {size} {dtype}"):
             outs = {}
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 started = time.perf_counter()
-                if name == FLOOR:
-                    bare()
-                    floor.append(time.perf_counter() - started)
-                else:
-                    outs[name] = steps[name](x)
-                    seconds[name].append(time.perf_counter() - started)
+                outs[name] = steps[name](x)
+                seconds[name].append(time.perf_counter() - started)
+            outs.pop(FLOOR, None)
             if turn == 0:
                 expected = outs["diffusers"].float()
                 errors = {n: float((out.float() - expected).norm() / expected.norm()) for n, out in outs.items()}
             outs.clear()
-    base = seconds["diffusers"]
+    base, floor = seconds["diffusers"], seconds.pop(FLOOR, None)
     return {
         "size": size,
         "direction": direction,
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "numerics": numerics.to_dict(),
-        "bare_convolutions_seconds": floor or None,
+        "bare_convolutions_seconds": None if floor is None else statistics.median(floor),
+        "bare_convolutions_rounds": floor,
         "contestants": {
             name: {
                 "seconds": times,
                 "frames_per_second": 8 / statistics.median(times),
                 "speedup": statistics.median(b / t for b, t in zip(base, times, strict=True)),
-                "over_bare_convolutions": statistics.median(t / f for t, f in zip(times, floor, strict=True))
-                if floor
-                else None,
+                "over_bare_convolutions": None
+                if floor is None
+                else statistics.median(t / f for t, f in zip(times, floor, strict=True)),
                 "relative_error": errors[name],
             }
             for name, times in seconds.items()

@@ -281,10 +281,9 @@ class ConvCache:
         """Run a step that takes device memory. If there is none left, move every context to the host and try once more.
 
         Kept kernels, and memory that the workspace holds and nobody uses, are given up as well, and none is kept any
-        more. The chunk then
-        goes on as if nothing had happened: the same numbers, bit for bit. What is called a step must be harmless to
-        repeat after it has run out of memory: it computes from what is there into something new, or takes all memory
-        that it needs before it changes anything.
+        more. The chunk then goes on as if nothing had happened: the same numbers, bit for bit. What is called a step
+        must be harmless to repeat after it has run out of memory: it computes from what is there into something new,
+        or takes all memory that it needs before it changes anything.
 
         Raises:
             RuntimeError: the device's own error, if the step fails again or nothing could be moved.
@@ -307,7 +306,7 @@ class ConvCache:
         if freed:
             self._tell("all contexts were moved to the host", freed, "stay there")
         else:
-            self._tell("memory that the layers take turns with was given up", idle_bytes, "is not kept")
+            self._tell("memory that the layers keep was given up", idle_bytes, "is not kept")
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
         return step()

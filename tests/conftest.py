@@ -26,6 +26,15 @@ def vae() -> CogVideoXVAE:
         return CogVideoXVAE(CogVideoXConfig(**NANO)).eval().requires_grad_(False)
 
 
+@pytest.fixture(scope="session")
+def packable() -> CogVideoXVAE:
+    """The same with few layers, and channels in numbers that kernels are packed for."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        config = CogVideoXConfig(block_out_channels=(64, 128), layers_per_block=1, temporal_compression_ratio=2)
+        return CogVideoXVAE(config).eval().requires_grad_(False)
+
+
 @pytest.fixture
 def frames() -> np.ndarray:
     """26 noisy uint8 frames of 24x40 that all differ."""

@@ -110,8 +110,9 @@ def test_weights_are_shared_with_the_instance_not_copied():
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"block_out_channels": (6, 8), "norm_num_groups": 4}, "do not divide"),
+        ({"block_out_channels": (6, 8, 8), "norm_num_groups": 4}, "do not divide"),
         ({"temporal_compression_ratio": 3}, "temporal_compression_ratio 3"),
+        ({"block_out_channels": (32, 64), "temporal_compression_ratio": 4}, "at most 2, which is what 2 blocks allow"),
         ({"use_quant_conv": True}, "cannot follow 16 latent channels"),
         ({"in_channels": 1}, "RGB"),
         ({"down_block_types": ["SomethingElse"]}, "SomethingElse"),

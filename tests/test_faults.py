@@ -175,7 +175,7 @@ def test_memory_that_runs_out_in_a_layer_is_survived_bit_for_bit_or_told(vae, di
                 else:
                     survived += 1
                     assert torch.equal(got, expected), name
-                    made_room = "all contexts were moved|memory that the layers take turns with was given up"
+                    made_room = "all contexts were moved|memory that the layers keep was given up"
                     assert any(re.search(f"ran out of memory in chunk .*({made_room})", str(w.message)) for w in said)
                     del got
             hook.remove()

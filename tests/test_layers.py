@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from longvid import CausalConv3d, ConvCache
 from longvid.cache import Window
-from longvid.models import norms
+from longvid.models import convolution, norms
 from longvid.models.convolution import fuses_residuals
 from longvid.models.layers import Downsample, ResnetBlock, Upsample, _Copied, bands, time_slices
 from longvid.numerics import Numerics
@@ -199,6 +199,22 @@ def test_what_a_convolution_reads_is_dense_in_every_band(monkeypatch):
     with ConvCache(conv, band_elements=1) as cache, torch.inference_mode(), cache.chunk():
         conv.stream(_Copied(x), cache)
     assert found == {(17, True), (18, True), (11, True)}
+
+
+@pytest.mark.skipif(not fuses_residuals(torch.float32), reason="this build of PyTorch cannot")
+@pytest.mark.parametrize(("batch", "band_elements", "kernel_calls"), [(1, 1, 3), (1, None, 1), (2, 1, 0)])
+def test_a_residual_of_a_band_is_added_in_one_call(monkeypatch, batch, band_elements, kernel_calls):
+    """And not in one for each of its frames. The library has no way for more than one video."""
+    block, calls = ResnetBlock(64, 64, num_groups=2, eps=1e-6), []
+    real = convolution._accumulate
+    monkeypatch.setattr(convolution, "_accumulate", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr(norms, "_SLAB_BYTES", 1)
+    x = torch.randn(batch, 64, 8, 40, 10).contiguous(memory_format=LAYOUTS[1])
+    numerics = Numerics(layout="channels_last", fused_residuals=True)
+    cache = ConvCache(block, band_elements=band_elements, numerics=numerics)
+    with cache, torch.inference_mode(), cache.chunk():
+        block(x, cache)
+    assert len(calls) == kernel_calls
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,7 +8,6 @@ import torch
 from longvid import AllocationTracker, ConvCache, MemoryBudgetError, ModelError, ScheduleError, load_model, make_plan
 from longvid.models import norms
 from longvid.models.base import placed
-from longvid.models.cogvideox import CogVideoXConfig, CogVideoXVAE
 from longvid.numerics import Numerics
 from longvid.plan import Slicing, parse_dtype
 from longvid.probe import can_compute
@@ -147,13 +146,6 @@ def assert_planned(plan, model, direction, size, dtype, keep):
     assert plan.projected_bytes - plan.weights_bytes == max(first, *middle)
 
 
-@pytest.fixture(scope="module")
-def wide():
-    """Channels in numbers that kernels are packed for."""
-    config = CogVideoXConfig(block_out_channels=(64, 128), layers_per_block=1)
-    return CogVideoXVAE(config).eval().requires_grad_(False)
-
-
 @pytest.mark.parametrize(
     ("dtype", "numerics", "keep", "slice_frames"),
     [
@@ -166,24 +158,24 @@ def wide():
 )
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 def test_bands_and_packed_kernels_are_in_the_projection(
-    wide, monkeypatch, direction, dtype, numerics, keep, slice_frames
+    packable, monkeypatch, direction, dtype, numerics, keep, slice_frames
 ):
     monkeypatch.setattr(norms, "_SLAB_BYTES", 1)  # of these frames, one slab is more than a band
     if not can_compute(numerics, dtype):
         pytest.skip("a kernel is missing here")
     setting = {"height": 72, "width": 24, "dtype": dtype, "numerics": numerics, "keep_workspace": keep}
     setting["slice_frames"] = slice_frames
-    whole = make_plan(wide, **setting).direction(direction)
-    plan = make_plan(wide, **setting, band_bytes=2**16).direction(direction)
+    whole = make_plan(packable, **setting).direction(direction)
+    plan = make_plan(packable, **setting, band_bytes=2**16).direction(direction)
     assert plan.slicing.band_elements == 2**16 // dtype.itemsize
     if not keep:  # or else the kernels are kept, which are larger than all else of such frames
         assert plan.projected_bytes < whole.projected_bytes
     assert plan.keeps_kernels == keep
-    assert_planned(plan, wide, direction, (72, 24), dtype, keep)
+    assert_planned(plan, packable, direction, (72, 24), dtype, keep)
     if keep:  # kernels are the first thing to do without
-        less = make_plan(wide, **setting, band_bytes=2**16, memory=plan.projected_bytes - 1).direction(direction)
+        less = make_plan(packable, **setting, band_bytes=2**16, memory=plan.projected_bytes - 1).direction(direction)
         assert not less.keeps_kernels
-        assert_planned(less, wide, direction, (72, 24), dtype, keep)
+        assert_planned(less, packable, direction, (72, 24), dtype, keep)
 
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])

@@ -322,6 +322,20 @@ def test_the_measured_peak_is_the_planned_one_whoever_is_slow(vae, frames, tmp_p
     assert sum(map(len, held)) == len(long)
 
 
+def test_kept_kernels_are_in_the_measured_peak_as_in_the_planned_one(packable, frames, tmp_path):
+    with VideoSession(packable, device="cpu", layout="channels_last") as session:
+        plan = session.plan(height=24, width=40)
+        assert plan.encode.keeps_kernels
+        peak = session.encode(np.concatenate([frames] * 3), tmp_path / "a.zarr").peak_device_bytes
+        assert peak == plan.encode.projected_bytes
+    with VideoSession(packable, device="cpu", layout="channels_last", memory=peak - 1) as session:
+        plan = session.plan(height=24, width=40)
+        assert plan.encode.keeps_workspace
+        assert not plan.encode.keeps_kernels
+        report = session.encode(np.concatenate([frames] * 3), tmp_path / "b.zarr")
+        assert report.peak_device_bytes == plan.encode.projected_bytes < peak
+
+
 def test_several_open_videos_share_the_budget(vae, frames):
     need = make_plan(vae, height=24, width=40).encode.projected_bytes
     with VideoSession(vae, memory=need) as session, session.encoder() as first, session.encoder() as second:

@@ -47,9 +47,12 @@ class CogVideoXConfig:
     invert_scale_latents: bool = False
 
     def __post_init__(self) -> None:
-        ratio = self.temporal_compression_ratio
-        if ratio not in (1, 2, 4, 8) or ratio > 2 ** len(self.block_out_channels):
-            raise ModelError(f"temporal_compression_ratio {ratio} is not one of 1, 2, 4, 8 within the number of blocks")
+        ratio, halvings = self.temporal_compression_ratio, len(self.block_out_channels) - 1
+        if ratio not in (1, 2, 4, 8) or ratio > 2**halvings:
+            raise ModelError(
+                f"temporal_compression_ratio {ratio} is not one of 1, 2, 4, 8 and at most {2**halvings}, which is what "
+                f"{halvings + 1} blocks allow: time is halved between two of them"
+            )
         if self.in_channels != 3 or self.out_channels != 3:
             raise ModelError(f"{self.in_channels} to {self.out_channels} pixel channels; longvid works on RGB, 3 to 3")
         bad = [c for c in self.block_out_channels if c % self.norm_num_groups]

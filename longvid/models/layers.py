@@ -348,12 +348,12 @@ class _BlockConv:
 
     def _accumulate(self, out: Tensor, x: Tensor, weight: Tensor) -> None:
         """In bands by way of a copy that is dense, since one call for all frames takes less than one for each."""
-        is_dense = out.is_contiguous(memory_format=torch.channels_last_3d)
-        dense = self._dense(out).copy_(out) if self._in_bands and not is_dense else out
+        as_it_is = len(out) > 1 or out.is_contiguous(memory_format=torch.channels_last_3d) or not self._in_bands
+        target = out if as_it_is else self._dense(out).copy_(out)
         padding = (0, *self._padding)
-        accumulate(dense, x, weight, self._layer.conv.bias, padding=padding, attempt=self._cache.attempt)
-        if dense is not out:
-            out.copy_(dense)
+        accumulate(target, x, weight, self._layer.conv.bias, padding=padding, attempt=self._cache.attempt)
+        if target is not out:
+            out.copy_(target)
 
     def _dense(self, out: Tensor) -> Tensor:
         """A dense tensor of the same shape, which a kernel writes without leaps; the same memory for every block."""
