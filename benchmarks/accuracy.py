@@ -38,6 +38,7 @@ FORMS = {
     "channels last": LAST,
     "channels last, pairs": replace(LAST, paired_frames=True),
     "channels last, residuals in convolutions": replace(LAST, fused_residuals=True),
+    "channels last, sub-pixel upsampling": replace(LAST, subpixel_upsampling=True),
     "channels last, compiled norms": replace(LAST, compiled=True),
     "channels last, pairs, residuals in convolutions": replace(LAST, paired_frames=True, fused_residuals=True),
     "channels last, residuals in convolutions, compiled norms": replace(LAST, fused_residuals=True, compiled=True),

@@ -8,8 +8,10 @@ Contestants, all with the same random weights at the full width of CogVideoX, on
 
 * diffusers: its encoder or decoder with its own ``conv_cache``, as its ``encode`` and ``decode`` loop over chunks.
 * longvid: layout, form of the convolutions and slices as a session chooses them.
-* longvid plain: the same without frames in pairs (only where the session pairs them).
+* longvid plain: the same with every multiplication of the model, neither frames in pairs nor sub-pixel upsampling (only
+  where the session has either).
 * longvid pairs: with frames in pairs (only where the session does not).
+* longvid enlarged (only if named): the same with upsampled frames convolved at their full size.
 * longvid compiled (only if named): in channels last with norms compiled, whether or not a session's probe chooses it.
 * longvid thrifty (only if named): the same as longvid, without memory that is kept from chunk to chunk.
 * longvid least (only if named): slices of one frame and every context moved to host memory and back, as a session does
@@ -20,11 +22,11 @@ Contestants, all with the same random weights at the full width of CogVideoX, on
 Each runs the first chunk of a video, which is not timed, and then as many middle chunks of 8 frames as there are
 rounds; contestants take turns chunk by chunk. The error is that of the first chunk timed against diffusers' output.
 
-Bare convolutions: every convolution that longvid would run on whole chunks, by shape and as often, context frames
-included, called as ``torch.nn.functional`` does on tensors that are there already; each shape in the layout that won a
-race before. They take turns with the contestants, as one of them, since a machine that is shared, or whose clock falls
-under load, is not equally fast at all times. So what a contestant takes beyond that is norms, activations, residuals,
-resampling, caches and copies.
+Bare convolutions: every convolution of the model on whole chunks, by shape and as often as longvid would run it,
+context frames included, upsampled frames at their full size, called as ``torch.nn.functional`` does on tensors that are
+there already; each shape in the layout that won a race before. They take turns with the contestants, as one of them,
+since a machine that is shared, or whose clock falls under load, is not equally fast at all times. So what a contestant
+takes beyond that is norms, activations, residuals, resampling, caches and copies.
 """
 
 from __future__ import annotations
@@ -77,12 +79,13 @@ COLOURS = {
     "diffusers channels last": "#c9c9c9",
     "longvid": "#1b4f80",
     "longvid plain": "#7fb0d8",
-    "longvid pairs": "#7fb0d8",
+    "longvid pairs": "#a6c9b4",
+    "longvid enlarged": "#e0a899",
     "longvid compiled": "#b07aa1",
     "longvid thrifty": "#d8b26a",
     "longvid least": "#3f9b7f",
 }
-LABELS = dict.fromkeys(("longvid plain", "longvid pairs"), "longvid, pairing the other way round")
+LABELS = {"longvid plain": "longvid, all multiplications", "longvid pairs": "longvid, in pairs"}
 USUAL = ("longvid", "longvid plain", "longvid pairs")
 
 FLOOR = "bare convolutions"
@@ -177,7 +180,7 @@ def open_longvid(
 
 
 def convolutions_of(model: CausalVAE, direction: str, height: int, width: int, dtype: torch.dtype) -> Counter[Shape]:
-    """Of a middle chunk, in whole chunks and without pairs."""
+    """Of a middle chunk, in whole chunks, without pairs and sub-pixels."""
     skeleton = skeleton_of(model, dtype)
     module, run = (skeleton.encoder, skeleton.encode) if direction == "encode" else (skeleton.decoder, skeleton.decode)
     with ConvCache(module) as cache:
@@ -242,13 +245,14 @@ def measure(
     numerics = choose_numerics(ours, device=CPU, dtype=dtype, height=height, width=width, direction=direction)
     variants = {
         "longvid": numerics,
-        "longvid plain": replace(numerics, paired_frames=False),
+        "longvid plain": replace(numerics, paired_frames=False, subpixel_upsampling=False),
         "longvid pairs": replace(numerics, layout="channels_last", paired_frames=True),
+        "longvid enlarged": replace(numerics, subpixel_upsampling=False),
         "longvid compiled": replace(numerics, layout="channels_last", compiled=True),
         "longvid thrifty": numerics,
         "longvid least": numerics,
     }
-    del variants["longvid plain" if not numerics.paired_frames else "longvid pairs"]
+    variants = {k: v for k, v in variants.items() if k not in ("longvid plain", "longvid pairs") or v != numerics}
     x = chunk(direction, height, width, dtype, 1)
     with ExitStack() as stack:
         steps = {"diffusers": open_diffusers(theirs, direction)}

@@ -28,6 +28,8 @@ class Numerics:
     "whether convolutions over three frames take two frames at a time, with a third fewer multiplications"
     fused_residuals: bool = False
     "whether a convolution adds onto its residual within the kernel, where a sum apart would round once more"
+    subpixel_upsampling: bool = False
+    "whether upsampling and its convolution are a sub-pixel convolution, with 4/9 of the multiplications"
     compiled: bool = False
     "whether norm and activation are one kernel made by torch.compile, where PyTorch's own would round between them"
 
@@ -42,6 +44,7 @@ class Numerics:
             layout=parse_layout(facts.get("layout", "auto")) or "contiguous",
             paired_frames=bool(facts.get("paired_frames")),
             fused_residuals=bool(facts.get("fused_residuals")),
+            subpixel_upsampling=bool(facts.get("subpixel_upsampling")),
             compiled=bool(facts.get("compiled")),
         )
 
@@ -52,6 +55,7 @@ class Numerics:
         facts = {
             "frames in pairs": self.paired_frames,
             "residuals in the convolutions": self.fused_residuals,
+            "sub-pixel upsampling": self.subpixel_upsampling,
             "norms compiled": self.compiled,
         }
         return ", ".join([told, *(words for words, holds in facts.items() if holds)])

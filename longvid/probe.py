@@ -4,11 +4,11 @@ A moment of measuring guards against slow corners (a library without kernels for
 percent. What it decides is seen in the last bits of a result, so it must decide alike every time on one machine: its
 thresholds lie far from what is measured where either form makes sense.
 
-Two things are known and need no measuring. Where the windows of a chunk are small, nothing is gained on a CPU by
+Some things are known and need no measuring. Where the windows of a chunk are small, nothing is gained on a CPU by
 channels last, and the contiguous layout is, bit for bit, what diffusers computes. And pairing frames costs bfloat16 one
 more rounding of every input: a decoder hides it in pixels, an encoder shows it in latents and has to be asked for it.
 A residual that a convolution adds itself is rounded once less, which takes a bfloat16 encoder nearer to float32 and
-further from what others compute; it is left to the decoder, too.
+further from what others compute; it is left to the decoder, too. Only decoders upsample.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from longvid.cache import ConvCache
 from longvid.dryrun import dry_run, skeleton_of
 from longvid.events import Direction
 from longvid.models import compiled_norm
 from longvid.models.base import CausalVAE
 from longvid.models.convolution import convolution, filters_of_pairs, fuses_residuals, paired
-from longvid.models.layers import CausalConv3d
+from longvid.models.layers import CausalConv3d, Upsample
 from longvid.models.norms import Fitted
 from longvid.numerics import Layout, Numerics
 
@@ -43,7 +44,7 @@ _ROUNDS = 7
 _SLOWER = 1.3
 "a layout is given up if it is slower than the other one by this factor: slow corners, and no noise"
 _FASTER = 1.1
-"pairing frames or compiling has to win by this factor; where it is worth anything, pairs win by a third"
+"what is not the plain form has to win by this factor; where it is worth anything, pairs win by a third"
 
 
 def choose_numerics(
@@ -82,7 +83,8 @@ def choose_numerics(
     if layout == "contiguous":
         return Numerics(paired_frames=bool(paired_frames))
     fused = device.type == "cpu" and _hides_roundings(direction, dtype) and fuses_residuals(dtype)
-    if layout is not None and paired_frames is not None and not compile:
+    upsamplers = [layer for layer in module.modules() if isinstance(layer, Upsample)]
+    if layout is not None and paired_frames is not None and not compile and not upsamplers:
         return Numerics(layout=layout, paired_frames=paired_frames, fused_residuals=fused)
     timeline = dry_run(skeleton_of(model, dtype), direction, height, width, dtype, model.geometry.schedule)
     widest = max((step for step in timeline.steps if step.layer in layers), key=lambda step: step.context_bytes)
@@ -103,12 +105,22 @@ def choose_numerics(
             paired_frames = plain > pairs * _FASTER
     if layout == "contiguous":
         return Numerics(paired_frames=paired_frames)
+    subpixel = bool(upsamplers) and device.type == "cpu" and _hides_roundings(direction, dtype)
+    if subpixel:
+        plain, phases = _race([partial(_upsample, upsamplers[-1], area // 4, form) for form in (False, True)])
+        subpixel = plain > phases * _FASTER
     compiled = compile and device.type == "cpu" and compiled_norm.available()
     if compiled:
         maps = direction == "decode"
         plain, kernel = _race([partial(_norm, layer, area, maps, False), partial(_norm, layer, area, maps, True)])
         compiled = plain > kernel * _FASTER
-    return Numerics(layout=layout, paired_frames=paired_frames, fused_residuals=fused, compiled=compiled)
+    return Numerics(
+        layout=layout,
+        paired_frames=paired_frames,
+        fused_residuals=fused,
+        subpixel_upsampling=subpixel,
+        compiled=compiled,
+    )
 
 
 def can_compute(numerics: Numerics, dtype: torch.dtype) -> bool:
@@ -136,7 +148,7 @@ def fresh_memory_is_slow(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _input(layer: CausalConv3d, area: int, layout: torch.memory_format) -> Tensor:
+def _input(layer: CausalConv3d | Upsample, area: int, layout: torch.memory_format) -> Tensor:
     """Four frames, or a part of them if they are large."""
     weight = layer.conv.weight
     side = int(min(area, _MOST_FLOPS / (4 * weight.numel())) ** 0.5)
@@ -156,6 +168,13 @@ def _pairs(layer: CausalConv3d, area: int) -> Callable[[], object]:
     out = x.new_empty((1, conv.out_channels, 2, *x.shape[3:])).contiguous(memory_format=torch.channels_last_3d)
     padding = conv.kernel_size[1] // 2, conv.kernel_size[2] // 2
     return lambda: paired(x, filters, conv.bias, out, padding=padding)
+
+
+def _upsample(layer: Upsample, area: int, subpixel: bool) -> Callable[[], object]:
+    x = _input(layer, 4 * area, torch.channels_last_3d)
+    numerics = Numerics(layout="channels_last", subpixel_upsampling=subpixel)
+    cache = ConvCache(layer, numerics=numerics, band_elements=x.numel(), keep_workspace=True, keep_kernels=True)
+    return lambda: layer(x, cache)
 
 
 def _norm(layer: CausalConv3d, area: int, with_maps: bool, compiled: bool) -> Callable[[], object]:

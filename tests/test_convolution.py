@@ -18,6 +18,8 @@ from longvid.models.convolution import (
     packed,
     paired,
     row_bands,
+    subpixel,
+    subpixel_filters,
 )
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
@@ -74,6 +76,23 @@ def test_a_pair_of_frames_equals_its_definition(dtype, bias):
     expected = F.conv3d(x.double(), weight.double(), None if offset is None else offset.double(), padding=(0, 1, 1))
     error = (out.double() - expected).norm() / expected.norm()
     assert error < {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}[dtype]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("size", [(7, 6), (1, 1), (1, 5)])
+def test_subpixels_are_the_convolution_of_a_doubled_frame(size, dtype, layout, bias):
+    x = torch.randn(2, 16, *size).to(dtype, memory_format=layout)
+    weight, offset = torch.randn(12, 16, 3, 3, dtype=dtype) / 12, torch.randn(12, dtype=dtype) if bias else None
+    out = torch.full((2, 12, 2 * size[0], 2 * size[1]), torch.nan, dtype=dtype)
+    with torch.inference_mode():
+        for row, column, phase in subpixel(x, subpixel_filters(weight), offset):
+            out[..., row::2, column::2] = phase
+    doubled = F.interpolate(x.double(), scale_factor=2.0, mode="nearest")
+    expected = F.conv2d(doubled, weight.double(), None if offset is None else offset.double(), padding=1)
+    error = (out.double() - expected).norm() / expected.norm()
+    assert error < {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 4e-3}[dtype]
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -263,3 +263,39 @@ def test_upsample_doubles(frames, time):
     assert out.shape == (1, 3, (2 * frames - frames % 2) if doubled else frames, 6, 8)
     torch.testing.assert_close(out[:, :, 0], layer.conv(F.interpolate(x[:, :, 0], scale_factor=2.0)))
     torch.testing.assert_close(out[:, :, -1], layer.conv(F.interpolate(x[:, :, -1], scale_factor=2.0)))
+
+
+@pytest.mark.parametrize("frames", [1, 3, 4])
+@pytest.mark.parametrize("channels", [3, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_upsampling_by_subpixels_is_the_same_in_bands_and_near_to_the_plain_form(dtype, channels, frames):
+    layer = Upsample(channels, time=True).to(dtype)
+    x = torch.randn(1, channels, frames, 9, 4).to(dtype, memory_format=LAYOUTS[1])
+
+    def run(**limits):
+        numerics = Numerics(layout="channels_last", subpixel_upsampling=True)
+        with ConvCache(layer, numerics=numerics, **limits) as cache, torch.inference_mode():
+            return [layer(x, cache) for _ in range(2)][-1]
+
+    with torch.inference_mode(), ConvCache(layer) as cache:
+        plain = layer(x, cache)
+    row = x[:, :, 0, 0].numel()
+    whole = run(band_elements=10**9)
+    for limits in ({"band_elements": 16 * row}, {"band_elements": 1}, {"band_elements": 1, "keep_kernels": True}):
+        assert torch.equal(run(**limits), whole)
+    assert whole.is_contiguous(memory_format=LAYOUTS[1])
+    assert not torch.equal(whole, plain)
+    for found in (whole, run()):  # without bands nothing is packed
+        error = (found.double() - plain.double()).norm() / plain.double().norm()
+        assert error < {torch.float32: 1e-6, torch.bfloat16: 6e-3}[dtype]
+
+
+def test_no_call_of_a_kernel_exceeds_the_limit_when_upsampling(monkeypatch):
+    layer, x, sizes = Upsample(4, time=False), torch.randn(1, 4, 1, 30, 5), []
+    real = convolution._call
+    monkeypatch.setattr(convolution, "_call", lambda *args: sizes.append(real(*args)) or sizes[-1])
+    numerics = Numerics(layout="channels_last", subpixel_upsampling=True)
+    with ConvCache(layer, numerics=numerics, max_conv_elements=1000) as cache, torch.inference_mode():
+        layer(x.contiguous(memory_format=LAYOUTS[1]), cache)
+    assert len(sizes) > 2
+    assert max(y.numel() for y in sizes) <= 1000

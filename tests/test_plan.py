@@ -107,7 +107,10 @@ def run_for_real(model, direction, height, width, dtype, numerics=None, slicing=
 PLAIN, LAST = Numerics(), Numerics(layout="channels_last")
 PAIRED = Numerics(layout="channels_last", paired_frames=True)
 FUSED = Numerics(layout="channels_last", fused_residuals=True)
-ALL = Numerics(layout="channels_last", paired_frames=True, fused_residuals=True, compiled=True)
+SUBPIXELS = Numerics(layout="channels_last", subpixel_upsampling=True)
+ALL = Numerics(
+    layout="channels_last", paired_frames=True, fused_residuals=True, subpixel_upsampling=True, compiled=True
+)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +126,8 @@ ALL = Numerics(layout="channels_last", paired_frames=True, fused_residuals=True,
         ((64, 40), torch.float32, PAIRED, 3),
         ((32, 48), torch.bfloat16, FUSED, None),
         ((64, 40), torch.float32, FUSED, 1),
+        ((32, 48), torch.bfloat16, SUBPIXELS, 1),
+        ((64, 40), torch.float32, SUBPIXELS, None),
         ((32, 48), torch.float32, ALL, 3),
         ((32, 48), torch.bfloat16, ALL, None),
     ],
@@ -154,6 +159,8 @@ def assert_planned(plan, model, direction, size, dtype, keep):
         (torch.bfloat16, FUSED, False, None),
         (torch.float32, PAIRED, True, None),
         (torch.float32, PAIRED, False, 2),
+        (torch.float32, SUBPIXELS, False, None),
+        (torch.bfloat16, SUBPIXELS, True, 2),
     ],
 )
 @pytest.mark.parametrize("direction", ["encode", "decode"])

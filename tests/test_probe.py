@@ -64,13 +64,25 @@ def test_a_bfloat16_encoder_rounds_as_others_do(wide, monkeypatch):
     assert chosen(wide, direction="decode", **asked).fused_residuals == fuses_residuals(torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decoder_upsamples_by_subpixels_where_that_wins(wide, monkeypatch, dtype):
+    for layout in ("channels_last", "contiguous"):
+        for direction in ("encode", "decode"):
+            for paired in (None, False):
+                asked = {"layout": layout, "direction": direction, "dtype": dtype, "paired_frames": paired}
+                wins = layout == "channels_last" and direction == "decode"
+                assert chosen(wide, monkeypatch, (1.4, 1.0), **asked).subpixel_upsampling == wins
+                assert not chosen(wide, monkeypatch, (1.05, 1.0), **asked).subpixel_upsampling
+
+
 def test_the_real_race_runs_in_both_forms(wide, monkeypatch):
     monkeypatch.setattr(longvid.probe, "_SMALL_BYTES", 1)
     seen, real = [], longvid.probe._race
     monkeypatch.setattr(longvid.probe, "_race", lambda makers: seen.append(real(makers)) or seen[-1])
     chosen(wide, layout=None)
     chosen(wide, layout="channels_last")
-    assert len(seen) >= 2
+    chosen(wide, layout="channels_last", direction="decode", paired_frames=False)
+    assert len(seen) >= 3
     assert all(len(row) == 2 and min(row) > 0 for row in seen)
 
 

@@ -1,6 +1,6 @@
 """One convolution, kept out of the slow corners of the libraries that compute it.
 
-Five things are done here and nowhere else:
+Six things are done here and nowhere else:
 
 * On a CPU, PyTorch does not ask oneDNN for a float32 convolution when the first four sizes of its input multiply to
   20,480 or less, and takes 10 to 50 times longer; oneDNN is then called by its own name. (bfloat16 is not affected.)
@@ -13,6 +13,8 @@ Five things are done here and nowhere else:
   residual, no pass over both, one rounding.
 * Three taps in time over pairs of frames need four 2-D convolutions, not six: Winograd's minimal filtering F(2, 3)
   along time (:func:`paired`). A third fewer multiplications, to rounding.
+* A 3x3 convolution of a frame that was just doubled reads every pixel up to four times: it is a sub-pixel convolution,
+  four 2x2 kernels on the frame as it was (:func:`subpixel_filters`). 4/9 of the multiplications, to rounding.
 
 The layout of the input is that of the output.
 
@@ -21,7 +23,7 @@ Axes: B batch, C channels, T time, H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any, cast
@@ -40,6 +42,8 @@ __all__ = [
     "packed",
     "paired",
     "row_bands",
+    "subpixel",
+    "subpixel_filters",
 ]
 
 MAX_ELEMENTS = 2**31 - 1
@@ -288,6 +292,48 @@ def paired(
     if onto:
         y0.add_(s0)
         y1.add_(s1)
+
+
+def subpixel_filters(weight: Tensor) -> Tensor:
+    """The kernels that take the place of one behind nearest-neighbour upsampling by two; see :func:`subpixel`.
+
+    Taps that read the same pixel are summed, in float32 or better, and rounded once.
+
+    Args:
+        weight: (out channels, C, 3, 3).
+
+    Returns:
+        (4 x out channels, C, 2, 2) in channels last: for even rows and columns of the result, for even rows and odd
+        columns, and so on.
+    """
+    first, middle, last = weight.to(torch.promote_types(weight.dtype, torch.float32)).unbind(2)
+    by_rows = torch.stack((first, middle + last)), torch.stack((first + middle, last))
+    phases = []
+    for rows in by_rows:  # (2, out channels, C, 3)
+        first, middle, last = rows.unbind(-1)
+        phases += [torch.stack((first, middle + last), -1), torch.stack((first + middle, last), -1)]
+    found = torch.cat([phase.permute(1, 2, 0, 3) for phase in phases])
+    return found.to(weight.dtype, memory_format=torch.channels_last)
+
+
+def subpixel(x_BCHW: Tensor, filters: Tensor, bias: Tensor | None) -> Iterator[tuple[int, int, Tensor]]:
+    """``conv2d(interpolate(x, scale_factor=2), weight, bias, padding=1)`` from the smaller frame, in four phases.
+
+    Args:
+        x_BCHW: a frame, or a band of its rows.
+        filters: from :func:`subpixel_filters`, packed or not.
+        bias: (out channels,) or None.
+
+    Yields:
+        Row, column, and a view (B, out channels, H, W) of what belongs in every second row and column from there.
+
+    Source: Shi et al. 2016, arXiv 1609.05158 and 1609.07009.
+    """
+    *_, H, W = x_BCHW.shape
+    y = _call(x_BCHW, filters, None if bias is None else bias.repeat(4), (1, 1), 1)
+    for phase, part in enumerate(y.chunk(4, dim=1)):
+        row, column = divmod(phase, 2)
+        yield row, column, part[..., row : row + H, column : column + W]
 
 
 def row_bands(height: int, *, halo: int, row: int, limit: int) -> list[tuple[range, range]]:

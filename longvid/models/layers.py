@@ -39,6 +39,8 @@ from longvid.models.convolution import (
     packed,
     paired,
     row_bands,
+    subpixel,
+    subpixel_filters,
 )
 from longvid.models.norms import GroupNormSiLU, Producer, SpatialNormSiLU
 from longvid.workspace import TensorKind, dense_within, layout_of
@@ -454,6 +456,7 @@ class Upsample(nn.Module):
     """Double the height and width, and the frames if asked, by nearest neighbour; then a 2-D convolution.
 
     The convolution of a doubled frame is computed once and written twice. The first frame of a video stays alone.
+    Pixels that are doubled need not be read twice either: see :func:`~longvid.models.convolution.subpixel`.
     """
 
     def __init__(self, channels: int, *, time: bool) -> None:
@@ -463,22 +466,41 @@ class Upsample(nn.Module):
 
     def forward(self, x_BCTHW: Tensor, cache: ConvCache, latent: Tensor | None = None) -> Tensor:
         """(B, C, T, H, W) to (B, C, T, 2 T - 1 or 2 T, 2 H, 2 W)."""
-        return cache.attempt(lambda: self._upsample(x_BCTHW, cache))
+        filters = None
+        if cache.numerics.subpixel_upsampling:
+            B, C, _, H, W = x_BCTHW.shape
+            (filters,) = cache.kernels(self, partial(self._filters, (B, C, H, W), cache.band_elements is not None))
+        return cache.attempt(lambda: self._upsample(x_BCTHW, cache, filters))
 
-    def _upsample(self, x_BCTHW: Tensor, cache: ConvCache) -> Tensor:
+    def _filters(self, shape: tuple[int, ...], pack: bool) -> tuple[Tensor, ...]:
+        filters = subpixel_filters(self.conv.weight)
+        return (packed(filters, (1, 1), shape) if pack else filters,)
+
+    def _upsample(self, x_BCTHW: Tensor, cache: ConvCache, filters: Tensor | None) -> Tensor:
         B, C, T, H, W = x_BCTHW.shape
         copies = [1] * T if not self.time or T == 1 else [1] * (T % 2) + [2] * (T - T % 2)
         out = cache.workspace.take((B, C, sum(copies), 2 * H, 2 * W), TensorKind.of(x_BCTHW))
         # An enlarged band is four times as large as what it is made of, and as large as what comes of it.
         limit = min(cache.max_conv_elements, cache.slice_elements, cache.band_elements or cache.max_conv_elements) // 4
-        parts = row_bands(H, halo=1, row=B * C * W, limit=limit)
+        row = B * C * W
+        if filters is not None:  # whose phases are a row and a column longer, and share them
+            row = B * C * (W + 1)
+            limit -= row
+        parts = row_bands(H, halo=1, row=row, limit=limit)
         done = 0
         for t, count in enumerate(copies):
             for read, rows in parts:
-                band = F.interpolate(x_BCTHW[:, :, t, read.start : read.stop], scale_factor=2.0, mode="nearest")
-                band = self.conv(band)
-                kept = band[:, :, 2 * (rows.start - read.start) : 2 * (rows.stop - read.start)]
+                x, first, last = (
+                    x_BCTHW[:, :, t, read.start : read.stop],
+                    rows.start - read.start,
+                    rows.stop - read.start,
+                )
                 target = out[:, :, done : done + count, 2 * rows.start : 2 * rows.stop]
-                target.copy_(kept[:, :, None].expand(-1, -1, count, -1, -1))
+                if filters is None:
+                    band = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+                    target.copy_(band[:, :, None, 2 * first : 2 * last])
+                    continue
+                for row, column, band in subpixel(x, filters, self.conv.bias):
+                    target[..., row::2, column::2].copy_(band[:, :, None, first:last])
             done += count
         return out
