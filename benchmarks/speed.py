@@ -11,7 +11,8 @@ Contestants, all with the same random weights at the full width of CogVideoX, on
 * longvid plain: the same with every multiplication of the model, neither frames in pairs nor sub-pixel upsampling (only
   where the session has either).
 * longvid pairs: with frames in pairs (only where the session does not).
-* longvid enlarged (only if named): the same with upsampled frames convolved at their full size.
+* longvid enlarged (only if named): the same with upsampled frames convolved at their full size (only where the session
+  does otherwise).
 * longvid compiled (only if named): in channels last with norms compiled, whether or not a session's probe chooses it.
 * longvid thrifty (only if named): the same as longvid, without memory that is kept from chunk to chunk.
 * longvid least (only if named): slices of one frame and every context moved to host memory and back, as a session does
@@ -252,7 +253,8 @@ def measure(
         "longvid thrifty": numerics,
         "longvid least": numerics,
     }
-    variants = {k: v for k, v in variants.items() if k not in ("longvid plain", "longvid pairs") or v != numerics}
+    forms = ("longvid plain", "longvid pairs", "longvid enlarged")
+    variants = {name: choice for name, choice in variants.items() if name not in forms or choice != numerics}
     x = chunk(direction, height, width, dtype, 1)
     with ExitStack() as stack:
         steps = {"diffusers": open_diffusers(theirs, direction)}

@@ -83,7 +83,9 @@ def choose_numerics(
     if layout == "contiguous":
         return Numerics(paired_frames=bool(paired_frames))
     fused = device.type == "cpu" and _hides_roundings(direction, dtype) and fuses_residuals(dtype)
-    upsamplers = [layer for layer in module.modules() if isinstance(layer, Upsample)]
+    upsamplers = []
+    if device.type == "cpu" and _hides_roundings(direction, dtype):
+        upsamplers = [layer for layer in module.modules() if isinstance(layer, Upsample)]
     if layout is not None and paired_frames is not None and not compile and not upsamplers:
         return Numerics(layout=layout, paired_frames=paired_frames, fused_residuals=fused)
     timeline = dry_run(skeleton_of(model, dtype), direction, height, width, dtype, model.geometry.schedule)
@@ -105,8 +107,8 @@ def choose_numerics(
             paired_frames = plain > pairs * _FASTER
     if layout == "contiguous":
         return Numerics(paired_frames=paired_frames)
-    subpixel = bool(upsamplers) and device.type == "cpu" and _hides_roundings(direction, dtype)
-    if subpixel:
+    subpixel = False
+    if upsamplers:
         plain, phases = _race([partial(_upsample, upsamplers[-1], area // 4, form) for form in (False, True)])
         subpixel = plain > phases * _FASTER
     compiled = compile and device.type == "cpu" and compiled_norm.available()

@@ -482,19 +482,16 @@ class Upsample(nn.Module):
         out = cache.workspace.take((B, C, sum(copies), 2 * H, 2 * W), TensorKind.of(x_BCTHW))
         # An enlarged band is four times as large as what it is made of, and as large as what comes of it.
         limit = min(cache.max_conv_elements, cache.slice_elements, cache.band_elements or cache.max_conv_elements) // 4
-        row = B * C * W
+        row_elements = B * C * W
         if filters is not None:  # whose phases are a row and a column longer, and share them
-            row = B * C * (W + 1)
-            limit -= row
-        parts = row_bands(H, halo=1, row=row, limit=limit)
+            row_elements = B * C * (W + 1)
+            limit -= row_elements
+        parts = row_bands(H, halo=1, row=row_elements, limit=limit)
         done = 0
         for t, count in enumerate(copies):
             for read, rows in parts:
-                x, first, last = (
-                    x_BCTHW[:, :, t, read.start : read.stop],
-                    rows.start - read.start,
-                    rows.stop - read.start,
-                )
+                x = x_BCTHW[:, :, t, read.start : read.stop]
+                first, last = rows.start - read.start, rows.stop - read.start
                 target = out[:, :, done : done + count, 2 * rows.start : 2 * rows.stop]
                 if filters is None:
                     band = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
