@@ -61,7 +61,7 @@ from longvid.events import Direction
 from longvid.machine import describe_machine
 from longvid.models.base import CausalVAE
 from longvid.numerics import Numerics
-from longvid.plan import make_plan
+from longvid.planner import make_plan
 from longvid.probe import choose_numerics, fresh_memory_is_slow, preferred_band_bytes
 from longvid.residency import Residency
 from longvid.step import memory_format

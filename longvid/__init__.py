@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from longvid.models.base import CausalVAE, LatentGeometry
     from longvid.models.layers import CausalConv3d
     from longvid.models.loading import load_model
-    from longvid.plan import Plan, make_plan
+    from longvid.plan import Plan
+    from longvid.planner import make_plan
     from longvid.profile import Profile
     from longvid.progress import ProgressBar
     from longvid.recorder import Recorder
@@ -92,7 +93,8 @@ _HOMES = {
     "longvid.models.base": ("CausalVAE", "LatentGeometry"),
     "longvid.models.layers": ("CausalConv3d",),
     "longvid.models.loading": ("load_model",),
-    "longvid.plan": ("Plan", "make_plan"),
+    "longvid.plan": ("Plan",),
+    "longvid.planner": ("make_plan",),
     "longvid.profile": ("Profile",),
     "longvid.progress": ("ProgressBar",),
     "longvid.recorder": ("Recorder",),

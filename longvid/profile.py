@@ -20,9 +20,8 @@ from longvid import __version__
 from longvid.errors import ModelError
 from longvid.events import Direction
 from longvid.machine import describe_machine
-from longvid.models.base import CausalVAE
+from longvid.models.base import CausalVAE, model_name
 from longvid.offload import OffloadPolicy
-from longvid.plan import model_name
 from longvid.target import check_file_target, write_whole
 from longvid.timeline import DeviceRates
 

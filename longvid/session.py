@@ -30,7 +30,8 @@ from longvid.models.base import CausalVAE
 from longvid.models.loading import load_model
 from longvid.numerics import Numerics, parse_layout, parse_paired_frames
 from longvid.offload import OffloadPolicy
-from longvid.plan import DirectionPlan, Offload, Plan, make_plan, parse_dtype, parse_offload
+from longvid.plan import DirectionPlan, Plan
+from longvid.planner import Offload, make_plan, parse_dtype, parse_offload
 from longvid.probe import can_compute, choose_numerics, fresh_memory_is_slow, preferred_band_bytes
 from longvid.profile import Profile, ProfileScope
 from longvid.push import Admission, PushDecoder, PushEncoder, Scope

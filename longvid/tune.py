@@ -25,7 +25,8 @@ from longvid.events import Direction
 from longvid.machine import describe_machine
 from longvid.models.base import CausalVAE
 from longvid.offload import OffloadPolicy
-from longvid.plan import DirectionPlan, make_plan
+from longvid.plan import DirectionPlan
+from longvid.planner import make_plan
 from longvid.probe import choose_numerics, fresh_memory_is_slow, preferred_band_bytes
 from longvid.profile import DirectionProfile, Profile, ProfileScope
 from longvid.schedule import ChunkSchedule

@@ -24,16 +24,17 @@ RANKS = {
     "models.compiled_norm": 3, "models.norms": 3.1, "models.layers": 3.2,
     "models.cogvideox": 3.5, "models.tiny": 3.5,
     "models.loading": 3.7,
-    "step": 4, "dryrun": 4.3, "plan": 4.5, "probe": 4.5, "profile": 4.7,
+    "step": 4, "dryrun": 4.3, "plan": 4.3, "planner": 4.5, "probe": 4.5, "profile": 4.7,
     "engine": 5, "push": 5.5, "feeds": 5.5, "job": 5.5, "checkpoint": 5.5, "whole": 5.8, "session": 6, "tune": 6,
     "repair": 6.5,
     "train.footage": 4, "train.fit": 5, "train.__main__": 9,
     "target": 1, "progress": 7, "recorder": 7,
     "history": 7, "report_text": 7.3, "report_charts": 7.4, "report": 7.5,
-    "cli": 8, "__main__": 9, "demo.__main__": 9,
+    "arguments": 7, "cli": 8, "__main__": 9, "demo.__main__": 9,
 }  # fmt: skip
-NO_TORCH = ("schedule", "reblock", "pipeline", "video.", "store", "cli", "progress", "errors", "units", "events",
-            "machine", "history", "target", "recorder", "report", "timeline", "offload", "zarr_gate")  # fmt: skip
+NO_TORCH = ("schedule", "reblock", "pipeline", "video.", "store", "arguments", "cli", "progress", "errors", "units",
+            "events", "machine", "history", "target", "recorder", "report", "timeline", "offload",
+            "zarr_gate")  # fmt: skip
 
 
 def modules():

@@ -9,7 +9,8 @@ from longvid import AllocationTracker, ConvCache, MemoryBudgetError, ModelError,
 from longvid.models import norms
 from longvid.models.base import placed
 from longvid.numerics import Numerics
-from longvid.plan import Slicing, parse_dtype
+from longvid.plan import Slicing
+from longvid.planner import parse_dtype
 from longvid.probe import can_compute
 from longvid.step import decode_chunk, encode_chunk, memory_format
 

@@ -1,5 +1,7 @@
 """Which numerics are chosen, that they are seen where they should be, and that they are recorded."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from longvid.models.cogvideox import CogVideoXConfig, CogVideoXVAE
 from longvid.models.convolution import fuses_residuals
 from longvid.numerics import Numerics, parse_layout, parse_paired_frames
 from longvid.probe import choose_numerics, preferred_band_bytes
+from longvid.store import open_frames
 
 CPU = torch.device("cpu")
 FUSES = fuses_residuals(torch.float32)
@@ -130,6 +133,40 @@ def test_what_is_overwritten_in_another_dtype_hands_down_no_numerics(wide, frame
         with VideoSession(wide, **asked, dtype=dtype) as session:
             session.encode(frames, tmp_path / "a.zarr", overwrite=True)
         assert open_store(tmp_path / "a.zarr").attrs["longvid"]["numerics"]["fused_residuals"] == fused
+
+
+def test_a_decode_upsamples_as_its_store_records_and_goes_on_alike(packable, frames, tmp_path, monkeypatch):
+    """Whatever the race says on the day on which it is continued."""
+    wins, loses = (lambda makers: [1.4, 1.0]), (lambda makers: [1.0, 1.0])
+    asked = {"device": "cpu", "layout": "channels_last", "paired_frames": "off"}
+    with VideoSession(packable, **asked) as session:
+        session.encode(np.concatenate([frames] * 2), tmp_path / "latents.zarr")
+
+    def decode(name, race, stop_after=None):
+        monkeypatch.setattr(longvid.probe, "_race", race)
+        seen = []
+
+        def stop(event):
+            seen.append(event)
+            if len(seen) == stop_after:
+                session.stop()
+
+        with VideoSession(packable, **asked, callbacks=[stop]) as session:
+            report = session.decode(tmp_path / "latents.zarr", tmp_path / name)
+        assert report.complete == (stop_after is None)
+        assert report.peak_device_bytes <= report.projected_bytes
+        facts = json.loads((tmp_path / name / "zarr.json").read_text())["attributes"]["longvid"]
+        assert facts["numerics"]["subpixel_upsampling"] == (name != "plain.zarr")
+        return report
+
+    for name, race in (("subpixels.zarr", wins), ("plain.zarr", loses)):
+        report = decode(name, race)
+        assert report.peak_device_bytes == report.projected_bytes
+    decode("continued.zarr", wins, stop_after=2)
+    assert decode("continued.zarr", loses).resumed_from_frame
+    found = {name: open_frames(tmp_path / f"{name}.zarr")[:] for name in ("subpixels", "plain", "continued")}
+    assert np.array_equal(found["continued"], found["subpixels"])
+    assert np.abs(found["plain"].astype(int) - found["subpixels"]).max() <= 1
 
 
 def test_a_video_comes_back_alike_in_every_form(wide, frames, tmp_path):

@@ -17,7 +17,7 @@ from longvid.cache import ConvCache
 from longvid.errors import ModelError, ScheduleError
 from longvid.schedule import ChunkSchedule
 
-__all__ = ["CausalVAE", "LatentGeometry", "placed", "resolve_device", "weights_digest"]
+__all__ = ["CausalVAE", "LatentGeometry", "model_name", "placed", "resolve_device", "weights_digest"]
 
 
 _LONGEST_CHUNK = 1024
@@ -102,6 +102,12 @@ class CausalVAE(Protocol):
     def describe(self) -> dict[str, Any]:
         """Facts for the record, ready for JSON: class, config, origin and digest of the weights, latent scaling."""
         ...
+
+
+def model_name(model: CausalVAE) -> str:
+    """What a model is called in plans, profiles and reports."""
+    facts = model.describe()
+    return str(facts.get("name_or_path") or facts.get("class_name") or type(model).__name__)
 
 
 _Module = TypeVar("_Module", bound=nn.Module)
