@@ -1,12 +1,14 @@
 """Speed of the compute path: longvid and diffusers chunk by chunk in one process, and the bare convolutions as a floor.
 
     python benchmarks/speed.py [--sizes 240x160 480x272] [--dtypes bfloat16 float32] [--threads 2] [--rounds 3]
-        [--contestants ...] [--no-floor] [--out benchmarks/results/speed.json] [--plot docs/images/speed.png]
+        [--contestants ...] [--no-floor] [--no-diffusers]
+        [--out benchmarks/results/speed.json] [--plot docs/images/speed.png]
     python benchmarks/speed.py --merge A.json B.json --out ... --plot ...
 
 Contestants, all with the same random weights at the full width of CogVideoX, on the CPU:
 
-* diffusers: its encoder or decoder with its own ``conv_cache``, as its ``encode`` and ``decode`` loop over chunks.
+* diffusers (unless left out): its encoder or decoder with its own ``conv_cache``, as its ``encode`` and ``decode`` loop
+  over chunks.
 * longvid: layout, form of the convolutions and slices as a session chooses them.
 * longvid plain: the same with every multiplication of the model, neither frames in pairs nor sub-pixel upsampling (only
   where the session has either).
@@ -21,7 +23,8 @@ Contestants, all with the same random weights at the full width of CogVideoX, on
   error says how far diffusers is from itself when only the order of the sums in the libraries' kernels changes.
 
 Each runs the first chunk of a video, which is not timed, and then as many middle chunks of 8 frames as there are
-rounds; contestants take turns chunk by chunk. The error is that of the first chunk timed against diffusers' output.
+rounds; contestants take turns chunk by chunk. The error is that of the first chunk timed against diffusers' output. If
+diffusers is left out, since at 720x480 it takes minutes for a chunk, the first contestant named takes its place.
 
 Bare convolutions: every convolution of the model on whole chunks, by shape and as often as longvid would run it,
 context frames included, upsampled frames at their full size, called as ``torch.nn.functional`` does on tensors that are
@@ -240,6 +243,7 @@ def measure(
     rounds: int,
     wanted: Sequence[str],
     with_floor: bool,
+    with_diffusers: bool,
 ) -> dict[str, Any]:
     """One row of the results: every contestant at one setting."""
     height, width = parse_size(size)
@@ -257,13 +261,16 @@ def measure(
     variants = {name: choice for name, choice in variants.items() if name not in forms or choice != numerics}
     x = chunk(direction, height, width, dtype, 1)
     with ExitStack() as stack:
-        steps = {"diffusers": open_diffusers(theirs, direction)}
+        steps = {"diffusers": open_diffusers(theirs, direction)} if with_diffusers else {}
         if "diffusers channels last" in wanted:
             steps["diffusers channels last"] = open_diffusers(in_channels_last(deepcopy(theirs)), direction)
-        for name, choice in variants.items():
-            if name in wanted:
+        for name in wanted:
+            if name in variants:
                 mode = {"least": name == "longvid least", "thrifty": name == "longvid thrifty"}
-                steps[name] = open_longvid(stack, ours, direction, choice, height, width, **mode)
+                steps[name] = open_longvid(stack, ours, direction, variants[name], height, width, **mode)
+        if not steps:
+            raise SystemExit(f"a session {direction}s in the form of {', '.join(wanted)} by itself: name longvid")
+        base_name = next(iter(steps))
         for step in steps.values():
             step(chunk(direction, height, width, dtype, 0))
         if with_floor:
@@ -279,10 +286,10 @@ def measure(
                 seconds[name].append(time.perf_counter() - started)
             outs.pop(FLOOR, None)
             if turn == 0:
-                expected = outs["diffusers"].float()
+                expected = outs[base_name].float()
                 errors = {n: float((out.float() - expected).norm() / expected.norm()) for n, out in outs.items()}
             outs.clear()
-    base, floor = seconds["diffusers"], seconds.pop(FLOOR, None)
+    base, floor = seconds[base_name], seconds.pop(FLOOR, None)
     return {
         "size": size,
         "direction": direction,
@@ -311,7 +318,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     print(f"\n{'':34}{'contestant':24}{'frames/s':>10}{'speedup':>9}{'range':>15}{'/ bare convs':>14}{'error':>10}")
     for row in rows:
         label = f"{row['direction']} {row['size']} {row['dtype']}, {row['threads']} thr."
-        base = row["contestants"]["diffusers"]["seconds"]
+        base = next(iter(row["contestants"].values()))["seconds"]
         for name, got in row["contestants"].items():
             ratios = [b / t for b, t in zip(base, got["seconds"], strict=True)]
             over = got["over_bare_convolutions"]
@@ -366,6 +373,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-floor", action="store_true", help="do without the bare convolutions")
+    parser.add_argument("--no-diffusers", action="store_true", help="compare with the first of --contestants instead")
     parser.add_argument("--merge", type=Path, nargs="+", help="results to put together instead of measuring")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -390,7 +398,15 @@ def main() -> int:
             for size in args.sizes:
                 for direction in args.directions:
                     row = measure(
-                        theirs, ours, direction, size, dtype, args.rounds, args.contestants, not args.no_floor
+                        theirs,
+                        ours,
+                        direction,
+                        size,
+                        dtype,
+                        args.rounds,
+                        args.contestants,
+                        not args.no_floor,
+                        not args.no_diffusers,
                     )
                     rows.append(row)
                     show(rows[-1:])
@@ -406,6 +422,8 @@ def main() -> int:
     if args.plot:
         draw(record["rows"], args.plot)
     for row in record["rows"]:
+        if not {"diffusers", "longvid"} <= row["contestants"].keys():
+            continue
         if row["contestants"]["longvid"]["speedup"] < BARS[row["direction"]]:
             print(f"below {BARS[row['direction']]}: {row['direction']} {row['size']} {row['dtype']}")
     return 0
