@@ -9,9 +9,9 @@ Contestants, all with the same random weights at the full width of CogVideoX and
 * blocking .cpu(): longvid's model, but each context leaves by ``.contiguous().detach().clone().cpu()`` as soon as its
   window is complete and comes back by a blocking ``.to(device)`` when its layer runs again: what CogVideo's SAT code
   does, and SeedVR with ``memory_device="cpu"``.
-* longvid with offload none, auto (a budget halfway between the least possible and no offload), all (as planned, and
-  on meta with no context fetched early), all in channels last, slices of one frame and bands of rows with none fetched
-  early, which is the least possible, and all to a file.
+* longvid with offload none, auto (a budget halfway between the least possible and no offload, in slices as planned),
+  all (as planned, and on meta with no context fetched early), all in channels last, slices of one frame and bands of
+  rows with none fetched early, which is the least possible, and all to a file.
 
 First exact tensor bytes on ``meta`` at real sizes; these need no device. Then the real thing at ``--size``: peak bytes
 of the third chunk and contexts on the device after it, whether the outputs agree, and seconds per chunk, medians over
@@ -44,6 +44,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longvid import AllocationTracker, ConvCache, load_model, make_plan
+from longvid.events import Direction
 from longvid.machine import describe_machine
 from longvid.models.cogvideox import CogVideoXVAE
 from longvid.numerics import Numerics
@@ -61,7 +62,7 @@ Opener: TypeAlias = Callable[[ExitStack], Step]
 META = torch.device("meta")
 META_SIZES = ("720x480", "1280x720", "1920x1088")
 PLOT_SIZES = ("720x480", "1280x720")
-DIRECTIONS = ("encode", "decode")
+DIRECTIONS: tuple[Direction, ...] = ("encode", "decode")
 REFERENCE = "longvid none"
 COLOURS = ("#8a8a8a", "#d9a441", "#b3d4ea", "#7fb0d8", "#4280b8", "#2b649c", "#12385e")
 
@@ -133,7 +134,7 @@ def open_diffusers(vae: Any, direction: str) -> Opener:
 
 def open_longvid(
     model: CogVideoXVAE,
-    direction: str,
+    direction: Direction,
     placement: Placement | None,
     device: torch.device,
     folder: Path | None = None,
@@ -159,30 +160,31 @@ def open_longvid(
 
 
 def contestants(
-    theirs: Any, ours: CogVideoXVAE, direction: str, size: str, dtype: str, device: torch.device, folder: Path | None
+    theirs: Any,
+    ours: CogVideoXVAE,
+    direction: Direction,
+    size: str,
+    dtype: str,
+    device: torch.device,
+    folder: Path | None,
 ) -> dict[str, Opener]:
     """Openers by name. With a folder, contexts in a file there; without, no early fetches instead."""
     height, width = parse_size(size)
 
-    def placement(offload: str, memory: int | None = None) -> Placement:
-        plan = make_plan(ours, height=height, width=width, dtype=dtype, offload=offload, memory=memory)
-        return (plan.encode if direction == "encode" else plan.decode).placement
-
-    free = make_plan(ours, height=height, width=width, dtype=dtype, offload="none")
-    part = free.encode if direction == "encode" else free.decode
-    halfway = (part.minimum_bytes + part.nothing_offloaded_bytes) // 2
-    everything = placement("all")
+    plan = partial(make_plan, ours, height=height, width=width, dtype=dtype, directions=(direction,))
+    part = plan(offload="none").direction(direction)
+    halfway = plan(memory=(part.minimum_bytes + part.nothing_offloaded_bytes) // 2).direction(direction)
+    everything = plan(offload="all").direction(direction).placement
     found = {
         "diffusers": open_diffusers(theirs, direction),
         "blocking .cpu()": open_longvid(ours, direction, None, device),
         REFERENCE: open_longvid(ours, direction, part.placement, device),
-        "longvid auto": open_longvid(ours, direction, placement("auto", halfway), device),
+        "longvid auto": open_longvid(ours, direction, halfway.placement, device, slicing=halfway.slicing),
         "longvid all": open_longvid(ours, direction, everything, device),
     }
     numerics = Numerics(layout="channels_last")
     limits: dict[str, Any] = {"slice_frames": 1, "band_bytes": preferred_band_bytes(torch.device("cpu"))}
-    sliced = make_plan(ours, height=height, width=width, dtype=dtype, numerics=numerics, **limits)
-    least = sliced.encode if direction == "encode" else sliced.decode
+    least = plan(numerics=numerics, **limits).direction(direction)
     found["longvid all, slices"] = open_longvid(
         ours, direction, least.timeline.least, device, None, least.slicing, torch.channels_last_3d
     )
@@ -200,7 +202,7 @@ def contestants(
 class Chunks:
     """Inputs of a video: the first chunk is one frame, or one latent, longer."""
 
-    direction: str
+    direction: Direction
     height: int
     width: int
     dtype: torch.dtype

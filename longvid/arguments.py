@@ -157,7 +157,7 @@ def make_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
         default="bfloat16",
-        help="compute dtype (default: %(default)s)",
+        help="compute dtype (default: %(default)s; encode and decode take float32 on a CPU)",
     )
     plan.add_argument("--device", default="auto", help="for which --memory is planned (default: %(default)s)")
     _budget_options(plan)

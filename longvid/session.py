@@ -388,7 +388,7 @@ class VideoSession:
             durability: ``"fsync"`` survives power loss, ``"rename"`` the death of the process; or all of it, see
                 :class:`~longvid.Durability`.
             mend: units of a store of this very run that are to be computed and written again, and nothing else; for
-                :func:`longvid.repair`.
+                :func:`longvid.repair.repair`.
 
         Returns:
             What was done; ``complete`` is False if :meth:`stop` ended it.

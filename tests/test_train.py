@@ -181,3 +181,23 @@ def test_nothing_to_train_on(tmp_path, folder, capsys):
                          ("--every=0", "at least 1"), ("--seed=-1", "at least 0")):  # fmt: skip
         assert main([*command(folder, tmp_path), option]) == 1
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        {"config.json": '{"_class_name": "AutoencoderKLCogVideoX"}', "diffusion_pytorch_model.safetensors": "theirs"},
+        {"config.json": "{}"},
+        {"config.json": "[1]"},
+        {"config.json": "torn"},
+        {"diffusion_pytorch_model.safetensors": "theirs"},
+    ],
+)
+def test_the_model_of_somebody_else_is_not_overwritten(folder, tmp_path, capsys, there):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name, text in there.items():
+        (out / name).write_text(text)
+    assert main(command(folder, out)) == 1
+    assert "holds a model that was not trained here" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in out.iterdir()} == there

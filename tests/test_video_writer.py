@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from fractions import Fraction
 
 import av
@@ -17,6 +18,11 @@ RATE = Fraction(24)
 
 def writer(path, *, height=48, width=96, time_base=1 / RATE, frame_rate=RATE, **options):
     return VideoWriter(path, height=height, width=width, time_base=time_base, frame_rate=frame_rate, **options)
+
+
+def write(path, count, **options):
+    with writer(path, **options) as output:
+        output.write(barcodes(count), np.arange(count))
 
 
 def names(folder):
@@ -110,20 +116,55 @@ def test_an_exception_leaves_nothing(tmp_path):
 
 def test_an_exception_leaves_the_file_that_was_to_be_overwritten(tmp_path):
     path = tmp_path / "out.mp4"
-    path.write_bytes(b"old")
+    write(path, 2)
+    old = path.read_bytes()
     with pytest.raises(KeyError), writer(path, overwrite=True) as output:
         output.write(barcodes(4), np.arange(4))
         raise KeyError
     assert names(tmp_path) == ["out.mp4"]
-    assert path.read_bytes() == b"old"
+    assert path.read_bytes() == old
 
 
-def test_overwriting_replaces_the_file(tmp_path):
+@pytest.mark.parametrize("name", ["out.mp4", "out.mov", "out.mkv"])
+def test_overwriting_replaces_a_file_of_ours_or_an_empty_one(tmp_path, name):
+    path = tmp_path / name
+    path.touch()
+    for count in (2, 4):
+        write(path, count, overwrite=True)
+        assert len(collect(VideoFile(path))[0]) == count
+    assert names(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.mov", "out.mkv"])
+def test_what_others_made_is_never_overwritten(tmp_path, name):
+    """Noise, a video of another program, a pipe, a link that leads nowhere."""
+    path = tmp_path / name
+    path.write_bytes(b"a film of mine")
+    refused("foreign", path, overwrite=True)
+    write(path.with_stem("ours"), 2)
+    with av.open(str(path.with_stem("ours"))) as ours, av.open(str(path), "w") as theirs:
+        stream = theirs.add_stream_from_template(ours.streams.video[0])
+        for packet in ours.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                theirs.mux(packet)
+    film = path.read_bytes()
+    refused("foreign", path, overwrite=True)
+    assert path.read_bytes() == film
+    path.unlink()
+    os.mkfifo(path)
+    refused("foreign", path, overwrite=True)
+    path.unlink()
+    path.symlink_to("nowhere")
+    refused("foreign", path, overwrite=True)
+
+
+def test_what_appears_while_a_file_is_written_stays(tmp_path):
     path = tmp_path / "out.mp4"
-    path.write_bytes(b"old")
-    with writer(path, overwrite=True) as output:
+    with pytest.raises(StoreError, match="not a video that longvid wrote"), writer(path, overwrite=True) as output:
         output.write(barcodes(4), np.arange(4))
-    assert len(collect(VideoFile(path))[0]) == 4
+        path.write_bytes(b"a film of mine")
+    assert path.read_bytes() == b"a film of mine"
     assert names(tmp_path) == ["out.mp4"]
 
 

@@ -81,6 +81,7 @@ def _train(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
+    _require_ours(args.out)
     cache = args.cache or args.out / "cache"
     files = find_files(args.footage, leave_out=(args.out, cache))
     footage = Footage.prepare(tqdm(files, desc="decode", unit="file"), cache, args.hold_out)
@@ -93,6 +94,19 @@ def _train(args: argparse.Namespace) -> int:
     run.loop(held)
     _export(run, held)
     return 0
+
+
+def _require_ours(folder: Path) -> None:
+    """Refuse a folder with the model of somebody else: what is trained takes the names that all models have."""
+    config, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
+    if (folder / "checkpoint.pt").exists() or not (config.exists() or weights.exists()):
+        return
+    try:
+        ours = json.loads(config.read_text())["_class_name"] == TinyVAE.class_name
+    except (OSError, ValueError, LookupError, TypeError):
+        ours = False
+    if not ours:
+        raise ModelError(f"{folder} holds a model that was not trained here; choose another folder for --out")
 
 
 class _Run:

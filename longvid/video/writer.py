@@ -32,6 +32,8 @@ _MATRICES = {"bt709": (1, 1), "bt601": (6, 5)}
 _PRIMARIES = {name: tag for tag, name in PRIMARIES.items()}
 _TRANSFERS = {name: tag for tag, name in TRANSFERS.items()}
 _LARGEST_TIME_BASE = 2**31 - 1
+_MARK = "made by longvid"
+"the comment in a file, by which it is known again"
 _INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
 
 
@@ -50,11 +52,11 @@ class VideoWriter:
         frame_rate: mean frames per second, if known; a hint to players.
         color: how the source was read. The matrix is used again if it is bt601 or bt709, else the rule decides
             (bt709 from 720 lines up); primaries and transfer are passed on.
-        overwrite: replace an existing file.
+        overwrite: replace an existing file, if longvid wrote it.
         crf: quality of x264, 0 (lossless) to 51.
 
     Raises:
-        StoreError: the target exists, its folder does not, or its format is not one of these.
+        StoreError: the target exists and may not be replaced, its folder does not, or its format is not one of these.
     """
 
     def __init__(
@@ -147,11 +149,17 @@ class VideoWriter:
                 f"{self._path} exists; name another file, or replace it with --overwrite (overwrite=True)",
                 kind="exists",
             )
+        if os.path.lexists(self._path) and not _is_ours(self._path):
+            raise StoreError(
+                f"{self._path} exists and is not a video that longvid wrote; name another file", kind="foreign"
+            )
 
     def _open_container(self) -> OutputContainer:
         format_name = _FORMATS[self._path.suffix.lower()]
         options = {} if format_name == "matroska" else {"movflags": "+faststart"}
-        return av.open(f"file:{self._partial.absolute()}", "w", format=format_name, options=options)
+        container = av.open(f"file:{self._partial.absolute()}", "w", format=format_name, options=options)
+        container.metadata["comment"] = _MARK
+        return container
 
     def _add_stream(self, container: OutputContainer) -> VideoStream:
         stream = container.add_stream("libx264", rate=self._frame_rate or Fraction(24))
@@ -246,3 +254,16 @@ class VideoWriter:
             raise
         except (av.FFmpegError, OSError, ValueError) as exc:
             raise StoreError(f"{self._path} cannot be written: {exc}; is the disk full?") from exc
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether the file may be replaced: longvid wrote it, or it is empty."""
+    try:
+        if not path.is_file():  # such as a pipe, or a link that leads nowhere
+            return False
+        if path.stat().st_size == 0:
+            return True
+        with av.open(f"file:{path.absolute()}", format=_FORMATS[path.suffix.lower()]) as container:
+            return _MARK in container.metadata.values()
+    except (av.FFmpegError, OSError, ValueError):
+        return False
