@@ -22,6 +22,7 @@ from longvid.errors import MemoryBudgetError, ModelError, NonFiniteError, Sessio
 from longvid.events import Direction, Span
 from longvid.memory import DeviceMeter, default_reserved_bytes, is_out_of_memory, tensor_bytes
 from longvid.models.base import CausalVAE, placed, resolve_device, weights_digest
+from longvid.models.convolution import faithful
 from longvid.plan import DirectionPlan
 from longvid.residency import Residency
 from longvid.schedule import Chunk
@@ -201,7 +202,7 @@ class Run:
         index = self.cache.num_chunks
         self.engine.guard.check(f"chunk {index} of {self.direction}")
         try:
-            with self.meter.measure(self.cache.device_bytes):
+            with self.meter.measure(self.cache.device_bytes), faithful(self.engine.device):
                 result = step()
         except RuntimeError as exc:
             if not is_out_of_memory(exc):

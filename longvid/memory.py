@@ -42,6 +42,9 @@ _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "unable to find an engine to execute this computation",  # of cuDNN: with no room for any workspace, for one
 )
 
 

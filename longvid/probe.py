@@ -13,8 +13,9 @@ further from what others compute; it is left to the decoder, too. Only decoders 
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -25,7 +26,7 @@ from longvid.dryrun import dry_run, skeleton_of
 from longvid.events import Direction
 from longvid.models import compiled_norm
 from longvid.models.base import CausalVAE
-from longvid.models.convolution import convolution, filters_of_pairs, fuses_residuals, paired
+from longvid.models.convolution import convolution, faithful, filters_of_pairs, fuses_residuals, paired
 from longvid.models.layers import CausalConv3d, Upsample
 from longvid.models.norms import Fitted
 from longvid.numerics import Layout, Numerics
@@ -98,23 +99,26 @@ def choose_numerics(
     area = frame_bytes // dtype.itemsize // layer.conv.in_channels
     if layout is None:
         layouts = (torch.contiguous_format, torch.channels_last_3d)
-        contiguous, last = _race([partial(_plain, layer, area, one) for one in layouts])
+        contiguous, last = _race([partial(_plain, layer, area, one) for one in layouts], device)
         layout = "channels_last" if last < contiguous * _SLOWER else "contiguous"
     if paired_frames is None:
         paired_frames = False
         if layout == "channels_last" and device.type == "cpu" and _hides_roundings(direction, dtype):
-            plain, pairs = _race([partial(_plain, layer, area, torch.channels_last_3d), partial(_pairs, layer, area)])
+            forms = [partial(_plain, layer, area, torch.channels_last_3d), partial(_pairs, layer, area)]
+            plain, pairs = _race(forms, device)
             paired_frames = plain > pairs * _FASTER
     if layout == "contiguous":
         return Numerics(paired_frames=paired_frames)
     subpixel = False
     if upsamplers:
-        plain, phases = _race([partial(_upsample, upsamplers[-1], area // 4, form) for form in (False, True)])
+        forms = [partial(_upsample, upsamplers[-1], area // 4, form) for form in (False, True)]
+        plain, phases = _race(forms, device)
         subpixel = plain > phases * _FASTER
     compiled = compile and device.type == "cpu" and compiled_norm.available()
     if compiled:
         maps = direction == "decode"
-        plain, kernel = _race([partial(_norm, layer, area, maps, False), partial(_norm, layer, area, maps, True)])
+        forms = [partial(_norm, layer, area, maps, form) for form in (False, True)]
+        plain, kernel = _race(forms, device)
         compiled = plain > kernel * _FASTER
     return Numerics(
         layout=layout,
@@ -193,20 +197,29 @@ def _norm(layer: CausalConv3d, area: int, with_maps: bool, compiled: bool) -> Ca
 
 
 @torch.inference_mode()
-def _race(makers: list[Callable[[], Callable[[], object]]]) -> list[float]:
-    """Seconds of each, the least of rounds in which they alternate: whatever else runs can only add to them."""
+def _race(makers: Sequence[Callable[[], Callable[[], object]]], device: torch.device) -> list[float]:
+    """Seconds of each, the least of rounds in which they alternate: whatever else runs can only add to them.
+
+    What an accelerator's library has no kernel for takes forever.
+    """
     runners = [make() for make in makers]
     seconds: list[list[float]] = [[] for _ in runners]
-    for turn in range(_ROUNDS + 1):
-        for run, times in zip(runners, seconds, strict=True):
-            started = time.perf_counter()
-            run()
-            _wait()
-            if turn:
-                times.append(time.perf_counter() - started)
-    return [min(times) for times in seconds]
+    with faithful(device):
+        for turn in range(_ROUNDS + 1):
+            for run, times in zip(runners, seconds, strict=True):
+                started = time.perf_counter()
+                try:
+                    run()
+                    _wait(device)
+                except RuntimeError as exc:
+                    if device.type == "cpu" or isinstance(exc, torch.OutOfMemoryError):
+                        raise
+                    times.append(math.inf)
+                if turn:
+                    times.append(time.perf_counter() - started)
+    return [math.inf if math.inf in times else min(times) for times in seconds]
 
 
-def _wait() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu" and torch.accelerator.is_available():
+        torch.accelerator.synchronize(device)

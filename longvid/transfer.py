@@ -365,19 +365,20 @@ class _StreamLanes(_Lanes):
         return None
 
     def to_host(self, source: Tensor, target: HostSlot) -> Ticket:
-        return self._copy(self._out, target.tensor, source)
+        return self._copy(self._out, target.tensor, source, target)
 
     def to_device(self, source: HostSlot, target: Tensor, after: Ticket | None) -> Ticket:
         if isinstance(after, _StreamTicket):
             self._in.wait_event(after.event)
-        return self._copy(self._in, target, source.tensor)
+        return self._copy(self._in, target, source.tensor, source)
 
-    def _copy(self, lane: torch.Stream, target: Tensor, source: Tensor) -> Ticket:
+    def _copy(self, lane: torch.Stream, target: Tensor, source: Tensor, slot: HostSlot) -> Ticket:
         lane.wait_stream(torch.accelerator.current_stream(self._device))
         with lane:
             started = self._record(lane)
             target.copy_(source, non_blocking=True)
             stopped = self._record(lane)
+        slot.settle()  # of a file, which is pageable: it was copied by the time the call came back
         return _StreamTicket(self._device, self._as_mark(started), self._as_mark(stopped), stopped)
 
     def _record(self, stream: torch.Stream) -> torch.Event:

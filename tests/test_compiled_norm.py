@@ -90,7 +90,7 @@ def choose(model, **asked):
 
 @pytest.mark.parametrize(("seconds", "wins"), [((1.2, 1.0), True), ((1.0, 1.0), False)])
 def test_it_is_used_if_it_wins(wide, monkeypatch, seconds, wins):
-    monkeypatch.setattr(longvid.probe, "_race", lambda makers: list(seconds))
+    monkeypatch.setattr(longvid.probe, "_race", lambda makers, device: list(seconds))
     assert choose(wide, layout="channels_last", paired_frames=False, compile=True).compiled == wins
     assert not choose(wide, layout="channels_last", paired_frames=False).compiled
     assert not choose(wide, layout="contiguous", paired_frames=False, compile=True).compiled
@@ -116,7 +116,7 @@ def test_without_a_compiler_it_warns_once_and_goes_on(wide, monkeypatch):
 def test_a_compiled_run_is_continued_compiled_or_not_at_all(wide, footage, tmp_path, monkeypatch):
     """Whether or not compiling is asked for again, since the store says so."""
     asked = {"layout": "channels_last", "paired_frames": "off"}
-    monkeypatch.setattr(longvid.probe, "_race", lambda makers: [2.0, 1.0])
+    monkeypatch.setattr(longvid.probe, "_race", lambda makers, device: [2.0, 1.0])
 
     def encode(path, *, stop=None, **more):
         callbacks = [lambda event: session.stop()] if stop else []

@@ -13,6 +13,7 @@ from longvid import AllocationTracker
 from longvid.models.convolution import (
     accumulate,
     convolution,
+    faithful,
     filters_of_pairs,
     fuses_residuals,
     packed,
@@ -22,6 +23,7 @@ from longvid.models.convolution import (
     subpixel_filters,
 )
 
+CUDNN = torch.backends.cudnn
 LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
 
 
@@ -224,3 +226,31 @@ def test_small_float32_convolutions_go_to_onednn(monkeypatch, layout):
         y = convolution(x[:, :, 1:], torch.randn(16, 16, 3, 3, 3), None, padding=(0, 1, 1))
     assert calls == [1]
     assert y.is_contiguous(memory_format=layout)
+
+
+def test_on_cuda_float32_is_in_full_and_kernels_are_chosen_by_rule(monkeypatch):
+    """The settings can be made, and taken back, without a device."""
+
+    def settings():
+        return CUDNN.benchmark, CUDNN.deterministic, CUDNN.conv.fp32_precision
+
+    usual = settings()
+    monkeypatch.setattr(CUDNN, "benchmark", True)
+    before = settings()
+    with faithful(torch.device("cpu")):
+        assert settings() == before
+    with pytest.raises(KeyError), faithful(torch.device("cuda")):
+        assert settings() == (False, True, "ieee")
+        raise KeyError
+    assert settings() == before != usual
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_device_float32_is_as_near_to_the_truth_as_on_a_cpu():
+    x, weight = torch.randn(1, 64, 4, 32, 32), torch.randn(64, 64, 3, 3, 3)
+    truth = torch.nn.functional.conv3d(x.double(), weight.double())
+    for layout in LAYOUTS:
+        with faithful(torch.device("cuda")):
+            found = convolution(x.cuda().contiguous(memory_format=layout), weight.cuda(), None, padding=(0, 0, 0))
+        assert (found.cpu().double() - truth).norm() <= 1e-6 * truth.norm()

@@ -182,5 +182,11 @@ def test_what_counts_as_running_out():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
     assert is_out_of_memory(caught.value)
+    for said in (
+        "CUDA error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+        "GET was unable to find an engine to execute this computation",
+    ):
+        assert is_out_of_memory(RuntimeError(said))
     assert not is_out_of_memory(RuntimeError("shapes do not fit"))
     assert not is_out_of_memory(MemoryBudgetError("a budget is no device"))

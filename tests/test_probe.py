@@ -1,6 +1,7 @@
 """Which numerics are chosen, that they are seen where they should be, and that they are recorded."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -27,13 +28,13 @@ def wide():
 
 def chosen(model, monkeypatch=None, seconds=(1.0, 1.0), dtype=torch.float32, size=(64, 96), **asked):
     if monkeypatch is not None:
-        monkeypatch.setattr(longvid.probe, "_race", lambda makers: list(seconds))
+        monkeypatch.setattr(longvid.probe, "_race", lambda makers, device: list(seconds))
         monkeypatch.setattr(longvid.probe, "_SMALL_BYTES", 1)
     return choose_numerics(model, device=CPU, dtype=dtype, height=size[0], width=size[1], **asked)
 
 
 def test_small_frames_on_a_cpu_stay_contiguous_and_nothing_is_measured(wide, monkeypatch):
-    monkeypatch.setattr(longvid.probe, "_race", lambda makers: pytest.fail("measured"))
+    monkeypatch.setattr(longvid.probe, "_race", lambda makers, device: pytest.fail("measured"))
     assert chosen(wide) == Numerics()
     assert chosen(load_model("tiny"), size=(720, 1280)) == Numerics()  # no kernel that the choice is about
 
@@ -52,7 +53,7 @@ def test_what_is_measured_decides_by_a_wide_margin(wide, monkeypatch, seconds, d
 
 
 def test_what_is_asked_for_is_taken(wide, monkeypatch):
-    monkeypatch.setattr(longvid.probe, "_race", lambda makers: pytest.fail("measured"))
+    monkeypatch.setattr(longvid.probe, "_race", lambda makers, device: pytest.fail("measured"))
     for layout in ("contiguous", "channels_last"):
         for paired in (False, True):
             found = chosen(wide, layout=layout, paired_frames=paired)
@@ -81,12 +82,23 @@ def test_a_decoder_upsamples_by_subpixels_where_that_wins(wide, monkeypatch, dty
 def test_the_real_race_runs_in_both_forms(wide, monkeypatch):
     monkeypatch.setattr(longvid.probe, "_SMALL_BYTES", 1)
     seen, real = [], longvid.probe._race
-    monkeypatch.setattr(longvid.probe, "_race", lambda makers: seen.append(real(makers)) or seen[-1])
+    monkeypatch.setattr(longvid.probe, "_race", lambda makers, device: seen.append(real(makers, device)) or seen[-1])
     chosen(wide, layout=None)
     chosen(wide, layout="channels_last")
     chosen(wide, layout="channels_last", direction="decode", paired_frames=False)
     assert len(seen) >= 3
     assert all(len(row) == 2 and min(row) > 0 for row in seen)
+
+
+def test_what_a_device_has_no_kernel_for_takes_forever():
+    def none():
+        raise RuntimeError("GET was unable to find an engine to execute this computation")
+
+    there, absent = (lambda: lambda: None), (lambda: none)
+    first, second = longvid.probe._race([there, absent], torch.device("cuda"))
+    assert first < second == math.inf
+    with pytest.raises(RuntimeError, match="unable to find an engine"):
+        longvid.probe._race([there, absent], CPU)
 
 
 @pytest.mark.parametrize("parse", [parse_layout, parse_paired_frames])
@@ -137,7 +149,7 @@ def test_what_is_overwritten_in_another_dtype_hands_down_no_numerics(wide, frame
 
 def test_a_decode_upsamples_as_its_store_records_and_goes_on_alike(packable, frames, tmp_path, monkeypatch):
     """Whatever the race says on the day on which it is continued."""
-    wins, loses = (lambda makers: [1.4, 1.0]), (lambda makers: [1.0, 1.0])
+    wins, loses = (lambda makers, device: [1.4, 1.0]), (lambda makers, device: [1.0, 1.0])
     asked = {"device": "cpu", "layout": "channels_last", "paired_frames": "off"}
     with VideoSession(packable, **asked) as session:
         session.encode(np.concatenate([frames] * 2), tmp_path / "latents.zarr")

@@ -344,6 +344,31 @@ def test_several_open_videos_share_the_budget(vae, frames):
             second.push(frames)
 
 
+def test_the_device_that_auto_finds_is_tried_like_any_other(vae, monkeypatch):
+    """What a driver names may be unusable; and a name without a number is not what tensors say of themselves."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    with pytest.raises(ModelError, match="device 'xpu' cannot be used here"):
+        VideoSession(vae).__enter__()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_the_device_that_auto_finds_is_continued(vae, frames, tmp_path):
+    whole, parts, long = tmp_path / "whole.zarr", tmp_path / "parts.zarr", np.concatenate([frames] * 3)
+
+    def stop(event):
+        session.stop()
+
+    with VideoSession(vae) as session:
+        session.encode(long, whole)
+    with VideoSession(vae, callbacks=[stop]) as session:
+        assert not session.encode(long, parts).complete
+    with VideoSession(vae) as session:
+        assert session.encode(long, parts).resumed_from_frame
+    assert np.array_equal(open_store(whole).latents[:], open_store(parts).latents[:])
+
+
 def test_options_are_checked_by_the_constructor(vae, frames, tmp_path):
     for options, said in (
         ({"offload": "some"}, "choose auto, none, all"),

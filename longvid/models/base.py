@@ -152,7 +152,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator()
-        return accelerator if accelerator is not None and torch.accelerator.is_available() else torch.device("cpu")
+        device = accelerator if accelerator is not None and torch.accelerator.is_available() else "cpu"
     try:
         where = torch.device(device)
         torch.empty(0, device=where)

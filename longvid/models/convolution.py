@@ -1,6 +1,6 @@
 """One convolution, kept out of the slow corners of the libraries that compute it.
 
-Six things are done here and nowhere else:
+Seven things are done here and nowhere else:
 
 * On a CPU, PyTorch does not ask oneDNN for a float32 convolution when the first four sizes of its input multiply to
   20,480 or less, and takes 10 to 50 times longer; oneDNN is then called by its own name. (bfloat16 is not affected.)
@@ -15,6 +15,8 @@ Six things are done here and nowhere else:
   along time (:func:`paired`). A third fewer multiplications, to rounding.
 * A 3x3 convolution of a frame that was just doubled reads every pixel up to four times: it is a sub-pixel convolution,
   four 2x2 kernels on the frame as it was (:func:`subpixel_filters`). 4/9 of the multiplications, to rounding.
+* On CUDA, float32 is float32 and not TF32, and the library chooses its kernels by rule and not by a race of its own,
+  which might end otherwise on another day (:func:`faithful`).
 
 The layout of the input is that of the output.
 
@@ -24,6 +26,7 @@ Axes: B batch, C channels, T time, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any, cast
@@ -37,6 +40,7 @@ __all__ = [
     "Conv3d",
     "accumulate",
     "convolution",
+    "faithful",
     "filters_of_pairs",
     "fuses_residuals",
     "packed",
@@ -54,6 +58,25 @@ _PACKED_CHANNELS = 64
 @cache
 def _has_onednn() -> bool:
     return bool(torch._C._has_mkldnn)
+
+
+@contextmanager
+def faithful(device: torch.device) -> Iterator[None]:
+    """Within, convolutions on ``device`` give float32 what it is due, and the same bits every time.
+
+    PyTorch lets cuDNN round the inputs of float32 convolutions to the 10 bits of TF32 unless it is told otherwise, and
+    programs like to have it try its kernels on the spot. The settings are the process's, and come back as they were.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision
+    try:
+        cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision = False, True, "ieee"
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision = before
 
 
 class Conv2d(nn.Conv2d):
