@@ -243,6 +243,13 @@ def test_on_cuda_float32_is_in_full_and_kernels_are_chosen_by_rule(monkeypatch):
         assert settings() == (False, True, "ieee")
         raise KeyError
     assert settings() == before != usual
+    first, second = faithful(torch.device("cuda")), faithful(torch.device("cuda"))  # of two threads
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert settings() == (False, True, "ieee")
+    second.__exit__(None, None, None)
+    assert settings() == before
 
 
 @pytest.mark.cuda

@@ -25,6 +25,7 @@ Axes: B batch, C channels, T time, H height, W width.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -65,18 +66,51 @@ def faithful(device: torch.device) -> Iterator[None]:
     """Within, convolutions on ``device`` give float32 what it is due, and the same bits every time.
 
     PyTorch lets cuDNN round the inputs of float32 convolutions to the 10 bits of TF32 unless it is told otherwise, and
-    programs like to have it try its kernels on the spot. The settings are the process's, and come back as they were.
+    programs like to have it try its kernels on the spot. The settings are the process's. They come back as they were
+    when the last thread that needs them has left.
     """
     if device.type != "cuda":
         yield
         return
-    cudnn: Any = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision
+    _cudnn.enter()
     try:
-        cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision = False, True, "ieee"
         yield
     finally:
-        cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision = before
+        _cudnn.leave()
+
+
+class _Cudnn:
+    """Settings of the library, for all threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self._before: tuple[Any, ...] = ()
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        cudnn: Any = torch.backends.cudnn
+        return cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision
+
+    @settings.setter
+    def settings(self, wanted: tuple[Any, ...]) -> None:
+        cudnn: Any = torch.backends.cudnn
+        cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision = wanted
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._num_inside:
+                self._before, self.settings = self.settings, (False, True, "ieee")
+            self._num_inside += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if not self._num_inside:
+                self.settings = self._before
+
+
+_cudnn = _Cudnn()
 
 
 class Conv2d(nn.Conv2d):
