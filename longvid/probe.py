@@ -42,6 +42,11 @@ _MOST_FLOPS = 3e9
 _NORM_BYTES = 64 * 2**20
 "of what a measured norm reads, at most; it writes as many, and there are two of them"
 _ROUNDS = 7
+"without news, after which a race is over"
+_NEWS = 0.02
+"by how much a time has to be less than all before"
+_MOST_SECONDS = 5.0
+"of a race that has had its rounds and still has news, as on a machine that does other things as well"
 _SLOWER = 1.3
 "a layout is given up if it is slower than the other one by this factor: slow corners, and no noise"
 _FASTER = 1.1
@@ -203,23 +208,28 @@ def _race(makers: Sequence[Callable[[], Callable[[], object]]], device: torch.de
     What an accelerator's library has no kernel for takes forever.
     """
     runners = [make() for make in makers]
-    seconds: list[list[float]] = [[] for _ in runners]
+    least = [math.inf] * len(runners)
+    began, num_rounds, without_news = time.perf_counter(), 0, 0
     with faithful(device):
-        for turn in range(_ROUNDS + 1):
-            for run, times in zip(runners, seconds, strict=True):
-                started = time.perf_counter()
-                try:
-                    run()
-                    _wait(device)
-                except RuntimeError as exc:
-                    if device.type == "cpu" or isinstance(exc, torch.OutOfMemoryError):
-                        raise
-                    times.append(math.inf)
-                if turn:
-                    times.append(time.perf_counter() - started)
-    return [math.inf if math.inf in times else min(times) for times in seconds]
+        for run in runners:
+            _timed(run, device)
+        while without_news < _ROUNDS and (num_rounds < _ROUNDS or time.perf_counter() - began < _MOST_SECONDS):
+            times = [_timed(run, device) for run in runners]
+            news = any(now < before * (1 - _NEWS) for now, before in zip(times, least, strict=True))
+            without_news = 0 if news else without_news + 1
+            num_rounds += 1
+            least = list(map(min, times, least))
+    return least
 
 
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu" and torch.accelerator.is_available():
-        torch.accelerator.synchronize(device)
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    started = time.perf_counter()
+    try:
+        run()
+        if device.type != "cpu" and torch.accelerator.is_available():
+            torch.accelerator.synchronize(device)
+    except RuntimeError as exc:
+        if device.type == "cpu" or isinstance(exc, torch.OutOfMemoryError):
+            raise
+        return math.inf
+    return time.perf_counter() - started
