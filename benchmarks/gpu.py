@@ -23,6 +23,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,11 @@ def chunk(direction: str, height: int, width: int, index: int) -> Tensor:
     return torch.randn(shape, device=CUDA, dtype=DTYPE).clamp_(-2, 2).contiguous(memory_format=LAST)
 
 
+def held_bytes(model: CogVideoXVAE, cache: ConvCache) -> int:
+    """Of weights and contexts that are on the device before a chunk."""
+    return tensor_bytes(model) + cache.device_bytes
+
+
 @torch.no_grad()
 def chunks(theirs: Any, ours: CogVideoXVAE, direction: Direction, size: str, rounds: int) -> dict[str, Any]:
     """Seconds, peaks and plans of the contestants, which take turns chunk by chunk."""
@@ -155,7 +161,7 @@ def chunks(theirs: Any, ours: CogVideoXVAE, direction: Direction, size: str, rou
     with ExitStack() as stack:
         steps: dict[str, Callable[[Tensor], Tensor]] = {}
         held: dict[str, Callable[[], int]] = {"diffusers": lambda: 0}
-        "bytes of its weights and contexts before a chunk, which its peak has in it and those of the others do not"
+        "what the peak of each has in it and those of the others do not"
         if theirs is not None:
             module, kept = (theirs.encoder if direction == "encode" else theirs.decoder), {"cache": None}
 
@@ -174,7 +180,7 @@ def chunks(theirs: Any, ours: CogVideoXVAE, direction: Direction, size: str, rou
             module_, run = (ours.encoder, ours.encode) if direction == "encode" else (ours.decoder, ours.decode)
             cache = stack.enter_context(ConvCache(module_, slice_elements=part.slicing.elements, residency=residency))
             steps[f"longvid {offload}"] = lambda x, run=run, cache=cache: run(x, cache)  # type: ignore[misc]
-            held[f"longvid {offload}"] = lambda cache=cache: tensor_bytes(ours) + cache.device_bytes  # type: ignore[misc]
+            held[f"longvid {offload}"] = partial(held_bytes, ours, cache)
             row[f"planned longvid {offload}"] = part.steady_chunk_bytes
             row["reserved"] = reserved
         for index in range(2):
