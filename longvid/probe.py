@@ -2,11 +2,13 @@
 
 A moment of measuring guards against slow corners (a library without kernels for a layout); it does not chase the last
 percent. What it decides is seen in the last bits of a result, so it must decide alike every time on one machine: its
-thresholds lie far from what is measured where either form makes sense.
+thresholds lie far from what is measured where either form makes sense, and on a CPU it counts the seconds that one
+thread computes, which neither other programs nor the number of threads change much (decision 25).
 
 Some things are known and need no measuring. Where the windows of a chunk are small, nothing is gained on a CPU by
-channels last, and the contiguous layout is, bit for bit, what diffusers computes. And pairing frames costs bfloat16 one
-more rounding of every input: a decoder hides it in pixels, an encoder shows it in latents and has to be asked for it.
+channels last, and the contiguous layout is, bit for bit, what diffusers computes. Fewer products are taken, in frames
+in pairs in float32 and in sub-pixels, unless they turn out slow. But pairing frames costs bfloat16 one more rounding of
+every input: a decoder hides it in pixels, if it gains by it, an encoder shows it in latents and has to be asked for it.
 A residual that a convolution adds itself is rounded once less, which takes a bfloat16 encoder nearer to float32 and
 further from what others compute; it is left to the decoder, too. Only decoders upsample.
 """
@@ -15,7 +17,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -37,20 +40,16 @@ _SMALL_BYTES = 32 * 2**20
 "of the largest window of a chunk; up to this size the C library hands memory out again without fetching it anew"
 _BAND_BYTES = 24 * 2**20
 "of the window of a band; decision 22"
-_MOST_FLOPS = 3e9
-"of a measured convolution"
+_MOST_PRODUCTS = 3e9
+"of a measured convolution: a tenth of a second on one thread"
 _NORM_BYTES = 64 * 2**20
 "of what a measured norm reads, at most; it writes as many, and there are two of them"
-_ROUNDS = 7
-"without news, after which a race is over"
-_NEWS = 0.02
-"by how much a time has to be less than all before"
-_MOST_SECONDS = 5.0
-"of a race that has had its rounds and still has news, as on a machine that does other things as well"
+_ROUNDS = 5
+"of a race"
 _SLOWER = 1.3
-"a layout is given up if it is slower than the other one by this factor: slow corners, and no noise"
+"what costs nothing but time is given up if it is slower than the other form by this factor: slow corners, and no noise"
 _FASTER = 1.1
-"what is not the plain form has to win by this factor; where it is worth anything, pairs win by a third"
+"what costs something else as well has to win by this factor"
 
 
 def choose_numerics(
@@ -111,20 +110,20 @@ def choose_numerics(
         if layout == "channels_last" and device.type == "cpu" and _hides_roundings(direction, dtype):
             forms = [partial(_plain, layer, area, torch.channels_last_3d), partial(_pairs, layer, area)]
             plain, pairs = _race(forms, device)
-            paired_frames = plain > pairs * _FASTER
+            paired_frames = pairs < plain * _SLOWER if dtype == torch.float32 else pairs * _FASTER < plain
     if layout == "contiguous":
         return Numerics(paired_frames=paired_frames)
     subpixel = False
     if upsamplers:
         forms = [partial(_upsample, upsamplers[-1], area // 4, form) for form in (False, True)]
         plain, phases = _race(forms, device)
-        subpixel = plain > phases * _FASTER
+        subpixel = phases < plain * _SLOWER
     compiled = compile and device.type == "cpu" and compiled_norm.available()
     if compiled:
         maps = direction == "decode"
         forms = [partial(_norm, layer, area, maps, form) for form in (False, True)]
         plain, kernel = _race(forms, device)
-        compiled = plain > kernel * _FASTER
+        compiled = kernel * _FASTER < plain
     return Numerics(
         layout=layout,
         paired_frames=paired_frames,
@@ -159,10 +158,10 @@ def fresh_memory_is_slow(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _input(layer: CausalConv3d | Upsample, area: int, layout: torch.memory_format) -> Tensor:
-    """Four frames, or a part of them if they are large."""
+def _input(layer: CausalConv3d | Upsample, area: int, layout: torch.memory_format, outputs: int = 1) -> Tensor:
+    """Four frames, or a part of them if they are large; ``outputs`` are computed for each of their pixels."""
     weight = layer.conv.weight
-    side = int(min(area, _MOST_FLOPS / (4 * weight.numel())) ** 0.5)
+    side = int(min(area, _MOST_PRODUCTS / (4 * outputs * weight.numel())) ** 0.5)
     shape = (1, layer.conv.in_channels, 4, max(8, side), max(8, side))
     return torch.zeros(shape, dtype=weight.dtype, device=weight.device).contiguous(memory_format=layout)
 
@@ -182,7 +181,7 @@ def _pairs(layer: CausalConv3d, area: int) -> Callable[[], object]:
 
 
 def _upsample(layer: Upsample, area: int, subpixel: bool) -> Callable[[], object]:
-    x = _input(layer, 4 * area, torch.channels_last_3d)
+    x = _input(layer, area, torch.channels_last_3d, outputs=4)
     numerics = Numerics(layout="channels_last", subpixel_upsampling=subpixel)
     cache = ConvCache(layer, numerics=numerics, band_elements=x.numel(), keep_workspace=True, keep_kernels=True)
     return lambda: layer(x, cache)
@@ -208,22 +207,31 @@ def _race(makers: Sequence[Callable[[], Callable[[], object]]], device: torch.de
     What an accelerator's library has no kernel for takes forever.
     """
     runners = [make() for make in makers]
-    least = [math.inf] * len(runners)
-    began, num_rounds, without_news = time.perf_counter(), 0, 0
-    with faithful(device):
+    with faithful(device), _one_thread(device):
         for run in runners:
             _timed(run, device)
-        while without_news < _ROUNDS and (num_rounds < _ROUNDS or time.perf_counter() - began < _MOST_SECONDS):
-            times = [_timed(run, device) for run in runners]
-            news = any(now < before * (1 - _NEWS) for now, before in zip(times, least, strict=True))
-            without_news = 0 if news else without_news + 1
-            num_rounds += 1
-            least = list(map(min, times, least))
-    return least
+        rounds = [[_timed(run, device) for run in runners] for _ in range(_ROUNDS)]
+    return [min(times) for times in zip(*rounds, strict=True)]
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """Where threads of a CPU share the work, all of them wait for the one that another program has interrupted."""
+    if device.type != "cpu":
+        yield
+        return
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _timed(run: Callable[[], object], device: torch.device) -> float:
-    started = time.perf_counter()
+    """In which this thread computed, on a CPU; that passed, on an accelerator."""
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
+    started = clock()
     try:
         run()
         if device.type != "cpu" and torch.accelerator.is_available():
@@ -232,4 +240,4 @@ def _timed(run: Callable[[], object], device: torch.device) -> float:
         if device.type == "cpu" or isinstance(exc, torch.OutOfMemoryError):
             raise
         return math.inf
-    return time.perf_counter() - started
+    return clock() - started
