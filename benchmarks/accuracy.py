@@ -38,6 +38,7 @@ FORMS = {
     "channels last": LAST,
     "channels last, pairs": replace(LAST, paired_frames=True),
     "channels last, residuals in convolutions": replace(LAST, fused_residuals=True),
+    "channels last, averages in convolutions": replace(LAST, fused_pooling=True),
     "channels last, sub-pixel upsampling": replace(LAST, subpixel_upsampling=True),
     "channels last, compiled norms": replace(LAST, compiled=True),
     "channels last, pairs, residuals in convolutions": replace(LAST, paired_frames=True, fused_residuals=True),

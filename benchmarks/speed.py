@@ -84,6 +84,7 @@ COLOURS = {
     "longvid": "#1b4f80",
     "longvid plain": "#7fb0d8",
     "longvid pairs": "#a6c9b4",
+    "longvid averaged": "#e5c494",
     "longvid enlarged": "#e0a899",
     "longvid compiled": "#b07aa1",
     "longvid thrifty": "#d8b26a",
@@ -250,14 +251,15 @@ def measure(
     numerics = choose_numerics(ours, device=CPU, dtype=dtype, height=height, width=width, direction=direction)
     variants = {
         "longvid": numerics,
-        "longvid plain": replace(numerics, paired_frames=False, subpixel_upsampling=False),
+        "longvid plain": replace(numerics, paired_frames=False, fused_pooling=False, subpixel_upsampling=False),
         "longvid pairs": replace(numerics, layout="channels_last", paired_frames=True),
+        "longvid averaged": replace(numerics, fused_pooling=False),
         "longvid enlarged": replace(numerics, subpixel_upsampling=False),
         "longvid compiled": replace(numerics, layout="channels_last", compiled=True),
         "longvid thrifty": numerics,
         "longvid least": numerics,
     }
-    forms = ("longvid plain", "longvid pairs", "longvid enlarged")
+    forms = ("longvid plain", "longvid pairs", "longvid averaged", "longvid enlarged")
     variants = {name: choice for name, choice in variants.items() if name not in forms or choice != numerics}
     x = chunk(direction, height, width, dtype, 1)
     with ExitStack() as stack:

@@ -28,6 +28,9 @@ class Numerics:
     "whether convolutions over three frames take two frames at a time, with a third fewer multiplications"
     fused_residuals: bool = False
     "whether a convolution adds onto its residual within the kernel, where a sum apart would round once more"
+    fused_pooling: bool = False
+    """whether a convolution whose output is averaged over pairs of frames computes the averages, with a third fewer
+    multiplications"""
     subpixel_upsampling: bool = False
     "whether upsampling and its convolution are a sub-pixel convolution, with 4/9 of the multiplications"
     compiled: bool = False
@@ -44,6 +47,7 @@ class Numerics:
             layout=parse_layout(facts.get("layout", "auto")) or "contiguous",
             paired_frames=bool(facts.get("paired_frames")),
             fused_residuals=bool(facts.get("fused_residuals")),
+            fused_pooling=bool(facts.get("fused_pooling")),
             subpixel_upsampling=bool(facts.get("subpixel_upsampling")),
             compiled=bool(facts.get("compiled")),
         )
@@ -55,6 +59,7 @@ class Numerics:
         facts = {
             "frames in pairs": self.paired_frames,
             "residuals in the convolutions": self.fused_residuals,
+            "averages in the convolutions": self.fused_pooling,
             "sub-pixel upsampling": self.subpixel_upsampling,
             "norms compiled": self.compiled,
         }

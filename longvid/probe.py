@@ -6,11 +6,11 @@ thresholds lie far from what is measured where either form makes sense, and on a
 thread computes, which neither other programs nor the number of threads change much (decision 25).
 
 Some things are known and need no measuring. Where the windows of a chunk are small, nothing is gained on a CPU by
-channels last, and the contiguous layout is, bit for bit, what diffusers computes. Fewer products are taken, in frames
-in pairs in float32 and in sub-pixels, unless they turn out slow. But pairing frames costs bfloat16 one more rounding of
-every input: a decoder hides it in pixels, if it gains by it, an encoder shows it in latents and has to be asked for it.
-A residual that a convolution adds itself is rounded once less, which takes a bfloat16 encoder nearer to float32 and
-further from what others compute; it is left to the decoder, too. Only decoders upsample.
+channels last, and the contiguous layout is, bit for bit, what diffusers computes. Elsewhere fewer products are taken,
+for averages, sub-pixels and, in float32, frames in pairs, unless they turn out slow. But pairing frames costs bfloat16
+one more rounding of every input: a decoder hides it in pixels, if it gains by it, an encoder shows it in latents and
+has to be asked for it. A residual that a convolution adds itself is rounded once less, which takes a bfloat16 encoder
+nearer to float32 and further from what others compute; it is left to the decoder, too.
 """
 
 from __future__ import annotations
@@ -29,8 +29,15 @@ from longvid.dryrun import dry_run, skeleton_of
 from longvid.events import Direction
 from longvid.models import compiled_norm
 from longvid.models.base import CausalVAE
-from longvid.models.convolution import convolution, faithful, filters_of_pairs, fuses_residuals, paired
-from longvid.models.layers import CausalConv3d, Upsample
+from longvid.models.convolution import (
+    convolution,
+    faithful,
+    filters_of_pairs,
+    fuses_residuals,
+    paired,
+    pooling_filters,
+)
+from longvid.models.layers import CausalConv3d, ResnetBlock, Upsample
 from longvid.models.norms import Fitted
 from longvid.numerics import Layout, Numerics
 
@@ -88,10 +95,11 @@ def choose_numerics(
     if layout == "contiguous":
         return Numerics(paired_frames=bool(paired_frames))
     fused = device.type == "cpu" and _hides_roundings(direction, dtype) and fuses_residuals(dtype)
-    upsamplers = []
-    if device.type == "cpu" and _hides_roundings(direction, dtype):
+    upsamplers, poolers = [], []
+    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        poolers = [block.conv2 for block in module.modules() if isinstance(block, ResnetBlock) and block.pools]
         upsamplers = [layer for layer in module.modules() if isinstance(layer, Upsample)]
-    if layout is not None and paired_frames is not None and not compile and not upsamplers:
+    if layout is not None and paired_frames is not None and not (compile or upsamplers or poolers):
         return Numerics(layout=layout, paired_frames=paired_frames, fused_residuals=fused)
     timeline = dry_run(skeleton_of(model, dtype), direction, height, width, dtype, model.geometry.schedule)
     widest = max((step for step in timeline.steps if step.layer in layers), key=lambda step: step.context_bytes)
@@ -113,7 +121,11 @@ def choose_numerics(
             paired_frames = pairs < plain * _SLOWER if dtype == torch.float32 else pairs * _FASTER < plain
     if layout == "contiguous":
         return Numerics(paired_frames=paired_frames)
-    subpixel = False
+    pooling = subpixel = False
+    if poolers:
+        forms = [partial(_plain, poolers[0], area, torch.channels_last_3d), partial(_pooled, poolers[0], area)]
+        plain, averages = _race(forms, device)
+        pooling = averages < plain * _SLOWER
     if upsamplers:
         forms = [partial(_upsample, upsamplers[-1], area // 4, form) for form in (False, True)]
         plain, phases = _race(forms, device)
@@ -128,6 +140,7 @@ def choose_numerics(
         layout=layout,
         paired_frames=paired_frames,
         fused_residuals=fused,
+        fused_pooling=pooling,
         subpixel_upsampling=subpixel,
         compiled=compiled,
     )
@@ -178,6 +191,12 @@ def _pairs(layer: CausalConv3d, area: int) -> Callable[[], object]:
     out = x.new_empty((1, conv.out_channels, 2, *x.shape[3:])).contiguous(memory_format=torch.channels_last_3d)
     padding = conv.kernel_size[1] // 2, conv.kernel_size[2] // 2
     return lambda: paired(x, filters, conv.bias, out, padding=padding)
+
+
+def _pooled(layer: CausalConv3d, area: int) -> Callable[[], object]:
+    conv, x = layer.conv, _input(layer, area, torch.channels_last_3d)
+    filters, padding = pooling_filters(conv.weight), (0, *(k // 2 for k in conv.kernel_size[1:]))
+    return lambda: convolution(x, filters, conv.bias, padding=padding, time_stride=2)
 
 
 def _upsample(layer: Upsample, area: int, subpixel: bool) -> Callable[[], object]:

@@ -18,6 +18,7 @@ from longvid.models.convolution import (
     fuses_residuals,
     packed,
     paired,
+    pooling_filters,
     row_bands,
     subpixel,
     subpixel_filters,
@@ -78,6 +79,28 @@ def test_a_pair_of_frames_equals_its_definition(dtype, bias):
     expected = F.conv3d(x.double(), weight.double(), None if offset is None else offset.double(), padding=(0, 1, 1))
     error = (out.double() - expected).norm() / expected.norm()
     assert error < {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}[dtype]
+
+
+@pytest.mark.parametrize("limit", [2**31 - 1, 1, 1500])
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (3, 3, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pooling_filters_give_averages_of_pairs(dtype, kernel, limit):
+    """In one call or in parts, and each of them the same bits."""
+    _, kh, kw = kernel
+    padding = (0, kh // 2, kw // 2)
+    torch.manual_seed(0)
+    weight, bias = torch.randn(16, 8, *kernel).to(dtype), torch.randn(16).to(dtype)
+    x = torch.randn(1, 8, 10, 7, 5).to(dtype, memory_format=torch.channels_last_3d)
+    plain = F.conv3d(x.double(), weight.double(), bias.double(), padding=padding)
+    expected = (plain[:, :, 0::2] + plain[:, :, 1::2]) / 2
+    filters = pooling_filters(weight)
+    assert filters.dtype == dtype
+    with torch.inference_mode():
+        found = convolution(x, filters, bias, padding=padding, time_stride=2, limit=limit)
+        assert torch.equal(found, convolution(x, filters, bias, padding=padding, time_stride=2))
+    assert found.shape == expected.shape
+    error = (found.double() - expected).norm() / expected.norm()
+    assert error < {torch.float32: 5e-7, torch.bfloat16: 4e-3}[dtype]
 
 
 @pytest.mark.parametrize("bias", [True, False])

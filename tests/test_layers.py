@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from longvid import CausalConv3d, ConvCache
 from longvid.cache import Window
@@ -28,10 +29,12 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
     st.integers(1, 10_000),
     st.integers(1, 10_000),
     st.sampled_from([1, 2, 3]),
+    st.integers(0, 2),
 )
 def test_time_slices_cover_all_frames_within_the_limits(
-    num_frames, context, in_frame, out_frame, window_limit, slice_limit, multiple
+    num_frames, context, in_frame, out_frame, window_limit, slice_limit, multiple, lead
 ):
+    lead = min(lead, multiple - 1)
     pieces = time_slices(
         num_frames,
         context_frames=context,
@@ -40,9 +43,11 @@ def test_time_slices_cover_all_frames_within_the_limits(
         window_limit=window_limit,
         slice_limit=slice_limit,
         multiple=multiple,
+        lead=lead,
     )
     assert [t for piece in pieces for t in piece] == list(range(num_frames))
-    assert all(len(piece) % multiple == 0 for piece in pieces[:-1])
+    assert all(pieces)
+    assert all(piece.stop % multiple == lead for piece in pieces[:-1])
     for piece in pieces:
         # reads len(piece) + context frames, so never fewer than the kernel's context + 1
         assert len(piece) >= 1
@@ -251,6 +256,65 @@ def test_downsample_halves(frames, time):
     assert out.shape == (1, 3, kept, 3, 4)
     last = x[:, :, -2:].mean(2) if time and frames > 1 else x[:, :, -1]
     torch.testing.assert_close(out[:, :, -1], layer.conv(F.pad(last, (0, 1, 0, 1))))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.sampled_from([(64, 64), (64, 128), (16, 24), (10, 14)]),
+    st.sampled_from([*itertools.product(DTYPES, [False, True])]),
+    st.integers(1, 2),
+    st.sampled_from([(9, 8, 4), (1, 2), (5, 4), (3, 8, 2)]),
+    st.sampled_from([1, 3]),
+    st.sampled_from(
+        [
+            {"band_elements": 1},
+            {"slice_elements": 1},
+            {"band_elements": 1, "slice_elements": 1, "keep_kernels": True},
+            {"band_elements": 20_000, "slice_elements": 200_000},
+            {"max_conv_elements": 1},
+            {"max_conv_elements": 30_000},
+        ]
+    ),
+)
+def test_averages_in_convolutions_are_the_same_in_blocks_and_near_to_the_plain_form(
+    widths, form, batch, times, threads, limits
+):
+    """Of a block that pools and what halves space behind it, over the chunks of a video."""
+    dtype, fused = form
+    assume(not fused or fuses_residuals(dtype))
+    torch.manual_seed(0)
+    layers = nn.ModuleList(
+        [ResnetBlock(*widths, num_groups=2, eps=1e-6, pools=True), Downsample(widths[1], time=True)]
+    ).to(dtype)
+    video = [torch.randn(batch, widths[0], t, 34, 12).to(dtype, memory_format=LAYOUTS[1]) for t in times]
+
+    def run(pooling, layout=LAYOUTS[1], **limits):
+        numerics = Numerics(layout="channels_last", fused_residuals=fused, fused_pooling=pooling)
+        outs = []
+        with ConvCache(layers, numerics=numerics, **limits) as cache, torch.inference_mode():
+            for x in video:
+                with cache.chunk():
+                    out = x.clone(memory_format=layout)
+                    for layer in layers:
+                        out = layer(out, cache)
+                    outs.append(out.clone())
+        return outs
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        blocks, whole, plain = run(True, **limits), run(True), run(False)
+    finally:
+        torch.set_num_threads(before)
+    assert [out.shape[2] for out in whole] == [(t + 1) // 2 for t in times]
+    assert all(map(torch.equal, blocks, whole))
+    for got, expected in zip(whole, plain, strict=True):
+        error = (got.double() - expected.double()).norm() / expected.double().norm()
+        assert error <= {torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+    if max(times) > 1:  # were they equal, nothing would be averaged in a convolution
+        assert not all(map(torch.equal, whole, plain))
+    contiguous = [run(pooling, layout=LAYOUTS[0]) for pooling in (False, True)]
+    assert all(map(torch.equal, *contiguous))  # kernels of that layout are not for it
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 4])

@@ -109,8 +109,14 @@ PLAIN, LAST = Numerics(), Numerics(layout="channels_last")
 PAIRED = Numerics(layout="channels_last", paired_frames=True)
 FUSED = Numerics(layout="channels_last", fused_residuals=True)
 SUBPIXELS = Numerics(layout="channels_last", subpixel_upsampling=True)
+POOLED = Numerics(layout="channels_last", fused_pooling=True)
 ALL = Numerics(
-    layout="channels_last", paired_frames=True, fused_residuals=True, subpixel_upsampling=True, compiled=True
+    layout="channels_last",
+    paired_frames=True,
+    fused_residuals=True,
+    fused_pooling=True,
+    subpixel_upsampling=True,
+    compiled=True,
 )
 
 
@@ -129,6 +135,8 @@ ALL = Numerics(
         ((64, 40), torch.float32, FUSED, 1),
         ((32, 48), torch.bfloat16, SUBPIXELS, 1),
         ((64, 40), torch.float32, SUBPIXELS, None),
+        ((32, 48), torch.bfloat16, POOLED, 1),
+        ((64, 40), torch.float32, POOLED, None),
         ((32, 48), torch.float32, ALL, 3),
         ((32, 48), torch.bfloat16, ALL, None),
     ],
@@ -162,6 +170,8 @@ def assert_planned(plan, model, direction, size, dtype, keep):
         (torch.float32, PAIRED, False, 2),
         (torch.float32, SUBPIXELS, False, None),
         (torch.bfloat16, SUBPIXELS, True, 2),
+        (torch.bfloat16, POOLED, False, None),
+        (torch.float32, ALL, True, 2),
     ],
 )
 @pytest.mark.parametrize("direction", ["encode", "decode"])

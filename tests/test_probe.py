@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from longvid.store import open_frames
 
 CPU = torch.device("cpu")
 FUSES = fuses_residuals(torch.float32)
+LAST = Numerics(layout="channels_last", fused_pooling=True)
+"that every encoder has where nothing is slow"
 WIDE = {"block_out_channels": (16, 16, 16, 16), "norm_num_groups": 4, "layers_per_block": 1}
 
 
@@ -43,10 +46,10 @@ def test_small_frames_on_a_cpu_stay_contiguous_and_nothing_is_measured(wide, mon
 @pytest.mark.parametrize(
     ("seconds", "dtype", "expected"),
     [
-        ((1.0, 1.2), torch.float32, Numerics(layout="channels_last", paired_frames=True, fused_residuals=FUSES)),
+        ((1.0, 1.2), torch.float32, replace(LAST, paired_frames=True, fused_residuals=FUSES)),
         ((1.0, 1.3), torch.float32, Numerics()),
-        ((1.4, 1.0), torch.float32, Numerics(layout="channels_last", paired_frames=True, fused_residuals=FUSES)),
-        ((1.4, 1.0), torch.bfloat16, Numerics(layout="channels_last")),
+        ((1.4, 1.0), torch.float32, replace(LAST, paired_frames=True, fused_residuals=FUSES)),
+        ((1.4, 1.0), torch.bfloat16, LAST),
     ],
 )
 def test_what_is_measured_decides_by_a_wide_margin(wide, monkeypatch, seconds, dtype, expected):
@@ -54,12 +57,15 @@ def test_what_is_measured_decides_by_a_wide_margin(wide, monkeypatch, seconds, d
 
 
 def test_what_is_asked_for_is_taken(wide, monkeypatch):
-    monkeypatch.setattr(longvid.probe, "_race", lambda makers, device: pytest.fail("measured"))
+    """What can be asked for is not measured."""
+    races = []
+    monkeypatch.setattr(longvid.probe, "_race", lambda makers, device: races.append(makers) or [1.0, 1.0])
     for layout in ("contiguous", "channels_last"):
         for paired in (False, True):
             found = chosen(wide, layout=layout, paired_frames=paired)
-            fused = FUSES and layout == "channels_last"
-            assert found == Numerics(layout=layout, paired_frames=paired, fused_residuals=fused)
+            base = replace(LAST, fused_residuals=FUSES) if layout == "channels_last" else Numerics()
+            assert found == replace(base, paired_frames=paired)
+    assert len(races) == 2  # of averages, of which no one is asked
 
 
 def test_a_bfloat16_encoder_rounds_as_others_do(wide, monkeypatch):
@@ -70,14 +76,17 @@ def test_a_bfloat16_encoder_rounds_as_others_do(wide, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_decoder_upsamples_by_subpixels_unless_that_is_slow(wide, monkeypatch, dtype):
+def test_subpixels_and_averages_are_taken_unless_they_are_slow(wide, monkeypatch, dtype):
     for layout in ("channels_last", "contiguous"):
         for direction in ("encode", "decode"):
             for paired in (None, False):
                 asked = {"layout": layout, "direction": direction, "dtype": dtype, "paired_frames": paired}
-                wins = layout == "channels_last" and direction == "decode"
-                assert chosen(wide, monkeypatch, (1.0, 1.2), **asked).subpixel_upsampling == wins
-                assert not chosen(wide, monkeypatch, (1.0, 1.3), **asked).subpixel_upsampling
+                found = chosen(wide, monkeypatch, (1.0, 1.2), **asked)
+                assert found.subpixel_upsampling == (layout == "channels_last" and direction == "decode")
+                assert found.fused_pooling == (layout == "channels_last" and direction == "encode")
+                found = chosen(wide, monkeypatch, (1.0, 1.3), **asked)
+                assert not found.subpixel_upsampling
+                assert not found.fused_pooling
 
 
 def test_frames_go_in_pairs_unless_that_is_slow_but_in_bfloat16_only_if_it_is_fast(wide, monkeypatch):
@@ -167,9 +176,9 @@ def test_a_session_computes_as_asked_and_records_it(wide, frames, tmp_path, layo
     assert np.array_equal(a, b)  # slices never change a bit
     assert np.linalg.norm(a - c) <= 1e-5 * np.linalg.norm(c)
     assert np.array_equal(a, c) == (layout == "contiguous")  # pairs need channels last
-    fused = FUSES and layout == "channels_last"
-    expected = Numerics(layout=layout, paired_frames=paired, fused_residuals=fused)
-    assert Numerics.from_dict(stores[0].attrs["longvid"]["numerics"]) == expected
+    expected = replace(LAST, fused_residuals=FUSES) if layout == "channels_last" else Numerics()
+    found = Numerics.from_dict(stores[0].attrs["longvid"]["numerics"])
+    assert found == replace(expected, paired_frames=paired)
 
 
 def test_what_is_overwritten_in_another_dtype_hands_down_no_numerics(wide, frames, tmp_path):

@@ -115,12 +115,18 @@ class Encoder(nn.Module):
         self.down_blocks = nn.ModuleList()
         channels = widths[0]
         for i, width in enumerate(widths):
+            last = i == len(widths) - 1
+            time = not last and i < config.temporal_levels
             resnets = [
-                ResnetBlock(channels if j == 0 else width, width, **norm)  # type: ignore[arg-type]
+                ResnetBlock(
+                    channels if j == 0 else width,
+                    width,
+                    **norm,  # type: ignore[arg-type]
+                    pools=time and j == config.layers_per_block - 1,
+                )
                 for j in range(config.layers_per_block)
             ]
-            last = i == len(widths) - 1
-            down = {} if last else {"downsamplers": Downsample(width, time=i < config.temporal_levels)}
+            down = {} if last else {"downsamplers": Downsample(width, time=time)}
             self.down_blocks.append(_Stage(resnets, **down))
             channels = width
         self.mid_block = _Stage([ResnetBlock(channels, channels, **norm) for _ in range(2)])  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """One convolution, kept out of the slow corners of the libraries that compute it.
 
-Seven things are done here and nowhere else:
+Eight things are done here and nowhere else:
 
 * On a CPU, PyTorch does not ask oneDNN for a float32 convolution when the first four sizes of its input multiply to
   20,480 or less, and takes 10 to 50 times longer; oneDNN is then called by its own name. (bfloat16 is not affected.)
@@ -15,6 +15,8 @@ Seven things are done here and nowhere else:
   along time (:func:`paired`). A third fewer multiplications, to rounding.
 * A 3x3 convolution of a frame that was just doubled reads every pixel up to four times: it is a sub-pixel convolution,
   four 2x2 kernels on the frame as it was (:func:`subpixel_filters`). 4/9 of the multiplications, to rounding.
+* A convolution whose output is averaged over pairs of frames computes the averages: four taps in time, for every second
+  frame (:func:`pooling_filters`). 2/3 of the multiplications and half of the output, to rounding.
 * On CUDA, float32 is float32 and not TF32, and the library chooses its kernels by rule and not by a race of its own,
   which might end otherwise on another day (:func:`faithful`).
 
@@ -46,6 +48,7 @@ __all__ = [
     "fuses_residuals",
     "packed",
     "paired",
+    "pooling_filters",
     "row_bands",
     "subpixel",
     "subpixel_filters",
@@ -117,14 +120,14 @@ class Conv2d(nn.Conv2d):
     """PyTorch's, by way of :func:`_call`. Padding is zeros, strides are alike in every axis, nothing is dilated."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _call(input, weight, bias, cast("tuple[int, ...]", self.padding), self.stride[0])
+        return _call(input, weight, bias, cast("tuple[int, ...]", self.padding), self.stride)
 
 
 class Conv3d(nn.Conv3d):
     """PyTorch's, by way of :func:`_call`. Padding is zeros and none in time, nothing is strided or dilated."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _call(input, weight, bias, cast("tuple[int, ...]", self.padding), 1)
+        return _call(input, weight, bias, cast("tuple[int, ...]", self.padding), self.stride)
 
     def in_parts(self, x_BCTHW: Tensor, limit: int = MAX_ELEMENTS) -> Tensor:
         """The same in slices of frames and bands of rows, if it is too large for one call; see :func:`convolution`."""
@@ -132,36 +135,59 @@ class Conv3d(nn.Conv3d):
 
 
 def convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, padding: tuple[int, ...], limit: int = MAX_ELEMENTS
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    padding: tuple[int, ...],
+    time_stride: int = 1,
+    limit: int = MAX_ELEMENTS,
 ) -> Tensor:
-    """A 2-D or 3-D convolution of any size, with stride 1.
+    """A 2-D or 3-D convolution of any size, with stride 1 in height and width.
 
     Args:
         x: (B, C, T, H, W) with a 3-D kernel, (B, C, H, W) with a 2-D one.
         weight: (out channels, C, *kernel).
         bias: (out channels,) or None.
         padding: zeros on both sides of each axis: half a kernel in height and width, none in time.
+        time_stride: frames from one output frame to the next.
         limit: most elements of the input and of the output of one call of a kernel, as far as rows can be cut.
     """
     kernel = tuple(weight.shape[2:]) if x.ndim == 5 else (1, *weight.shape[2:])
-    return _in_parts(lambda part: _call(part, weight, bias, padding, 1), x, len(weight), kernel, limit)
+    stride = _strides(x, time_stride)
+    return _in_parts(
+        lambda part: _call(part, weight, bias, padding, stride), x, len(weight), kernel, limit, time_stride
+    )
+
+
+def _strides(x: Tensor, in_time: int) -> tuple[int, ...]:
+    return (in_time, 1, 1)[5 - x.ndim :]
 
 
 def _in_parts(
-    call: Callable[[Tensor], Tensor], x: Tensor, out_channels: int, kernel: tuple[int, ...], limit: int
+    call: Callable[[Tensor], Tensor],
+    x: Tensor,
+    out_channels: int,
+    kernel: tuple[int, ...],
+    limit: int,
+    stride: int = 1,
 ) -> Tensor:
     taps, halo = kernel[0], kernel[1] // 2
-    time = x.shape[2] - taps + 1 if x.ndim == 5 else 1
+    num_frames = x.shape[2] if x.ndim == 5 else 1
+    time = (num_frames - taps) // stride + 1
     frame = _frame_elements(x, out_channels)
-    if frame * (time + taps - 1) <= limit:
+    if frame * num_frames <= limit:
         return call(x)
-    longest = max(1, limit // frame - taps + 1)
-    bands = row_bands(x.shape[-2], halo=halo, row=frame // x.shape[-2] * (longest + taps - 1), limit=limit)
+    longest = max(1, (limit // frame - taps) // stride + 1)
+    num_read = (longest - 1) * stride + taps
+    bands = row_bands(x.shape[-2], halo=halo, row=frame // x.shape[-2] * num_read, limit=limit)
     shape = (x.shape[0], out_channels, *((time,) if x.ndim == 5 else ()), *x.shape[-2:])
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
     for start in range(0, time, longest):
         stop = min(start + longest, time)
-        part, target = (x[:, :, start : stop + taps - 1], out[:, :, start:stop]) if x.ndim == 5 else (x, out)
+        part, target = x, out
+        if x.ndim == 5:
+            part, target = x[:, :, start * stride : (stop - 1) * stride + taps], out[:, :, start:stop]
         for read, rows in bands:
             y = call(part[..., read.start : read.stop, :])
             target[..., rows.start : rows.stop, :].copy_(y[..., rows.start - read.start : rows.stop - read.start, :])
@@ -179,6 +205,7 @@ def accumulate(
     bias: Tensor | None,
     *,
     padding: tuple[int, ...],
+    time_stride: int = 1,
     attempt: Callable[[Callable[[], Tensor]], Tensor] = lambda step: step(),
 ) -> None:
     """``out += convolution(x)``, rounded once, and without a tensor for the convolution's own result.
@@ -191,24 +218,26 @@ def accumulate(
         attempt: runs a step that takes memory and may be repeated; see :meth:`longvid.ConvCache.attempt`.
     """
     if out.shape[0] > 1:
-        out.add_(attempt(lambda: convolution(x, weight, bias, padding=padding)))
+        out.add_(attempt(lambda: convolution(x, weight, bias, padding=padding, time_stride=time_stride)))
     elif out.ndim == 4 or out.is_contiguous(memory_format=torch.channels_last_3d):
         # A kernel that finds no memory has not begun, so repeating it adds nothing twice.
-        attempt(partial(_accumulate, out, x, weight, bias, padding))
+        attempt(partial(_accumulate, out, x, weight, bias, padding, _strides(x, time_stride)))
     else:
         taps = weight.shape[2]
         for t in range(out.shape[2]):
-            frame, ins = out[:, :, t : t + 1], x[:, :, t : t + taps]
-            attempt(partial(_accumulate, frame, ins, weight, bias, padding))
+            frame, ins = out[:, :, t : t + 1], x[:, :, t * time_stride : t * time_stride + taps]
+            attempt(partial(_accumulate, frame, ins, weight, bias, padding, (1, 1, 1)))
 
 
-def _accumulate(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> Tensor:
+def _accumulate(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], stride: tuple[int, ...]
+) -> Tensor:
     x, ones = x.contiguous(memory_format=_layout(x)), (1,) * (x.ndim - 2)
     if out.is_meta:  # what a dry run has to see are the operations and that nothing is allocated
         zeros = (0,) * (x.ndim - 2)
-        result = torch.ops.aten.convolution.out(x, weight, bias, ones, padding, ones, False, zeros, 1, out=out)
+        result = torch.ops.aten.convolution.out(x, weight, bias, stride, padding, ones, False, zeros, 1, out=out)
     else:
-        result = _onednn_sum()(out, x, weight, bias, padding, ones, ones, 1, "add", None, None, [], None)
+        result = _onednn_sum()(out, x, weight, bias, padding, stride, ones, 1, "add", None, None, [], None)
     return cast("Tensor", result)
 
 
@@ -229,13 +258,13 @@ def fuses_residuals(dtype: torch.dtype) -> bool:
         expected = 1 + F.conv3d(ramp, weight, padding=(0, 1, 1)).float()
         out = torch.ones((1, 8, 1, 4, 4), dtype=dtype).contiguous(memory_format=last)
         try:
-            _accumulate(out, ramp, weight, None, (0, 1, 1))
+            _accumulate(out, ramp, weight, None, (0, 1, 1), (1, 1, 1))
         except (AttributeError, RuntimeError, TypeError):  # gone, not built in, or other arguments
             return False
     return bool(torch.allclose(out.float(), expected, rtol=0.02, atol=0.02))
 
 
-def packed(weight: Tensor, padding: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+def packed(weight: Tensor, padding: tuple[int, ...], shape: tuple[int, ...], time_stride: int = 1) -> Tensor:
     """A kernel in the order in which the CPU's library reads it, for any of the functions here; or as it is.
 
     Without this, each call does it again. The result of a convolution is the same, bit for bit.
@@ -244,6 +273,7 @@ def packed(weight: Tensor, padding: tuple[int, ...], shape: tuple[int, ...]) -> 
         weight: (out channels, C, *kernel).
         padding: that of the calls.
         shape: of the input of most calls, in channels last.
+        time_stride: that of the calls.
     """
     if any(channels % _PACKED_CHANNELS for channels in weight.shape[:2]):  # the library would pad them
         return weight
@@ -251,18 +281,20 @@ def packed(weight: Tensor, padding: tuple[int, ...], shape: tuple[int, ...]) -> 
         return torch.empty_like(weight)
     if weight.device.type != "cpu" or not _packs(weight.dtype):
         return weight
-    return _pack(weight, padding, shape)
+    return _pack(weight, padding, shape, _strides(weight, time_stride))
 
 
-def _pack(weight: Tensor, padding: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+def _pack(weight: Tensor, padding: tuple[int, ...], shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
     ones = (1,) * (weight.ndim - 2)
-    return cast("Tensor", torch.ops.mkldnn._reorder_convolution_weight(weight, padding, ones, ones, 1, shape))
+    return cast("Tensor", torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, ones, 1, shape))
 
 
-def _call_packed(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> Tensor:
+def _call_packed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], stride: tuple[int, ...]
+) -> Tensor:
     ones = (1,) * (x.ndim - 2)
     op = torch.ops.mkldnn._convolution_pointwise.default
-    return cast("Tensor", op(x, weight, bias, padding, ones, ones, 1, "none", [], None))
+    return cast("Tensor", op(x, weight, bias, padding, stride, ones, 1, "none", [], None))
 
 
 @cache
@@ -270,16 +302,16 @@ def _packs(dtype: torch.dtype) -> bool:
     """Whether the CPU's library packs kernels here, in this version of PyTorch, and then gives what it should."""
     if not _has_onednn() or dtype not in (torch.float32, torch.bfloat16):
         return False
-    channels, padding = _PACKED_CHANNELS, (0, 1, 1)
+    channels, padding, ones = _PACKED_CHANNELS, (0, 1, 1), (1, 1, 1)
     with torch.inference_mode():
         x = torch.linspace(-1, 1, channels * 48).view(1, channels, 3, 4, 4).to(dtype)
         x = x.contiguous(memory_format=torch.channels_last_3d)
         weight = torch.linspace(-0.1, 0.1, channels * channels * 27).view(channels, channels, 3, 3, 3).to(dtype)
         try:
-            found = _call_packed(x, _pack(weight, padding, tuple(x.shape)), None, padding)
+            found = _call_packed(x, _pack(weight, padding, tuple(x.shape), ones), None, padding, ones)
         except (AttributeError, RuntimeError, TypeError):  # gone, not built in, or other arguments
             return False
-        return torch.allclose(found.float(), _call(x, weight, None, padding, 1).float(), rtol=0.02, atol=0.02)
+        return torch.allclose(found.float(), _call(x, weight, None, padding, ones).float(), rtol=0.02, atol=0.02)
 
 
 def filters_of_pairs(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -351,6 +383,26 @@ def paired(
         y1.add_(s1)
 
 
+def pooling_filters(weight: Tensor) -> Tensor:
+    """The kernel whose every second output frame is the average of two neighbouring ones of a kernel with three taps.
+
+    With input frames d and taps g, the average of frames 0 and 1 is::
+
+        d0 g0 / 2  +  d1 (g0 + g1) / 2  +  d2 (g1 + g2) / 2  +  d3 g2 / 2
+
+    Taps that read the same frame are summed, in float32 or better, and rounded once.
+
+    Args:
+        weight: (out channels, C, 3, kh, kw).
+
+    Returns:
+        (out channels, C, 4, kh, kw), for :func:`convolution` with a stride of 2 in time.
+    """
+    first, middle, last = weight.to(torch.promote_types(weight.dtype, torch.float32)).unbind(2)
+    taps = torch.stack((first, first + middle, middle + last, last), dim=2)
+    return taps.mul_(0.5).to(weight.dtype, memory_format=torch.channels_last_3d)
+
+
 def subpixel_filters(weight: Tensor) -> Tensor:
     """The kernels that take the place of one behind nearest-neighbour upsampling by two; see :func:`subpixel`.
 
@@ -387,7 +439,7 @@ def subpixel(x_BCHW: Tensor, filters: Tensor, bias: Tensor | None) -> Iterator[t
     Source: Shi et al. 2016, arXiv 1609.05158 and 1609.07009.
     """
     *_, H, W = x_BCHW.shape
-    y = _call(x_BCHW, filters, None if bias is None else bias.repeat(4), (1, 1), 1)
+    y = _call(x_BCHW, filters, None if bias is None else bias.repeat(4), (1, 1), (1, 1))
     for phase, part in enumerate(y.chunk(4, dim=1)):
         row, column = divmod(phase, 2)
         yield row, column, part[..., row : row + H, column : column + W]
@@ -414,14 +466,13 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _call(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], stride: int) -> Tensor:
+def _call(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
     # Kernels want dense input. Slices that are not are copied here, where a dry run sees it, and not within a kernel.
     x = x.contiguous(memory_format=_layout(x))
     if weight.is_mkldnn:
-        return _call_packed(x, weight, bias, padding)
+        return _call_packed(x, weight, bias, padding, stride)
     if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled() and _has_onednn():
-        n = x.ndim - 2
-        return torch.mkldnn_convolution(x, weight, bias, padding, (stride,) * n, (1,) * n, 1)
+        return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1,) * (x.ndim - 2), 1)
     y = (F.conv3d if x.ndim == 5 else F.conv2d)(x, weight, bias, stride=stride, padding=padding)
     if y.is_meta and _layout(x) == torch.channels_last_3d:  # its kernel forgets the layout, real ones do not
         _, C, T, H, W = y.shape

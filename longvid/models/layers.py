@@ -38,6 +38,7 @@ from longvid.models.convolution import (
     filters_of_pairs,
     packed,
     paired,
+    pooling_filters,
     row_bands,
     subpixel,
     subpixel_filters,
@@ -64,6 +65,7 @@ def time_slices(
     window_limit: int,
     slice_limit: int,
     multiple: int = 1,
+    lead: int = 0,
 ) -> list[range]:
     """Cut the output frames of a causal convolution into slices.
 
@@ -78,15 +80,17 @@ def time_slices(
         window_limit: most elements of a slice's input, context included, and of its output.
         slice_limit: most elements of a slice's new input frames and of its output.
         multiple: all slices but the last are a multiple of this long, whatever the limits say.
+        lead: frames in front of the first multiple, in a slice with what follows if that is longer than one.
     """
     longest = min(
         window_limit // in_frame - context_frames,
         window_limit // out_frame,
         slice_limit // max(in_frame, out_frame),
     )
-    num_steps = -(-num_frames // multiple)
+    shift = -lead % multiple
+    num_steps = -(-(num_frames + shift) // multiple)
     num_slices = -(-num_steps // max(1, longest // multiple))
-    edges = [min(num_frames, num_steps * i // num_slices * multiple) for i in range(num_slices + 1)]
+    edges = [0, *(num_steps * i // num_slices * multiple - shift for i in range(1, num_slices)), num_frames]
     return [range(a, b) for a, b in pairwise(edges)]
 
 
@@ -163,8 +167,11 @@ class CausalConv3d(nn.Module):
             x_BCTHW = torch.cat([first] * self.context_frames + [x_BCTHW], dim=2)
         return self._conv(x_BCTHW, 2**31 - 1)
 
-    def blocks(self, source: Producer, cache: ConvCache) -> list[Block]:
-        """The blocks that this layer runs in for what ``source`` writes, band by band within each slice."""
+    def blocks(self, source: Producer, cache: ConvCache, *, pool: bool = False) -> list[Block]:
+        """The blocks that this layer runs in for what ``source`` writes, band by band within each slice.
+
+        If it pools, no two frames that are averaged are in different ones.
+        """
         like = source.like
         B, C, T, H, W = like.shape
         slices = time_slices(
@@ -174,7 +181,8 @@ class CausalConv3d(nn.Module):
             out_frame=B * self.conv.out_channels * H * W,
             window_limit=cache.max_conv_elements,
             slice_limit=cache.slice_elements,
-            multiple=2 if self._pairs(like, cache) else 1,
+            multiple=2 if pool or self._pairs(like, cache) else 1,
+            lead=T % 2 if pool else 0,
         )
         longest = max(map(len, slices))
         row = B * W * max((longest + self.context_frames) * C, longest * self.conv.out_channels)
@@ -206,6 +214,7 @@ class CausalConv3d(nn.Module):
         onto: Tensor | None = None,
         finish: Finish | None = None,
         overwrite: bool = False,
+        pool: bool = False,
     ) -> Tensor:
         """Convolve what ``source`` writes, block by block, into T output frames. All blocks give the same.
 
@@ -215,24 +224,26 @@ class CausalConv3d(nn.Module):
             onto: a residual in the shape of the output: the output is added to it in place, and it is returned.
             finish: changes the output of a block in place, before it is stored: the place of a residual that has yet
                 to be computed.
-            overwrite: the output may take the place of what the source reads, if it is in blocks and of its shape.
-                Blocks of the output then overwrite what the source has read.
+            overwrite: the output may take the place of what the source reads, if it is in blocks and its frames are
+                of the same shape. Blocks of the output then overwrite what the source has read.
+            pool: give the averages of output frames in pairs, of which the first one of an odd number is not part.
 
         Returns:
-            (B, out_channels, T, H, W) in the layout of the input.
+            (B, out_channels, T, H, W) in the layout of the input; (T + 1) // 2 frames if pooled.
         """
         like = source.like
-        B, _, T, H, W = like.shape
-        kind, shape = TensorKind.of(like), (B, self.conv.out_channels, T, H, W)
-        blocks, in_pairs = self.blocks(source, cache), self._pairs(like, cache)
+        B, C, T, H, W = like.shape
+        num_frames = (T + 1) // 2 if pool else T
+        kind, shape = TensorKind.of(like), (B, self.conv.out_channels, num_frames, H, W)
+        blocks, in_pairs = self.blocks(source, cache, pool=pool), not pool and self._pairs(like, cache)
         out = onto
-        if out is None and len(blocks) > 1:
-            reuse = overwrite and like.shape == shape
-            out = like if reuse else cache.attempt(partial(cache.workspace.take, shape, kind))
+        if out is None and (len(blocks) > 1 or pool):
+            reuse = overwrite and self.conv.out_channels == C
+            out = like[:, :, :num_frames] if reuse else cache.attempt(partial(cache.workspace.take, shape, kind))
         halo = self.conv.kernel_size[1] // 2
         with cache.window(self, like=like, blocks=blocks, halo=halo) as window:
             banded = len(blocks[0].rows) < H
-            conv = _BlockConv(self, window, cache, like, banded=banded, in_pairs=in_pairs)
+            conv = _BlockConv(self, window, cache, like, banded=banded, in_pairs=in_pairs, pool=pool)
             del like
             for block in window.blocks():
                 if window.rows:  # a last row may have been read as the one below the others
@@ -244,6 +255,8 @@ class CausalConv3d(nn.Module):
                 if out is None:
                     part = conv.fresh()
                 else:
+                    if pool:
+                        block = Block(range((block.frames.start + 1) // 2, (block.frames.stop + 1) // 2), block.rows)
                     part = out[:, :, block.frames.start : block.frames.stop, block.rows.start : block.rows.stop]
                     conv.write_to(part, onto=onto is not None)
                 if finish is not None:
@@ -286,12 +299,21 @@ class _BlockConv:
         like: what the layer's input is like.
         banded: whether blocks are bands of rows, which have the rows above and below them in the window.
         in_pairs: whether frames are convolved in pairs.
+        pool: whether averages over pairs of frames are computed.
     """
 
     def __init__(
-        self, layer: CausalConv3d, window: Window, cache: ConvCache, like: Tensor, *, banded: bool, in_pairs: bool
+        self,
+        layer: CausalConv3d,
+        window: Window,
+        cache: ConvCache,
+        like: Tensor,
+        *,
+        banded: bool,
+        in_pairs: bool,
+        pool: bool,
     ) -> None:
-        self._layer, self._window, self._cache, self._in_pairs = layer, window, cache, in_pairs
+        self._layer, self._window, self._cache, self._in_pairs, self._pool = layer, window, cache, in_pairs, pool
         conv, last = layer.conv, layout_of(like) == torch.channels_last_3d
         _, kh, kw = conv.kernel_size
         self._padding = (0 if banded else kh // 2, kw // 2)
@@ -303,15 +325,20 @@ class _BlockConv:
         rows_around = kh - 1 if banded else 0
         self._largest = (B, conv.out_channels, T - layer.context_frames, H - rows_around, W)
         self._weights: tuple[Tensor, ...] = (conv.weight,)
-        if in_pairs or self._in_bands:
+        if in_pairs or pool or self._in_bands:
             shape, padding = ((B, C, H, W), self._padding) if in_pairs else ((B, C, T, H, W), (0, *self._padding))
             self._weights = cache.kernels(layer, partial(self._prepared, shape, padding))
         self._is_plain = self._weights[0] is conv.weight and not banded
 
     def _prepared(self, shape: tuple[int, ...], padding: tuple[int, ...]) -> tuple[Tensor, ...]:
         weight = self._layer.conv.weight
-        weights = filters_of_pairs(weight) if self._in_pairs else (weight,)
-        return tuple(packed(w, padding, shape) for w in weights) if self._in_bands else weights
+        weights: tuple[Tensor, ...] = (weight,)
+        if self._in_pairs:
+            weights = filters_of_pairs(weight)
+        elif self._pool:
+            weights = (pooling_filters(weight),)
+        time_stride = 2 if self._pool else 1
+        return tuple(packed(w, padding, shape, time_stride) for w in weights) if self._in_bands else weights
 
     def fresh(self) -> Tensor:
         """The output of the block that is in the window."""
@@ -321,6 +348,9 @@ class _BlockConv:
     def write_to(self, out: Tensor, *, onto: bool = False) -> None:
         """Write it, or add it to what is there."""
         x = self._window.input()
+        if self._pool:
+            self._write_averages(out, x, onto)
+            return
         if not self._in_pairs:
             self._write(out, x, self._weights[0], onto)
             return
@@ -338,22 +368,30 @@ class _BlockConv:
         if out.shape[2] % 2:
             self._write(out[:, :, -1:], x[:, :, -3:], self._layer.conv.weight, onto)
 
-    def _write(self, out: Tensor, x: Tensor, weight: Tensor, onto: bool) -> None:
+    def _write_averages(self, out: Tensor, x: Tensor, onto: bool) -> None:
+        lead = x.shape[2] % 2  # the window has two frames more than the block
+        if lead:
+            self._write(out[:, :, :1], x[:, :, :3], self._layer.conv.weight, onto)
+        if out.shape[2] > lead:
+            self._write(out[:, :, lead:], x[:, :, lead:], self._weights[0], onto, time_stride=2)
+
+    def _write(self, out: Tensor, x: Tensor, weight: Tensor, onto: bool, time_stride: int = 1) -> None:
         if onto and self._fuses:
-            self._accumulate(out, x, weight)
+            self._accumulate(out, x, weight, time_stride)
             return
-        y = self._cache.attempt(lambda: self._convolve(x, weight))
+        y = self._cache.attempt(lambda: self._convolve(x, weight, time_stride))
         if onto:
             out.add_(y)
         else:
             out.copy_(y)
 
-    def _accumulate(self, out: Tensor, x: Tensor, weight: Tensor) -> None:
+    def _accumulate(self, out: Tensor, x: Tensor, weight: Tensor, time_stride: int) -> None:
         """In bands by way of a copy that is dense, since one call for all frames takes less than one for each."""
         as_it_is = len(out) > 1 or out.is_contiguous(memory_format=torch.channels_last_3d) or not self._in_bands
         target = out if as_it_is else self._dense(out).copy_(out)
         padding = (0, *self._padding)
-        accumulate(target, x, weight, self._layer.conv.bias, padding=padding, attempt=self._cache.attempt)
+        bias, attempt = self._layer.conv.bias, self._cache.attempt
+        accumulate(target, x, weight, bias, padding=padding, time_stride=time_stride, attempt=attempt)
         if target is not out:
             out.copy_(target)
 
@@ -365,11 +403,14 @@ class _BlockConv:
             self._memory = self._cache.attempt(take)
         return dense_within(self._memory, (B, C, T, H, W))
 
-    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _convolve(self, x: Tensor, weight: Tensor, time_stride: int = 1) -> Tensor:
         if self._is_plain:
             return self._layer._conv(x, self._window.max_conv_elements)
         # A band is within the limits of one call, and pads no rows, as parts would.
-        return convolution(x, weight, self._layer.conv.bias, padding=(0, *self._padding), limit=sys.maxsize)
+        padding = (0, *self._padding)
+        return convolution(
+            x, weight, self._layer.conv.bias, padding=padding, time_stride=time_stride, limit=sys.maxsize
+        )
 
 
 class ResnetBlock(nn.Module):
@@ -381,12 +422,22 @@ class ResnetBlock(nn.Module):
         num_groups: groups of the norms.
         eps: epsilon of plain norms.
         latent_channels: channels of the latent that steers the norms; None for plain ones.
+        pools: whether a :class:`Downsample` follows that halves the frames. With ``fused_pooling``, this block gives
+            their averages.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, num_groups: int, eps: float, latent_channels: int | None = None
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        num_groups: int,
+        eps: float,
+        latent_channels: int | None = None,
+        pools: bool = False,
     ) -> None:
         super().__init__()
+        self.pools = pools
 
         def norm(channels: int) -> GroupNormSiLU | SpatialNormSiLU:
             if latent_channels is None:
@@ -401,18 +452,24 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv3d(in_channels, out_channels, 1)
 
     def forward(self, x_BCTHW: Tensor, cache: ConvCache, latent: Tensor | None = None) -> Tensor:
-        """(B, in, T, H, W) to (B, out, T, H, W). Alive at the peak: the input, the hidden state, one window, one block.
+        """(B, in, T, H, W) to (B, out, T, H, W), or (T + 1) // 2 frames.
+
+        Alive at the peak: the input, the hidden state, one window, one block.
 
         The input is taken over: without a shortcut, the output is added to it in place, so whoever watches a layer
         before it clones what is to outlive it. With one, the output takes the place of the hidden state.
         """
         compiled = cache.numerics.compiled
+        pool = self.pools and _fuses_pooling(x_BCTHW, cache)
         h = self.conv1.stream(cache.attempt(partial(self.norm1.fit, x_BCTHW, latent, compiled=compiled)), cache)
+        if pool:
+            x_BCTHW = _average_pairs(x_BCTHW)
         normed = cache.attempt(partial(self.norm2.fit, h, latent, compiled=compiled))
         del h
         if not hasattr(self, "conv_shortcut"):
-            return self.conv2.stream(normed, cache, onto=x_BCTHW)
-        return self.conv2.stream(normed, cache, finish=partial(self._add_shortcut, x_BCTHW, cache), overwrite=True)
+            return self.conv2.stream(normed, cache, onto=x_BCTHW, pool=pool)
+        add_shortcut = partial(self._add_shortcut, x_BCTHW, cache)
+        return self.conv2.stream(normed, cache, finish=add_shortcut, overwrite=True, pool=pool)
 
     def _add_shortcut(self, x_BCTHW: Tensor, cache: ConvCache, block: Block, y_BCTHW: Tensor) -> None:
         weight, bias = self.conv_shortcut.weight[:, :, 0], self.conv_shortcut.bias
@@ -422,10 +479,31 @@ class ResnetBlock(nn.Module):
             y_BCTHW[:, :, i].add_(cache.attempt(shortcut))
 
 
+def _fuses_pooling(x_BCTHW: Tensor, cache: ConvCache) -> bool:
+    """Whether the layer before a :class:`Downsample` halves the frames; kernels of other layouts are not for that."""
+    return cache.numerics.fused_pooling and layout_of(x_BCTHW) == torch.channels_last_3d
+
+
+def _sources(num_frames: int) -> list[tuple[int, int]]:
+    """The frames that each average is of. An odd number starts with a video's first frame, which stays alone."""
+    lead = num_frames % 2
+    return [(0, 0)] * lead + [(t, t + 1) for t in range(lead, num_frames, 2)]
+
+
+def _average_pairs(x_BCTHW: Tensor) -> Tensor:
+    """Averages of pairs of frames, in place of the first frames."""
+    sources = _sources(x_BCTHW.shape[2])
+    for t, (first, second) in enumerate(sources):
+        if second != first:
+            torch.lerp(x_BCTHW[:, :, first], x_BCTHW[:, :, second], 0.5, out=x_BCTHW[:, :, t])
+    return x_BCTHW[:, :, : len(sources)]
+
+
 class Downsample(nn.Module):
     """Half the height and width by a strided convolution, and half the frames by averaging pairs if asked.
 
-    A chunk with an odd number of frames starts with the video's first frame, which stays alone.
+    A chunk with an odd number of frames starts with the video's first frame, which stays alone. With ``fused_pooling``
+    frames come averaged, from a :class:`ResnetBlock` that ``pools``.
     """
 
     def __init__(self, channels: int, *, time: bool) -> None:
@@ -434,21 +512,25 @@ class Downsample(nn.Module):
         self.time = time
 
     def forward(self, x_BCTHW: Tensor, cache: ConvCache, latent: Tensor | None = None) -> Tensor:
-        """(B, C, T, H, W) to (B, C, T / 2 or T, H / 2, W / 2)."""
+        """(B, C, T, H, W) to (B, C, (T + 1) // 2 or T, H / 2, W / 2)."""
         return cache.attempt(lambda: self._downsample(x_BCTHW, cache))
 
     def _downsample(self, x_BCTHW: Tensor, cache: ConvCache) -> Tensor:
         B, C, T, H, W = x_BCTHW.shape
-        if not self.time:
-            sources = [(t, t) for t in range(T)]
-        else:
-            sources = [(0, 0)] * (T % 2) + [(t, t + 1) for t in range(T % 2, T, 2)]
-        out = cache.workspace.take((B, C, len(sources), H // 2, W // 2), TensorKind.of(x_BCTHW))
+        averages = self.time and not _fuses_pooling(x_BCTHW, cache)
+        sources = _sources(T) if averages else [(t, t) for t in range(T)]
+        kind = TensorKind.of(x_BCTHW)
+        out = cache.workspace.take((B, C, len(sources), H // 2, W // 2), kind)
+        padded = cache.workspace.take((B, C, 1, H + 1, W + 1), kind, brief=True)[:, :, 0]
+        padded[:, :, H:].zero_()
+        padded[:, :, :H, W:].zero_()
+        inner = padded[:, :, :H, :W]
         for t, (first, second) in enumerate(sources):
-            frame = x_BCTHW[:, :, first]
-            if second != first:
-                frame = (frame + x_BCTHW[:, :, second]).mul_(0.5)
-            out[:, :, t].copy_(self.conv(F.pad(frame, (0, 1, 0, 1))))
+            if second == first:
+                inner.copy_(x_BCTHW[:, :, first])
+            else:
+                torch.add(x_BCTHW[:, :, first], x_BCTHW[:, :, second], out=inner).mul_(0.5)
+            out[:, :, t].copy_(self.conv(padded))
         return out
 
 
