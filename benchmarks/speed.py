@@ -10,9 +10,11 @@ Contestants, all with the same random weights at the full width of CogVideoX, on
 * diffusers (unless left out): its encoder or decoder with its own ``conv_cache``, as its ``encode`` and ``decode`` loop
   over chunks.
 * longvid: layout, form of the convolutions and slices as a session chooses them.
-* longvid plain: the same with every multiplication of the model, neither frames in pairs nor sub-pixel upsampling (only
-  where the session has either).
+* longvid plain: the same with every multiplication of the model: no frames in pairs, no averages in convolutions, no
+  sub-pixel upsampling (only where the session has any).
 * longvid pairs: with frames in pairs (only where the session does not).
+* longvid averaged (only if named): the same with every frame convolved that is then averaged (only where the session
+  does otherwise).
 * longvid enlarged (only if named): the same with upsampled frames convolved at their full size (only where the session
   does otherwise).
 * longvid compiled (only if named): in channels last with norms compiled, whether or not a session's probe chooses it.
@@ -282,7 +284,9 @@ def measure(
         seconds: dict[str, list[float]] = {name: [] for name in names}
         for turn in tqdm(range(rounds), desc=f"{direction} {size} {dtype}"):
             outs = {}
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            # In turns forwards and backwards: who comes after a step that fills memory finds it otherwise.
+            order = names[turn % len(names) :] + names[: turn % len(names)]
+            for name in order[:: -1 if turn % 2 else 1]:
                 started = time.perf_counter()
                 outs[name] = steps[name](x)
                 seconds[name].append(time.perf_counter() - started)

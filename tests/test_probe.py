@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import longvid.probe
+import longvid.session
 from longvid import ModelError, VideoSession, load_model, open_store
 from longvid.models.cogvideox import CogVideoXConfig, CogVideoXVAE
 from longvid.models.convolution import fuses_residuals
@@ -188,6 +189,39 @@ def test_what_is_overwritten_in_another_dtype_hands_down_no_numerics(wide, frame
         with VideoSession(wide, **asked, dtype=dtype) as session:
             session.encode(frames, tmp_path / "a.zarr", overwrite=True)
         assert open_store(tmp_path / "a.zarr").attrs["longvid"]["numerics"]["fused_residuals"] == fused
+
+
+def test_an_encode_that_was_begun_without_averages_goes_on_without(packable, frames, tmp_path, monkeypatch):
+    """As every store of before they were known: nothing is recorded of them there."""
+    real = longvid.session.choose_numerics
+    video = np.concatenate([frames] * 2)
+
+    def encode(name, stop_after=None):
+        def stop(event):
+            seen.append(event)
+            if len(seen) == stop_after:
+                session.stop()
+
+        seen = []
+        asked = {"device": "cpu", "layout": "channels_last", "paired_frames": "off"}
+        with VideoSession(packable, **asked, callbacks=[stop]) as session:
+            report = session.encode(video, tmp_path / name, representation="moments", store_dtype="float32")
+        assert report.complete == (stop_after is None)
+        return report
+
+    encode("averages.zarr")
+    with monkeypatch.context() as before:
+        before.setattr(longvid.session, "choose_numerics", lambda *a, **k: replace(real(*a, **k), fused_pooling=False))
+        encode("before.zarr")
+        encode("continued.zarr", stop_after=2)
+    assert encode("continued.zarr").resumed_from_frame
+    found = {name: open_store(tmp_path / f"{name}.zarr") for name in ("averages", "before", "continued")}
+    recorded = {name: store.attrs["longvid"]["numerics"]["fused_pooling"] for name, store in found.items()}
+    assert recorded == {"averages": True, "before": False, "continued": False}
+    values = {name: store.moments[:] for name, store in found.items()}
+    assert np.array_equal(values["continued"], values["before"])
+    assert not np.array_equal(values["averages"], values["before"])
+    assert np.linalg.norm(values["averages"] - values["before"]) <= 1e-5 * np.linalg.norm(values["before"])
 
 
 def test_a_decode_upsamples_as_its_store_records_and_goes_on_alike(packable, frames, tmp_path, monkeypatch):
