@@ -79,8 +79,8 @@ def time_slices(
         out_frame: elements of one output frame, likewise.
         window_limit: most elements of a slice's input, context included, and of its output.
         slice_limit: most elements of a slice's new input frames and of its output.
-        multiple: all slices but the last are a multiple of this long, whatever the limits say.
-        lead: frames in front of the first multiple, in a slice with what follows if that is longer than one.
+        multiple: all slices but the last end with a multiple of this many frames, whatever the limits say.
+        lead: frames in front of the first multiple.
     """
     longest = min(
         window_limit // in_frame - context_frames,
@@ -491,7 +491,7 @@ def _sources(num_frames: int) -> list[tuple[int, int]]:
 
 
 def _average_pairs(x_BCTHW: Tensor) -> Tensor:
-    """Averages of pairs of frames, in place of the first frames."""
+    """Averages of pairs of frames, in place of the first frames: no later frame is overwritten before it is read."""
     sources = _sources(x_BCTHW.shape[2])
     for t, (first, second) in enumerate(sources):
         if second != first:
