@@ -16,6 +16,9 @@ __all__ = ["Layout", "Numerics", "parse_layout", "parse_paired_frames"]
 
 Layout: TypeAlias = Literal["contiguous", "channels_last"]
 
+_LATER = frozenset({"fused_pooling"})
+"forms that came when stores had been recorded without them"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Numerics:
@@ -37,8 +40,11 @@ class Numerics:
     "whether norm and activation are one kernel made by torch.compile, where PyTorch's own would round between them"
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return asdict(self)
+        """Ready for JSON. Of forms that older versions did not know, those that are taken.
+
+        So a run without them has the fingerprint that it had then, and what was begun then can be continued.
+        """
+        return {name: value for name, value in asdict(self).items() if value or name not in _LATER}
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Numerics:

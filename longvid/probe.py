@@ -235,7 +235,10 @@ def _race(makers: Sequence[Callable[[], Callable[[], object]]], device: torch.de
 
 @contextmanager
 def _one_thread(device: torch.device) -> Iterator[None]:
-    """Where threads of a CPU share the work, all of them wait for the one that another program has interrupted."""
+    """Where threads of a CPU share the work, all of them wait for the one that another program has interrupted.
+
+    The setting is that of the thread that calls, and of those that begin meanwhile.
+    """
     if device.type != "cpu":
         yield
         return

@@ -110,7 +110,13 @@ class Encoder(nn.Module):
 
     def __init__(self, config: CogVideoXConfig) -> None:
         super().__init__()
-        widths, norm = config.block_out_channels, {"num_groups": config.norm_num_groups, "eps": config.norm_eps}
+        widths = config.block_out_channels
+
+        def block(in_channels: int, out_channels: int, *, pools: bool = False) -> ResnetBlock:
+            return ResnetBlock(
+                in_channels, out_channels, num_groups=config.norm_num_groups, eps=config.norm_eps, pools=pools
+            )
+
         self.conv_in = CausalConv3d(config.in_channels, widths[0], 3)
         self.down_blocks = nn.ModuleList()
         channels = widths[0]
@@ -118,18 +124,13 @@ class Encoder(nn.Module):
             last = i == len(widths) - 1
             time = not last and i < config.temporal_levels
             resnets = [
-                ResnetBlock(
-                    channels if j == 0 else width,
-                    width,
-                    **norm,  # type: ignore[arg-type]
-                    pools=time and j == config.layers_per_block - 1,
-                )
+                block(channels if j == 0 else width, width, pools=time and j == config.layers_per_block - 1)
                 for j in range(config.layers_per_block)
             ]
             down = {} if last else {"downsamplers": Downsample(width, time=time)}
             self.down_blocks.append(_Stage(resnets, **down))
             channels = width
-        self.mid_block = _Stage([ResnetBlock(channels, channels, **norm) for _ in range(2)])  # type: ignore[arg-type]
+        self.mid_block = _Stage([block(channels, channels) for _ in range(2)])
         self.norm_out = GroupNormSiLU(config.norm_num_groups, channels, eps=1e-6)
         self.conv_out = CausalConv3d(channels, 2 * config.latent_channels, 3)
 
