@@ -357,7 +357,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 color=COLOURS[name],
                 label=None if label in seen else label,
             )
-            axes.bar_label(bar, fmt="%.2f", padding=2, fontsize=8)
+            axes.bar_label(bar, fmt="%.2f", padding=2, fontsize=8, bbox={"fc": "white", "ec": "none", "pad": 0.5})
             seen.add(label)
     axes.axhline(1, color="#c8553d", linewidth=1, linestyle=":", label="bare convolutions")
     axes.set_xticks(range(len(rows)), labels, fontsize=9)
