@@ -30,7 +30,7 @@ test-slow: venv
 # Every fault there is, and the table of what became of them; `make test` takes a sample.
 test-faults: venv
 	$(BIN)/python -m pytest -m "slow or not slow" --timeout=3600 --all-faults \
-		--ledger benchmarks/results/faults.json tests/test_fault*.py tests/test_media_*.py
+		--ledger benchmarks/results/faults.json tests/faults tests/media/test_bad_files.py tests/media/test_fuzz.py tests/media/test_refused.py tests/media/test_seek_resume.py
 
 lint: venv
 	$(BIN)/ruff check .

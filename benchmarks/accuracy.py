@@ -27,9 +27,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longvid import load_model
+from longvid.environment import describe_machine
 from longvid.events import Direction
-from longvid.machine import describe_machine
-from longvid.numerics import Numerics
+from longvid.models.numerics import Numerics
 from longvid.units import parse_size
 
 LAST = Numerics(layout="channels_last")

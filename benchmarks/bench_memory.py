@@ -32,11 +32,11 @@ from flat import loop_clip, run
 
 from longvid import make_plan
 from longvid.demo.__main__ import CLIP
-from longvid.machine import describe_machine
+from longvid.environment import describe_machine
+from longvid.memory.offload import OffloadPolicy
 from longvid.models.loading import ARCHITECTURES, BUILT_IN, load_model
-from longvid.offload import OffloadPolicy
-from longvid.plan import DirectionPlan
-from longvid.timeline import choose_placement
+from longvid.planning.cost_model import choose_placement
+from longvid.planning.plan import DirectionPlan
 from longvid.units import parse_size
 
 Rows: TypeAlias = Mapping[str, Mapping[str, int]]

@@ -24,8 +24,8 @@ from numcodecs import blosc
 from tqdm import tqdm
 
 import longvid as lv
-from longvid.machine import describe_machine
-from longvid.video.sources import open_source
+from longvid.environment import describe_machine
+from longvid.media.sources import open_source
 
 CHOICES = [*product(("zstd",), (1, 3), ("noshuffle", "shuffle", "bitshuffle")), ("lz4", 1, "noshuffle")]
 SHUFFLES = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}

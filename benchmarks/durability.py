@@ -43,10 +43,10 @@ from tqdm import tqdm
 
 import longvid as lv
 from longvid.demo.__main__ import CLIP
-from longvid.machine import describe_machine
-from longvid.snapshot import snapshots_in, write_snapshot
-from longvid.store_format import PRIVATE, unit_digest
-from longvid.store_writer import StoreWriter
+from longvid.environment import describe_machine
+from longvid.runtime.snapshot import snapshots_in, write_snapshot
+from longvid.store.format import PRIVATE, unit_digest
+from longvid.store.writer import StoreWriter
 from longvid.units import parse_size
 
 FOREVER = float("inf")

@@ -34,14 +34,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longvid import ConvCache, load_model, make_plan
+from longvid.environment import describe_machine
 from longvid.events import Direction
-from longvid.machine import describe_machine
-from longvid.memory import default_reserved_bytes, tensor_bytes
+from longvid.memory.copy_engine import HostTransfer
+from longvid.memory.offloader import Residency
+from longvid.memory.tracker import default_reserved_bytes, tensor_bytes
 from longvid.models.cogvideox import CogVideoXVAE
 from longvid.models.norms import GroupNormSiLU
-from longvid.numerics import Numerics
-from longvid.residency import Residency
-from longvid.transfer import HostTransfer
+from longvid.models.numerics import Numerics
 from longvid.units import parse_size
 
 CUDA = torch.device("cuda")

@@ -31,7 +31,7 @@ from flat import loop_clip, run
 
 from longvid import ChunkEvent, RunStart
 from longvid.demo.__main__ import CLIP
-from longvid.recorder import read_recording
+from longvid.reporting.recorder import read_recording
 
 FRAMES_PER_MINUTE = 24 * 60
 WINDOW = 100

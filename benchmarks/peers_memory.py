@@ -44,15 +44,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longvid import AllocationTracker, ConvCache, load_model, make_plan
+from longvid.environment import describe_machine
 from longvid.events import Direction
-from longvid.machine import describe_machine
+from longvid.memory.copy_engine import HostTransfer
+from longvid.memory.offload import Placement
+from longvid.memory.offloader import Residency
 from longvid.models.cogvideox import CogVideoXVAE
-from longvid.numerics import Numerics
-from longvid.offload import Placement
-from longvid.plan import Slicing
-from longvid.probe import preferred_band_bytes
-from longvid.residency import Residency
-from longvid.transfer import HostTransfer
+from longvid.models.numerics import Numerics
+from longvid.planning.kernel_choice import preferred_band_bytes
+from longvid.planning.plan import Slicing
 from longvid.units import parse_size
 
 Step: TypeAlias = Callable[[Tensor], Tensor]

@@ -41,17 +41,17 @@ from tqdm import tqdm
 
 import longvid as lv
 from longvid.demo.__main__ import CLIP
-from longvid.engine import DecodeRun, EncodeRun, Engine, Frames, Times
+from longvid.environment import describe_machine
 from longvid.events import Direction
-from longvid.feeds import FrameSink, LatentPiece, frame_chunks, latent_chunks, store_latents, video_sink
-from longvid.frame_writer import FrameStoreWriter
-from longvid.latent_writer import LatentWriter
-from longvid.machine import describe_machine
+from longvid.media.sources import open_source
 from longvid.models.base import CausalVAE
-from longvid.plan import Plan
-from longvid.store import open_store
+from longvid.planning.plan import Plan
+from longvid.runtime.engine import DecodeRun, EncodeRun, Engine, Frames, Times
+from longvid.runtime.feeds import FrameSink, LatentPiece, frame_chunks, latent_chunks, store_latents, video_sink
+from longvid.store.frame_writer import FrameStoreWriter
+from longvid.store.latent_writer import LatentWriter
+from longvid.store.reader import open_store
 from longvid.units import parse_size
-from longvid.video.sources import open_source
 
 Stage: TypeAlias = Callable[[], object]
 

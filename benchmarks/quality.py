@@ -30,12 +30,12 @@ import torch
 from skimage.metrics import structural_similarity
 
 import longvid as lv
+from longvid.media.picture import side_by_side, write_png
+from longvid.media.video_file import VideoFile
 from longvid.models.loading import BUILT_IN
 from longvid.train.fit import LinearCoder
 from longvid.train.footage import IMAGES, HoldOut, find_files, read_middle
 from longvid.units import parse_size
-from longvid.video.picture import side_by_side, write_png
-from longvid.video.reader import VideoFile
 
 Frames = npt.NDArray[np.uint8]
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)

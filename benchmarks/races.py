@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from speed import CPU, DIRECTIONS
 
-from longvid import probe
-from longvid.machine import describe_machine
+from longvid.environment import describe_machine
 from longvid.models.cogvideox import CogVideoXConfig, CogVideoXVAE
+from longvid.planning import kernel_choice
 from longvid.units import parse_size
 
 BUSY = "x = bytearray(2**26)\nprint(flush=True)\nwhile True: bytes(x), sum(range(10**5))"
@@ -37,7 +37,7 @@ def by_the_wall(makers: Makers) -> list[float]:
     """As many rounds as the probe's, in seconds that pass, with all threads."""
     runners = [make() for make in makers]
     rounds: list[list[float]] = []
-    for _ in range(probe._ROUNDS + 1):
+    for _ in range(kernel_choice._ROUNDS + 1):
         rounds.append([])
         for run in runners:
             started = time.perf_counter()
@@ -71,7 +71,7 @@ def measure(model: CogVideoXVAE, size: str, dtype: torch.dtype, direction: Any, 
     """What was chosen, and the ratios of each race by both clocks."""
     height, width = parse_size(size)
     ratios: dict[str, dict[str, list[float]]] = {clock: defaultdict(list) for clock in ("thread", "wall")}
-    real, chosen = probe._race, []
+    real, chosen = kernel_choice._race, []
     for _ in range(repeats):
         races = iter(names_of_races(dtype, direction))
 
@@ -82,13 +82,13 @@ def measure(model: CogVideoXVAE, size: str, dtype: torch.dtype, direction: Any, 
                 ratios[clock][name].append(plain / other)
             return found["thread"]
 
-        probe._race = recorded
+        kernel_choice._race = recorded
         try:
-            numerics = probe.choose_numerics(
+            numerics = kernel_choice.choose_numerics(
                 model, device=CPU, dtype=dtype, height=height, width=width, direction=direction
             )
         finally:
-            probe._race = real
+            kernel_choice._race = real
         chosen.append(numerics.to_dict())
     return {"chosen": chosen, "ratios": ratios}
 

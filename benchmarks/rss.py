@@ -27,9 +27,9 @@ import torch
 from speed import CPU, DIRECTIONS, chunk, open_diffusers
 
 from longvid import VideoSession, load_model
+from longvid.environment import describe_machine, map_large_allocations
 from longvid.events import Direction
-from longvid.machine import describe_machine, map_large_allocations
-from longvid.memory import peak_rss_bytes
+from longvid.memory.tracker import peak_rss_bytes
 from longvid.models.base import placed
 from longvid.models.cogvideox import CogVideoXVAE
 from longvid.units import format_bytes, parse_size

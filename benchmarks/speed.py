@@ -61,16 +61,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from longvid import ConvCache, load_model
-from longvid.dryrun import skeleton_of
+from longvid.environment import describe_machine
 from longvid.events import Direction
-from longvid.machine import describe_machine
+from longvid.memory.copy_engine import HostTransfer
+from longvid.memory.offloader import Residency
 from longvid.models.base import CausalVAE
-from longvid.numerics import Numerics
-from longvid.planner import make_plan
-from longvid.probe import choose_numerics, fresh_memory_is_slow, preferred_band_bytes
-from longvid.residency import Residency
-from longvid.step import memory_format
-from longvid.transfer import HostTransfer
+from longvid.models.forward import memory_format
+from longvid.models.numerics import Numerics
+from longvid.planning.dry_run import skeleton_of
+from longvid.planning.kernel_choice import choose_numerics, fresh_memory_is_slow, preferred_band_bytes
+from longvid.planning.planner import make_plan
 from longvid.units import parse_size
 
 Step: TypeAlias = Callable[[Tensor], Tensor]

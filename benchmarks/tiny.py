@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 import longvid as lv
 from longvid.demo.__main__ import CLIP
+from longvid.media.video_file import VideoFile
+from longvid.media.video_writer import VideoWriter
 from longvid.models.cogvideox import CogVideoXVAE
 from longvid.units import parse_size
-from longvid.video.reader import VideoFile
-from longvid.video.writer import VideoWriter
 
 
 def make_video(path: Path, size: tuple[int, int]) -> None:

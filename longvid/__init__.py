@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from longvid.cache import ConvCache
-    from longvid.durability import Durability
     from longvid.errors import (
         CacheError,
         LongvidError,
@@ -25,20 +23,22 @@ if TYPE_CHECKING:
         StoreError,
     )
     from longvid.events import ChunkEvent, RunReport, RunStart
-    from longvid.memory import AllocationTracker
+    from longvid.media.limits import Limits
+    from longvid.memory.tracker import AllocationTracker
     from longvid.models.base import CausalVAE, LatentGeometry
+    from longvid.models.cache import ConvCache
     from longvid.models.layers import CausalConv3d
     from longvid.models.loading import load_model
-    from longvid.plan import Plan
-    from longvid.planner import make_plan
-    from longvid.profile import Profile
-    from longvid.progress import ProgressBar
-    from longvid.recorder import Recorder
-    from longvid.report import ReportPage
+    from longvid.planning.plan import Plan
+    from longvid.planning.planner import make_plan
+    from longvid.planning.profile import Profile
+    from longvid.reporting.page import ReportPage
+    from longvid.reporting.progress import ProgressBar
+    from longvid.reporting.recorder import Recorder
+    from longvid.runtime.session import VideoSession
     from longvid.schedule import Chunk, ChunkSchedule
-    from longvid.session import VideoSession
-    from longvid.store import LatentStore, open_store
-    from longvid.video.limits import Limits
+    from longvid.store.durability import Durability
+    from longvid.store.reader import LatentStore, open_store
 
 __all__ = [
     "AllocationTracker",
@@ -75,8 +75,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "longvid.cache": ("ConvCache",),
-    "longvid.durability": ("Durability",),
+    "longvid.models.cache": ("ConvCache",),
+    "longvid.store.durability": ("Durability",),
     "longvid.errors": (
         "CacheError",
         "LongvidError",
@@ -89,20 +89,20 @@ _HOMES = {
         "StoreError",
     ),
     "longvid.events": ("ChunkEvent", "RunReport", "RunStart"),
-    "longvid.memory": ("AllocationTracker",),
+    "longvid.memory.tracker": ("AllocationTracker",),
     "longvid.models.base": ("CausalVAE", "LatentGeometry"),
     "longvid.models.layers": ("CausalConv3d",),
     "longvid.models.loading": ("load_model",),
-    "longvid.plan": ("Plan",),
-    "longvid.planner": ("make_plan",),
-    "longvid.profile": ("Profile",),
-    "longvid.progress": ("ProgressBar",),
-    "longvid.recorder": ("Recorder",),
-    "longvid.report": ("ReportPage",),
+    "longvid.planning.plan": ("Plan",),
+    "longvid.planning.planner": ("make_plan",),
+    "longvid.planning.profile": ("Profile",),
+    "longvid.reporting.progress": ("ProgressBar",),
+    "longvid.reporting.recorder": ("Recorder",),
+    "longvid.reporting.page": ("ReportPage",),
     "longvid.schedule": ("Chunk", "ChunkSchedule"),
-    "longvid.session": ("VideoSession",),
-    "longvid.store": ("LatentStore", "open_store"),
-    "longvid.video.limits": ("Limits",),
+    "longvid.runtime.session": ("VideoSession",),
+    "longvid.store.reader": ("LatentStore", "open_store"),
+    "longvid.media.limits": ("Limits",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

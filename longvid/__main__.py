@@ -2,6 +2,6 @@
 
 import sys
 
-from longvid.cli import main
+from longvid.cli.commands import main
 
 sys.exit(main())

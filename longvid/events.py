@@ -83,7 +83,7 @@ class RunStart:
     plan: str
     "the plan as a table to read"
     machine: Mapping[str, Any]
-    "facts of where it runs; see :func:`longvid.machine.describe_machine`"
+    "facts of where it runs; see :func:`longvid.environment.describe_machine`"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

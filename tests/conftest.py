@@ -8,7 +8,7 @@ import torch
 
 from longvid.models.cogvideox import CogVideoXConfig, CogVideoXVAE
 
-pytest_plugins = ["fault_ledger"]
+pytest_plugins = ["support.fault_ledger"]
 
 NANO = {"block_out_channels": (8, 16, 16, 32), "norm_num_groups": 4, "layers_per_block": 1}
 

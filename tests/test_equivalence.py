@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longvid import VideoSession, open_store
-from longvid.video.sources import open_source
-from longvid.video.writer import VideoWriter
+from longvid.media.sources import open_source
+from longvid.media.video_writer import VideoWriter
 
 LENGTHS = range(1, 41)
 

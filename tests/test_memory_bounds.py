@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import REPOSITORY
 
 from longvid import AllocationTracker, ConvCache, VideoSession
 from longvid.demo.__main__ import CLIP
@@ -77,7 +78,7 @@ def test_1920x1088_runs_for_real_with_convolutions_split_in_time():
 
 
 def loop_clip(out: Path, num_frames: int) -> None:
-    spec = importlib.util.spec_from_file_location("flat", Path(__file__).parents[1] / "benchmarks" / "flat.py")
+    spec = importlib.util.spec_from_file_location("flat", REPOSITORY / "benchmarks" / "flat.py")
     flat = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(flat)
     flat.loop_clip(CLIP, out, num_frames)

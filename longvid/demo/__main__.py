@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longvid.progress import ProgressBar
+from longvid.reporting.progress import ProgressBar
 from longvid.units import format_bytes
 
 if TYPE_CHECKING:
-    from longvid.engine import Frames
+    from longvid.runtime.engine import Frames
 
 CLIP = Path(__file__).with_name("clip.mp4")
 
@@ -26,8 +26,8 @@ def main() -> int:
     import numpy as np
 
     import longvid as lv
-    from longvid.video.picture import side_by_side, write_png
-    from longvid.video.reader import VideoFile
+    from longvid.media.picture import side_by_side, write_png
+    from longvid.media.video_file import VideoFile
 
     args.out.mkdir(parents=True, exist_ok=True)
     store_path, back, picture = args.out / "clip.zarr", args.out / "back.mp4", args.out / "side-by-side.png"

@@ -13,8 +13,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from longvid.cache import ConvCache
 from longvid.errors import ModelError, ScheduleError
+from longvid.models.cache import ConvCache
 from longvid.schedule import ChunkSchedule
 
 __all__ = ["CausalVAE", "LatentGeometry", "model_name", "placed", "resolve_device", "weights_digest"]

@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from longvid.cache import ConvCache
 from longvid.errors import ModelError
 from longvid.models.base import LatentGeometry
+from longvid.models.cache import ConvCache
 from longvid.models.layers import CausalConv3d, Downsample, ResnetBlock, Upsample
 from longvid.models.norms import GroupNormSiLU, SpatialNormSiLU
 

@@ -1,7 +1,7 @@
 """silu(norm(x)) of known statistics as one kernel, made by ``torch.compile``: one read and one write of every value.
 
 PyTorch's own operations go over a slab several times, in a cache at best. This is for tensors on a CPU in channels
-last; a CUDA device has :mod:`longvid.models.triton_norm`.
+last; a CUDA device has :mod:`longvid.models.triton_norms`.
 
 ``torch.compile`` does not work under a dispatch mode, and the memory meter is one. A custom operator is called beneath
 the modes, sees no allocation of its own and hides none.

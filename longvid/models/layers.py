@@ -7,7 +7,7 @@ processor, so does everything between the two. What works frame by frame (resamp
 over frames, so its temporaries are one frame large.
 
 A fourth rule makes a device that runs out of memory survivable: what takes memory, and is harmless to repeat if there
-is none, is called through :meth:`~longvid.cache.ConvCache.attempt`.
+is none, is called through :meth:`~longvid.models.cache.ConvCache.attempt`.
 
 The layers are for inference: they write in place and are not differentiable. The exception is
 :meth:`CausalConv3d.whole`, which small models that are trained here are built on.
@@ -29,7 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longvid.cache import Block, ConvCache, Window
+from longvid.memory.buffer_pool import TensorKind, dense_within, layout_of
+from longvid.models.cache import Block, ConvCache, Window
 from longvid.models.convolution import (
     Conv2d,
     Conv3d,
@@ -44,7 +45,6 @@ from longvid.models.convolution import (
     subpixel_filters,
 )
 from longvid.models.norms import GroupNormSiLU, Producer, SpatialNormSiLU
-from longvid.workspace import TensorKind, dense_within, layout_of
 
 __all__ = ["CausalConv3d", "Downsample", "ResnetBlock", "Upsample", "bands", "time_slices"]
 
@@ -124,7 +124,7 @@ class CausalConv3d(nn.Module):
     """A 3-D convolution whose output at frame t sees input frames up to t only.
 
     Height and width keep their size (zero padding). In time the k - 1 frames before the chunk come from the
-    :class:`~longvid.cache.ConvCache`; in front of the first frame of a video stands that frame again
+    :class:`~longvid.models.cache.ConvCache`; in front of the first frame of a video stands that frame again
     (``initial_context="repeat"``) or zeros.
 
     Args:

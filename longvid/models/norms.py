@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longvid.models import compiled_norm, triton_norm
-from longvid.workspace import layout_of
+from longvid.memory.buffer_pool import layout_of
+from longvid.models import compiled_norm, triton_norms
 
 __all__ = ["Fitted", "GroupNormSiLU", "Producer", "SpatialNormSiLU", "group_moments"]
 
@@ -84,7 +84,7 @@ class Fitted:
     ) -> None:
         self._x: Tensor | None = x_BCTHW
         self._scale, self._shift, self._maps = scale_BC, shift_BC, maps
-        self._triton = triton_norm.available(x_BCTHW)
+        self._triton = triton_norms.available(x_BCTHW)
         self._folded: tuple[Tensor, Tensor] | None = None
         last = layout_of(x_BCTHW) == torch.channels_last_3d and not self._triton
         # A side of one is a size that torch.compile makes a kernel of its own for; such frames are not worth it.
@@ -127,7 +127,7 @@ class Fitted:
         x = self.like[:, :, frames.start : frames.stop, rows.start : rows.stop]
         if self._triton:
             # Its kernel wants frames that lie one behind the other: bands of them go one by one.
-            step = len(frames) if triton_norm.is_channels_last(x) and triton_norm.is_channels_last(out_BCTHW) else 1
+            step = len(frames) if triton_norms.is_channels_last(x) and triton_norms.is_channels_last(out_BCTHW) else 1
             for i in range(0, len(frames), step):
                 part = slice(i, i + step)
                 self._write_triton(x[:, :, part], out_BCTHW[:, :, part], frames[part], rows)
@@ -145,11 +145,11 @@ class Fitted:
 
     def _write_triton(self, x: Tensor, out: Tensor, frames: range, rows: range) -> None:
         if self._maps is None:
-            triton_norm.apply_silu(x, out, self._scale, self._shift)
+            triton_norms.apply_silu(x, out, self._scale, self._shift)
             return
         y, b = (_rows_of(m, rows, self.like.shape[3]) for m in self._maps)
         latents = [_latent_frame(t, self.like.shape[2], y.shape[2]) for t in frames]
-        triton_norm.apply_silu(x, out, self._scale, self._shift, (y, b), latents)
+        triton_norms.apply_silu(x, out, self._scale, self._shift, (y, b), latents)
 
     def _write_frames(self, x: Tensor, out: Tensor, frames: range, rows: range) -> None:
         """Frame by frame, rounded where plain modules round."""
@@ -236,8 +236,8 @@ def _fit(norm: nn.GroupNorm, x: Tensor, maps: tuple[Tensor, Tensor] | None, comp
 
 def group_moments(x_BCTHW: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and reciprocal standard deviation of each group over a chunk, (B, groups) each, in float32."""
-    if triton_norm.available(x_BCTHW):
-        return _groups_of_channels(*triton_norm.channel_moments(x_BCTHW), num_groups, eps)
+    if triton_norms.available(x_BCTHW):
+        return _groups_of_channels(*triton_norms.channel_moments(x_BCTHW), num_groups, eps)
     if x_BCTHW.device.type not in ("cpu", "meta"):
         return _moments_by_frame(x_BCTHW, num_groups, eps)
     if layout_of(x_BCTHW) == torch.channels_last_3d:

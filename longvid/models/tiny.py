@@ -29,9 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longvid.cache import ConvCache
 from longvid.errors import ModelError, ScheduleError
 from longvid.models.base import LatentGeometry
+from longvid.models.cache import ConvCache
 from longvid.models.layers import CausalConv3d
 
 __all__ = ["BlockTransform", "TinyConfig", "TinyVAE"]

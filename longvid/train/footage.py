@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from longvid.errors import SourceError
-from longvid.video.reader import VideoFile
+from longvid.media.video_file import VideoFile
 
 __all__ = ["Footage", "HoldOut", "find_files", "read_middle"]
 

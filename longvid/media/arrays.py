@@ -1,0 +1,419 @@
+"""Frames that are already in memory or in a zarr array, or that a caller hands over piece by piece.
+
+Torch tensors are recognised by the name of their module, so that neither torch nor zarr is imported here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from longvid.errors import SourceError
+from longvid.frames import FrameBlock, SourceInfo, SourcePosition, frame_digest
+from longvid.media.limits import Limits
+
+__all__ = [
+    "ArrayFrames",
+    "IterableFrames",
+    "OnePass",
+    "check_position",
+    "check_window",
+    "is_array",
+]
+
+DEFAULT_FRAME_RATE = Fraction(24)
+_BLOCK_FRAMES = 16
+_BLOCK_BYTES = 64 * 2**20
+_MOST_CHUNK_BYTES = 2 * 2**30
+"of a stored array: whoever reads part of a chunk holds all of it"
+_EXPECTED = "uint8 with axes (T, H, W, 3)"
+
+
+class OnePass:
+    """What every source shares: it is read once, and closing it twice does no harm."""
+
+    info: SourceInfo
+    "facts known in advance"
+
+    def __init__(self, name: str, limits: Limits | None = None) -> None:
+        self._name = name
+        self._limits = limits or Limits()
+        self._started = False
+        self._closed = False
+
+    def close(self) -> None:
+        """Let go of the frames; reading on afterwards raises SourceError."""
+        self._closed = True
+
+    def _start(self) -> None:
+        self._check_open()
+        if self._started:
+            raise SourceError(f"the frames of {self._name} were already read once; open the source again")
+        self._started = True
+
+    def _check_known_length(self, info: SourceInfo) -> None:
+        """Refuse at once what says by itself that it goes beyond the limits."""
+        self._limits.check_pixels(self._name, info.height, info.width)
+        if info.num_frames is not None:
+            self._limits.check_frames(self._name, info.num_frames)
+
+    def _within_limits(self, blocks: Iterator[FrameBlock], *, done: int, first_pts: int = 0) -> Iterator[FrameBlock]:
+        """Pass frames on until they are more than the limits allow, whatever the source said of itself.
+
+        Args:
+            blocks: the frames.
+            done: how many were delivered before these.
+            first_pts: time stamp of the first frame of the source.
+        """
+        for block in blocks:
+            for count, pts in enumerate(block.pts_T.tolist()):
+                try:
+                    self._limits.check_frames(self._name, done + count + 1)
+                    self._limits.check_seconds(self._name, float((pts - first_pts) * self.info.time_base))
+                except SourceError:
+                    if count:
+                        yield block.first(count)
+                    raise
+            done += len(block.pts_T)
+            yield block
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SourceError(f"{self._name} is closed; open the source again to read its frames")
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class ArrayFrames(OnePass):
+    """Frames of a numpy array, a torch tensor or a ``zarr.Array`` of shape (T, H, W, 3), sliced as they are needed.
+
+    Args:
+        array: the frames, uint8.
+        start: index of the first frame delivered.
+        frames: how many frames at most.
+        size: (height, width); only the array's own, since arrays are not resized here.
+        frame_rate: frames per second; without it 24 is assumed and said so in ``info``.
+        name: what messages call the source.
+        limits: what it may ask for at most.
+    """
+
+    def __init__(
+        self,
+        array: Any,
+        *,
+        start: int = 0,
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        frame_rate: Fraction | int | None = None,
+        name: str | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        super().__init__(name or _describe(array), limits)
+        check_window(start, frames)
+        _check_layout(array, self._name, ranks=(4,))
+        count, height, width = (int(length) for length in array.shape[:3])
+        if not count:
+            raise SourceError(f"{self._name} holds no frames: its shape is {tuple(array.shape)}", kind="no-frames")
+        if start >= count:
+            raise _beyond_end(self._name, start, count)
+        _check_size(self._name, size, height, width)
+        self._array = array
+        self._begin = start
+        self._end = count if frames is None else min(count, start + frames)
+        self.info = _info(self, "array", height, width, self._end - start, frame_rate)
+        self._check_known_length(self.info)
+        self._step = _aligned_step(array, height, width, self._name)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Size and window of the array, and a digest of what is in the window.
+
+        A store of longvid's own has one already. Any other array is read for it once more, which takes little beside
+        what is computed from it.
+        """
+        stored = getattr(self._array, "digests", None)
+        return {
+            "kind": self.info.kind,
+            "shape": [int(length) for length in self._array.shape],
+            "start": self._begin,
+            "end": self._end,
+            "content": stored if isinstance(stored, str) else self._content(),
+        }
+
+    def _content(self) -> str:
+        digest = hashlib.sha256()
+        for block in self._slices():
+            digest.update(np.ascontiguousarray(block.frames_THWC).data)
+        return digest.hexdigest()
+
+    def blocks(self, *, after: SourcePosition | None = None) -> Iterator[FrameBlock]:
+        """Yield the frames in bounded blocks that begin where the array's chunks begin."""
+        self._start()
+        if after is not None:
+            self._begin += after.num_frames
+            last = self._begin - 1
+            check_position(self._name, after, self._read(last, last + 1)[0] if last < self._end else None)
+        return self._within_limits(self._slices(), done=0 if after is None else after.num_frames)
+
+    def close(self) -> None:
+        """Let go of the array, which itself stays as it is."""
+        super().close()
+        self._array = None
+
+    def _slices(self) -> Iterator[FrameBlock]:
+        begin = self._begin
+        while begin < self._end:
+            self._check_open()
+            end = min(self._end, (begin // self._step + 1) * self._step)
+            yield FrameBlock.whole(self._read(begin, end), np.arange(begin, end, dtype=np.int64))
+            begin = end
+
+    def _read(self, begin: int, end: int) -> npt.NDArray[np.uint8]:
+        try:
+            return _to_numpy(self._array[begin:end])
+        except (OSError, ValueError, RuntimeError) as exc:
+            raise SourceError(f"frames {begin} to {end - 1} of {self._name} cannot be read: {exc}") from exc
+
+
+class IterableFrames(OnePass):
+    """Frames from an iterable of uint8 pieces of shape (T, H, W, 3) or (H, W, 3); how many is not known in advance.
+
+    The first piece is taken at once to learn the size. Every piece is copied, so that a generator may reuse its
+    buffer. What the iterable raises comes out unchanged.
+
+    Args:
+        pieces: the iterable; numpy arrays or torch tensors.
+        start: how many frames to skip.
+        frames: how many frames at most; nothing is taken from the iterable beyond them.
+        size: (height, width); only the frames' own, since arrays are not resized here.
+        frame_rate: frames per second; without it 24 is assumed and said so in ``info``.
+        limits: what it may ask for at most.
+    """
+
+    def __init__(
+        self,
+        pieces: Iterable[Any],
+        *,
+        start: int = 0,
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        frame_rate: Fraction | int | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        super().__init__(f"the {type(pieces).__name__}", limits)
+        check_window(start, frames)
+        self._begin = start
+        self._end = None if frames is None else start + frames
+        self._iterator = iter(pieces)
+        self._num_pieces = 0
+        first = self._next_piece()
+        if first is None:
+            raise SourceError(f"{self._name} gave no frames", kind="no-frames")
+        self._first: npt.NDArray[np.uint8] | None = first
+        height, width = first.shape[1:3]
+        _check_size(self._name, size, height, width)
+        self.info = _info(self, "iterable", height, width, None, frame_rate)
+        self._check_known_length(self.info)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Size, window and first piece; what an iterable gives after that shows when it is compared."""
+        first = self._first
+        return {
+            "kind": self.info.kind,
+            "size": [self.info.height, self.info.width],
+            "start": self._begin,
+            "end": self._end,
+            "first_frame": None if first is None else frame_digest(first[0]),
+        }
+
+    def blocks(self, *, after: SourcePosition | None = None) -> Iterator[FrameBlock]:
+        """Yield the frames, one block for each piece."""
+        self._start()
+        if after is None:
+            return self._within_limits(self._cut_pieces(), done=0)
+        return self._within_limits(self._behind(after), done=after.num_frames)
+
+    def _behind(self, after: SourcePosition) -> Iterator[FrameBlock]:
+        """The blocks without the first ``after.num_frames`` frames, which have to be as they were."""
+        seen, checked = 0, False
+        for block in self._cut_pieces():
+            skip = min(len(block.pts_T), max(0, after.num_frames - seen))
+            seen += len(block.pts_T)
+            if not checked and seen >= after.num_frames:
+                checked = True
+                check_position(self._name, after, block.frames_THWC[skip - 1])
+            if skip < len(block.pts_T):
+                yield FrameBlock.whole(block.frames_THWC[skip:], block.pts_T[skip:])
+        if not checked:
+            check_position(self._name, after, None)
+
+    def close(self) -> None:
+        """End the iterable if it is a generator."""
+        if self._closed:
+            return
+        super().close()
+        self._first = None
+        close = getattr(self._iterator, "close", None)
+        if callable(close):
+            close()
+
+    def _cut_pieces(self) -> Iterator[FrameBlock]:
+        position = 0
+        piece, self._first = self._first, None
+        while piece is not None:
+            begin, end = max(self._begin - position, 0), len(piece)
+            if self._end is not None:
+                end = min(end, self._end - position)
+            if begin < end:
+                yield FrameBlock.whole(piece[begin:end], np.arange(position + begin, position + end, dtype=np.int64))
+            position += len(piece)
+            if self._end is not None and position >= self._end:
+                return
+            self._check_open()
+            piece = self._next_piece()
+        if position <= self._begin:
+            raise _beyond_end(self._name, self._begin, position)
+
+    def _next_piece(self) -> npt.NDArray[np.uint8] | None:
+        """Take the next piece that is not empty, with a time axis."""
+        for piece in self._iterator:
+            name = f"piece {self._num_pieces} of {self._name}"
+            self._num_pieces += 1
+            _check_layout(piece, name, ranks=(3, 4))
+            frames_THWC = np.array(_to_numpy(piece), dtype=np.uint8, ndmin=4)
+            self._check_geometry(frames_THWC, name)
+            if len(frames_THWC):
+                return frames_THWC
+        return None
+
+    def _check_geometry(self, frames_THWC: npt.NDArray[np.uint8], name: str) -> None:
+        info: SourceInfo | None = getattr(self, "info", None)
+        if info is not None and frames_THWC.shape[1:3] != (info.height, info.width):
+            height, width = frames_THWC.shape[1:3]
+            raise SourceError(
+                f"{name} has frames of {width}x{height} pixels where {info.width}x{info.height} came before; "
+                f"bring all pieces to one size first",
+                kind="geometry-changed",
+            )
+
+
+def check_position(name: str, position: SourcePosition, frame_HWC: npt.NDArray[np.uint8] | None) -> None:
+    """Raise SourceError unless the frame at a position is the one that was there before; None if it has gone."""
+    if frame_HWC is None or frame_digest(frame_HWC) != position.digest:
+        what = "has gone" if frame_HWC is None else "is another one now"
+        raise SourceError(
+            f"frame {position.num_frames - 1} of {name}, the last that was read before, {what}; a run can only be "
+            "continued with the same frames",
+            kind="changed",
+        )
+
+
+def is_array(value: Any) -> bool:
+    """Tell whether the value can be sliced like an array: it has a shape, a dtype and an index."""
+    return all(hasattr(value, name) for name in ("shape", "dtype", "__getitem__"))
+
+
+def check_window(start: int, frames: int | None) -> None:
+    """Refuse a first frame or a number of frames that no video has."""
+    if start < 0:
+        raise SourceError(f"start={start} is before the first frame; give the index of a frame, from 0", kind="range")
+    if frames is not None and frames < 1:
+        raise SourceError(f"frames={frames} asks for no frame; ask for at least 1, or None for all", kind="range")
+
+
+def _block_length(height: int, width: int) -> int:
+    """How many frames of this size make a block: 16, fewer if they are large."""
+    return max(1, min(_BLOCK_FRAMES, _BLOCK_BYTES // max(1, height * width * 3)))
+
+
+def _aligned_step(array: Any, height: int, width: int, name: str) -> int:
+    """Frames per block: whole chunks where the array has chunks, since a part of one costs as much as all of it."""
+    step = _block_length(height, width)
+    chunks = getattr(array, "chunks", None)
+    if not (isinstance(chunks, tuple) and chunks and isinstance(chunks[0], int)):
+        return step
+    chunk = max(1, chunks[0])
+    if chunk * height * width * 3 > _MOST_CHUNK_BYTES:
+        raise SourceError(
+            f"{name} is stored in chunks of {chunk} frames of {width}x{height}, "
+            f"{chunk * height * width * 3 / 2**30:.1f} GiB each, which would have to be held whole; store it in "
+            f"shorter chunks, such as {step} frames",
+            kind="layout",
+        )
+    return max(chunk, step // chunk * chunk)
+
+
+def _info(
+    source: OnePass, kind: str, height: int, width: int, num_frames: int | None, frame_rate: Fraction | int | None
+) -> SourceInfo:
+    if frame_rate is not None and frame_rate <= 0:
+        raise SourceError(f"frame_rate={frame_rate} is not a number of frames per second above 0", kind="range")
+    rate = DEFAULT_FRAME_RATE if frame_rate is None else Fraction(frame_rate)
+    return SourceInfo(
+        kind=kind,
+        name=source._name,
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        time_base=1 / rate,
+        frame_rate=rate,
+        timing_assumed=frame_rate is None,
+    )
+
+
+def _check_layout(array: Any, name: str, *, ranks: tuple[int, ...]) -> None:
+    if not is_array(array):
+        raise SourceError(
+            f"{name} is a {type(array).__name__}; expected a numpy array or a torch tensor, {_EXPECTED}", kind="layout"
+        )
+    dtype, shape = str(array.dtype).removeprefix("torch."), tuple(array.shape)
+    given = f"{name} is {dtype} with shape {shape}; expected {_EXPECTED}"
+    if dtype != "uint8":
+        raise SourceError(f"{given}. {_how_to_convert(dtype)}", kind="layout")
+    if len(shape) not in ranks or shape[-1] != 3:
+        hint = ". Move the channels to the last axis" if 3 in shape[:-1] and len(shape) in (*ranks, 5) else ""
+        raise SourceError(f"{given}{hint}", kind="layout")
+    if not (shape[-3] and shape[-2]):
+        raise SourceError(f"{given}, with at least one pixel", kind="layout")
+
+
+def _how_to_convert(dtype: str) -> str:
+    if "float" in dtype:
+        return "Convert values of 0..1 with (x * 255).round().clip(0, 255) and cast the result to uint8"
+    return "Bring the values to 0..255 and cast them to uint8"
+
+
+def _check_size(name: str, size: tuple[int, int] | None, height: int, width: int) -> None:
+    if size is not None and tuple(size) != (height, width):
+        raise SourceError(
+            f"{name} has frames of {width}x{height} pixels and {size[1]}x{size[0]} were asked for; "
+            f"arrays are not resized here, resize them beforehand",
+            kind="layout",
+        )
+
+
+def _beyond_end(name: str, start: int, count: int) -> SourceError:
+    return SourceError(f"start={start} is beyond the end of {name}, which has {count} frames", kind="range")
+
+
+def _to_numpy(piece: Any) -> npt.NDArray[np.uint8]:
+    if type(piece).__module__.startswith("torch"):
+        piece = piece.detach().cpu().numpy()
+    return np.asarray(piece, dtype=np.uint8)
+
+
+def _describe(array: Any) -> str:
+    kind = type(array)
+    return f"the {kind.__module__.partition('.')[0]} {'tensor' if kind.__name__ == 'Tensor' else 'array'}"

@@ -1,0 +1,102 @@
+"""How the samples of a video become RGB: matrix and range, said by the file or decided by a rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange
+from av.video.stream import VideoStream
+
+from longvid.errors import SourceError
+from longvid.frames import ColorInfo
+
+__all__ = ["PRIMARIES", "TRANSFERS", "Conversion", "matrix_by_rule", "resolve_color"]
+
+PRIMARIES = {
+    1: "bt709", 4: "bt470m", 5: "bt470bg", 6: "smpte170m", 7: "smpte240m", 8: "film", 9: "bt2020", 10: "smpte428",
+    11: "smpte431", 12: "smpte432", 22: "ebu3213",
+}  # fmt: skip
+"colour primaries by the number that H.273 and FFmpeg give them"
+TRANSFERS = {
+    1: "bt709", 4: "gamma22", 5: "gamma28", 6: "smpte170m", 7: "smpte240m", 8: "linear", 9: "log100", 10: "log316",
+    11: "iec61966-2-4", 12: "bt1361e", 13: "iec61966-2-1", 14: "bt2020-10", 15: "bt2020-12", 16: "smpte2084",
+    17: "smpte428", 18: "arib-std-b67",
+}  # fmt: skip
+"transfer characteristics by the number that H.273 and FFmpeg give them"
+
+# matrix tag of the file -> (our name, coefficients of swscale); two rare ones go by their nearest relative's name
+_MATRICES = {
+    1: ("bt709", 1), 4: ("bt601", 4), 5: ("bt601", 5), 6: ("bt601", 5), 7: ("bt709", 7), 9: ("bt2020", 9),
+    10: ("bt2020", 9),
+}  # fmt: skip
+_SWSCALE = {"bt709": 1, "bt601": 5}
+_RGB, _UNSPECIFIED = 0, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """How the samples of a stream become RGB."""
+
+    info: ColorInfo
+    matrix: int | None
+    "coefficients of swscale; None if the samples are RGB"
+    matrix_tag: int
+    expand_gray: bool
+    "swscale takes every gray format for full range, so that limited gray is expanded here"
+
+
+def matrix_by_rule(height: int) -> str:
+    """The matrix of a video that does not name one: ``bt709`` from 720 lines up, ``bt601`` below."""
+    return "bt709" if height >= 720 else "bt601"
+
+
+def resolve_color(frame: VideoFrame, stream: VideoStream, name: str) -> Conversion:
+    """What the frame's tags, then the stream's, then the rule say.
+
+    Raises:
+        SourceError: the file names a matrix that cannot be converted.
+    """
+    context = stream.codec_context
+    tag = _first_tag(frame.colorspace, context.colorspace)
+    primaries = PRIMARIES.get(_first_tag(frame.color_primaries, context.color_primaries))
+    transfer = TRANSFERS.get(_first_tag(frame.color_trc, context.color_trc))
+    if _is_rgb(frame):
+        info = ColorInfo(matrix="rgb", range="full", primaries=primaries, transfer=transfer)
+        return Conversion(info, None, tag, False)
+    matrix, coefficients = _resolve_matrix(frame, tag, name)
+    gray = len(frame.format.components) <= 2
+    range_, range_known = _resolve_range(frame, context.color_range, gray)
+    assumed = not range_known or (tag == _UNSPECIFIED and not gray)
+    info = ColorInfo(matrix=matrix, range=range_, primaries=primaries, transfer=transfer, assumed=assumed)
+    return Conversion(info, coefficients, tag, gray and range_ == "limited")
+
+
+def _resolve_matrix(frame: VideoFrame, tag: int, name: str) -> tuple[str, int]:
+    if tag in (_UNSPECIFIED, _RGB):
+        matrix = matrix_by_rule(frame.height)
+        return matrix, _SWSCALE[matrix]
+    if tag not in _MATRICES:
+        raise SourceError(
+            f"{name} uses colour matrix {tag} of H.273, which cannot be converted to RGB here; "
+            f"convert the file to bt709 first"
+        )
+    return _MATRICES[tag]
+
+
+def _resolve_range(frame: VideoFrame, declared: int, gray: bool) -> tuple[str, bool]:
+    """Range of the samples, and whether the file says so."""
+    if frame.format.name.startswith("yuvj"):
+        return "full", True
+    tag = frame.color_range or declared
+    if tag:
+        return ("full" if tag == ColorRange.JPEG else "limited"), True
+    return ("full" if gray else "limited"), False
+
+
+def _first_tag(*tags: int) -> int:
+    return next((int(tag) for tag in tags if tag != _UNSPECIFIED), _UNSPECIFIED)
+
+
+def _is_rgb(frame: VideoFrame) -> bool:
+    return frame.format.is_rgb or frame.format.has_palette

@@ -1,0 +1,300 @@
+"""Opening a media file safely, and telling beforehand whether it is whole."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import re
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import av
+from av.container import InputContainer
+from av.video.stream import VideoStream
+
+from longvid.errors import SourceError
+from longvid.media.limits import Limits
+
+__all__ = ["MediaFile", "declared_end", "lost_samples", "pick_stream", "reason"]
+
+# demuxers that read one file and nothing else: no playlist, no list of pictures, no device
+_DEMUXERS = (
+    "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,flv,ogg,gif,yuv4mpegpipe,ivf,asf,mxf,nut,obu"
+)  # fmt: skip
+_PLAYLISTS = {
+    b"#EXTM3U": "an HLS playlist", b"ffconcat": "a list of files", b"<MPD": "a DASH manifest", b"v=0": "an SDP file",
+    b"[playlist]": "a playlist", b"<smil": "a playlist", b"<SmoothStreamingMedia": "a manifest",
+}  # fmt: skip
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.,-]+:")
+"a protocol's name in front; a single letter is a drive"
+_BLOCK_BYTES = 8 * 2**20
+
+
+def reason(exc: Exception) -> str:
+    """The words of an error, without its number."""
+    return getattr(exc, "strerror", None) or str(exc)
+
+
+class MediaFile:
+    """A regular file that is opened once and by its own name: what is checked is what is decoded.
+
+    Args:
+        path: the file; neither a symbolic link, nor an address, nor a device.
+        limits: ``max_bytes`` and ``max_pixels`` are checked here.
+
+    Raises:
+        SourceError: there is no such file, or it is none that may be opened.
+    """
+
+    def __init__(self, path: Path, limits: Limits) -> None:
+        self._path = path
+        self._limits = limits
+        self.file: io.FileIO = _open_regular(path)
+        "for what is read besides decoding; FFmpeg has a position of its own"
+        try:
+            self.num_bytes = os.fstat(self.file.fileno()).st_size
+            if not self.num_bytes:
+                raise SourceError(f"{path} is empty (0 bytes), not a video", kind="not-video")
+            limits.check_bytes(str(path), self.num_bytes)
+        except BaseException:
+            self.file.close()
+            raise
+
+    def open(self) -> InputContainer:
+        """Let FFmpeg open the file that is open here; it may open nothing else.
+
+        Raises:
+            SourceError: it is no video, or would open other files.
+        """
+        options = {
+            "protocol_whitelist": "file",
+            "format_whitelist": _DEMUXERS,
+            # FFmpeg decodes while it probes, before anybody could look at the size
+            "max_pixels": str(self._limits.decoder_pixels),
+        }
+        seconds = self._limits.stall_seconds
+        try:
+            return av.open(
+                f"file:{self._own_name()}",
+                "r",
+                options=options,
+                metadata_errors="replace",  # titles and the like may be in any encoding
+                timeout=(seconds, seconds),
+            )
+        except (av.FFmpegError, OSError, UnicodeDecodeError) as exc:
+            raise self._refusal(exc) from exc
+
+    def sha256(self, beat: Callable[[], None]) -> str:
+        """Digest of the whole file in hexadecimal digits; ``beat`` is called for every block of it."""
+        digest = hashlib.sha256()
+        self.file.seek(0)
+        while block := self.file.read(_BLOCK_BYTES):
+            digest.update(block)
+            beat()
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self.file.close()
+
+    def _own_name(self) -> str:
+        """A name of the open file itself, where the system has one: another file may take the path at any time."""
+        name = f"/proc/self/fd/{self.file.fileno()}"
+        return name if os.path.exists(name) else str(self._path.absolute())
+
+    def _refusal(self, exc: Exception) -> SourceError:
+        """Say why a file that FFmpeg does not open is none."""
+        if isinstance(exc, av.error.ExitError):
+            return SourceError(
+                f"{self._path} could not be opened within {self._limits.stall_seconds:g} s; convert the file, or allow "
+                f"more with Limits.stall_seconds",
+                kind="stalled",
+            )
+        self.file.seek(0)
+        head = self.file.read(1024)
+        for mark, what in _PLAYLISTS.items():
+            if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(mark) or (mark[:1] == b"<" and mark in head):
+                return SourceError(
+                    f"{self._path} is {what}, which names other files; name the video itself", kind="refused"
+                )
+        if head[4:8] == b"ftyp" or head[:4] == _EBML.to_bytes(4, "big"):
+            return SourceError(
+                f"{self._path} begins like a video and lacks its index: it is cut short, or was never finished; copy "
+                f"or record it again ({reason(exc)})",
+                kind="truncated",
+            )
+        return SourceError(
+            f"{self._path} is not a video that can be read ({reason(exc)}); convert it to mp4 or mkv", kind="not-video"
+        )
+
+
+def _open_regular(path: Path) -> io.FileIO:
+    # a FIFO would wait for its writer without O_NONBLOCK, and a link may point anywhere
+    wanted = ("O_RDONLY", "O_NOFOLLOW", "O_CLOEXEC", "O_NONBLOCK", "O_BINARY")
+    try:
+        number = os.open(path, sum(getattr(os, name, 0) for name in wanted))
+    except (OSError, ValueError) as exc:
+        raise _unopened(path, exc) from exc
+    file = io.FileIO(number, "rb", closefd=True) if not stat.S_ISDIR(os.fstat(number).st_mode) else None
+    if file is None:
+        os.close(number)
+        raise SourceError(f"{path} is a folder, not a video file; name a file in it", kind="not-video")
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        file.close()
+        raise SourceError(f"{path} is not a regular file; copy the video to one", kind="refused")
+    return file
+
+
+def _unopened(path: Path, exc: OSError | ValueError) -> SourceError:
+    code = exc.errno if isinstance(exc, OSError) else errno.EINVAL
+    if code == errno.ELOOP:
+        return SourceError(f"{path} is a symbolic link; name the file itself", kind="refused")
+    if code == errno.ENXIO:
+        return SourceError(f"{path} is not a regular file; copy the video to one", kind="refused")
+    if code in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG) and _ADDRESS.match(str(path)):
+        return SourceError(
+            f"{path} looks like an address; only local files are read: download it, and give its path without a "
+            f"protocol",
+            kind="refused",
+        )
+    if code == errno.ENOENT:
+        return SourceError(f"there is no file {path}; check the name", kind="missing")
+    if code == errno.EACCES:
+        return SourceError(f"{path} cannot be read: permission denied; change its mode")
+    return SourceError(f"{path} cannot be read: {reason(exc)}")
+
+
+def pick_stream(container: InputContainer, name: str) -> VideoStream:
+    """The stream that players would show; pictures attached to a song do not count."""
+    moving = [stream for stream in container.streams.video if not _is_cover(stream)]
+    best = container.streams.best("video")
+    stream = best if best in moving else next(iter(moving), None)
+    if stream is None:
+        kinds = sorted({other.type for other in container.streams})
+        raise SourceError(
+            f"{name} has no video stream; it has {', '.join(kinds) or 'no stream at all'}", kind="no-video-stream"
+        )
+    if stream.codec_context is None:  # decoding would crash the process
+        raise SourceError(f"{name} uses a video codec that FFmpeg cannot decode; convert it first", kind="not-video")
+    return stream
+
+
+def _is_cover(stream: Any) -> bool:
+    return bool(stream.disposition & av.stream.Disposition.attached_pic)
+
+
+def declared_end(file: BinaryIO | io.FileIO, container: InputContainer, stream: VideoStream) -> int | None:
+    """The byte at which the file should end at the earliest, where its header tells."""
+    names = container.format.name.split(",")
+    file.seek(0)
+    if "mp4" in names:
+        samples_end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+        return max(samples_end, _boxes_end(file))
+    if "matroska" in names:
+        return _matroska_end(file)
+    if "avi" in names:
+        return _riff_end(file)
+    if "gif" in names:
+        return _gif_end(file)
+    return None
+
+
+def lost_samples(container: InputContainer, stream: VideoStream) -> int:
+    """How many frames the index of an mp4 file counts and does not place inside the file.
+
+    An edit list leaves frames out too, but then the stream is declared to be as short as what is left.
+    """
+    entries, count = stream.index_entries, stream.frames
+    if "mp4" not in container.format.name.split(",") or not 0 < len(entries) < count or not stream.duration:
+        return 0
+    times = [entry.timestamp for entry in entries]
+    is_short = max(times) - min(times) + 2.5 * stream.duration / count < stream.duration
+    return count - len(entries) if is_short else 0
+
+
+def _boxes_end(file: BinaryIO | io.FileIO) -> int:
+    """Where the index of an mp4 file ends, or its last fragment if it is written in fragments."""
+    position = end = 0
+    fragmented = False
+    while len(head := file.read(16)) >= 8:
+        length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+        if length == 1:  # the true length follows
+            length = int.from_bytes(head[8:], "big")
+        if length < 8:  # the box runs to the end of the file, or is none
+            break
+        position += length
+        fragmented = fragmented or kind == b"moof"
+        if kind in (b"moov", b"moof") or (fragmented and kind == b"mdat"):
+            end = position
+        file.seek(position)
+    return end
+
+
+def _riff_end(file: BinaryIO | io.FileIO) -> int | None:
+    """End of the last of the RIFF lists that an AVI file is made of; None if a recorder left the size at 0."""
+    end = None
+    while (head := file.read(8))[:4] == b"RIFF" and len(head) == 8:
+        size = int.from_bytes(head[4:], "little")
+        if not size:
+            return None
+        end = file.tell() + size
+        file.seek(end)
+    return end
+
+
+def _gif_end(file: BinaryIO | io.FileIO) -> int:
+    """Size of a GIF file, or more if its last byte is not where it should be."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 1024))
+    return size if file.read().rstrip(b"\0").endswith(b";") else size + 1
+
+
+_EBML, _SEGMENT = 0x1A45DFA3, 0x18538067
+
+
+def _matroska_end(file: BinaryIO | io.FileIO) -> int | None:
+    """End of the first segment of a Matroska file; None if its size is left open, and those of its parts too."""
+    for _ in range(4):  # the EBML header, perhaps padding, then the segment
+        identifier = _variable_int(file, keep_marker=True)
+        size = _variable_int(file, keep_marker=False)
+        if identifier == _SEGMENT and size is None:
+            return _parts_end(file)
+        if identifier is None or size is None:
+            return None
+        if identifier == _SEGMENT:
+            return file.tell() + size
+        file.seek(size, os.SEEK_CUR)
+    return None
+
+
+def _parts_end(file: BinaryIO | io.FileIO) -> int | None:
+    """End of the last part of a segment without a size, as a live recording has it."""
+    while True:
+        begin = file.tell()
+        identifier = _variable_int(file, keep_marker=True)
+        if identifier is None:
+            return begin
+        size = _variable_int(file, keep_marker=False)
+        if size is None:
+            return None
+        file.seek(size, os.SEEK_CUR)
+
+
+def _variable_int(file: BinaryIO | io.FileIO, *, keep_marker: bool) -> int | None:
+    """A number of EBML, as long as its leading zero bits tell; None if it says unknown or the file ends."""
+    first = file.read(1)
+    if not first or not first[0]:
+        return None
+    length = 9 - first[0].bit_length()
+    raw = first + file.read(length - 1)
+    value = int.from_bytes(raw, "big")
+    if len(raw) < length:
+        return None
+    if keep_marker:
+        return value
+    marker = 1 << (7 * length)
+    return None if value == 2 * marker - 1 else value - marker

@@ -1,0 +1,283 @@
+"""The pictures of one video stream in the order in which they are shown, and what is wrong with each.
+
+FFmpeg repairs what it can and says little: a frame whose data were damaged comes out flagged, those that were
+predicted from it come out as if they were whole, and those that it could not begin with do not come out at all. What
+it says is put together here, with the time stamps of the packets that went in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import av
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.frame import PictureType, VideoFrame
+from av.video.stream import VideoStream
+
+from longvid.errors import SourceError
+from longvid.media.container import reason
+
+__all__ = ["Decoder", "Fault", "Picture"]
+
+_Run: TypeAlias = Callable[[Callable[[], Any]], Any]
+"calls a function in a thread that may be left behind"
+_MOST_BETWEEN = 16
+"B pictures in a row: what H.264 can have"
+_GUESS = "is damaged: its pixels would be the decoder's guess"
+_SILENT_PACKETS = ("mpeg4", "vp8")
+"decoders that take packets which show nothing, in whole files too"
+_MOST_SILENT = 2
+"packets without a picture between two pictures of a whole file: fields, frames that are only referred to"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a picture is not the source's."""
+
+    kind: str
+    "``damaged``, ``truncated`` or ``geometry-changed``, as of SourceError"
+    why: str
+    "goes on from *frame 12 of a.mp4*"
+    cause: Exception | None = None
+    "without its traceback, which would hold the decoder and all its frames in a circle"
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A frame, or the place of one that did not come out."""
+
+    frame: VideoFrame | None
+    pts: int | None
+    fault: Fault | None = None
+    order: int | None = None
+    "number of its packet among those decoded, if known"
+
+
+class Decoder:
+    """Decodes a stream from where its container stands.
+
+    Once a picture has a fault all that follow have one, up to the next key frame that is whole: they lean on each
+    other. B pictures shown before a faulty one and decoded after it share its fault; that is why they are held back
+    until the picture behind them is known.
+
+    Args:
+        container: what is read.
+        stream: what is decoded.
+        name: what messages call the file.
+        num_bytes: size of the file.
+        run: calls what may hang.
+        size: (height, width) that frames have to have; that of the first one if it is None.
+        from_start: whether pictures that cannot be decoded at the beginning are missed.
+    """
+
+    def __init__(
+        self,
+        container: InputContainer,
+        stream: VideoStream,
+        *,
+        name: str,
+        num_bytes: int,
+        run: _Run,
+        size: tuple[int, int] | None = None,
+        from_start: bool = True,
+    ) -> None:
+        self._packets = container.demux(stream)
+        self._is_plain = container.format.name == "yuv4mpegpipe"
+        self._stream = stream
+        self._name = name
+        self._num_bytes = num_bytes
+        self._run = run
+        self._size = size
+        self._from_start = from_start
+        self._one_by_one = stream.codec_context.thread_type.name == "SLICE"
+        "an error belongs to the packet that went in last"
+        self._reached = 0
+        self._num_packets = 0
+        self._leading = 0
+        self._key_seen = self._begun = False
+        self._waiting: dict[int, int] = {}
+        "packets whose frames are still to come: order by time stamp"
+        self._shown: int | None = None
+        self._failed: dict[int | None, str] = {}
+        "packets known to be bad: why, by time stamp"
+        self._failure: Fault | None = None
+        "the decoder complained, and no picture has answered for it yet"
+        self._zone: Fault | None = None
+        "no picture is good until the next key frame"
+        self.rest: Fault | None = None
+        "why the container gave no more, if that was not its end"
+
+    def pictures(self) -> Iterator[Picture]:
+        """Yield the pictures as they are shown; once.
+
+        Raises:
+            SourceError: the decoder hangs, or finds no memory.
+        """
+        held: list[Picture] = []
+        for picture in self._judged():
+            if picture.fault is None and picture.frame is not None and picture.frame.pict_type == PictureType.B:
+                held.append(picture)
+                if len(held) > _MOST_BETWEEN:
+                    yield held.pop(0)
+                continue
+            yield from _with_share(held, picture)
+            held.clear()
+            yield picture
+        yield from held
+
+    def _judged(self) -> Iterator[Picture]:
+        for frame in self._frames():
+            if frame is None:
+                yield Picture(None, None, self._blame())
+                continue
+            order = None if frame.pts is None else self._waiting.pop(frame.pts, None)
+            yield from self._missing_before(frame)
+            yield self._judge(frame, order)
+            self._shown = frame.pts if frame.pts is not None else self._shown
+            self._begun = True
+        yield from self._missing(None)
+        if self._is_plain and self._reached < self._num_bytes:  # its demuxer takes a part of a frame for the end
+            self.rest = self.rest or Fault("truncated", "is not there as a whole: the file is cut short")
+        if self._failure is not None:  # nothing else answers for it
+            self.rest = self.rest or self._failure
+
+    def _missing_before(self, frame: VideoFrame) -> Iterator[Picture]:
+        if frame.pts is None:
+            if not self._begun and self._from_start and frame.key_frame and self._leading:
+                self._zone = self._cut_beginning()
+                for _ in range(self._leading):
+                    yield Picture(None, None, self._zone)
+            return
+        if self._shown is not None and frame.pts < self._shown:
+            self._shown = None  # two recordings in a row: time begins again
+        yield from self._missing(frame.pts)
+
+    def _missing(self, before: int | None) -> Iterator[Picture]:
+        """Places of packets whose time has passed without a frame. Whole files have such packets too, so that they
+        count only where something is known to be wrong."""
+        after = self._shown
+        stamps = sorted(p for p in self._waiting if (after is None or p > after) and (before is None or p < before))
+        if not self._begun and stamps and before is not None:
+            if not self._from_start:
+                self._waiting = {p: order for p, order in self._waiting.items() if p not in stamps}
+                return
+            self._zone = self._failure or self._cut_beginning()
+        elif before is None and stamps and self._loses_its_end():
+            self._zone = self._zone or Fault(self._kind(), "and what follows gave no picture: the data are damaged")
+        elif len(stamps) > _MOST_SILENT:
+            self._blame()
+        for stamp in stamps:
+            order = self._waiting.pop(stamp)
+            if self._zone is not None or self._failure is not None:
+                yield Picture(None, stamp, self._blame(), order)
+
+    def _loses_its_end(self) -> bool:
+        # frame threads that fail while they are emptied end without a word
+        return not self._one_by_one and self._begun and self._stream.codec_context.name not in _SILENT_PACKETS
+
+    def _blame(self) -> Fault:
+        """The fault of a picture that did not come out, which lasts from now on."""
+        self._zone = self._zone or self._failure or Fault(self._kind(), "gave no picture: its data are damaged")
+        self._failure = None
+        return self._zone
+
+    def _judge(self, frame: VideoFrame, order: int | None) -> Picture:
+        size = (frame.height, frame.width)
+        self._size = self._size or size
+        if size != self._size:
+            self._zone = Fault(
+                "geometry-changed",
+                f"has {size[1]}x{size[0]} pixels where the frames before have {self._size[1]}x{self._size[0]}",
+            )
+        elif frame.is_corrupt or frame.pts in self._failed:
+            self._failure = None
+            self._zone = Fault(self._kind(), self._failed.pop(frame.pts, _GUESS))
+        elif self._zone is not None and frame.key_frame:
+            self._zone = self._failure = None
+        elif not self._begun and self._from_start and not self._key_seen and not frame.key_frame:
+            self._zone = self._cut_beginning()
+        return Picture(frame, frame.pts, self._zone, order)
+
+    def _cut_beginning(self) -> Fault:
+        return Fault("damaged", "cannot be decoded: what it leans on lies before the beginning of the file")
+
+    def _kind(self) -> str:
+        return "truncated" if self._reached >= self._num_bytes else "damaged"
+
+    def _frames(self) -> Iterator[VideoFrame | None]:
+        """Yield what the decoder gives; None for a packet that failed and has no time stamp."""
+        while True:
+            try:
+                frames = self._run(self._step)
+            except SourceError:  # the watchdog's
+                raise
+            except av.ExitError as exc:
+                raise SourceError(
+                    f"nothing could be read of {self._name} for a long time; is its disk there?", kind="stalled"
+                ) from exc
+            except (av.MemoryError, av.BlockingIOError) as exc:
+                raise SourceError(
+                    f"there is no memory, or no thread, to decode {self._name} with; end what else runs here"
+                ) from exc
+            except (av.FFmpegError, OSError) as exc:
+                self.rest = Fault(
+                    self._kind(), f"and what follows cannot be read: {reason(exc)}", exc.with_traceback(None)
+                )
+                yield from self._run(self._emptied)
+                return
+            if frames is None:
+                return
+            yield from frames
+
+    def _step(self) -> list[VideoFrame | None] | None:
+        packet: Packet[Any] | None = next(self._packets, None)
+        if packet is None:
+            return None
+        self._reached = max(self._reached, (packet.pos or 0) + packet.size)
+        if packet.size:
+            self._register(packet)
+        elif packet.pts is not None or packet.dts is not None:
+            return []  # an empty place in an AVI file; to the decoder it would be the end
+        try:
+            return list(packet.decode())
+        except (av.MemoryError, av.BlockingIOError, av.ExitError):
+            raise
+        except (av.FFmpegError, OSError) as exc:
+            self._failure = Fault(self._kind(), f"cannot be decoded: {reason(exc)}", exc.with_traceback(None))
+            if packet.pts is None:
+                return [None] if packet.size else []
+            if self._one_by_one:
+                self._failed[packet.pts] = _GUESS
+            return []
+
+    def _register(self, packet: Packet[Any]) -> None:
+        self._key_seen = self._key_seen or packet.is_keyframe
+        self._leading += not self._key_seen
+        if packet.pts is not None and not packet.is_discard:  # an edit list may leave packets out
+            self._waiting[packet.pts] = self._num_packets
+            if packet.is_corrupt:  # of a transport stream with a gap; the decoder is not told
+                self._failed[packet.pts] = (
+                    "lies at a gap of its transport stream: packets were lost, or recordings joined"
+                )
+        self._num_packets += 1
+
+    def _emptied(self) -> list[VideoFrame | None]:
+        """What the decoder still has when no packet follows."""
+        try:
+            return list(self._stream.codec_context.decode(None))
+        except (av.FFmpegError, OSError):
+            return []
+
+
+def _with_share(held: list[Picture], picture: Picture) -> Iterator[Picture]:
+    """The B pictures before another one, with its fault from the first that was decoded after it."""
+    shares = False
+    for earlier in held:
+        fault = picture.fault
+        if fault is not None and fault.kind != "geometry-changed":
+            known = earlier.order is not None and picture.order is not None
+            shares = shares or not known or (earlier.order or 0) > (picture.order or 0)
+        yield replace(earlier, fault=fault) if shares else earlier

@@ -1,0 +1,269 @@
+"""A video file written frame by frame, that appears under its name only when it is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import av
+import numpy as np
+import numpy.typing as npt
+from av.container import OutputContainer
+from av.video.codeccontext import VideoCodecContext
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+from av.video.stream import VideoStream
+
+from longvid.errors import StoreError
+from longvid.frames import ColorInfo
+from longvid.media.color import PRIMARIES, TRANSFERS, matrix_by_rule
+
+__all__ = ["VideoWriter"]
+
+_FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
+# name -> (tag of matrix, primaries and transfer; coefficients of swscale)
+_MATRICES = {"bt709": (1, 1), "bt601": (6, 5)}
+_PRIMARIES = {name: tag for tag, name in PRIMARIES.items()}
+_TRANSFERS = {name: tag for tag, name in TRANSFERS.items()}
+_LARGEST_TIME_BASE = 2**31 - 1
+_MARK = "made by longvid"
+"the comment in a file, by which it is known again"
+_INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
+
+
+class VideoWriter:
+    """Writes H.264 in limited range with every frame at its own time; a context manager.
+
+    Frames go to a partial file beside the target, which takes the target's name on a clean exit and is removed if
+    the block raises. Even sizes are written as yuv420p, odd ones as yuv444p, so that the size comes back exactly.
+    Matroska keeps time in milliseconds; mp4 and mov keep the time base.
+
+    Args:
+        path: the file to make: .mp4, .mov or .mkv.
+        height: lines of a frame.
+        width: pixels of a line.
+        time_base: seconds per unit of the time stamps.
+        frame_rate: mean frames per second, if known; a hint to players.
+        color: how the source was read. The matrix is used again if it is bt601 or bt709, else the rule decides
+            (bt709 from 720 lines up); primaries and transfer are passed on.
+        overwrite: replace an existing file, if longvid wrote it.
+        crf: quality of x264, 0 (lossless) to 51.
+
+    Raises:
+        StoreError: the target exists and may not be replaced, its folder does not, or its format is not one of these.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        height: int,
+        width: int,
+        time_base: Fraction,
+        frame_rate: Fraction | None,
+        color: ColorInfo | None = None,
+        overwrite: bool = False,
+        crf: int = 18,
+    ) -> None:
+        self._path = Path(path)
+        self._height, self._width = height, width
+        self._time_base = Fraction(time_base)
+        self._frame_rate = frame_rate
+        self._color = color
+        self._overwrite = overwrite
+        self._crf = crf
+        self._partial = self._path.with_name(f"{self._path.stem}.partial-{secrets.token_hex(4)}{self._path.suffix}")
+        self._container: OutputContainer | None = None
+        self._first_pts: int | None = None
+        self._last_pts = 0
+        self._check_format()
+        self._check_target()
+
+    def write(
+        self,
+        frames_THWC: npt.NDArray[np.uint8],
+        pts_T: npt.NDArray[np.int64],
+        valid_T: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Append frames; their time stamps must increase strictly, and are shifted so that the first is 0.
+
+        A video file has no place for ``valid_T``, which other writers of frames keep.
+
+        Raises:
+            StoreError: frames or time stamps are not as promised, or the file cannot be written.
+        """
+        container = self._opened()
+        stamps = self._check_frames(frames_THWC, pts_T)
+        with self._wrapped():
+            for frame_HWC, pts in zip(frames_THWC, stamps, strict=True):
+                container.mux(self._stream.encode(self._convert(frame_HWC, pts)))
+
+    def __enter__(self) -> Self:
+        if self._container is not None:
+            raise StoreError(f"{self._path} is already being written by this writer; make another one")
+        self._check_target()
+        with self._wrapped(), contextlib.ExitStack() as undo:
+            undo.callback(self._discard)
+            self._container = self._open_container()
+            self._stream = self._add_stream(self._container)
+            self._scaler = VideoReformatter()
+            undo.pop_all()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        try:
+            if exc_type is None:
+                self._finish()
+        finally:
+            self._discard()
+
+    def _check_format(self) -> None:
+        if self._path.suffix.lower() not in _FORMATS:
+            raise StoreError(
+                f"{self._path} cannot be written: the suffix {self._path.suffix!r} names no format known here; "
+                f"use {', '.join(_FORMATS)}",
+                kind="format",
+            )
+        if self._height < 1 or self._width < 1:
+            raise StoreError(f"a video of {self._width}x{self._height} pixels cannot be written", kind="format")
+        if self._time_base <= 0 or max(self._time_base.as_integer_ratio()) > _LARGEST_TIME_BASE:
+            raise StoreError(f"the time base {self._time_base} cannot be kept in a video file", kind="format")
+
+    def _check_target(self) -> None:
+        if not self._path.parent.is_dir():
+            raise StoreError(
+                f"{self._path} cannot be written: there is no folder {self._path.parent}; make it first", kind="missing"
+            )
+        if self._path.is_dir():
+            raise StoreError(f"{self._path} exists and is a folder; name another file", kind="exists")
+        if not self._overwrite and os.path.lexists(self._path):
+            raise StoreError(
+                f"{self._path} exists; name another file, or replace it with --overwrite (overwrite=True)",
+                kind="exists",
+            )
+        if os.path.lexists(self._path) and not _is_ours(self._path):
+            raise StoreError(
+                f"{self._path} exists and is not a video that longvid wrote; name another file", kind="foreign"
+            )
+
+    def _open_container(self) -> OutputContainer:
+        format_name = _FORMATS[self._path.suffix.lower()]
+        options = {} if format_name == "matroska" else {"movflags": "+faststart"}
+        container = av.open(f"file:{self._partial.absolute()}", "w", format=format_name, options=options)
+        container.metadata["comment"] = _MARK
+        return container
+
+    def _add_stream(self, container: OutputContainer) -> VideoStream:
+        stream = container.add_stream("libx264", rate=self._frame_rate or Fraction(24))
+        stream.time_base = self._time_base
+        context = stream.codec_context
+        context.time_base = self._time_base
+        context.height, context.width = self._height, self._width
+        context.pix_fmt = "yuv444p" if self._height % 2 or self._width % 2 else "yuv420p"
+        # swscale puts chroma between the pixels, and H.264 means beside them unless it is told: half a pixel of shift
+        context.options = {"crf": str(self._crf), "x264-params": "chromaloc=1"}
+        self._tag(context)
+        return stream
+
+    def _tag(self, context: VideoCodecContext) -> None:
+        tag, self._coefficients = _MATRICES[self._matrix()]
+        context.colorspace = tag
+        context.color_range = ColorRange.MPEG
+        context.color_primaries = _PRIMARIES.get(self._color.primaries or "", tag) if self._color else tag
+        context.color_trc = _TRANSFERS.get(self._color.transfer or "", tag) if self._color else tag
+
+    def _matrix(self) -> str:
+        if self._color is not None and self._color.matrix in _MATRICES:
+            return self._color.matrix
+        return matrix_by_rule(self._height)
+
+    def _opened(self) -> OutputContainer:
+        if self._container is None:
+            raise StoreError(f"{self._path} is not open for writing; use the writer in a with block")
+        return self._container
+
+    def _check_frames(self, frames_THWC: npt.NDArray[np.uint8], pts_T: npt.NDArray[np.int64]) -> list[int]:
+        """Time stamps from 0 for these frames, if they fit what came before."""
+        shape = (len(pts_T), self._height, self._width, 3)
+        if frames_THWC.dtype != np.uint8 or frames_THWC.shape != shape:
+            raise StoreError(
+                f"frames for {self._path} are {frames_THWC.dtype} with shape {frames_THWC.shape}; expected uint8 with "
+                f"shape {shape}, one frame for each of {len(pts_T)} time stamps",
+                kind="format",
+            )
+        stamps = [int(pts) for pts in pts_T]
+        previous = self._last_pts if self._first_pts is not None else None
+        for pts in stamps:
+            if previous is not None and pts <= previous:
+                raise StoreError(
+                    f"time stamps for {self._path} must increase strictly; {pts} follows {previous}", kind="range"
+                )
+            previous = pts
+        if stamps:
+            self._first_pts = stamps[0] if self._first_pts is None else self._first_pts
+            self._last_pts = stamps[-1]
+        return [pts - (self._first_pts or 0) for pts in stamps]
+
+    def _convert(self, frame_HWC: npt.NDArray[np.uint8], pts: int) -> VideoFrame:
+        frame = self._scaler.reformat(
+            VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), "rgb24"),
+            format=self._stream.codec_context.pix_fmt,
+            dst_colorspace=self._coefficients,
+            src_color_range=ColorRange.JPEG,
+            dst_color_range=ColorRange.MPEG,
+            interpolation=_INTERPOLATION,
+        )
+        frame.pts = pts
+        frame.time_base = self._time_base
+        return frame
+
+    def _finish(self) -> None:
+        container = self._opened()
+        if self._first_pts is None:
+            raise StoreError(f"no frames were written to {self._path}, so that there is no video to keep")
+        with self._wrapped():
+            container.mux(self._stream.encode(None))
+            container.close()
+            with self._partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            self._check_target()
+            self._partial.replace(self._path)
+
+    def _discard(self) -> None:
+        """Close what is open and remove the partial file, if it is still there."""
+        container, self._container = self._container, None
+        with contextlib.suppress(av.FFmpegError, OSError):
+            if container is not None:
+                container.close()
+        with contextlib.suppress(OSError):
+            self._partial.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _wrapped(self) -> Iterator[None]:
+        try:
+            yield
+        except StoreError:
+            raise
+        except (av.FFmpegError, OSError, ValueError) as exc:
+            raise StoreError(f"{self._path} cannot be written: {exc}; is the disk full?") from exc
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether the file may be replaced: longvid wrote it, or it is empty."""
+    try:
+        if not path.is_file():  # such as a pipe, or a link that leads nowhere
+            return False
+        if path.stat().st_size == 0:
+            return True
+        with av.open(f"file:{path.absolute()}", format=_FORMATS[path.suffix.lower()]) as container:
+            return _MARK in container.metadata.values()
+    except (av.FFmpegError, OSError, ValueError):
+        return False

@@ -1,0 +1,297 @@
+"""Residency: where each context of one video is, and having it on the device when its layer runs.
+
+One chunk opens the window of every layer once, always in the same order. That order is learned in the first chunk;
+from then on, when the window of layer l opens ::
+
+    1. what earlier layers sent out has left the device by now: its memory is free
+    2. l's context is on the device, and those of the next layers are too or are on their way, as many as fit in the
+       placement's prefetch_bytes
+    3. l's context is handed over; row by row its new context takes the old one's place as the layer's input becomes
+       known and, if the placement says so, starts for the host while the layer computes the last of it
+
+So between two openings the device holds the resident contexts and a few others, and which ones is known in advance
+(:meth:`~longvid.memory.offload.Placement.staged`). Resident contexts never move. Where a context is never changes a
+result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from longvid.events import Lane, Span
+from longvid.memory.buffer_pool import TensorKind
+from longvid.memory.copy_engine import HostTransfer, Mark, Ticket
+from longvid.memory.host_buffer import HostArena, HostSlot
+from longvid.memory.offload import Placement
+
+__all__ = ["Residency", "empty_context"]
+
+
+@dataclass(slots=True)
+class _Home:
+    """The context of one layer: on the device, on the host, or on its way."""
+
+    num_bytes: int = 0
+    device: Tensor | None = None
+    host: HostSlot | None = None
+    arriving: Ticket | None = None
+    leaving: Ticket | None = None
+    sent: Ticket | None = None
+    "the copy that filled ``host``"
+
+
+class Residency:
+    """All contexts of one video, by the path of their layer.
+
+    Args:
+        placement: which of them leave the device between chunks.
+        transfer: what moves them; may be None if nothing is to be moved or timed.
+        host_sizes: bytes of every context that will leave, so that the host memory is taken at once and now; without
+            it, each takes its own when it first leaves.
+        traced: whether moves and computations are timed, see :meth:`collect_spans`.
+    """
+
+    def __init__(
+        self,
+        placement: Placement | None = None,
+        transfer: HostTransfer | None = None,
+        *,
+        host_sizes: tuple[int, ...] = (),
+        traced: bool = False,
+    ) -> None:
+        self._placement = placement or Placement()
+        if self._placement.offloaded and transfer is None:
+            raise ValueError("contexts are to be offloaded, and nothing is there to move them: pass a HostTransfer")
+        self._transfer = transfer
+        self._evicted = False
+        self._in_use = ""
+        "path of the layer whose window holds its context; it is sent when it is kept"
+        self._homes: dict[str, _Home] = {}
+        "in the order in which the layers run"
+        self._contexts: list[tuple[str, int]] = []
+        "path and bytes in that order; known when the first chunk is through"
+        self._position: dict[str, int] = {}
+        self._arenas: list[HostArena] = []
+        self._leaving: list[_Home] = []
+        self._log: list[tuple[Lane, str, Mark, Mark, int]] | None = [] if traced and transfer is not None else None
+        self._opened: tuple[str, Mark] | None = None
+        if host_sizes and transfer is not None:
+            self._arenas.append(transfer.arena(host_sizes))
+
+    # ------------------------------------------------------------------------------------------- numbers
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all contexts that exist, wherever they are."""
+        return sum(home.num_bytes for home in self._homes.values())
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of contexts that hold device memory now, those on their way included."""
+        return sum(home.num_bytes for home in self._homes.values() if home.device is not None)
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """Bytes of the contexts that leave the device between chunks."""
+        return sum(home.num_bytes for path, home in self._homes.items() if path in self._placement.offloaded)
+
+    def layer_bytes(self) -> dict[str, int]:
+        """Bytes of each context by the path of its layer."""
+        return {path: home.num_bytes for path, home in self._homes.items()}
+
+    # ------------------------------------------------------------------------------------------- between chunks
+
+    def contexts(self) -> Iterator[tuple[str, Tensor]]:
+        """Path and context of every layer in the order in which they run, each where it is: read them, and let go."""
+        self._free_what_left()
+        for path, home in self._homes.items():
+            if home.device is not None:
+                if home.arriving is not None:
+                    home.arriving.synchronize()
+                yield path, home.device
+            elif home.host is not None:
+                if home.sent is not None:
+                    home.sent.synchronize()
+                yield path, home.host.tensor
+
+    def restore(self, path: str, context: Tensor, device: torch.device) -> None:
+        """Make ``context`` that of a layer, as if the chunk before had left it. Layers come in the order they run."""
+        home = self._homes.setdefault(path, _Home())
+        home.device = _empty_like(context, device)
+        home.num_bytes = context.numel() * context.element_size()
+        home.device.copy_(context)
+        if path in self._placement.offloaded:
+            self._send(path, home)
+            self._free_what_left()
+
+    # ------------------------------------------------------------------------------------------- one layer
+
+    def open(self, path: str) -> Tensor | None:
+        """The context of a layer whose window opens, on the device; None in the first chunk of a video.
+
+        May be repeated after it failed.
+        """
+        self._free_what_left()
+        home = self._homes.setdefault(path, _Home())
+        self._in_use = path
+        if not home.num_bytes:
+            self._mark_open(path)
+            return None
+        if not self._contexts:
+            self._contexts = [(other, home.num_bytes) for other, home in self._homes.items()]
+            self._position = {other: i for i, other in enumerate(self._homes)}
+        for position in self._placement.staged(self._position[path], self._contexts):
+            self._fetch(self._contexts[position][0])
+        if home.arriving is not None:
+            home.arriving.wait()
+            home.arriving = None
+        self._mark_open(path)
+        return home.device
+
+    def keep(self, path: str, context: Tensor) -> None:
+        """Make ``context`` that of a layer for the next chunk. It is taken over: nobody else may write to it.
+
+        Args:
+            path: of the layer.
+            context: what :meth:`open` gave, changed in place, or in the first chunk a tensor of :func:`empty_context`.
+        """
+        home = self._homes[path]
+        home.device, home.num_bytes = context, context.numel() * context.element_size()
+        self._in_use = ""
+        if self._evicted:  # also a context that has just come into being
+            self._placement = Placement(offloaded=self._placement.offloaded | {path})
+        if path in self._placement.offloaded:
+            self._send(path, home)
+
+    def done(self, path: str) -> None:
+        """The layer has computed its output."""
+        if self._log is not None and self._transfer is not None and self._opened is not None:
+            opened, started = self._opened
+            if opened == path:
+                self._log.append(("compute", path, started, self._transfer.mark(), self._homes[path].num_bytes))
+
+    # ------------------------------------------------------------------------------------------- all layers
+
+    def evict(self) -> int:
+        """Move every context but the one that a window holds to the host, and have them all live there from now on.
+
+        Returns:
+            The device bytes that this set free; 0 if nothing was left to move.
+        """
+        if self._transfer is None:
+            return 0
+        self._free_what_left()
+        before = self.device_bytes
+        self._evicted = True
+        self._placement = Placement(offloaded=self._placement.offloaded.union(self._homes))
+        for path, home in self._homes.items():
+            if home.arriving is not None and path != self._in_use:  # a prefetched context is still on the host
+                home.arriving.synchronize()
+                home.device = home.arriving = None
+        moving = {p: home for p, home in self._homes.items() if home.device is not None and p != self._in_use}
+        homeless = [home.num_bytes for home in moving.values() if home.host is None]
+        if homeless:
+            self._arenas.append(self._transfer.arena(homeless))
+        for path, home in moving.items():
+            self._send(path, home)
+        self._transfer.drain()
+        self._free_what_left()
+        return before - self.device_bytes
+
+    def drop(self) -> None:
+        """Free every context, after waiting for what is on its way. May be called again."""
+        try:
+            # All of it, not only what is listed as leaving: to be ordered behind a copy is not to know that it is done.
+            if self._transfer is not None:
+                self._transfer.drain()
+        finally:
+            self._leaving.clear()
+            for home in self._homes.values():
+                home.device = home.host = home.arriving = home.leaving = home.sent = None
+                home.num_bytes = 0
+            arenas, self._arenas = self._arenas, []
+        if self._transfer is not None:
+            for arena in arenas:
+                self._transfer.release(arena)
+
+    def collect_spans(self, origin_seconds: float) -> tuple[Span, ...]:
+        """Timed moves and computations that ended since the last call; times count from ``origin_seconds``."""
+        spans, rest = [], []
+        for lane, path, started, stopped, num_bytes in self._log or ():
+            start, stop = started.seconds(), stopped.seconds()
+            if start is None or stop is None:
+                rest.append((lane, path, started, stopped, num_bytes))
+                continue
+            spans.append(
+                Span(
+                    lane=lane,
+                    layer=path,
+                    start_seconds=start - origin_seconds,
+                    stop_seconds=stop - origin_seconds,
+                    num_bytes=num_bytes,
+                )
+            )
+        if self._log is not None:
+            self._log = rest
+        return tuple(spans)
+
+    # ------------------------------------------------------------------------------------------- moves
+
+    def _send(self, path: str, home: _Home) -> None:
+        assert self._transfer is not None
+        assert home.device is not None
+        if home.host is None:
+            home.host = self._slot(home.device)
+        home.leaving = home.sent = self._transfer.to_host(home.device, home.host)
+        self._leaving.append(home)
+        self._note("to_host", path, home.leaving, home.num_bytes)
+
+    def _fetch(self, path: str) -> None:
+        home = self._homes[path]
+        if home.device is not None or home.host is None:
+            return
+        assert self._transfer is not None
+        home.device = _empty_like(home.host.tensor, self._transfer.device)
+        home.arriving = self._transfer.to_device(home.host, home.device, home.sent)
+        self._note("to_device", path, home.arriving, home.num_bytes)
+
+    def _free_what_left(self) -> None:
+        while self._leaving:
+            home = self._leaving.pop()
+            if home.leaving is not None:
+                home.leaving.wait()
+            home.device = home.leaving = None
+
+    def _slot(self, context: Tensor) -> HostSlot:
+        size = context.numel() * context.element_size()
+        for arena in self._arenas:
+            if arena.free_bytes >= size:
+                return arena.take(context)
+        assert self._transfer is not None
+        self._arenas.append(self._transfer.arena([size]))
+        return self._arenas[-1].take(context)
+
+    # ------------------------------------------------------------------------------------------- clock
+
+    def _mark_open(self, path: str) -> None:
+        if self._log is not None and self._transfer is not None:
+            self._opened = (path, self._transfer.mark())
+
+    def _note(self, lane: Lane, path: str, ticket: Ticket, num_bytes: int) -> None:
+        if self._log is not None:
+            self._log.append((lane, path, ticket.started, ticket.stopped, num_bytes))
+
+
+def empty_context(shape: tuple[int, int, int, int, int], kind: TensorKind) -> Tensor:
+    """Memory for the context of a layer: an ordinary tensor, so that chunks may run in and outside inference mode."""
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=kind.dtype, device=kind.device, memory_format=kind.layout)
+
+
+def _empty_like(context: Tensor, device: torch.device) -> Tensor:
+    B, C, T, H, W = context.shape
+    return empty_context((B, C, T, H, W), replace(TensorKind.of(context), device=device))

@@ -1,0 +1,1 @@
+"""Whether a run fits, and how it computes: dry run, cost model, planner."""

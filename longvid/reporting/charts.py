@@ -1,0 +1,347 @@
+"""The charts of a report page, drawn by bokeh. The one file that imports it, and nothing imports this one early.
+
+The colours of text and axes come from the page's style sheet, so that they suit a light and a dark page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, TypeAlias
+
+import numpy as np
+from bokeh.embed import components
+from bokeh.models import BasicTicker, ColumnDataSource, FixedTicker, HoverTool, Model, PlainText, Range1d
+from bokeh.plotting import figure
+from bokeh.resources import Resources
+
+from longvid.events import LayerContext, Span
+from longvid.reporting.history import ChunkView, Point, RunHistory, Stay, stays_on_device
+from longvid.reporting.text import COLORS
+
+__all__ = ["draw", "library_script"]
+
+_LANES = {"compute": "compute", "to_device": "to device", "to_host": "to host"}
+_STAGES = {"read": "reading", "compute": "compute", "write": "writing", "wait": "waiting"}
+_UNIT_WORDS = {"ms": "milliseconds", "s": "seconds", "min": "minutes", "h": "hours"}
+_LEFT, _LEFT_OF_VIEWS = 60, 112
+"pixels left of a chart, so that charts that share a time axis stand flush"
+_Range: TypeAlias = tuple[float, float]
+_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
+
+
+def library_script() -> str:
+    """The drawing library itself, as script elements that load nothing."""
+    return Resources(mode="inline", components=["bokeh"], log_level="warn").render_js()
+
+
+def draw(history: RunHistory) -> tuple[str, dict[str, str]]:
+    """A script element that draws the charts of a run, and by name the element that each appears in.
+
+    Left out are charts that there is nothing to draw for.
+    """
+    charts: dict[str, Model] = {}
+    if any(point.peak_bytes is not None for point in history.points):
+        charts["memory"] = _draw_memory(history)
+    if history.points:
+        charts |= {"process": _draw_process(history), "throughput": _draw_throughput(history)}
+        charts |= {"shares": _draw_shares(history), "stages": _draw_stages(history)}
+    if history.views and history.start.layers:
+        charts |= {"residency": _draw_residency(history), "lanes": _draw_lanes(history)}
+    if not charts:
+        return "", {}
+    script, places = components(charts)
+    return str(script), {name: str(place) for name, place in places.items()}
+
+
+def _time_unit(seconds: float) -> tuple[float, str]:
+    """Seconds per unit, and the unit, in which a time axis of this length reads best."""
+    if seconds < 1:
+        return 1e-3, "ms"
+    if seconds < 180:
+        return 1.0, "s"
+    return (60.0, "min") if seconds < 3 * 3600 else (3600.0, "h")
+
+
+def _byte_unit(num_bytes: float) -> tuple[float, str]:
+    for factor, unit in ((2**30, "GiB"), (2**20, "MiB")):
+        if num_bytes >= factor:
+            return float(factor), unit
+    return 1024.0, "KiB"
+
+
+def _blank(
+    height: int, x_range: _Range, x_label: str, y_range: _Range, y_label: str | None, left: int = _LEFT
+) -> figure:
+    """An empty chart that takes the width there is, and leaves swipes and the wheel to the page."""
+    chart = figure(
+        height=height,
+        sizing_mode="stretch_width",
+        min_width=200,
+        x_range=Range1d(start=x_range[0], end=x_range[1]),
+        y_range=Range1d(start=y_range[0], end=y_range[1]),
+        tools="xbox_zoom,xpan,reset",
+        active_drag=None,
+        active_scroll=None,
+        toolbar_location="above",
+        background_fill_alpha=0,
+        border_fill_alpha=0,
+        outline_line_color=None,
+        min_border_left=left,
+        min_border_right=12,
+    )
+    chart.toolbar.logo = None
+    for axis, label in ((chart.xaxis, x_label), (chart.yaxis, y_label)):
+        axis.axis_label = label
+        axis.axis_label_text_font_style = "normal"
+        axis.axis_label_text_font = axis.major_label_text_font = _FONT
+        axis.axis_label_text_font_size = axis.major_label_text_font_size = "12px"
+        axis.minor_tick_line_color = None
+    chart.xaxis.ticker = BasicTicker(desired_num_ticks=6)
+    chart.xgrid.visible = False
+    return chart
+
+
+def _run_axis(history: RunHistory) -> tuple[float, _Range, str]:
+    """Seconds per unit, range and label of the time of a whole run."""
+    factor, unit = _time_unit(history.points[-1].stop_seconds)
+    return factor, (0, history.points[-1].stop_seconds / factor), f"{_UNIT_WORDS[unit]} since the start"
+
+
+def _line(chart: figure, x: Iterable[float], y: Iterable[float], color: str, label: str, unit: str) -> None:
+    """A line with its points marked while they are few, and the value at the pointer."""
+    source = ColumnDataSource({"x": np.fromiter(x, float), "y": np.fromiter(y, float)})
+    line = chart.line("x", "y", source=source, color=color, line_width=2)
+    if len(source.data["x"]) <= 60:
+        chart.scatter("x", "y", source=source, color=color, size=5)
+    chart.add_tools(
+        HoverTool(visible=False, renderers=[line], mode="vline", tooltips=[(label, f"@y{{0,0.00}} {unit}")])
+    )
+
+
+def _draw_memory(history: RunHistory) -> figure:
+    """Device bytes of each measured chunk against the projection and the budget."""
+    start = history.start
+    points = [p for p in history.points if p.peak_bytes is not None]
+    top = max(start.projected_bytes, history.peak_device_bytes, history.allowed_in_view or 0)
+    scale, unit = _byte_unit(top)
+    factor, x_range, x_label = _run_axis(history)
+    chart = _blank(280, x_range, x_label, (0, top / scale * 1.06), unit)
+    # The projection is exact on some devices: drawn wide, it can still be seen under the measured line.
+    chart.hspan(y=start.projected_bytes / scale, line_color=COLORS["projected"], line_width=6, line_alpha=0.6)
+    if history.allowed_in_view is not None:
+        chart.hspan(y=history.allowed_in_view / scale, line_color=COLORS["allowed"], line_width=2, line_dash="dashed")
+    times = ((p.start_seconds + p.stop_seconds) / 2 / factor for p in points)
+    _line(chart, times, ((p.peak_bytes or 0) / scale for p in points), COLORS["measured"], "peak", unit)
+    return chart
+
+
+def _draw_process(history: RunHistory) -> figure:
+    """Resident set size of the process."""
+    top = max(p.rss_bytes for p in history.points)
+    scale, unit = _byte_unit(top)
+    factor, x_range, x_label = _run_axis(history)
+    chart = _blank(180, x_range, x_label, (0, top / scale * 1.08), unit)
+    times = (p.stop_seconds / factor for p in history.points)
+    _line(chart, times, (p.rss_bytes / scale for p in history.points), COLORS["process"], "process", unit)
+    return chart
+
+
+def _draw_throughput(history: RunHistory) -> figure:
+    """Frames per second, each step the mean of a window."""
+    windows = history.windows
+    factor, x_range, x_label = _run_axis(history)
+    rates = [p.frames_per_second for p in windows]
+    chart = _blank(200, x_range, x_label, (0, (max(rates) or 1) * 1.1), "frames/s")
+    source = ColumnDataSource({**_edges(windows, factor), "rate": np.array(rates)})
+    bars = chart.quad(
+        "left", "right", "rate", 0, source=source, fill_color=COLORS["throughput"], fill_alpha=0.25, line_color=None
+    )
+    x = np.repeat([windows[0].start_seconds, *(p.stop_seconds for p in windows)], 2)[1:-1] / factor
+    chart.line(x, np.repeat(rates, 2), color=COLORS["throughput"], line_width=2)
+    chart.add_tools(HoverTool(visible=False, renderers=[bars], tooltips=[("frames/s", "@rate{0,0.00}")]))
+    return chart
+
+
+def _draw_shares(history: RunHistory) -> figure:
+    """How the time of each window was spent: computing, waiting, and the rest."""
+    windows = history.windows
+    factor, x_range, x_label = _run_axis(history)
+    chart = _blank(160, x_range, x_label, (0, 100), "% of time")
+    compute, wait, other = np.array([p.time_shares for p in windows]).T * 100
+    levels = {"compute": compute, "compute_wait": compute + wait, "all": compute + wait + other, "none": 0 * compute}
+    source = ColumnDataSource({**_edges(windows, factor), **levels, "wait": wait, "other": other})
+    for bottom, top, color in (("none", "compute", "compute"), ("compute", "compute_wait", "wait")):
+        chart.quad("left", "right", top, bottom, source=source, color=COLORS[color], line_color=None)
+    rest = chart.quad("left", "right", "all", "compute_wait", source=source, color=COLORS["other"], line_color=None)
+    hover = HoverTool(
+        visible=False,
+        renderers=[rest],
+        mode="vline",
+        tooltips=[("computing", "@compute{0.0} %"), ("waiting", "@wait{0.0} %"), ("other", "@other{0.0} %")],
+    )
+    chart.add_tools(hover)
+    return chart
+
+
+def _draw_stages(history: RunHistory) -> figure:
+    """One row per stage, filled as high as the share of each window in which it was at work."""
+    windows = history.windows
+    factor, x_range, x_label = _run_axis(history)
+    chart = _blank(210, x_range, x_label, (len(_STAGES), 0), None)
+    read, compute, write = np.array([p.stage_shares for p in windows]).T
+    shares = {"read": read, "compute": compute, "write": write, "wait": np.array([p.time_shares[1] for p in windows])}
+    for row, (stage, label) in enumerate(_STAGES.items()):
+        share = shares[stage]
+        source = ColumnDataSource(
+            {
+                **_edges(windows, factor),
+                "bottom": np.full(len(windows), row + 1.0),
+                "top": row + 1 - 0.8 * share,
+                "full": np.full(len(windows), row + 0.2),
+                "share": share * 100,
+            }
+        )
+        whole = chart.quad(
+            "left", "right", "full", "bottom", source=source, color=COLORS[stage], alpha=0.12, line_color=None
+        )
+        chart.quad("left", "right", "top", "bottom", source=source, color=COLORS[stage], line_color=None)
+        chart.add_tools(HoverTool(visible=False, renderers=[whole], tooltips=[(label, "@share{0.0} %")]))
+    chart.yaxis.ticker = FixedTicker(ticks=[row + 0.6 for row in range(len(_STAGES))])
+    chart.yaxis.major_label_overrides = {row + 0.6: label for row, label in enumerate(_STAGES.values())}
+    chart.yaxis.major_tick_in = chart.yaxis.major_tick_out = 0  # room for the labels, so that it stands flush
+    chart.yaxis.major_label_standoff = 4
+    chart.ygrid.ticker = FixedTicker(ticks=list(range(len(_STAGES) + 1)))
+    return chart
+
+
+def _edges(windows: Sequence[Point], factor: float) -> dict[str, Any]:
+    return {
+        "left": np.array([p.start_seconds / factor for p in windows]),
+        "right": np.array([p.stop_seconds / factor for p in windows]),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    """Time axis of the chunks that are shown in full, from the start of the first one."""
+
+    begin_seconds: float
+    factor: float
+    unit: str
+    stop: float
+    first_chunk: int
+
+    @classmethod
+    def of(cls, views: Sequence[ChunkView]) -> _Clock:
+        begin, end = views[0].start_seconds, views[-1].stop_seconds
+        factor, unit = _time_unit(end - begin)
+        return cls(begin, factor, unit, (end - begin) / factor or 1.0, views[0].index)
+
+    def __call__(self, seconds: float) -> float:
+        return (seconds - self.begin_seconds) / self.factor
+
+    def length(self, bar: Span | Stay) -> float:
+        return (bar.stop_seconds - bar.start_seconds) / self.factor
+
+    @property
+    def label(self) -> str:
+        return f"{_UNIT_WORDS[self.unit]} since chunk {self.first_chunk:,} began"
+
+
+def _bars(chart: figure, clock: _Clock, bars: Sequence[tuple[int, Span | Stay]], **style: Any) -> None:
+    """Bars in numbered rows that tell their layer at the pointer."""
+    left = np.array([max(0.0, clock(bar.start_seconds)) for _, bar in bars])
+    right = np.array([min(clock.stop, clock(bar.stop_seconds)) for _, bar in bars])
+    source = ColumnDataSource(
+        {
+            "row": np.array([row + 0.5 for row, _ in bars], np.float32),
+            "left": left,
+            "right": np.maximum(left, right),
+            "layer": [bar.layer for _, bar in bars],
+            "duration": np.array([clock.length(bar) for _, bar in bars], np.float32),
+        }
+    )
+    drawn = chart.hbar(y="row", left="left", right="right", source=source, **style)
+    unit = clock.unit
+    times = [("from", f"@left{{0,0.00}} {unit}"), ("for", f"@duration{{0,0.00}} {unit}")]
+    chart.add_tools(HoverTool(visible=False, renderers=[drawn], tooltips=[("layer", "@layer"), *times]))
+
+
+def _mark_chunks(chart: figure, clock: _Clock, views: Sequence[ChunkView]) -> None:
+    ends = [clock(view.stop_seconds) for view in views[:-1]]
+    if ends:
+        chart.vspan(x=ends, line_color="#7f8a98", line_dash="dotted", line_width=1.5)
+
+
+def _draw_residency(history: RunHistory) -> figure:
+    """One row per layer: when its context was on the device, and when the layer computed."""
+    layers, views = history.start.layers, list(history.views)
+    clock = _Clock.of(views)
+    row_of = {layer.name: row for row, layer in enumerate(layers)}
+    row_height = _row_height(history)
+    chart = _blank(len(layers) * row_height + 90, (0, clock.stop), clock.label, (len(layers), 0), None, _LEFT_OF_VIEWS)
+    _label_groups(chart, layers, row_height)
+    stays = stays_on_device(layers, views)
+    resident = {layer.name for layer in layers if layer.resident}
+    for kind, is_resident in (("resident", True), ("offloaded", False)):
+        bars = [(row_of[stay.layer], stay) for stay in stays if (stay.layer in resident) == is_resident]
+        _bars(chart, clock, bars, height=0.78, fill_color=COLORS[kind], line_color=None)
+    computed = [s for view in views for s in view.spans if s.lane == "compute" and s.layer in row_of]
+    _bars(chart, clock, [(row_of[s.layer], s) for s in computed], height=0.78, color=COLORS["compute"], line_width=1)
+    _mark_chunks(chart, clock, views)
+    return chart
+
+
+def _row_height(history: RunHistory) -> int:
+    """Pixels: where every context stays there is little to see, and many layers must not make an endless page."""
+    layers = history.start.layers
+    if len(layers) > 60 or all(layer.resident for layer in layers):
+        return 8
+    return 15
+
+
+def _group_of(layer: str) -> str:
+    """The part of a model that a layer belongs to, short enough for an axis: ``up_blocks.3`` of
+    ``up_blocks.3.resnets.0.conv1``."""
+    first, *rest = layer.split(".")
+    name = f"{first}.{rest[0]}" if rest and rest[0].isdigit() else first
+    return name if len(name) <= 14 else name[:13] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _label_groups(chart: figure, layers: Sequence[LayerContext], row_height: int) -> None:
+    """Name runs of layers instead of layers: full paths would leave a narrow screen no room for the bars."""
+    ends, labels, row = [0], {}, 0
+    last_label = -np.inf
+    for name, run in groupby(layers, key=lambda layer: _group_of(layer.name)):
+        size = len(list(run))
+        middle = row + size / 2
+        if (middle - last_label) * row_height >= 12:
+            labels[middle] = name
+            last_label = middle
+        row += size
+        ends.append(row)
+    chart.yaxis.ticker = FixedTicker(ticks=list(labels))
+    # Plain text, since bokeh takes a string between dollar signs for TeX, and looks for its typesetter on the network.
+    chart.yaxis.major_label_overrides = {middle: PlainText(text=name) for middle, name in labels.items()}
+    chart.yaxis.major_tick_line_color = None
+    chart.ygrid.ticker = FixedTicker(ticks=ends)
+
+
+def _draw_lanes(history: RunHistory) -> figure:
+    """Computation and the two directions of transfer, one row each."""
+    views = list(history.views)
+    clock = _Clock.of(views)
+    rows = {lane: row for row, lane in enumerate(_LANES)}
+    chart = _blank(190, (0, clock.stop), clock.label, (len(rows), 0), None, _LEFT_OF_VIEWS)
+    spans = [span for view in views for span in view.spans]
+    for lane, row in rows.items():
+        bars = [(row, span) for span in spans if span.lane == lane]
+        _bars(chart, clock, bars, height=0.7, color=COLORS[lane], fill_alpha=0.7, line_width=1)
+    chart.yaxis.ticker = FixedTicker(ticks=[row + 0.5 for row in rows.values()])
+    chart.yaxis.major_label_overrides = {rows[lane] + 0.5: label for lane, label in _LANES.items()}
+    chart.yaxis.major_tick_line_color = None
+    chart.ygrid.ticker = FixedTicker(ticks=list(range(len(rows) + 1)))
+    _mark_chunks(chart, clock, views)
+    return chart

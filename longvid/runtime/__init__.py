@@ -1,0 +1,1 @@
+"""What happens when: sessions, encoding, decoding, push mode, repair, tuning."""

@@ -1,0 +1,182 @@
+"""Clock and counters of one run: what events and the report are made of."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+from longvid.environment import describe_machine
+from longvid.events import Callback, ChunkEvent, LayerContext, RunReport, RunStart
+from longvid.memory.tracker import peak_rss_bytes, rss_bytes
+from longvid.planning.plan import Plan
+from longvid.runtime.engine import Run
+from longvid.runtime.prefetch import Prefetcher, Writer
+
+__all__ = ["Job"]
+
+
+class Job:
+    """Clock and counters of one run. Use it in a ``with`` statement: entering and leaving tell the callbacks.
+
+    Args:
+        callbacks: see :class:`~longvid.events.RunObserver`.
+        run: what is measured.
+        plan: what it was planned with.
+        total: frames of the whole run, None while unknown.
+    """
+
+    def __init__(self, callbacks: tuple[Callback, ...], run: Run, plan: Plan, total: int | None) -> None:
+        self._callbacks = callbacks
+        self._run = run
+        self._plan = plan
+        self._total = total
+        self._started = time.perf_counter()
+        self._chunks = self._frames = self._latents = 0
+        self._resumed_from_frame = 0
+        self.snapshot_seconds = 0.0
+        "time spent on snapshots, which the run sets"
+        self._compute_seconds = self._computed = 0.0
+        self._threads: tuple[Prefetcher[Any], Writer[Any]] | None = None
+        self._spent = (0.0, 0.0, 0.0)
+        "what :func:`_thread_seconds` said at the last chunk"
+        self._report: RunReport | None = None
+
+    @staticmethod
+    def wants_spans(callbacks: tuple[Callback, ...]) -> bool:
+        """Whether any callback wants to know what the lanes do."""
+        return any(getattr(callback, "wants_spans", False) for callback in callbacks)
+
+    def __enter__(self) -> Self:
+        observers = [callback for callback in self._callbacks if hasattr(callback, "run_started")]
+        start = self._start() if observers else None
+        for count, observer in enumerate(observers):
+            try:
+                observer.run_started(start)
+            except BaseException:
+                self._tell_end(observers[:count])
+                raise
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        failures = self._tell_end(self._callbacks)
+        if failures and exc is None:
+            raise failures[0]
+        for failure in failures:  # the run's own error is what the caller must see
+            warnings.warn(f"a callback failed after the run did: {failure}", stacklevel=2)
+
+    def _tell_end(self, callbacks: Sequence[Any]) -> list[Exception]:
+        """Tell everybody, whoever of them fails."""
+        failures: list[Exception] = []
+        for callback in callbacks:
+            try:
+                getattr(callback, "run_finished", lambda _: None)(self._report)
+            except Exception as exc:
+                failures.append(exc)
+        return failures
+
+    def _start(self) -> RunStart:
+        plan, run, part = self._plan, self._run, self._run.part
+        return RunStart(
+            direction=run.direction,
+            model=plan.model,
+            height=plan.height,
+            width=plan.width,
+            dtype=plan.dtype,
+            device=str(run.engine.device),
+            chunk_frames=part.chunk_frames,
+            frames_total=self._total,
+            offload=part.offload,
+            prefetch_bytes=part.placement.prefetch_bytes,
+            host_tier=run.engine.transfer.tier,
+            allowed_bytes=plan.allowed_bytes,
+            reserved_bytes=plan.reserved_bytes,
+            projected_bytes=part.projected_bytes,
+            weights_bytes=part.weights_bytes,
+            layers=tuple(LayerContext(name=x.name, bytes=x.bytes, resident=x.resident) for x in part.layers),
+            plan=plan.explain(),
+            machine=describe_machine(str(run.engine.device)),
+        )
+
+    def skip(self, *, chunks: int, frames: int, latents: int) -> None:
+        """Count what an earlier run has done, before the first chunk of this one."""
+        self._chunks, self._frames, self._latents = chunks, frames, latents
+        self._resumed_from_frame = frames
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Around the computation of one chunk."""
+        started = time.perf_counter()
+        yield
+        self._compute_seconds = time.perf_counter() - started
+        self._computed += self._compute_seconds
+
+    def emit(self, num_frames: int, num_latents: int, reader: Prefetcher[Any], writer: Writer[Any]) -> None:
+        """Tell the callbacks that a chunk is done."""
+        run = self._run
+        self._frames += num_frames
+        self._latents += num_latents
+        self._threads = (reader, writer)
+        spent = _thread_seconds(reader, writer)
+        wait_seconds, read_seconds, write_seconds = (now - then for now, then in zip(spent, self._spent, strict=True))
+        event = ChunkEvent(
+            direction=run.direction,
+            index=self._chunks,
+            num_frames=num_frames,
+            frames_done=self._frames,
+            frames_total=self._total,
+            num_latents=num_latents,
+            seconds=time.perf_counter() - self._started,
+            compute_seconds=self._compute_seconds,
+            wait_seconds=wait_seconds,
+            read_seconds=read_seconds,
+            write_seconds=write_seconds,
+            cache_bytes=run.cache_bytes,
+            offloaded_bytes=run.cache_bytes - run.cache.device_bytes,
+            chunk_peak_bytes=run.meter.chunk_peak_bytes,
+            peak_device_bytes=run.meter.peak_bytes,
+            rss_bytes=rss_bytes(),
+            spans=run.spans(self._started),
+        )
+        self._chunks, self._spent = self._chunks + 1, spent
+        for callback in self._callbacks:
+            callback(event)
+
+    def finish(self, *, complete: bool = True) -> RunReport:
+        """The whole run. Called when its threads are done, and while its contexts are still there.
+
+        Args:
+            complete: whether it came to the end of the video.
+        """
+        seconds, run = time.perf_counter() - self._started, self._run
+        wait_seconds, read_seconds, write_seconds = _thread_seconds(*self._threads) if self._threads else self._spent
+        self._report = RunReport(
+            direction=run.direction,
+            frames=self._frames,
+            latent_frames=self._latents,
+            seconds=seconds,
+            frames_per_second=(self._frames - self._resumed_from_frame) / seconds,
+            compute_seconds=self._computed,
+            wait_seconds=wait_seconds,
+            read_seconds=read_seconds,
+            write_seconds=write_seconds,
+            snapshot_seconds=self.snapshot_seconds,
+            peak_device_bytes=run.meter.peak_bytes,
+            projected_bytes=run.part.projected_bytes,
+            peak_rss_bytes=peak_rss_bytes(),
+            cache_bytes=run.cache_bytes,
+            offloaded_bytes=run.offloaded_bytes,
+            resumed_from_frame=self._resumed_from_frame,
+            complete=complete,
+        )
+        return self._report
+
+
+def _thread_seconds(reader: Prefetcher[Any], writer: Writer[Any]) -> tuple[float, float, float]:
+    """Seconds so far in which compute waited for either, in which the reader worked, and in which the writer did."""
+    return reader.wait_seconds + writer.wait_seconds, reader.busy_seconds, writer.busy_seconds

@@ -1,0 +1,299 @@
+"""Push mode: one video whose frames, or latents, come in slices of any length from the caller.
+
+Axes: B batch (1), C channels, T time, H height, W width; lower-case c t h w are those of a latent.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from longvid.errors import ScheduleError, SessionStateError, SourceError
+from longvid.events import Direction
+from longvid.planning.plan import DirectionPlan, Plan
+from longvid.runtime.engine import DecodeRun, EncodeRun, Engine, Frames, Representation, Run
+from longvid.runtime.reblock import Reblocker, pad_frames
+from longvid.schedule import Chunk, ChunkSchedule
+
+if TYPE_CHECKING:
+    from longvid.runtime.session import VideoSession
+
+__all__ = ["PushDecoder", "PushEncoder", "Scope"]
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A video's place in the session's budget."""
+
+    plan: Plan
+    direction: Direction
+
+    @property
+    def schedule(self) -> ChunkSchedule:
+        """How the video is cut."""
+        return self.plan.schedule
+
+    @property
+    def part(self) -> DirectionPlan:
+        """What the video was planned to need."""
+        return self.plan.direction(self.direction)
+
+
+class Scope(ABC):
+    """Life of a push-mode video: open in a ``with`` block, until finished, failed or left."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, session: VideoSession) -> None:
+        self._session = session
+        self._engine: Engine | None = None
+        self._run: Run | None = None
+        "made with the admission"
+        self.admission: Admission | None = None
+        "set when the size of the frames is known, until the video ends"
+        self._ended = ""
+
+    def __enter__(self) -> Self:
+        if self._engine is not None or self._ended:
+            raise SessionStateError(f"the {self.kind} cannot be entered twice; ask the session for a new one")
+        self._engine = self._session._check_usable(self.kind)
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop the video and free its contexts. May be called again."""
+        self._end("is closed")
+
+    @property
+    def closed(self) -> bool:
+        """Whether the scope holds nothing any more."""
+        return self._engine is None and bool(self._ended)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the video's contexts now, wherever they are."""
+        return 0 if self._run is None else self._run.cache_bytes
+
+    def _end(self, why: str) -> None:
+        if self._run is not None:
+            self._run.__exit__(None, None, None)
+        self._engine = self._run = self.admission = None
+        self._ended = self._ended or why
+
+    @contextmanager
+    def _working(self, what: str) -> Iterator[Engine]:
+        """Run a part of the video; after an exception the video cannot go on."""
+        with self._session._busy(f"{self.kind}.{what}"):
+            if self._engine is None:
+                raise SessionStateError(
+                    f"{self.kind}.{what}: this video {self._ended or 'is not open; use it in a with statement'}"
+                )
+            try:
+                yield self._engine
+            except BaseException:
+                self._end("failed in an earlier call; start it again with a new one")
+                raise
+
+    def _admitted(self, engine: Engine, direction: Direction, size: tuple[int, int]) -> Admission:
+        """The video's place, asked for when its size is first known; its run is made with it."""
+        if self.admission is None:
+            self.admission = self._session._admit(engine, direction, *size)
+            self._run = self._make_run(engine, self.admission.part).__enter__()
+        return self.admission
+
+    @abstractmethod
+    def _make_run(self, engine: Engine, part: DirectionPlan) -> Run:
+        """The cache and meter of this direction."""
+
+
+class PushEncoder(Scope):
+    """Encodes one video from frames as they come. Made by :meth:`VideoSession.encoder`, used in a ``with`` block.
+
+    Whatever slices are pushed, the same chunks run, so the latents are the same bit for bit.
+    """
+
+    kind = "encoder"
+
+    def __init__(self, session: VideoSession, representation: Representation, seed: int) -> None:
+        super().__init__(session)
+        self._representation: Representation = representation
+        self._seed = seed
+        self._reblock: Reblocker | None = None
+        self._size = (0, 0)
+        self.num_frames = 0
+        "frames pushed so far"
+
+    def _make_run(self, engine: Engine, part: DirectionPlan) -> Run:
+        return EncodeRun(engine, part, self._representation, self._seed)
+
+    def push(self, frames_THWC: Any) -> Tensor:
+        """Take uint8 frames (T, H, W, 3), numpy or torch, any number; return the latents finished so far.
+
+        Returns:
+            (1, c, t, h, w) on the host, t possibly 0; with ``representation="moments"`` (1, 2 c, t, h, w).
+
+        Raises:
+            SourceError: wrong dtype, axes or size.
+            MemoryBudgetError: frames of this size do not fit the session's budget.
+        """
+        with self._working("push") as engine:
+            frames = _as_frames(frames_THWC)
+            if self._reblock is None:
+                self._size = (frames.shape[1], frames.shape[2])
+                self._reblock = Reblocker(self._admitted(engine, "encode", self._size).schedule.capacity)
+            if frames.shape[1:3] != self._size:
+                raise SourceError(
+                    f"frames of {frames.shape[2]}x{frames.shape[1]} came after frames of "
+                    f"{self._size[1]}x{self._size[0]}; one video has one size",
+                    kind="geometry-changed",
+                )
+            self.num_frames += len(frames)
+            plan = self._admitted(engine, "encode", self._size).schedule
+            return self._joined(
+                engine, [self._encode(plan.full(i), block) for i, (block,) in self._reblock.push(frames)]
+            )
+
+    def finish(self) -> Tensor:
+        """Encode what is left, the tail padded by repeating the last frame; the video is then complete.
+
+        Raises:
+            SourceError: no frame was pushed.
+        """
+        with self._working("finish") as engine:
+            if self._reblock is None or self.admission is None or not self.num_frames:
+                raise SourceError("the video has no frames; push at least one before finish()", kind="no-frames")
+            rest = self._reblock.rest()
+            done = []
+            if rest is not None:
+                index, (block,) = rest
+                done.append(self._encode(self.admission.schedule.tail(index, len(block)), block))
+            latents = self._joined(engine, done)
+            self._end("is finished")
+            return latents
+
+    def _encode(self, chunk: Chunk, block: Frames) -> Tensor:
+        run = self._run
+        assert isinstance(run, EncodeRun)
+        size = run.engine.model.geometry.padded_size(*self._size)
+        latents, moments = run.latents(chunk, pad_frames(block, chunk.padded_frames, *size))
+        return latents if moments is None else moments
+
+    def _joined(self, engine: Engine, done: list[Tensor]) -> Tensor:
+        if done:
+            return torch.cat(done, dim=2)
+        geometry = engine.model.geometry
+        height, width = geometry.padded_size(*self._size)
+        channels = geometry.latent_channels * (2 if self._representation == "moments" else 1)
+        dtype = torch.float32 if self._representation == "sample" else engine.dtype
+        p = geometry.pixels_per_latent
+        return torch.empty((1, channels, 0, height // p, width // p), dtype=dtype)
+
+
+class PushDecoder(Scope):
+    """Decodes one video from latents as they come. Made by :meth:`VideoSession.decoder`, used in a ``with`` block."""
+
+    kind = "decoder"
+
+    def __init__(self, session: VideoSession, num_frames: int | None, size: tuple[int, int] | None) -> None:
+        super().__init__(session)
+        if num_frames is not None and num_frames < 1:
+            raise ScheduleError(f"a video has at least one frame, num_frames={num_frames} was given")
+        self._num_frames = num_frames
+        self._crop = size
+        self._reblock: Reblocker | None = None
+        self._num_latents = 0
+        self._frame_size = (0, 0)
+
+    def _make_run(self, engine: Engine, part: DirectionPlan) -> Run:
+        return DecodeRun(engine, part, self._crop)
+
+    def push(self, z_BCTHW: Tensor) -> Frames:
+        """Take raw latents (1, c, t, h, w), any number; return the frames finished so far.
+
+        Returns:
+            uint8 frames (T, H, W, 3), T possibly 0.
+
+        Raises:
+            ScheduleError: wrong axes or channels, or more latents than ``num_frames`` has.
+            MemoryBudgetError: latents of this size do not fit the session's budget.
+        """
+        with self._working("push") as engine:
+            z_TCHW = self._as_latents(engine, z_BCTHW)
+            if self._reblock is None:
+                p = engine.model.geometry.pixels_per_latent
+                self._frame_size = (z_TCHW.shape[2] * p, z_TCHW.shape[3] * p)
+                self._check_crop()
+                self._reblock = Reblocker(lambda i: plan.full(i).num_latents)
+            plan = self._admitted(engine, "decode", self._frame_size).schedule
+            self._num_latents += len(z_TCHW)
+            if self._num_frames is not None and self._num_latents > plan.num_latents(self._num_frames):
+                plan.check_length(self._num_frames, self._num_latents)
+            try:
+                blocks = list(self._reblock.push(z_TCHW))
+            except ValueError as exc:
+                raise ScheduleError(f"the latents changed within a video: {exc}") from exc
+            return self._joined([self._decode(plan.full(i), block) for i, (block,) in blocks])
+
+    def finish(self) -> Frames:
+        """Decode what is left; the video is then complete.
+
+        Raises:
+            ScheduleError: the number of latents is not that of a whole video, or not that of ``num_frames``.
+        """
+        with self._working("finish") as engine:
+            plan = self.admission.schedule if self.admission else engine.model.geometry.schedule
+            most = plan.max_frames(self._num_latents)
+            plan.check_length(self._num_frames or most, self._num_latents)
+            rest = self._reblock.rest() if self._reblock is not None else None
+            done = [] if rest is None else [self._decode(plan.tail_of_latents(rest[0], len(rest[1][0])), rest[1][0])]
+            frames = self._joined(done)
+            self._end("is finished")
+            return frames
+
+    def _check_crop(self) -> None:
+        if self._crop is not None and not all(0 < c <= f for c, f in zip(self._crop, self._frame_size, strict=True)):
+            raise ScheduleError(
+                f"a crop to {self._crop[1]}x{self._crop[0]} was asked for, the latents decode to frames of "
+                f"{self._frame_size[1]}x{self._frame_size[0]}"
+            )
+
+    def _as_latents(self, engine: Engine, z: Any) -> npt.NDArray[np.float32]:
+        channels = engine.model.geometry.latent_channels
+        if not isinstance(z, Tensor) or z.ndim != 5 or z.shape[:2] != (1, channels) or 0 in z.shape[3:]:
+            given = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+            raise ScheduleError(f"latents are a torch tensor (1, {channels}, t, h, w), {given} was given")
+        return cast("npt.NDArray[np.float32]", z[0].detach().movedim(1, 0).to("cpu", torch.float32).numpy())
+
+    def _decode(self, chunk: Chunk, z_TCHW: npt.NDArray[np.float32]) -> Frames:
+        run = self._run
+        assert isinstance(run, DecodeRun)
+        frames = run.frames(chunk, z_TCHW)
+        return frames if self._num_frames is None else frames[: max(0, self._num_frames - chunk.frame_start)]
+
+    def _joined(self, done: list[Frames]) -> Frames:
+        if done:
+            return np.concatenate(done)
+        height, width = self._crop or self._frame_size
+        return np.empty((0, height, width, 3), np.uint8)
+
+
+def _as_frames(frames: Any) -> Frames:
+    array = frames.detach().cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape[1:3]:
+        raise SourceError(
+            f"frames are uint8 with axes (T, H, W, 3); {array.dtype} {array.shape} was given", kind="layout"
+        )
+    return cast("Frames", array)

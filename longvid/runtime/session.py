@@ -1,0 +1,596 @@
+"""VideoSession: one model on one device, and the life of every video that goes through it.
+
+What a whole video goes through is told in :mod:`longvid.runtime.whole`; push mode runs the middle part of it alone.
+Every video and direction gets a :class:`~longvid.models.cache.ConvCache` of its own that dies with it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from enum import Enum
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar, get_args
+
+import torch
+
+from longvid.errors import MemoryBudgetError, ModelError, ScheduleError, SessionStateError, SourceError, StoreError
+from longvid.events import Callback, Direction, RunReport
+from longvid.frames import OnError
+from longvid.media.limits import Limits
+from longvid.memory.host_buffer import HostArena
+from longvid.memory.offload import OffloadPolicy
+from longvid.memory.tracker import MemoryBudget, host_available_bytes
+from longvid.models.base import CausalVAE
+from longvid.models.loading import load_model
+from longvid.models.numerics import Numerics, parse_layout, parse_paired_frames
+from longvid.planning.kernel_choice import can_compute, choose_numerics, fresh_memory_is_slow, preferred_band_bytes
+from longvid.planning.plan import DirectionPlan, Plan
+from longvid.planning.planner import Offload, make_plan, parse_dtype, parse_offload
+from longvid.planning.profile import Profile, ProfileScope
+from longvid.runtime.engine import Engine, Frames, Representation
+from longvid.runtime.push import Admission, PushDecoder, PushEncoder, Scope
+from longvid.runtime.whole import DecodeOptions, EncodeOptions, Host, OnNonFinite, Recorded, decode_video, encode_video
+from longvid.store.durability import Durability, parse_durability
+from longvid.store.reader import LatentStore, open_store
+from longvid.units import format_bytes, parse_bytes, parse_reserve
+
+__all__ = ["VideoSession"]
+
+ScopeT = TypeVar("ScopeT", bound=Scope)
+
+
+class _State(Enum):
+    UNOPENED = "is not open; use it in a with statement"
+    OPEN = "is open"
+    CLOSED = "is closed and cannot be opened again; make a new one"
+
+
+class VideoSession:
+    """Encodes and decodes videos with one model on one device, in bounded memory.
+
+    Use it in a ``with`` statement. Leaving it frees the device memory that it took; the model passed in is never
+    changed. A session belongs to the thread and the process that opened it, and does one thing at a time; several
+    push-mode videos may be open at once and interleave.
+
+    Args:
+        model: a :class:`~longvid.models.base.CausalVAE`, or anything :func:`longvid.load_model` takes; the built-in
+            ``tiny`` by default, which is for previews.
+        device: ``"auto"`` (the accelerator if there is one, else the CPU) or a torch device.
+        dtype: compute dtype, a name such as ``"bfloat16"`` or a torch dtype; None for that of the weights.
+        memory: budget of device bytes such as ``"8GiB"``, weights included; None for no limit. A run that would not
+            fit is refused before anything is read or written.
+        offload: which contexts leave the device between chunks: ``"auto"`` (as much as ``memory`` needs), ``"none"``,
+            ``"all"``, or a size such as ``"512MiB"`` up to which they stay. The results are the same, bit for bit.
+        offload_dir: folder for an unnamed file that offloaded contexts go to; None for host memory.
+        reserved: part of ``memory`` for what a plan cannot see, such as workspaces; None for 0 on a CPU and 512 MiB on
+            an accelerator.
+        profile: what ``longvid tune`` found, or the path of it. Its thresholds take the place of ``offload="auto"``
+            where there is no ``memory``; its measured rates and reserve are used in any case. One of another model,
+            size, dtype or device is refused.
+        chunk_frames: frames of a chunk after the first, for a model whose result does not depend on it; None for the
+            model's own, or shorter where the budget asks for it.
+        slice_frames: frames of a slice, in which the layers with the largest frames run; None for whole chunks, and
+            fewer where the budget asks for it. Never changes a bit.
+        layout: of activations in memory: ``"auto"``, ``"contiguous"`` or ``"channels_last"``. Seen in the last bits of
+            a result and recorded in the store. ``"auto"`` is channels last where it is not slower, except for small
+            frames on a CPU, for which contiguous is bit for bit what diffusers computes in the bfloat16 encoder.
+        paired_frames: whether convolutions take frames in pairs, with a third fewer multiplications: ``"auto"`` (on a
+            CPU, in float32 and in a bfloat16 decoder, if it is faster), ``"on"`` or ``"off"``. To rounding; recorded in
+            the store.
+        compile: whether norm and activation may run as one kernel made by ``torch.compile``, on a CPU in channels last;
+            it is if it wins in a moment's race. Needs a C++ compiler, and seconds, once. To rounding; recorded in the
+            store.
+        callbacks: called with a :class:`~longvid.events.ChunkEvent` after every chunk, in the caller's thread.
+    """
+
+    def __init__(
+        self,
+        model: CausalVAE | Any = "tiny",
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype | None = None,
+        memory: str | int | None = None,
+        offload: Offload = "auto",
+        offload_dir: str | os.PathLike[str] | None = None,
+        reserved: str | int | None = None,
+        profile: Profile | str | os.PathLike[str] | None = None,
+        chunk_frames: int | None = None,
+        slice_frames: int | None = None,
+        layout: str = "auto",
+        paired_frames: str | bool = "auto",
+        compile: bool = False,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self._layout = parse_layout(layout)
+        self._paired_frames = parse_paired_frames(paired_frames)
+        self._compile = compile
+        if slice_frames is not None and slice_frames < 1:
+            raise ScheduleError(f"slices of {slice_frames} frames were asked for; one frame is the least")
+        self._slice_frames = slice_frames
+        self._offload = parse_offload(offload)
+        self._offload_dir = None if offload_dir is None else Path(offload_dir)
+        self._profile = profile if isinstance(profile, Profile) or profile is None else Profile.read(profile)
+        self._reserved_bytes = None if reserved is None else parse_reserve(reserved)
+        self._source_model = load_model(model)
+        self._source_model.geometry.schedule_for(chunk_frames)  # refuses what cannot be, before anything is placed
+        self._chunk_frames = chunk_frames
+        self._dtype = parse_dtype(dtype) if dtype is not None else None
+        self._requested_device = device
+        self._allowed_bytes = None if memory is None else parse_bytes(memory)
+        self._callbacks = tuple(callbacks)
+        self._state = _State.UNOPENED
+        self._busy_with: str | None = None
+        self._engine: Engine | None = None
+        self._plans: dict[tuple[object, ...], Plan] = {}
+        self._numerics: dict[tuple[Direction, int, int], Numerics] = {}
+        self._scopes: list[Scope] = []
+        self._stopping = False
+
+    # ------------------------------------------------------------------------------------------- lifecycle
+
+    def __enter__(self) -> Self:
+        if self._state is not _State.UNOPENED:
+            raise SessionStateError(f"the session cannot be entered: it {self._state.value}")
+        self._owner = (os.getpid(), threading.get_ident())
+        self._engine = Engine.on_device(
+            self._source_model,
+            self._requested_device,
+            self._dtype,
+            offload_dir=self._offload_dir,
+            reserved_bytes=self._reserve(),
+        )
+        self._state = _State.OPEN
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free everything the session holds, open push-mode videos included. May be called again."""
+        engine, self._engine, self._state = self._engine, None, _State.CLOSED
+        with ExitStack() as stack:  # each of them, whichever fails
+            if engine is not None:
+                stack.callback(engine.transfer.close)
+            for scope in self._scopes:
+                stack.callback(scope.close)
+            self._scopes.clear()
+
+    def _reserve(self) -> int | None:
+        if self._reserved_bytes is None and self._profile is not None:
+            return self._profile.reserved_bytes
+        return self._reserved_bytes
+
+    def _check_usable(self, what: str) -> Engine:
+        if self._state is not _State.OPEN or self._engine is None:
+            raise SessionStateError(f"{what}: the session {self._state.value}")
+        pid, thread = self._owner
+        if os.getpid() != pid:
+            raise SessionStateError(
+                f"{what}: the session was opened in process {pid} and this is its fork {os.getpid()}, where compute "
+                "threads do not exist; open a session in the child, and start children with 'spawn'"
+            )
+        if threading.get_ident() != thread:
+            raise SessionStateError(
+                f"{what}: the session belongs to the thread that opened it; open one session per thread (they may "
+                "share the model)"
+            )
+        if self._busy_with is not None:
+            raise SessionStateError(f"{what}: the session is busy with {self._busy_with}; one thing at a time")
+        return self._engine
+
+    @contextmanager
+    def _busy(self, what: str) -> Iterator[Engine]:
+        engine = self._check_usable(what)
+        self._busy_with = what
+        try:
+            yield engine
+        finally:
+            self._busy_with = None
+
+    # ------------------------------------------------------------------------------------------- planning
+
+    def plan(self, *, height: int, width: int) -> Plan:
+        """The plan for frames of this size under the session's dtype and budget; see :func:`longvid.make_plan`."""
+        return self._plan(self._check_usable("plan"), height, width, ("encode", "decode"), whole=True)
+
+    def _plan(
+        self,
+        engine: Engine,
+        height: int,
+        width: int,
+        directions: tuple[Direction, ...],
+        *,
+        held_bytes: int = 0,
+        idle_limit_bytes: int | None = None,
+        recorded: Recorded = Recorded(),  # noqa: B008 - a frozen value
+        whole: bool = False,
+    ) -> Plan:
+        """The plan under what ``held_bytes`` of other videos leave of the budget; ``whole`` if chunk follows chunk."""
+        height, width = engine.model.geometry.padded_size(height, width)
+        if engine.model.geometry.chunk_invariant and self._allowed_bytes is not None:
+            directions = ("encode", "decode")  # the budget may shorten chunks, and both directions share their length
+        key = (height, width, directions, held_bytes, idle_limit_bytes, recorded, whole)
+        if key not in self._plans:
+            profile = self._profile
+            offload: Offload | Mapping[Direction, OffloadPolicy] = self._offload
+            slice_frames: int | Mapping[Direction, int | None] | None = self._slice_frames
+            if profile is not None:
+                profile.check(
+                    ProfileScope.of(engine.model, height=height, width=width, dtype=engine.dtype, device=engine.device)
+                )
+                if self._offload.kind == "auto" and self._allowed_bytes is None:
+                    offload = profile.policies(self._offload)
+                    slice_frames = profile.slice_frames if slice_frames is None else slice_frames
+            self._plans[key] = make_plan(
+                engine.model,
+                height=height,
+                width=width,
+                dtype=engine.dtype,
+                memory=self._allowed_bytes,
+                offload=offload,
+                chunk_frames=self._chunk_frames_for(engine, recorded),
+                reserved=engine.reserved_bytes,
+                held_bytes=held_bytes,
+                idle_limit_bytes=idle_limit_bytes,
+                directions=directions,
+                rates=None if profile is None else profile.rates,
+                numerics={d: self._numerics_for(engine, d, height, width, recorded) for d in directions},
+                slice_frames=slice_frames,
+                band_bytes=preferred_band_bytes(engine.device),
+                keep_workspace=whole and fresh_memory_is_slow(engine.device),
+            )
+        return self._plans[key]
+
+    def _chunk_frames_for(self, engine: Engine, recorded: Recorded) -> int | None:
+        if self._chunk_frames is None and engine.model.geometry.chunk_invariant:
+            return recorded.chunk_frames
+        return self._chunk_frames
+
+    def _numerics_for(
+        self, engine: Engine, direction: Direction, height: int, width: int, recorded: Recorded
+    ) -> Numerics:
+        """Of frames of this size; chosen once, so that all videos of a session are computed alike."""
+        earlier = recorded.numerics
+        if (
+            earlier is not None
+            and self._layout in (None, earlier.layout)
+            and self._paired_frames in (None, earlier.paired_frames)
+            and can_compute(earlier, engine.dtype)
+        ):
+            return earlier
+        if (direction, height, width) not in self._numerics:
+            self._numerics[direction, height, width] = choose_numerics(
+                engine.model,
+                device=engine.device,
+                dtype=engine.dtype,
+                height=height,
+                width=width,
+                layout=self._layout,
+                paired_frames=self._paired_frames,
+                compile=self._compile,
+                direction=direction,
+            )
+        return self._numerics[direction, height, width]
+
+    def _admit(
+        self,
+        engine: Engine,
+        direction: Direction,
+        height: int,
+        width: int,
+        recorded: Recorded = Recorded(),  # noqa: B008 - a frozen value
+        whole: bool = False,
+    ) -> Admission:
+        """Check a video of this size against all limits, beside those that are open, and give it its plan.
+
+        What a run that is continued has ``recorded`` counts where the session was left the choice. One video computes
+        at a time while the contexts of all are held; contexts count as planned, whether or not they have come into
+        being yet.
+        """
+        others = [s.admission.part for s in self._scopes if s.admission is not None]
+        held_bytes = sum(part.idle_bytes for part in others)
+        budget = MemoryBudget(allowed_bytes=self._allowed_bytes, reserved_bytes=engine.reserved_bytes)
+        # What this video may hold while the largest of the others computes.
+        room = [budget.left(other.projected_bytes + held_bytes - other.idle_bytes) for other in others]
+        idle_limit = min((r for r in room if r is not None), default=None)
+        plan = self._plan(
+            engine,
+            height,
+            width,
+            (direction,),
+            held_bytes=held_bytes,
+            idle_limit_bytes=idle_limit,
+            recorded=recorded,
+            whole=whole,
+        )
+        plan.check(direction)
+        part = plan.direction(direction)
+        for other in others:
+            beside = held_bytes - other.idle_bytes + part.idle_bytes
+            budget.check(
+                other.projected_bytes + beside,
+                {**other.parts, "contexts of other open videos": beside},
+                f"{direction} at {plan.width}x{plan.height} beside a larger video that is open",
+            )
+        self._check_host(engine, part)
+        return Admission(plan, direction)
+
+    def _check_host(self, engine: Engine, part: DirectionPlan) -> None:
+        """Host memory is a limit too, the machine's as well as a container's."""
+        parts = {}
+        if self._offload_dir is None:
+            parts["offloaded contexts"] = HostArena.room_for(part.host_sizes)
+        if engine.device.type == "cpu":
+            parts["tensors"] = part.projected_bytes - part.weights_bytes
+        available, needed = host_available_bytes() + engine.transfer.spare_bytes, sum(parts.values())
+        if needed > available:
+            listing = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+            raise MemoryBudgetError(
+                f"the run needs {format_bytes(needed)} of host memory ({listing}), and this machine or its container "
+                f"has {format_bytes(available)} left; send contexts to a folder with offload_dir (--offload-dir), or "
+                "choose a smaller frame size or a narrower dtype",
+                projected_bytes=needed,
+                allowed_bytes=available,
+                parts=parts,
+            )
+
+    # ------------------------------------------------------------------------------------------- whole videos
+
+    def encode(
+        self,
+        source: Any,
+        store: str | os.PathLike[str],
+        *,
+        representation: Representation = "mode",
+        start: int = 0,
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        frame_rate: Fraction | float | None = None,
+        store_dtype: Literal["float16", "float32"] = "float16",
+        seed: int = 0,
+        on_error: OnError = "stop",
+        on_non_finite: OnNonFinite = "stop",
+        limits: Limits | None = None,
+        overwrite: bool = False,
+        resume: bool = True,
+        durability: str | Durability = "fsync",
+        mend: Iterable[int] = (),
+    ) -> RunReport:
+        """Encode a video into a zarr store of latents, or go on with one that was not finished.
+
+        Args:
+            source: path of a video file; an iterable of uint8 arrays (T, H, W, 3); or a numpy, torch or zarr array.
+            store: where the store goes; its parent folder exists.
+            representation: ``"mode"`` stores the posterior's mean, ``"sample"`` a seeded sample, ``"moments"`` the
+                mean and, in a second array, mean and log variance.
+            start: frames to skip.
+            frames: frames to encode at most.
+            size: (height, width) to resize a file's frames to.
+            frame_rate: frames per second of a source without time stamps.
+            store_dtype: dtype of the stored latents. Values it cannot hold are an error, never clipped.
+            seed: of ``"sample"``.
+            on_error: where a file is damaged: ``"stop"`` raises, ``"keep"`` ends the video before the damage,
+                ``"conceal"`` repeats the last good frame and marks it in ``frame_valid``.
+            on_non_finite: where the model computes values that are not finite: ``"stop"`` raises, ``"quarantine"``
+                encodes the chunk again with the last good frame in place of its own, and marks it.
+            limits: what a source may ask for at most.
+            overwrite: replace what is there, unless it is an unfinished store of this very run, which is continued.
+            resume: continue such a store. If it is complete already, nothing is done.
+            durability: ``"fsync"`` survives power loss, ``"rename"`` the death of the process; or all of it, see
+                :class:`~longvid.Durability`.
+            mend: units of a store of this very run that are to be computed and written again, and nothing else; for
+                :func:`longvid.runtime.repair.repair`.
+
+        Returns:
+            What was done; ``complete`` is False if :meth:`stop` ended it.
+
+        Raises:
+            SourceError: frames cannot be read. If nothing was published yet, no store is left behind.
+            StoreError: the store exists, is of another run, is being written by somebody, or cannot be written.
+            NonFiniteError: see ``on_non_finite``.
+            MemoryBudgetError: it would not fit; raised before a frame is read or the store is made.
+            SessionStateError: the session is not open, is busy, or is used from another thread or process; or the
+                model was changed.
+        """
+        _require_representation(representation, seed)
+        if store_dtype not in ("float16", "float32"):
+            raise StoreError(f"store_dtype {store_dtype!r} is not known; choose float16 or float32", kind="format")
+        if on_non_finite not in get_args(OnNonFinite):
+            raise ModelError(
+                f"on_non_finite {on_non_finite!r} is not known; choose {' or '.join(get_args(OnNonFinite))}"
+            )
+        options = EncodeOptions(
+            representation=representation,
+            start=start,
+            frames=frames,
+            size=size,
+            frame_rate=_as_rate(frame_rate),
+            store_dtype=store_dtype,
+            seed=seed,
+            on_error=on_error,
+            on_non_finite=on_non_finite,
+            limits=limits or Limits(),
+            overwrite=overwrite,
+            resume=resume,
+            durability=parse_durability(durability),
+            mend=frozenset(mend),
+        )
+        with self._busy("encode") as engine, self._stoppable():
+            _require_apart(_path_of(source), Path(store))
+            return encode_video(self._host(engine), source, Path(store), options)
+
+    def decode(
+        self,
+        store: str | os.PathLike[str] | LatentStore,
+        out: str | os.PathLike[str] | Callable[[Frames], None],
+        *,
+        start: int = 0,
+        frames: int | None = None,
+        overwrite: bool = False,
+        resume: bool = True,
+        durability: str | Durability = "fsync",
+        mend: Iterable[int] = (),
+    ) -> RunReport:
+        """Decode a store of latents into exactly the frames that were encoded.
+
+        Args:
+            store: a store that :meth:`encode` completed, or its path.
+            out: path ending in ``.mp4``, ``.mov`` or ``.mkv`` for a video file, in ``.zarr`` for a store of frames;
+                or a callable that takes uint8 frames (T, H, W, 3); it is called in order, in a thread of its own.
+            start: frames to skip. They are decoded all the same, since every frame leans on those before it.
+            frames: frames to write at most.
+            overwrite: replace what is there, unless it is an unfinished store of this very run, which is continued.
+            resume: continue such a store. A video file cannot be continued and starts over.
+            durability: of a store of frames, as for :meth:`encode`.
+            mend: units of a store of frames, as for :meth:`encode`.
+
+        Returns:
+            What was done; ``complete`` is False if :meth:`stop` ended it. An unfinished video file is removed then.
+
+        Raises:
+            StoreError: the store is missing, incomplete, damaged or of another kind of model; the output exists or
+                cannot be written. A file that is not finished is removed.
+            ScheduleError: the store was made with another chunk plan, or ``start`` and ``frames`` leave nothing.
+            MemoryBudgetError: it would not fit; raised before anything is written.
+            SessionStateError: as for :meth:`encode`.
+        """
+        options = DecodeOptions(
+            start=start,
+            frames=frames,
+            overwrite=overwrite,
+            resume=resume,
+            durability=parse_durability(durability),
+            mend=frozenset(mend),
+        )
+        with self._busy("decode") as engine, self._stoppable():
+            latents = store if isinstance(store, LatentStore) else open_store(store)
+            _require_decodable(latents, engine.model)
+            target = out if callable(out) else Path(out)
+            if isinstance(target, Path):
+                _require_apart(latents.path, target)
+            return decode_video(self._host(engine), latents, target, options)
+
+    def stop(self) -> None:
+        """Ask the :meth:`encode` or :meth:`decode` that runs to end at the next boundary between chunks.
+
+        It saves a snapshot, publishes what is whole, and returns its report with ``complete=False``. If none runs, the
+        next one ends so at once. May be called from a signal handler, a callback or another thread.
+        """
+        self._stopping = True
+
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._stopping = False
+
+    def _host(self, engine: Engine) -> Host:
+
+        def admit(direction: Direction, height: int, width: int, recorded: Recorded) -> Admission:
+            return self._admit(engine, direction, height, width, recorded, whole=True)
+
+        return Host(engine=engine, callbacks=self._callbacks, admit=admit, stopping=lambda: self._stopping)
+
+    # ------------------------------------------------------------------------------------------- push mode
+
+    def encoder(self, *, representation: Representation = "mode", seed: int = 0) -> PushEncoder:
+        """A scope that encodes one video of unknown length from frames as they come; see :class:`PushEncoder`."""
+        _require_representation(representation, seed)
+        self._check_usable("encoder")
+        return self._scope(PushEncoder(self, representation, seed))
+
+    def decoder(self, *, num_frames: int | None = None, size: tuple[int, int] | None = None) -> PushDecoder:
+        """A scope that decodes one video from latents as they come; see :class:`PushDecoder`.
+
+        Args:
+            num_frames: true length of the video; None gives the frames of the padded tail as well.
+            size: (height, width) to crop to; None for whole latents.
+        """
+        self._check_usable("decoder")
+        return self._scope(PushDecoder(self, num_frames, size))
+
+    def _scope(self, scope: ScopeT) -> ScopeT:
+        self._scopes = [s for s in self._scopes if not s.closed]
+        self._scopes.append(scope)
+        return scope
+
+
+def _require_decodable(store: LatentStore, model: CausalVAE) -> None:
+    if not store.complete:
+        raise StoreError(
+            f"{store.path} is incomplete: {store.num_frames} frames were published before its encode ended early; "
+            "encode it again with --overwrite (overwrite=True)",
+            kind="incomplete",
+        )
+    geometry = model.geometry
+    channels = store.latents.shape[1]
+    if channels != geometry.latent_channels:
+        raise StoreError(
+            f"{store.path} holds latents of {channels} channels, the model decodes {geometry.latent_channels}; use the "
+            f"model that encoded it: {store.vae.get('name_or_path') or store.vae.get('class_name')}",
+            kind="format",
+        )
+    p, size = geometry.pixels_per_latent, geometry.padded_size(store.height, store.width)
+    if store.latents.shape[2:] != (size[0] // p, size[1] // p):
+        raise StoreError(
+            f"{store.path} holds latents of {store.latents.shape[3]}x{store.latents.shape[2]} for frames of "
+            f"{store.width}x{store.height}, the model makes {size[1] // p}x{size[0] // p} of them; use the model that "
+            "encoded it",
+            kind="format",
+        )
+    if not geometry.schedule.same_latents(store.schedule):
+        raise ScheduleError(
+            f"{store.path} was encoded in chunks {store.schedule.to_dict()}, "
+            f"the model runs {geometry.schedule.to_dict()}"
+        )
+    have, want = model.describe().get("weights_sha256"), store.vae.get("weights_sha256")
+    if have and want and have != want:
+        warnings.warn(
+            f"{store.path} was encoded with other weights ({store.vae.get('name_or_path')}); frames may look wrong",
+            stacklevel=4,
+        )
+
+
+def _require_representation(representation: str, seed: int) -> None:
+    if representation not in ("mode", "moments", "sample"):
+        raise ModelError(f"representation {representation!r} is not known; choose mode, moments or sample")
+    if seed < 0:
+        raise ModelError(f"seed {seed} is negative; seeds are whole numbers from 0")
+
+
+def _as_rate(frame_rate: Fraction | float | None) -> Fraction | None:
+    if frame_rate is None:
+        return None
+    if not math.isfinite(frame_rate):
+        raise SourceError(f"frame_rate={frame_rate} is not a number of frames per second above 0", kind="range")
+    return Fraction(frame_rate).limit_denominator(1 << 20)
+
+
+def _path_of(source: Any) -> Path | None:
+    """Where a source lies on disk, if it does: a file, a folder, or a zarr array in one."""
+    if isinstance(source, (str, os.PathLike)):
+        return Path(source)
+    root = getattr(getattr(source, "store", None), "root", None)
+    return root if isinstance(root, Path) else None
+
+
+def _require_apart(source: Path | None, out: Path) -> None:
+    """Refuse to write over what is being read, or into it, or around it."""
+    if source is None:
+        return
+    a, b = source.resolve(), out.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise StoreError(
+            f"{out} cannot be written while {source} is read: one is the other, or lies in it; choose another name",
+            kind="foreign",
+        )

@@ -1,0 +1,380 @@
+"""Tune: peak against time for a row of thresholds, measured on the machine at hand.
+
+Every threshold runs the same chunks of noise. Thresholds take turns, round after round, so that whatever else the
+machine does falls on all of them; a threshold's time is the median over the rounds. The knee is the least peak whose
+chunks take at most ``slack`` longer than with nothing offloaded.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from longvid.environment import describe_machine
+from longvid.errors import MemoryBudgetError
+from longvid.events import Direction
+from longvid.memory.copy_engine import HostTransfer, Ticket
+from longvid.memory.offload import OffloadPolicy
+from longvid.models.base import CausalVAE
+from longvid.planning.cost_model import DeviceRates
+from longvid.planning.kernel_choice import choose_numerics, fresh_memory_is_slow, preferred_band_bytes
+from longvid.planning.plan import DirectionPlan
+from longvid.planning.planner import make_plan
+from longvid.planning.profile import DirectionProfile, Profile, ProfileScope
+from longvid.runtime.engine import DecodeRun, EncodeRun, Engine
+from longvid.schedule import ChunkSchedule
+from longvid.units import format_bytes
+
+__all__ = ["ThresholdPoint", "Tuning", "draw", "is_plot", "tune"]
+
+_FIRST_TIMED = 3
+"chunks before it warm up, and on a CPU they are the ones whose allocations are tracked, which takes time of its own"
+_LINK_BYTES = 64 * 2**20
+_MARK = "longvid tune"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThresholdPoint:
+    """One threshold of one direction, measured."""
+
+    direction: Direction
+    slice_frames: int
+    "frames of a slice in the layer with the largest frames; as many as a chunk has if it is not cut"
+    resident_bytes: int
+    "contexts that stay on the device, together"
+    offloaded_bytes: int
+    prefetch_bytes: int
+    projected_bytes: int
+    peak_bytes: int
+    "measured, weights included"
+    seconds: float
+    "of a chunk in the middle, median over the rounds"
+    spread: float
+    "largest over smallest time of the rounds"
+    slowdown: float
+    "over the time with nothing offloaded"
+    knee: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """What a sweep found."""
+
+    scope: ProfileScope
+    slack: float
+    points: tuple[ThresholdPoint, ...]
+    profile: Profile
+    machine: dict[str, Any]
+
+    def explain(self) -> str:
+        """The sweep as a table, the knees marked."""
+        lines = [
+            f"{self.scope.model} at {self.scope.size} in {self.scope.dtype} on {self.scope.device}",
+            f"{'':8}{'slices':>8}{'stay':>12}{'leave':>12}{'early':>12}{'planned':>12}{'measured':>12}{'ms/chunk':>10}{'ratio':>8}",
+        ]
+        for point in self.points:
+            sizes = (
+                point.resident_bytes,
+                point.offloaded_bytes,
+                point.prefetch_bytes,
+                point.projected_bytes,
+                point.peak_bytes,
+            )
+            lines.append(
+                f"{point.direction:8}{point.slice_frames:>8}"
+                + "".join(f"{format_bytes(size):>12}" for size in sizes)
+                + f"{point.seconds * 1e3:>10.1f}{point.slowdown:>8.3f}"
+                + ("  <- knee" if point.knee else "")
+            )
+        lines.append(f"knee: the least peak for at most {self.slack:.0%} more time than with nothing offloaded")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, ready for JSON."""
+        return {
+            "scope": asdict(self.scope),
+            "slack": self.slack,
+            "reserved_bytes": self.profile.reserved_bytes,
+            "points": [asdict(point) for point in self.points],
+            "profile": {direction: asdict(part) for direction, part in self.profile.directions.items()},
+            "machine": self.machine,
+        }
+
+
+def tune(
+    model: CausalVAE,
+    *,
+    height: int,
+    width: int,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+    memory: int | None = None,
+    offload_dir: Path | None = None,
+    directions: Sequence[Direction] = ("encode", "decode"),
+    thresholds: int = 6,
+    rounds: int = 3,
+    slack: float = 0.05,
+    say: Callable[[str], None] = lambda _: None,
+) -> Tuning:
+    """Measure a row of thresholds: ever shorter slices, then, in the shortest, ever more offloaded contexts.
+
+    Args:
+        model: with weights; random ones will do.
+        height: of the frames, in pixels.
+        width: of the frames.
+        device: ``"auto"`` or a torch device.
+        dtype: compute dtype; None for that of the weights.
+        memory: budget in bytes: thresholds that need more are left out.
+        offload_dir: folder for offloaded contexts instead of host memory.
+        directions: which to tune.
+        thresholds: how many, the two ends included.
+        rounds: how often each is measured.
+        slack: how much longer a chunk may take at the knee than at the first threshold that fits.
+        say: told how far it is.
+
+    Raises:
+        ModelError: the model has no weights, or the device cannot be used.
+        MemoryBudgetError: not even everything offloaded fits ``memory``.
+    """
+    engine = Engine.on_device(model, device, dtype, offload_dir=offload_dir)
+    with engine.transfer:
+        link = _link_rate(engine)
+        points: list[ThresholdPoint] = []
+        parts: dict[Direction, DirectionProfile] = {}
+        excess = 0
+        for direction in directions:
+            plans = _thresholds(engine, direction, height, width, thresholds, memory, link)
+            measured = _measure(engine, direction, plans, rounds, say)
+            row = _as_points(direction, plans, measured, slack)
+            points += row
+            knee = next(point for point in row if point.knee)
+            excess = max(excess, *(point.peak_bytes - point.projected_bytes for point in row))
+            flops = plans[0][1].timeline.total_flops
+            parts[direction] = DirectionProfile(
+                slice_frames=knee.slice_frames,
+                resident_bytes=knee.resident_bytes,
+                prefetch_bytes=knee.prefetch_bytes,
+                peak_bytes=knee.peak_bytes,
+                slowdown=knee.slowdown,
+                flops_per_second=flops / min(point.seconds for point in row),
+                link_bytes_per_second=link,
+            )
+        scope = ProfileScope.of(engine.model, height=height, width=width, dtype=engine.dtype, device=engine.device)
+        return Tuning(
+            scope=scope,
+            slack=slack,
+            points=tuple(points),
+            profile=Profile(scope=scope, reserved_bytes=max(0, excess), directions=parts),
+            machine=describe_machine(str(engine.device)),
+        )
+
+
+def _thresholds(
+    engine: Engine, direction: Direction, height: int, width: int, count: int, memory: int | None, link: float
+) -> list[tuple[ChunkSchedule, DirectionPlan]]:
+    """Plans in ever shorter slices, then from nothing to everything offloaded, each different from the others."""
+
+    rates = DeviceRates(link_bytes_per_second=link)
+
+    padded = engine.model.geometry.padded_size(height, width)
+    numerics = choose_numerics(
+        engine.model,
+        device=engine.device,
+        dtype=engine.dtype,
+        height=padded[0],
+        width=padded[1],
+        direction=direction,
+    )
+
+    def planned(policy: OffloadPolicy, slice_frames: int | None = None) -> tuple[ChunkSchedule, DirectionPlan]:
+        plan = make_plan(
+            engine.model,
+            height=height,
+            width=width,
+            dtype=engine.dtype,
+            offload=policy,
+            rates=rates,
+            directions=(direction,),
+            numerics=numerics,
+            slice_frames=slice_frames,
+            band_bytes=preferred_band_bytes(engine.device),
+            keep_workspace=fresh_memory_is_slow(engine.device),
+        )
+        return plan.schedule, plan.direction(direction)
+
+    none = planned(OffloadPolicy("none"))
+    if memory is None or none[1].projected_bytes <= memory:  # how far ahead contexts are fetched depends on the rates
+        seconds, _ = _run_once(engine, direction, *none)
+        flops = none[1].timeline.total_flops / seconds
+        rates = DeviceRates(flops_per_second=flops, link_bytes_per_second=link, measured=True)
+    sizes = [int(none[1].cache_bytes * (count - 1 - i) / (count - 1)) for i in range(1, count - 1)]
+    policies = [*(OffloadPolicy("size", size) for size in sizes if size > 0), OffloadPolicy("all")]
+    found = [none]
+    shortest, frames = none[1].chunk_frames, none[1].chunk_frames // 2
+    while frames:
+        shorter = planned(OffloadPolicy("none"), frames)
+        if shorter[1].projected_bytes < found[-1][1].projected_bytes:
+            found.append(shorter)
+            shortest = frames
+        frames //= 2
+    for policy in policies:
+        candidate = planned(policy, shortest)
+        if all(candidate[1].placement.offloaded != other.placement.offloaded for _, other in found):
+            found.append(candidate)
+    fitting = [(s, part) for s, part in found if memory is None or part.projected_bytes <= memory]
+    if not fitting:
+        raise MemoryBudgetError(
+            f"{direction} needs {format_bytes(found[-1][1].projected_bytes)} with every context offloaded, and "
+            f"{format_bytes(memory or 0)} are allowed; there is no threshold to measure",
+            projected_bytes=found[-1][1].projected_bytes,
+            allowed_bytes=memory or 0,
+        )
+    return fitting
+
+
+def _measure(
+    engine: Engine,
+    direction: Direction,
+    plans: list[tuple[ChunkSchedule, DirectionPlan]],
+    rounds: int,
+    say: Callable[[str], None],
+) -> list[tuple[list[float], int]]:
+    """Seconds of a chunk in each round, and the highest peak, for each plan."""
+    seconds: list[list[float]] = [[] for _ in plans]
+    peaks = [0] * len(plans)
+    for number in range(rounds):
+        # There and back, so that a drift of the machine does not favour one end of the row.
+        order = range(len(plans)) if number % 2 == 0 else reversed(range(len(plans)))
+        for index in order:
+            took, peak = _run_once(engine, direction, *plans[index])
+            seconds[index].append(took)
+            peaks[index] = max(peaks[index], peak)
+            say(f"{direction}, round {number + 1} of {rounds}, {format_bytes(peak)}: {took * 1e3:.1f} ms per chunk")
+    return list(zip(seconds, peaks, strict=True))
+
+
+def _run_once(engine: Engine, direction: Direction, schedule: ChunkSchedule, part: DirectionPlan) -> tuple[float, int]:
+    """Seconds of a chunk in the middle, the shorter of two, and the peak of all."""
+    run = EncodeRun(engine, part, "mode", 0) if direction == "encode" else DecodeRun(engine, part, None)
+    times = []
+    with run:
+        for index, compute in enumerate(_chunks(run, schedule)):
+            _wait_for(engine)
+            started = time.perf_counter()
+            compute()
+            _wait_for(engine)
+            if index >= _FIRST_TIMED:
+                times.append(time.perf_counter() - started)
+        return min(times), run.meter.peak_bytes
+
+
+def _chunks(run: EncodeRun | DecodeRun, schedule: ChunkSchedule) -> Iterator[Callable[[], object]]:
+    """The first chunks of a video of noise, each as a call that computes it."""
+    geometry, random = run.engine.model.geometry, np.random.default_rng(0)
+    height, width = run.part.frame_size
+    p = geometry.pixels_per_latent
+    for index in range(_FIRST_TIMED + 2):
+        chunk = schedule.full(index)
+        if isinstance(run, EncodeRun):
+            yield partial(run.moments, random.integers(0, 256, (chunk.padded_frames, height, width, 3), dtype=np.uint8))
+        else:
+            shape = (chunk.num_latents, geometry.latent_channels, height // p, width // p)
+            yield partial(run.frames, chunk, random.standard_normal(shape, dtype=np.float32))
+
+
+def _wait_for(engine: Engine) -> None:
+    if engine.device.type != "cpu":
+        torch.accelerator.synchronize(engine.device)
+
+
+def _as_points(
+    direction: Direction,
+    plans: list[tuple[ChunkSchedule, DirectionPlan]],
+    measured: list[tuple[list[float], int]],
+    slack: float,
+) -> list[ThresholdPoint]:
+    times = [statistics.median(rounds) for rounds, _ in measured]
+    allowed = [i for i, seconds in enumerate(times) if seconds <= (1 + slack) * times[0]]
+    knee = min(allowed, key=lambda i: (measured[i][1], times[i]))
+    return [
+        ThresholdPoint(
+            direction=direction,
+            slice_frames=part.slicing.frames or part.chunk_frames,
+            resident_bytes=part.resident_cache_bytes,
+            offloaded_bytes=part.offloaded_cache_bytes,
+            prefetch_bytes=part.placement.prefetch_bytes,
+            projected_bytes=part.projected_bytes,
+            peak_bytes=peak,
+            seconds=times[i],
+            spread=max(rounds) / min(rounds),
+            slowdown=times[i] / times[0],
+            knee=i == knee,
+        )
+        for i, ((_, part), (rounds, peak)) in enumerate(zip(plans, measured, strict=True))
+    ]
+
+
+def _link_rate(engine: Engine) -> float:
+    """Bytes per second of a copy to the host and of one back, the slower of the two medians."""
+    transfer: HostTransfer = engine.transfer
+    source = torch.ones(_LINK_BYTES, dtype=torch.uint8, device=engine.device)
+    arena = transfer.arena([source.nbytes])
+    slot, rates = arena.take(source), []
+    copies: list[Callable[[], Ticket]] = [
+        partial(transfer.to_host, source, slot),
+        partial(transfer.to_device, slot, source, None),
+    ]
+    for copy in copies:
+        times = []
+        for _ in range(5):
+            _wait_for(engine)
+            started = time.perf_counter()
+            copy().synchronize()
+            times.append(time.perf_counter() - started)
+        rates.append(source.nbytes / statistics.median(times))
+    transfer.release(arena)
+    return min(rates)
+
+
+def draw(tuning: Tuning, path: str | os.PathLike[str]) -> None:
+    """Draw peak against time as a picture; needs matplotlib (``pip install "longvid[plot]"``).
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not there.
+    """
+    from matplotlib.figure import Figure
+
+    directions = [d for d in ("encode", "decode") if any(point.direction == d for point in tuning.points)]
+    figure = Figure(figsize=(4.2 * len(directions) + 0.6, 4.0), layout="constrained")
+    scope = tuning.scope
+    figure.suptitle(f"{scope.model}, {scope.size}, {scope.dtype}, {scope.device}", fontsize=10)
+    panels = figure.subplots(1, len(directions), sharey=True, squeeze=False)[0]
+    for axes, direction in zip(panels, directions, strict=True):
+        row = [point for point in tuning.points if point.direction == direction]
+        (knee,) = (point for point in row if point.knee)
+        axes.axhline(1 + tuning.slack, color="#888888", linewidth=0.8, linestyle=":")
+        x, y = [point.peak_bytes / 2**20 for point in row], [point.slowdown for point in row]
+        axes.plot(x, y, color="#b8cdd6", zorder=1)
+        axes.scatter(x, y, color="#1f6f8b", zorder=2)
+        axes.scatter(knee.peak_bytes / 2**20, knee.slowdown, s=200, facecolors="none", edgecolors="#c8553d", zorder=3)
+        axes.set_title(f"{direction}: knee at {format_bytes(knee.peak_bytes)}", fontsize=10)
+        axes.set_xlabel("measured peak in MiB, weights included")
+        axes.margins(x=0.12, y=0.15)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    panels[0].set_ylabel("time of a chunk / nothing offloaded")
+    figure.savefig(path, dpi=130, metadata={"Software" if str(path).endswith(".png") else "Creator": _MARK})
+
+
+def is_plot(path: Path) -> bool:
+    """Whether a file is a picture that :func:`draw` made."""
+    return _MARK.encode() in path.read_bytes()

@@ -1,0 +1,1 @@
+"""Bytes on disk: zarr stores of latents and of frames, written, read and verified."""

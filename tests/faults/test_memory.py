@@ -1,0 +1,120 @@
+"""The device runs out of memory in any layer: the same bits after recovery, or a clean error and a run that goes on."""
+
+import gc
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from longvid import Durability, MemoryBudgetError, VideoSession, load_model
+from longvid.memory.offloader import Residency
+from longvid.models.convolution import Conv2d, Conv3d
+
+EAGER = Durability(publish_seconds=0, snapshot_seconds=0)
+FRAMES = np.random.default_rng(5).integers(0, 256, (28, 32, 48, 3), dtype=np.uint8)
+
+
+class OutOfMemory:
+    """A hook that stands in for a device that has nothing left, once or for ever, from a chunk on."""
+
+    def __init__(self, module, *, chunk, once):
+        self.chunk, self.once, self.raised = chunk, once, 0
+        self._handle = module.register_forward_pre_hook(self)
+
+    def on_chunk(self, event):
+        self.now = event.index + 1
+
+    now = 0
+
+    def __call__(self, module, args):
+        if self.now >= self.chunk and not (self.once and self.raised):
+            self.raised += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def remove(self):
+        self._handle.remove()
+
+
+def arrays(path):
+    return {name: array[:] for name, array in zarr.open_group(path, mode="r").arrays()}
+
+
+def tensors_alive():
+    gc.collect()
+    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+
+def convolutions(direction):
+    model = load_model("cogvideox-nano", random_weights=1)
+    half = model.encoder if direction == "encode" else model.decoder
+    return [name for name, module in half.named_modules() if isinstance(module, (Conv2d, Conv3d))]
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize("once", [True, False])
+def test_out_of_memory_in_any_layer(tmp_path, ledger, all_faults, direction, once):
+    model = load_model("cogvideox-nano", random_weights=1)
+    half = model.encoder if direction == "encode" else model.decoder
+    settings = {"device": "cpu", "layout": "contiguous", "paired_frames": "off"}
+    with VideoSession(model, **settings) as session:
+        session.encode(FRAMES, tmp_path / "latents.zarr")
+        source = FRAMES if direction == "encode" else tmp_path / "latents.zarr"
+        getattr(session, direction)(source, tmp_path / "whole.zarr")
+    truth, layers = arrays(tmp_path / "whole.zarr"), convolutions(direction)
+    before = tensors_alive()
+    for number, name in enumerate(layers if all_faults else layers[:: len(layers) // 2]):
+        path = tmp_path / f"{number}.zarr"
+        fault = OutOfMemory(half.get_submodule(name), chunk=2, once=once)
+        with VideoSession(model, callbacks=[fault.on_chunk], **settings) as session, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            run = getattr(session, direction)
+            if once:
+                recovered = run(source, path, durability=EAGER).complete
+            else:
+                with pytest.raises(MemoryBudgetError, match="ran out of memory in chunk 2"):
+                    run(source, path, durability=EAGER)
+                fault.remove()
+                fault.now = 0
+                recovered = run(source, path).resumed_from_frame == 17
+        assert fault.raised
+        fault.remove()
+        same = all(np.array_equal(arrays(path)[key], truth[key]) for key in truth)
+        ledger.add(f"out of memory: {direction}", survived=recovered and same, silently_wrong=recovered and not same)
+        assert recovered, name
+        assert same, name
+    assert tensors_alive() <= before
+
+
+@pytest.mark.parametrize("offload", ["none", "all"])
+@pytest.mark.parametrize("name", ["cogvideox-nano", "tiny"])
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_every_context_is_forced_off_the_device_after_every_layer(
+    tmp_path, ledger, monkeypatch, direction, name, offload
+):
+    model = load_model(name, random_weights=1) if name == "cogvideox-nano" else load_model(name)
+    settings = {"device": "cpu", "layout": "contiguous", "paired_frames": "off", "chunk_frames": 8}
+    with VideoSession(model, **settings) as session:
+        session.encode(FRAMES, tmp_path / "latents.zarr")
+        source = FRAMES if direction == "encode" else tmp_path / "latents.zarr"
+        getattr(session, direction)(source, tmp_path / "whole.zarr")
+    freed, keep = [], Residency.keep
+
+    def keep_and_evict(self, path, tail):
+        keep(self, path, tail)
+        if type(self) is Residency:  # not the one of a plan
+            freed.append(self.evict())
+            assert self.device_bytes == 0
+
+    monkeypatch.setattr(Residency, "keep", keep_and_evict)
+    with VideoSession(model, offload=offload, **settings) as session:
+        getattr(session, direction)(source, tmp_path / "evicted.zarr")
+    truth, got = arrays(tmp_path / "whole.zarr"), arrays(tmp_path / "evicted.zarr")
+    same = all(np.array_equal(got[key], truth[key]) for key in truth)
+    for _ in freed:
+        ledger.add(f"eviction of all: {direction}", survived=same, silently_wrong=not same)
+    half = model.encoder if direction == "encode" else model.decoder
+    contexts = sum(getattr(module, "context_frames", 0) > 0 for module in half.modules())
+    assert len(freed) in (3 * contexts, 4 * contexts)  # chunks of 9, 8, 8 and 3 frames, or of whole eights
+    assert same

@@ -1,0 +1,215 @@
+"""Signals to the command line at any time, and writers that meet in one store."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from support.fault_commands import OPTIONS, Bench, Trial
+from support.fault_runs import explain, published_frames, read_arrays, same
+
+from longvid import StoreError, VideoSession
+from longvid.store.durability import Durability
+from longvid.store.format import PRIVATE, sealed
+from longvid.store.frame_writer import FrameStoreWriter
+from longvid.store.lock import WriterLock
+from longvid.store.verify import verify
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    with Bench.open(tmp_path_factory.mktemp("bench")) as bench:
+        yield bench
+
+
+def has_snapshot(store):
+    return any((store / PRIVATE / "snapshots").glob("*.safetensors"))
+
+
+# ------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.timeout(3600)
+def test_a_signal_at_any_time_ends_a_run_where_it_can_go_on(bench, tmp_path, ledger, all_faults):
+    count, rng = 51 if all_faults else 6, random.Random(4)
+    # one in every part of the run, and in a little more than that
+    times = [1.1 * bench.seconds * (number + rng.random()) / count for number in range(count)]
+
+    def attempt(number):
+        signum = SIGNALS[number % 3]
+        trial = Trial(bench, tmp_path / f"{number}.zarr")
+        ran = trial.strike(code=128 + signum, signals=[(signum, 0.05 + times[number])])
+        goes_on = ran.code != 0 and has_snapshot(trial.store)
+        resumed = trial.go_on().code == 0 and trial.ran.report["resumed_from_frame"] > 0
+        if goes_on and not resumed:
+            trial.outcome.failed.append("it started over")
+        return ran.code != 0, goes_on, trial
+
+    tried = bench.commands.each(attempt, range(count))
+    for was_hurt, _, trial in tried:
+        if was_hurt:
+            trial.add_to(ledger, "signal at a random time")
+    bad = [(times[number], trial.outcome) for number, (*_, trial) in enumerate(tried) if not trial.outcome.ok]
+    assert not bad, explain(bad)
+    assert any(was_hurt for was_hurt, *_ in tried)
+    assert any(goes_on for _, goes_on, _ in tried)
+
+
+def test_a_signal_is_a_reason_for_a_snapshot(bench, tmp_path):
+    """One is taken at the boundary where the run stops, however rare they are."""
+    store, rare = tmp_path / "a.zarr", ("--snapshot-seconds", "3600")
+    signals = [(signal.SIGTERM, 0.05)]
+    ran = bench.commands.run("encode", bench.video, store, *OPTIONS, *rare, signals=signals, stuck_in=(1, 0.5))
+    assert ran.code == 143
+    assert bench.commands.run("encode", bench.video, store, *OPTIONS).report["resumed_from_frame"] == 33
+    arrays = read_arrays(store)
+    assert all(same(arrays[name], array) for name, array in bench.truth.arrays.items())
+
+
+def test_the_second_interrupt_does_not_wait(bench, tmp_path, ledger):
+    """The first one waits for the chunk in hand, which takes a minute here."""
+    trial = Trial(bench, tmp_path / "a.zarr")
+    ran = trial.strike(code=130, signals=[(signal.SIGINT, 0.1), (signal.SIGINT, 0.6)], stuck_in=(1, 60.0))
+    assert ran.code == 130
+    assert ran.seconds < 20
+    assert published_frames(trial.store) > 0
+    assert trial.go_on().report["resumed_from_frame"] > 0
+    trial.add_to(ledger, "second SIGINT")
+    assert trial.outcome.ok, trial.outcome
+
+
+@pytest.mark.timeout(3600)
+def test_signals_to_a_real_process(bench, tmp_path, ledger, all_faults):
+    rng = random.Random(5)
+    for number in range(9 if all_faults else 1):
+        signum, store = SIGNALS[(number + 1) % 3], tmp_path / f"{number}.zarr"
+        command = [sys.executable, "-m", "longvid", "encode", str(bench.video), str(store), *OPTIONS]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as those of the bench
+        child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        while child.poll() is None and not has_snapshot(store):
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.2)
+        child.send_signal(signum)
+        _, complained = child.communicate(timeout=60)
+        assert child.returncode in (0, 128 + signum), complained
+        assert b"Traceback" not in complained
+        goes_on = child.returncode != 0
+        done = subprocess.run(command, env=environment, capture_output=True, check=True)
+        # units are as long as in real life here, and only the digests know
+        arrays, truth = read_arrays(store), bench.truth.arrays
+        ok = verify(store).ok and all(same(arrays[name], truth[name]) for name in truth.keys() - {"digest"})
+        ok = ok and (json.loads(done.stdout)["resumed_from_frame"] > 0) >= goes_on
+        if goes_on:
+            ledger.add("signal at a random time", survived=ok)
+        assert ok
+
+
+# ------------------------------------------------------------------------------------------- writers
+
+
+def frame_writer(path, **options):
+    return FrameStoreWriter(
+        path, height=8, width=8, time_base=Fraction(1, 25), frame_rate=Fraction(25), source={"name": "a"},
+        durability=Durability(publish_seconds=0), **options,
+    )  # fmt: skip
+
+
+def frames(value, count=64):
+    return np.full((count, 8, 8, 3), value, np.uint8), np.arange(count)
+
+
+def test_a_second_writer_is_told_who_the_first_one_is(bench, tmp_path, ledger):
+    store, told = tmp_path / "a.zarr", []
+    started = time.strftime("%Y-%m-%dT%H:", time.gmtime())
+
+    def source():
+        """Frames, and in the middle of them everybody else who wants to write."""
+        for number in range(8):
+            if number == 6:
+                with pytest.raises(StoreError) as caught, VideoSession("tiny", device="cpu", dtype="float32") as other:
+                    other.encode(frames(1)[0], store, overwrite=True, resume=False)
+                assert caught.value.kind == "locked"
+                told.append(str(caught.value))
+                ran = bench.commands.run("encode", bench.video, store, *OPTIONS, "--overwrite", "--no-resume")
+                assert ran.code == 4
+                told.append(ran.complained)
+                with pytest.raises(StoreError, match="is being written") as caught:
+                    verify(store)
+                assert caught.value.kind == "locked"
+                assert bench.commands.run("verify", store).code == 4
+            yield np.full((8, 16, 16, 3), number, np.uint8)
+
+    with VideoSession("tiny", device="cpu", dtype="float32") as session:
+        report = session.encode(source(), store, durability=Durability(publish_seconds=0))
+        assert report.complete
+        assert report.frames == 64
+        assert len(told) == 2
+        for words in told:
+            assert f"process {os.getpid()} on {socket.gethostname()}, since {started}" in words
+            ledger.add("second writer", survived=True)
+        assert verify(store).ok
+        assert session.encode(frames(1)[0], store, overwrite=True, resume=False).complete  # and now it may
+
+
+OWNER = """
+import os, sys, time
+from pathlib import Path
+from longvid.store.lock import WriterLock
+lock = WriterLock.acquire(Path(sys.argv[1]))
+if os.fork() == 0:
+    print(os.getpid(), flush=True)
+time.sleep(120)
+"""
+
+
+def test_a_lock_dies_with_its_owner_whose_fork_lives_on(tmp_path, ledger):
+    (tmp_path / "a.zarr" / PRIVATE).mkdir(parents=True)
+    path = tmp_path / "a.zarr" / PRIVATE / "lock"
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(path)], stdout=subprocess.PIPE)
+    fork = int(owner.stdout.readline())
+    try:
+        with pytest.raises(StoreError, match=f"is being written by process {owner.pid} on "):
+            WriterLock.acquire(path)
+        owner.kill()
+        owner.wait()
+        os.kill(fork, 0)  # is there
+        WriterLock.acquire(path).release()
+        assert not path.exists()
+        ledger.add("owner killed, its fork lives", survived=True)
+    finally:
+        os.kill(fork, signal.SIGKILL)
+        owner.kill()
+        owner.wait()
+        owner.stdout.close()
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_a_zombie_publishes_nothing_in_a_store_that_was_taken_over(published, tmp_path, ledger):
+    """Where locks do not work, the epoch in the root metadata tells the one who was gone for long."""
+    store, root = tmp_path / "a.zarr", tmp_path / "a.zarr" / "zarr.json"
+    with pytest.raises(StoreError, match="taken over by another run") as caught, frame_writer(store) as zombie:
+        if published:
+            zombie.write(*frames(1))
+        content = json.loads(root.read_bytes())
+        content["attributes"]["longvid"]["epoch"] = "of another run"
+        root.write_bytes(taken := sealed(content))
+        zombie.write(*frames(2))
+    assert caught.value.kind == "locked"
+    assert root.read_bytes() == taken
+    assert published_frames(store) == 64 * published
+    with frame_writer(store) as writer:  # goes on as the other one would
+        writer.write(*frames(1))
+        writer.write(*frames(3))
+    shown = read_arrays(store)["frames"]
+    ledger.add("zombie writer", survived=(ok := (shown[:64] == 1).all() and (shown[64:] == 3).all()))
+    assert ok
+    assert verify(store).ok

@@ -1,0 +1,323 @@
+"""Residency: who is where at which moment, and that the order of moves holds under the most adverse lanes."""
+
+import contextlib
+import gc
+import itertools
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from longvid import AllocationTracker, CausalConv3d, ConvCache
+from longvid.memory.copy_engine import HostTransfer, _InlineLanes
+from longvid.memory.offload import Placement
+from longvid.memory.offloader import Residency
+
+CPU = torch.device("cpu")
+CHUNK, SIZE = 4, (6, 5)
+
+
+class Chain(nn.Module):
+    """Convolutions of different widths one after the other."""
+
+    def __init__(self, widths=(3, 4, 8, 2, 6, 3)):
+        super().__init__()
+        self.layers = nn.ModuleList(CausalConv3d(a, b, 3) for a, b in itertools.pairwise(widths))
+
+    @torch.inference_mode()
+    def forward(self, x, cache):
+        with cache.chunk():
+            for layer in self.layers:
+                x = layer(x, cache)
+            return x
+
+
+@pytest.fixture
+def model():
+    return Chain().eval()
+
+
+@pytest.fixture
+def video():
+    return torch.randn(1, 3, 6 * CHUNK, *SIZE)
+
+
+def sizes(model):
+    return {f"layers.{i}": layer.conv.in_channels * 2 * 30 * 4 for i, layer in enumerate(model.layers)}
+
+
+def run(model, video, placement=None, transfer=None, **options):
+    with ConvCache(model, residency=Residency(placement, transfer, **options)) as cache:
+        out = torch.cat([model(part, cache) for part in video.split(CHUNK, dim=2)], dim=2)
+        assert cache.nbytes == sum(sizes(model).values())
+    assert cache.nbytes == cache.device_bytes == 0
+    return out
+
+
+class _LazyLanes(_InlineLanes):
+    """The worst lanes that are allowed: a copy happens when somebody waits for it, and not a moment sooner."""
+
+    def __init__(self):
+        self.pending = []
+
+    def _copy(self, target, source, slot):
+        ticket = _LazyTicket(self, target, source)
+        self.pending.append(ticket)
+        return ticket
+
+    def to_device(self, source, target, after):
+        target.fill_(torch.nan)  # whoever reads too early sees this
+        ticket = self._copy(target, source.tensor, source)
+        ticket.after = after
+        return ticket
+
+    def drain(self):
+        for ticket in list(self.pending):
+            ticket.wait()
+
+
+class _LazyTicket:
+    after = None
+
+    def __init__(self, lanes, target, source):
+        self.lanes, self.target, self.source, self.done = lanes, target, source, False
+
+    def wait(self):
+        if not self.done:
+            if self.after is not None:
+                self.after.wait()
+            self.target.copy_(self.source)
+            self.done = True
+            self.lanes.pending.remove(self)
+
+    synchronize = wait
+
+
+def placements(model):
+    names, total = list(sizes(model)), sum(sizes(model).values())
+    for offloaded in (names, names[:1], names[-1:], names[::2], names[1::2]):
+        for prefetch_bytes in (0, 1500, 3000, total):
+            yield Placement(offloaded=frozenset(offloaded), prefetch_bytes=prefetch_bytes)
+
+
+@pytest.mark.parametrize("lanes", ["threads", "lazy"])
+def test_every_placement_gives_the_same_bits(model, video, lanes):
+    expected = run(model, video)
+    for placement in placements(model):
+        with HostTransfer(CPU) as transfer:
+            if lanes == "lazy":
+                transfer._made = _LazyLanes()
+            assert torch.equal(run(model, video, placement, transfer), expected), placement
+
+
+def test_negative_control_a_copy_that_nobody_waits_for_is_seen(model, video, monkeypatch):
+    monkeypatch.setattr(_LazyTicket, "wait", lambda self: None)
+    with HostTransfer(CPU) as transfer:
+        transfer._made = lanes = _LazyLanes()
+        got = run(model, video, Placement(offloaded=frozenset(sizes(model))), transfer)
+        lanes.pending.clear()
+    assert not torch.equal(got, run(model, video))
+
+
+def test_only_what_was_planned_is_on_the_device(model, video):
+    """At each opening: the resident ones, the layer's own, and as many of the next as fit in the window."""
+    contexts = list(sizes(model).items())
+    for placement in placements(model):
+        seen = []
+
+        class Watched(Residency):
+            def keep(self, path, tail, seen=seen):
+                super().keep(path, tail)
+                seen.append((path, self.device_bytes))
+
+        with HostTransfer(CPU) as transfer, ConvCache(model, residency=Watched(placement, transfer)) as cache:
+            for part in video.split(CHUNK, dim=2):
+                model(part, cache)
+        resident = sum(size for path, size in contexts if path not in placement.offloaded)
+        for path, device_bytes in seen[len(contexts) :]:
+            staged = placement.staged([p for p, _ in contexts].index(path), contexts)
+            assert device_bytes == resident + sum(contexts[i][1] for i in staged)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_host_memory_is_taken_once(model, video, monkeypatch, known):
+    """Nothing is allocated on the host after the first chunk, with or without the sizes known in advance."""
+    made, real = [], HostTransfer.arena
+    monkeypatch.setattr(HostTransfer, "arena", lambda self, wanted: made.append(wanted) or real(self, wanted))
+    host_sizes = tuple(sizes(model).values()) if known else ()
+    with HostTransfer(CPU) as transfer:
+        residency = Residency(Placement(offloaded=frozenset(sizes(model))), transfer, host_sizes=host_sizes)
+        with ConvCache(model, residency=residency) as cache:
+            counts = [(model(part, cache), len(made))[1] for part in video.split(CHUNK, dim=2)]
+    assert set(counts) == {1 if known else len(sizes(model))}
+
+
+def test_contexts_that_stay_are_never_moved(model, video):
+    offloaded = frozenset(["layers.1", "layers.3"])
+    with HostTransfer(CPU) as transfer:
+        residency = Residency(Placement(offloaded=offloaded), transfer)
+        with ConvCache(model, residency=residency) as cache:
+            model(video[:, :, :CHUNK], cache)
+            staying = {p: h.device.data_ptr() for p, h in residency._homes.items() if p not in offloaded}
+            for part in video.split(CHUNK, dim=2)[1:]:
+                model(part, cache)
+            assert staying == {p: h.device.data_ptr() for p, h in residency._homes.items() if p not in offloaded}
+
+
+def test_offloading_without_anything_to_move_with_is_refused():
+    with pytest.raises(ValueError, match="pass a HostTransfer"):
+        Residency(Placement(offloaded=frozenset("a")))
+
+
+class _OrderingLanes(_InlineLanes):
+    """As on a stream: to wait orders what is computed next; only draining knows that a copy is done."""
+
+    def __init__(self):
+        self.under_way = 0
+
+    def _copy(self, target, source, slot):
+        self.under_way += 1
+        return super()._copy(target, source, slot)
+
+    def drain(self):
+        self.under_way = 0
+
+
+@pytest.mark.parametrize("fails_in", [None, 0, 2, 4])
+def test_no_arena_is_given_back_while_a_copy_may_be_under_way(model, video, monkeypatch, fails_in):
+    released, real = [], HostTransfer.release
+    monkeypatch.setattr(
+        HostTransfer, "release", lambda self, arena: released.append(self._made.under_way) or real(self, arena)
+    )
+    calls = []
+
+    def fail(*_):
+        calls.append(0)
+        if len(calls) == 3:
+            raise ZeroDivisionError
+
+    handle = None if fails_in is None else model.layers[fails_in].conv.register_forward_pre_hook(fail)
+    placement = Placement(offloaded=frozenset(sizes(model)), prefetch_bytes=3000)
+    with HostTransfer(CPU) as transfer, contextlib.suppress(ZeroDivisionError):
+        transfer._made = _OrderingLanes()
+        run(model, video, placement, transfer, host_sizes=tuple(sizes(model).values()))
+    if handle is not None:
+        handle.remove()
+    assert released == [0]
+
+
+def test_a_copy_that_fails_ends_the_video_and_frees_everything(model, video, monkeypatch):
+    import longvid.memory.copy_engine
+
+    calls, real = [], longvid.memory.copy_engine._bytes_of
+
+    def failing(tensor):
+        calls.append(0)
+        if len(calls) == 25:
+            raise OSError(5, "Input/output error")
+        return real(tensor)
+
+    monkeypatch.setattr(longvid.memory.copy_engine, "_bytes_of", failing)
+    residency = None
+    with HostTransfer(CPU) as transfer:
+        residency = Residency(Placement(offloaded=frozenset(sizes(model))), transfer)
+        with ConvCache(model, residency=residency) as cache:  # leaving raises nothing of its own
+            with pytest.raises(OSError, match="Input/output"):
+                for part in video.split(CHUNK, dim=2):
+                    model(part, cache)
+            assert cache.nbytes == cache.device_bytes == 0
+        assert transfer.spare_bytes > 0
+
+
+@pytest.mark.parametrize("offloaded", [(), ("layers.1",), ("layers.0", "layers.1", "layers.2")])
+@pytest.mark.parametrize("after_chunk", range(3))
+@pytest.mark.parametrize("layer", range(5))
+def test_eviction_at_any_layer_changes_nothing(model, video, offloaded, after_chunk, layer):
+    """Contexts are forced off the device after a layer of a chunk; the rest of the video is the same bit for bit."""
+    expected = run(model, video)
+    with HostTransfer(CPU) as transfer:
+        residency = Residency(Placement(offloaded=frozenset(offloaded), prefetch_bytes=2000), transfer)
+        calls = []
+
+        def evict(*_):
+            calls.append(0)
+            if len(calls) == after_chunk + 1:
+                residency.evict()
+
+        handle = model.layers[layer].conv.register_forward_hook(evict)
+        with ConvCache(model, residency=residency) as cache:
+            got = torch.cat([model(part, cache) for part in video.split(CHUNK, dim=2)], dim=2)
+            assert cache.device_bytes < max(sizes(model).values()) + 1
+        handle.remove()
+    assert torch.equal(got, expected)
+
+
+def test_evicting_twice_frees_nothing_more(model, video):
+    with HostTransfer(CPU) as transfer:
+        residency = Residency(None, transfer)
+        with ConvCache(model, residency=residency) as cache:
+            model(video[:, :, :CHUNK], cache)
+            assert residency.evict() == sum(sizes(model).values())
+            assert residency.evict() == 0
+            assert cache.device_bytes == 0
+            assert cache.nbytes == sum(sizes(model).values())
+
+
+def test_nothing_is_held_after_an_exception_with_copies_under_way(model, video):
+    tracker, calls = AllocationTracker(), []
+
+    def fail(*_):
+        calls.append(0)
+        if len(calls) == 3:
+            raise ZeroDivisionError
+
+    handle = model.layers[3].conv.register_forward_hook(fail)
+    placement = Placement(offloaded=frozenset(sizes(model)), prefetch_bytes=3000)
+    with HostTransfer(CPU) as transfer:
+        with tracker, contextlib.suppress(ZeroDivisionError):
+            run(model, video, placement, transfer)
+        gc.collect()
+        assert tracker.live_bytes == 0
+    handle.remove()
+    assert len(calls) == 3
+
+
+class OutOfMemory:
+    """Fails the next ``times`` convolutions of a layer as a device without memory does."""
+
+    def __init__(self, layer, *, at_call, times=1):
+        self.calls, self.at_call, self.times = 0, at_call, times
+        self.handle = layer.conv.register_forward_pre_hook(self)
+
+    def __call__(self, *_):
+        self.calls += 1
+        if self.at_call <= self.calls - 1 < self.at_call + self.times:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("layer", range(5))
+@pytest.mark.parametrize("chunk", range(3))
+def test_a_device_that_runs_out_once_is_survived_bit_for_bit(model, video, layer, chunk):
+    expected = run(model, video)
+    fault = OutOfMemory(model.layers[layer], at_call=chunk)
+    warned = pytest.warns(UserWarning, match=f"ran out of memory in chunk {chunk}; all contexts were moved")
+    with HostTransfer(CPU) as transfer, warned:
+        assert torch.equal(run(model, video, None, transfer), expected)
+    fault.handle.remove()
+
+
+def test_a_device_that_runs_out_twice_fails_with_its_own_error(model, video):
+    fault = OutOfMemory(model.layers[2], at_call=1, times=2)
+    with HostTransfer(CPU) as transfer, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+            run(model, video, None, transfer)
+    fault.handle.remove()
+
+
+def test_other_errors_are_not_retried(model, video):
+    handle = model.layers[1].conv.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("other")))
+    with HostTransfer(CPU) as transfer, pytest.raises(RuntimeError, match="other"):
+        run(model, video, None, transfer)
+    handle.remove()

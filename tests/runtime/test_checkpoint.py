@@ -1,0 +1,149 @@
+"""Going on: stopped after any chunk, with any placement, in either direction, the bits are those of one run."""
+
+import numpy as np
+import pytest
+import zarr
+
+from longvid import Durability, StoreError, VideoSession, load_model
+from longvid.runtime.checkpoint import fingerprint_digest
+from longvid.store.fingerprint import differences
+
+HEIGHT, WIDTH, NUM_FRAMES = 32, 48, 44
+
+
+@pytest.fixture(scope="module")
+def video():
+    return np.random.default_rng(5).integers(0, 256, (NUM_FRAMES, HEIGHT, WIDTH, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module", params=["tiny", "cogvideox-nano"])
+def model(request):
+    return load_model(request.param, random_weights=None if request.param == "tiny" else 1)
+
+
+@pytest.fixture(autouse=True)
+def _small_units(monkeypatch):
+    monkeypatch.setattr("longvid.store.latent_writer.TARGET_CHUNK_BYTES", 6000)
+    monkeypatch.setattr("longvid.store.frame_writer.TARGET_CHUNK_BYTES", 6 * HEIGHT * WIDTH * 3)
+
+
+class StopAfter:
+    def __init__(self, chunk):
+        self.chunk, self.session = chunk, None
+
+    def __call__(self, event):
+        if event.index == self.chunk:
+            self.session.stop()
+
+
+def arrays(path):
+    return {name: array[:] for name, array in zarr.open_group(path, mode="r").arrays()}
+
+
+def run(model, direction, source, path, *, stop_after=None, offload="none", **options):
+    stop = StopAfter(stop_after)
+    with VideoSession(model, device="cpu", layout="contiguous", offload=offload, callbacks=[stop]) as session:
+        stop.session = session
+        return getattr(session, direction)(source, path, **options)
+
+
+@pytest.mark.parametrize("offload", ["none", "all"])
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_stopped_after_any_chunk_the_bits_are_the_same(model, video, tmp_path, direction, offload):
+    source = video
+    if direction == "decode":
+        source = tmp_path / "latents.zarr"
+        run(model, "encode", video, source)
+    run(model, direction, source, tmp_path / "whole.zarr")
+    whole = arrays(tmp_path / "whole.zarr")
+    num_chunks = model.geometry.schedule.num_chunks(NUM_FRAMES)
+    slow = direction == "decode" and model.geometry.schedule.whole_chunks
+    for chunk in range(0, num_chunks - 1, 3 if slow else 1):
+        path = tmp_path / f"{chunk}.zarr"
+        first = run(model, direction, source, path, stop_after=chunk, offload=offload)
+        assert not first.complete
+        second = run(model, direction, source, path, offload="all" if offload == "none" else "none")
+        assert second.complete
+        assert second.resumed_from_frame == first.frames == model.geometry.schedule.full(chunk).frame_stop
+        found = arrays(path)
+        assert found.keys() == whole.keys()
+        for name in whole:
+            np.testing.assert_array_equal(found[name], whole[name], err_msg=f"{name} after chunk {chunk}")
+
+
+def test_a_run_that_is_stopped_after_every_chunk_comes_to_its_end(model, video, tmp_path):
+    run(model, "encode", video, tmp_path / "whole.zarr", representation="moments")
+    for chunk in range(99):
+        if run(model, "encode", video, tmp_path / "a.zarr", stop_after=chunk, representation="moments").complete:
+            break
+    whole, found = arrays(tmp_path / "whole.zarr"), arrays(tmp_path / "a.zarr")
+    assert all(np.array_equal(whole[name], found[name]) for name in whole)
+
+
+def test_without_snapshots_a_run_starts_over_and_compares(model, video, tmp_path):
+    none = Durability(publish_seconds=0, snapshot_seconds=float("inf"))
+    run(model, "encode", video, tmp_path / "whole.zarr")
+    last = model.geometry.schedule.num_chunks(NUM_FRAMES) - 2
+    assert not run(model, "encode", video, tmp_path / "a.zarr", stop_after=last, durability=none).complete
+    report = run(model, "encode", video, tmp_path / "a.zarr")
+    assert (report.complete, report.resumed_from_frame) == (True, 0)
+    whole, found = arrays(tmp_path / "whole.zarr"), arrays(tmp_path / "a.zarr")
+    assert all(np.array_equal(whole[name], found[name]) for name in whole)
+
+
+def test_other_frames_than_those_that_were_published_are_noticed(video, tmp_path):
+    """An iterable has no content to take a digest of in advance; the frames themselves tell."""
+    none = Durability(publish_seconds=0, snapshot_seconds=float("inf"))
+    nano = load_model("cogvideox-nano", random_weights=1)
+    run(nano, "encode", iter([video[:20], video[20:]]), tmp_path / "a.zarr", stop_after=3, durability=none)
+    other = video.copy()
+    other[5] ^= 1
+    with pytest.raises(StoreError, match="came out other than it was published") as caught:
+        run(nano, "encode", iter([other[:20], other[20:]]), tmp_path / "a.zarr")
+    assert caught.value.kind == "mismatch"
+
+
+CHANGES = {
+    "source.content": {"source": "other"},
+    "source.end": {"frames": 30},
+    "source.start": {"start": 3},
+    "model.weights": {"model": "scalar"},
+    "compute.dtype": {"dtype": "bfloat16"},
+    "store_dtype": {"store_dtype": "float32"},
+    "representation": {"representation": "moments"},
+    "seed": {"representation": "sample", "seed": 4},
+}
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_what_decides_the_bits_may_not_change_and_nothing_is_written(video, tmp_path, field):
+    def attempt(change, stop_after=None):
+        model = load_model("cogvideox-nano", random_weights=1)
+        if change.get("model"):
+            model.encoder.conv_in.conv.bias.data[0] += 1e-3
+        source = video.copy()
+        if change.get("source"):
+            source[0, 0, 0, 0] ^= 1
+        stop = StopAfter(stop_after)
+        settings = {"device": "cpu", "layout": "contiguous", "dtype": change.get("dtype"), "callbacks": [stop]}
+        options = {k: v for k, v in change.items() if k not in ("model", "source", "dtype")}
+        with VideoSession(model, **settings) as session:
+            stop.session = session
+            return session.encode(source, tmp_path / "a.zarr", **options)
+
+    first = {"representation": "sample", "seed": 3} if field == "seed" else {}
+    attempt(first, stop_after=2)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(StoreError, match=field.replace(".", r"\.") + " was ") as caught:
+        attempt(CHANGES[field])
+    assert caught.value.kind == "mismatch"
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert attempt(first).complete
+
+
+def test_fingerprints():
+    a = {"x": {"y": 1, "z": [1, 2]}, "w": "a"}
+    assert differences(a, {"x": {"y": 1, "z": (1, 2)}, "w": "a"}) == []
+    assert differences(a, {"x": {"y": 2}, "w": "a"}) == ["x.y was 1 and is 2", "x.z was [1, 2] and is not there"]
+    assert fingerprint_digest({"a": 1, "b": 2}) == fingerprint_digest({"b": 2, "a": 1})
+    assert fingerprint_digest({"a": 1}) != fingerprint_digest({"a": 2})

@@ -1,0 +1,240 @@
+import threading
+import time
+
+import pytest
+
+from longvid.runtime import prefetch
+from longvid.runtime.prefetch import Prefetcher, Writer
+
+
+@pytest.fixture
+def no_polling(monkeypatch):
+    """Whoever waits for the next look of a poll waits beyond the test's patience."""
+    monkeypatch.setattr(prefetch, "_POLL_SECONDS", 60)
+
+
+def test_items_arrive_in_order_and_the_thread_ends():
+    with Prefetcher(iter(range(50)), name="order") as items:
+        assert list(items) == list(range(50))
+    assert not any(t.name == "order" for t in threading.enumerate())
+
+
+def test_the_reader_is_never_more_than_its_queue_ahead():
+    made = []
+
+    def source():
+        for i in range(20):
+            made.append(i)
+            yield i
+
+    with Prefetcher(source(), depth=2) as items:
+        for item in items:
+            time.sleep(0.01)
+            assert len(made) <= item + 1 + 2 + 1  # taken, queued, and one in hand
+
+
+def test_an_error_of_the_reader_surfaces_with_its_traceback():
+    def source():
+        yield 1
+        raise LookupError("broken disc")
+
+    with pytest.raises(LookupError, match="broken disc") as caught, Prefetcher(source()) as items:
+        list(items)
+    assert "source" in [entry.name for entry in caught.traceback]
+
+
+def test_leaving_early_stops_an_endless_reader():
+    def source():
+        while True:
+            yield 0
+
+    started = time.monotonic()
+    with Prefetcher(source(), name="endless") as items:
+        next(iter(items))
+    assert time.monotonic() - started < 5
+    assert not any(t.name == "endless" for t in threading.enumerate())
+
+
+def test_the_writer_consumes_everything_before_it_leaves():
+    got = []
+    with Writer(got.append) as writer:
+        for i in range(50):
+            writer.put(i)
+    assert got == list(range(50))
+
+
+def test_the_writer_holds_back_a_fast_producer():
+    got = []
+
+    def slow(item):
+        time.sleep(0.01)
+        got.append(item)
+
+    with Writer(slow, depth=2) as writer:
+        for i in range(20):
+            writer.put(i)
+            assert i - len(got) <= 2 + 1
+    assert writer.wait_seconds > 0
+
+
+@pytest.mark.parametrize("at", [0, 3, 9])
+def test_an_error_of_the_writer_reaches_the_producer(at):
+    def consume(item):
+        if item == at:
+            raise OSError("disc full")
+
+    with pytest.raises(OSError, match="disc full"), Writer(consume) as writer:
+        for i in range(10):
+            writer.put(i)
+
+
+def test_an_error_of_the_producer_drops_what_waits():
+    got = []
+
+    def slow(item):
+        time.sleep(0.05)
+        got.append(item)
+
+    with pytest.raises(KeyError), Writer(slow, depth=5, name="dropped") as writer:
+        for i in range(5):
+            writer.put(i)
+        raise KeyError
+    assert len(got) < 5
+    assert not any(t.name == "dropped" for t in threading.enumerate())
+
+
+def test_a_failed_writer_is_heard_of_while_the_source_is_silent():
+    silence = threading.Event()
+
+    def source():
+        yield 1
+        silence.wait(30)
+        yield 2
+
+    def fail(_):
+        raise OSError("disk")
+
+    timer, seen = threading.Timer(1.0, silence.set), []
+    with (
+        pytest.raises(OSError, match="disk"),
+        Writer(fail) as writer,
+        Prefetcher(source(), check=writer.check) as items,
+    ):
+        timer.start()  # the thread must end before the reader can be left
+        for item in items:
+            seen.append(item)
+            writer.put(item)
+    assert seen == [1]  # the error did not wait for a second item
+    timer.join()
+
+
+# ------------------------------------------------------------------------------------- no time is lost to polling
+
+
+@pytest.mark.timeout(30)
+def test_items_and_ends_never_wait_for_a_poll(no_polling):
+    got = []
+    with Writer(got.append) as writer, Prefetcher(iter(range(20)), check=writer.check) as items:
+        for item in items:
+            time.sleep(0.002 * (item % 3))  # now the one waits, now the other
+            writer.put(item)
+    assert got == list(range(20))
+
+
+@pytest.mark.timeout(30)
+def test_leaving_wakes_a_reader_that_waits_for_room(no_polling):
+    made = []
+
+    def source():
+        for i in range(1000):
+            made.append(i)
+            yield i
+
+    with Prefetcher(source(), depth=2) as items:
+        next(iter(items))
+        while len(made) < 4:  # one taken, two queued, one waits for room
+            time.sleep(0.001)
+        time.sleep(0.01)
+    assert len(made) == 4
+
+
+@pytest.mark.timeout(30)
+def test_an_error_of_the_producer_wakes_an_idle_writer(no_polling):
+    with pytest.raises(KeyError), Writer(lambda _: None, name="idle"):
+        time.sleep(0.01)
+        raise KeyError
+    assert not any(t.name == "idle" for t in threading.enumerate())
+
+
+@pytest.mark.timeout(30)
+def test_a_failing_writer_wakes_a_producer_that_waits_for_room(no_polling):
+    go = threading.Event()
+
+    def fail(_):
+        go.wait(10)
+        raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"), Writer(fail, depth=1) as writer:
+        writer.put(0)
+        writer.put(1)
+        threading.Timer(0.02, go.set).start()
+        writer.put(2)
+
+
+# ------------------------------------------------------------------------------------- what is measured
+
+
+def test_a_reader_that_waits_for_room_is_not_busy():
+    def source():
+        for i in range(3):
+            time.sleep(0.02)
+            yield i
+
+    with Prefetcher(source(), depth=1) as items:
+        for _ in items:
+            time.sleep(0.1)
+    assert 0.06 <= items.busy_seconds < 0.2
+    assert items.wait_seconds < 0.1
+
+
+def test_a_writer_that_waits_for_items_is_not_busy():
+    with Writer(lambda _: time.sleep(0.02)) as writer:
+        for i in range(3):
+            time.sleep(0.1)
+            writer.put(i)
+    assert 0.06 <= writer.busy_seconds < 0.2
+
+
+def test_leaving_counts_as_waiting_while_the_last_items_are_written():
+    with Writer(lambda _: time.sleep(0.05), depth=4) as writer:
+        for i in range(3):
+            writer.put(i)
+        assert writer.wait_seconds < 0.05
+    assert 0.09 < writer.wait_seconds <= writer.busy_seconds + 0.05
+
+
+def test_the_item_in_hand_counts_and_time_never_runs_back():
+    go, seen = threading.Event(), []
+
+    def source():
+        go.wait(10)
+        yield from range(2000)
+
+    with Prefetcher(source()) as items:
+        time.sleep(0.02)
+        assert items.busy_seconds >= 0.01  # nothing was made yet
+        go.set()
+        for _ in items:
+            seen += [items.busy_seconds, items.busy_seconds]
+    assert seen == sorted(seen)
+
+
+def test_a_failed_item_counts_too():
+    def source():
+        time.sleep(0.02)
+        raise LookupError
+        yield
+
+    with pytest.raises(LookupError), Prefetcher(source()) as items:
+        list(items)
+    assert items.busy_seconds >= 0.02
