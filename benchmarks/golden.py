@@ -73,7 +73,7 @@ def compute(folder: Path, *, common_forms: bool) -> None:
                 case = f"{name} {dtype} {layout}"
                 store = folder / f"{case}.zarr"
                 frames: list[Any] = []
-                options = {"dtype": dtype, "layout": layout, "paired_frames": "off"}
+                options: Any = {"dtype": dtype, "layout": layout, "paired_frames": "off"}
                 with lv.VideoSession(model, device="cpu", **options) as session:
                     session.encode(clip if name == "tiny" else noise, store, store_dtype="float32")
                     session.decode(store, frames.append)
