@@ -29,7 +29,7 @@ import numpy as np
 
 ONE_SIDED = ("subpixel_upsampling", "fused_pooling", "compiled", "float32_products")
 """fields of ``Numerics`` that only one of the checkouts may have"""
-WIDTHS = {
+WIDTHS: dict[str, dict[str, Any]] = {
     "nano": {"block_out_channels": (8, 16, 16, 32), "norm_num_groups": 4, "layers_per_block": 1},
     "narrow": {"block_out_channels": (64, 128), "layers_per_block": 1, "temporal_compression_ratio": 2},
 }
