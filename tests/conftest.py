@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import time
+
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from support.clock import Clock
 
 from longvid.models.cogvideox import CogVideoXConfig, CogVideoXVAE
 
 pytest_plugins = ["support.fault_ledger"]
+
+# The same examples in every run, on every machine. `--hypothesis-profile explore` looks for new ones.
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None, print_blob=True)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile("fixed")
 
 NANO = {"block_out_channels": (8, 16, 16, 32), "norm_num_groups": 4, "layers_per_block": 1}
 
@@ -16,6 +25,14 @@ NANO = {"block_out_channels": (8, 16, 16, 32), "norm_num_groups": 4, "layers_per
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    """What ``time.perf_counter`` says, under the test's control."""
+    clock = Clock(time.perf_counter)
+    monkeypatch.setattr(time, "perf_counter", clock)
+    return clock
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from support.fault_commands import OPTIONS, Bench, Trial
-from support.fault_runs import explain, published_frames, read_arrays, same
+from support.fault_runs import explain, published_frames, read_arrays, same, spread
 
 from longvid import StoreError, VideoSession
 from longvid.store.durability import Durability
@@ -39,36 +39,34 @@ def has_snapshot(store):
 
 
 @pytest.mark.timeout(3600)
-def test_a_signal_at_any_time_ends_a_run_where_it_can_go_on(bench, tmp_path, ledger, all_faults):
-    count, rng = 51 if all_faults else 6, random.Random(4)
-    # one in every part of the run, and in a little more than that
-    times = [1.1 * bench.seconds * (number + rng.random()) / count for number in range(count)]
+def test_a_signal_at_any_point_ends_a_run_where_it_can_go_on(bench, tmp_path, ledger, all_faults):
+    """The points are file operations, of whichever thread; the last of them come after the run is complete."""
+    points = spread(bench.points, 51 if all_faults else 6, seed=4)
 
     def attempt(number):
         signum = SIGNALS[number % 3]
         trial = Trial(bench, tmp_path / f"{number}.zarr")
-        ran = trial.strike(code=128 + signum, signals=[(signum, 0.05 + times[number])])
+        ran = trial.strike(code=128 + signum, signal_at=(signum, points[number]))
         goes_on = ran.code != 0 and has_snapshot(trial.store)
         resumed = trial.go_on().code == 0 and trial.ran.report["resumed_from_frame"] > 0
         if goes_on and not resumed:
             trial.outcome.failed.append("it started over")
         return ran.code != 0, goes_on, trial
 
-    tried = bench.commands.each(attempt, range(count))
+    tried = bench.commands.each(attempt, range(len(points)))
     for was_hurt, _, trial in tried:
         if was_hurt:
-            trial.add_to(ledger, "signal at a random time")
-    bad = [(times[number], trial.outcome) for number, (*_, trial) in enumerate(tried) if not trial.outcome.ok]
+            trial.add_to(ledger, "signal at any point")
+    bad = [(points[number], trial.outcome) for number, (*_, trial) in enumerate(tried) if not trial.outcome.ok]
     assert not bad, explain(bad)
-    assert any(was_hurt for was_hurt, *_ in tried)
+    assert sum(was_hurt for was_hurt, *_ in tried) > len(points) // 2
     assert any(goes_on for _, goes_on, _ in tried)
 
 
 def test_a_signal_is_a_reason_for_a_snapshot(bench, tmp_path):
     """One is taken at the boundary where the run stops, however rare they are."""
     store, rare = tmp_path / "a.zarr", ("--snapshot-seconds", "3600")
-    signals = [(signal.SIGTERM, 0.05)]
-    ran = bench.commands.run("encode", bench.video, store, *OPTIONS, *rare, signals=signals, stuck_in=(1, 0.5))
+    ran = bench.commands.run("encode", bench.video, store, *OPTIONS, *rare, in_chunk=(1, [signal.SIGTERM], False))
     assert ran.code == 143
     assert bench.commands.run("encode", bench.video, store, *OPTIONS).report["resumed_from_frame"] == 33
     arrays = read_arrays(store)
@@ -76,11 +74,10 @@ def test_a_signal_is_a_reason_for_a_snapshot(bench, tmp_path):
 
 
 def test_the_second_interrupt_does_not_wait(bench, tmp_path, ledger):
-    """The first one waits for the chunk in hand, which takes a minute here."""
+    """The first one waits for the chunk in hand, which never ends here."""
     trial = Trial(bench, tmp_path / "a.zarr")
-    ran = trial.strike(code=130, signals=[(signal.SIGINT, 0.1), (signal.SIGINT, 0.6)], stuck_in=(1, 60.0))
+    ran = trial.strike(code=130, in_chunk=(1, [signal.SIGINT, signal.SIGINT], True))
     assert ran.code == 130
-    assert ran.seconds < 20
     assert published_frames(trial.store) > 0
     assert trial.go_on().report["resumed_from_frame"] > 0
     trial.add_to(ledger, "second SIGINT")
@@ -94,12 +91,15 @@ def test_signals_to_a_real_process(bench, tmp_path, ledger, all_faults):
         signum, store = SIGNALS[(number + 1) % 3], tmp_path / f"{number}.zarr"
         command = [sys.executable, "-m", "longvid", "encode", str(bench.video), str(store), *OPTIONS]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as those of the bench
-        child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        child = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=lambda signum=signum: signal.signal(signum, signal.SIG_DFL),
+        )  # fmt: skip
         while child.poll() is None and not has_snapshot(store):
             time.sleep(0.005)
         time.sleep(rng.random() * 0.2)
         child.send_signal(signum)
-        _, complained = child.communicate(timeout=60)
+        _, complained = child.communicate(timeout=240)
         assert child.returncode in (0, 128 + signum), complained
         assert b"Traceback" not in complained
         goes_on = child.returncode != 0
@@ -109,7 +109,7 @@ def test_signals_to_a_real_process(bench, tmp_path, ledger, all_faults):
         ok = verify(store).ok and all(same(arrays[name], truth[name]) for name in truth.keys() - {"digest"})
         ok = ok and (json.loads(done.stdout)["resumed_from_frame"] > 0) >= goes_on
         if goes_on:
-            ledger.add("signal at a random time", survived=ok)
+            ledger.add("signal at any time", survived=ok)
         assert ok
 
 

@@ -51,7 +51,6 @@ def test_the_outcome_is_the_one_promised(catalogue, ledger, name):
     kind = "bad" if "!" in CASES[name].stop else "odd"
     ledger.add(f"media: {kind} file", survived=found == expected, silently_wrong=silent, seconds=seconds)
     assert found == expected
-    assert seconds < 5
 
 
 def test_the_catalogue_is_long_enough():

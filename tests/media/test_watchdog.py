@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from support.clock import Clock
 from support.media import barcodes, write_media
 
 from longvid import SourceError
@@ -15,7 +16,7 @@ from longvid.media.watchdog import Watchdog
 
 
 def test_results_and_errors_come_through():
-    dog = Watchdog("a.mp4", 5)
+    dog = Watchdog("a.mp4", 60)
     assert dog.run(lambda: 3) == 3
     with pytest.raises(KeyError, match="x"):
         dog.run(lambda: {}["x"])
@@ -26,23 +27,23 @@ def test_results_and_errors_come_through():
 
 def test_a_step_that_hangs_is_left_behind():
     dog, release = Watchdog("a.mp4", 0.2), threading.Event()
-    started = time.monotonic()
     with pytest.raises(SourceError, match=r"delivered nothing for 0.2 s") as caught:
         dog.run(release.wait)
     assert caught.value.kind == "stalled"
-    assert time.monotonic() - started < 5
     with pytest.raises(SourceError, match="delivered nothing"):  # what it works on is not touched again
         dog.run(lambda: 3)
     release.set()
     dog.close()
 
 
-def test_a_step_that_shows_progress_may_take_its_time():
-    dog = Watchdog("a.mp4", 0.5)
+def test_a_step_that_shows_progress_may_take_its_time(monkeypatch):
+    clock = Clock(time.monotonic)
+    monkeypatch.setattr(time, "monotonic", clock)
+    dog = Watchdog("a.mp4", Clock.JUMP)
 
     def steady():
         for _ in range(6):
-            time.sleep(0.2)
+            clock.jump(0.5)
             dog.beat()
         return "done"
 
@@ -53,7 +54,7 @@ def test_a_step_that_shows_progress_may_take_its_time():
 def test_a_stalled_file_ends_the_run_and_not_the_program(tmp_path, monkeypatch):
     path = write_media(tmp_path / "a.mp4", barcodes(30))
     release = threading.Event()
-    with open_source(path, limits=Limits(stall_seconds=0.3)) as video:
+    with open_source(path, limits=Limits(stall_seconds=3)) as video:
         packets = iter(video._decoder._packets)
 
         def hanging():

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from support.clock import Clock
 
 import longvid.planning.kernel_choice
 import longvid.runtime.session
@@ -115,23 +116,25 @@ def test_the_real_race_runs_in_both_forms(wide, monkeypatch):
     assert all(len(row) == 2 and min(row) > 0 for row in seen)
 
 
-def test_a_race_counts_what_one_thread_computes():
+def test_a_race_counts_what_one_thread_computes(monkeypatch):
     """Not the time in which another program has the core, and not on as many threads as there happen to be."""
-    threads = []
+    threads, computed = [], Clock(lambda: 0.0)
+    monkeypatch.setattr(time, "thread_time", computed)
+    monkeypatch.setattr(time, "perf_counter", passed := Clock(lambda: 0.0))
 
-    def form(loops, pause):
+    def form(seconds, pause):
         def run():
             threads.append(torch.get_num_threads())
-            sum(range(loops))
-            time.sleep(pause)
+            computed.jump(seconds)
+            passed.jump(seconds + pause)
 
         return lambda: run
 
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        interrupted, slower = longvid.planning.kernel_choice._race([form(200_000, 0.02), form(400_000, 0.0)], CPU)
-        assert interrupted < slower < 0.02 + interrupted
+        interrupted, slower = longvid.planning.kernel_choice._race([form(1, 20), form(2, 0)], CPU)
+        assert 2 * interrupted == slower
         assert set(threads) == {1}
         assert torch.get_num_threads() == 2
     finally:

@@ -1,18 +1,13 @@
 """Where the time of a run went: what events and the report say of it."""
 
-import time
+import queue
+import threading
 
-import numpy as np
 import pytest
+from support.clock import PATIENCE, Clock, wait_until_blocked
 
 from longvid import VideoSession
 from longvid.events import RunReport
-
-
-def slices(frames, seconds):
-    for i in range(0, len(frames), 8):
-        time.sleep(seconds)
-        yield frames[i : i + 8]
 
 
 def test_a_report_adds_up_what_the_chunks_took(vae, frames, tmp_path):
@@ -35,32 +30,70 @@ def test_a_report_adds_up_what_the_chunks_took(vae, frames, tmp_path):
         assert RunReport(**{k: v for k, v in facts.items() if k != "compute_share"}) == report
 
 
-def test_a_slow_source_shows_as_reading_and_waiting(vae, frames, tmp_path):
+def slices(frames, before=lambda number: None):
+    """The video in parts of 8 frames, and what is done before each of them is read."""
+    for number in range(len(frames) // 8):
+        before(number)
+        yield frames[8 * number : 8 * number + 8]
+
+
+def test_a_slow_source_shows_as_reading_and_waiting(vae, frames, tmp_path, clock):
+    def before(number):
+        if number:  # the first part is read before the run, to know the size
+            wait_until_blocked(queue.Queue.get)
+            clock.jump()
+
     with VideoSession(vae) as session:
-        session.encode(frames, tmp_path / "warm.zarr")
-        report = session.encode(slices(frames, 0.2), tmp_path / "a.zarr", frame_rate=25)
-    assert report.read_seconds >= 3 * 0.2  # the first slice is read before the run, to know the size
-    assert report.wait_seconds > 0.3
-    assert report.compute_share < 0.75
+        report = session.encode(slices(frames, before), tmp_path / "a.zarr", frame_rate=25)
+    assert 2 <= report.read_seconds / Clock.JUMP < 3
+    assert 2 <= report.wait_seconds / Clock.JUMP < 3
+    assert report.compute_seconds < Clock.JUMP
 
 
-def test_a_slow_sink_shows_as_writing_and_waiting_also_at_the_end(vae, frames, tmp_path):
-    events = []
+def test_a_slow_sink_shows_as_writing_and_waiting_also_at_the_end(vae, frames, tmp_path, clock):
+    events, parts = [], []
+
+    def sink(part):
+        parts.append(part)
+        if len(parts) == 1:
+            wait_until_blocked(queue.Queue.put)
+            clock.jump()
+        elif len(parts) == 4:
+            wait_until_blocked(threading.Thread.join)
+            clock.jump()
+
     with VideoSession(vae, callbacks=[events.append]) as session:
         session.encode(frames, tmp_path / "a.zarr")
         events.clear()
-        report = session.decode(tmp_path / "a.zarr", lambda _: time.sleep(0.3))
-    assert report.write_seconds >= 1.2
-    assert report.wait_seconds - sum(event.wait_seconds for event in events) > 0.3
+        report = session.decode(tmp_path / "a.zarr", sink)
+    assert len(parts) == 4
+    assert 2 <= report.write_seconds / Clock.JUMP < 3
+    assert 2 <= report.wait_seconds / Clock.JUMP < 3
+    assert 1 <= sum(event.wait_seconds for event in events) / Clock.JUMP < 2  # the end belongs to no chunk
 
 
-def test_reading_and_writing_go_on_while_chunks_are_computed(vae, tmp_path):
-    frames = np.zeros((65, 32, 48, 3), np.uint8)
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_reading_and_writing_go_on_while_chunks_are_computed(vae, frames, tmp_path, clock, direction):
+    computing, beside = threading.Event(), threading.Event()
 
-    def busy(event):  # counts as neither
-        time.sleep(0.05)
+    def during_a_chunk(number):
+        if number == 2 - (direction == "decode"):
+            assert computing.wait(PATIENCE)
+            clock.jump()
+            beside.set()
 
-    with VideoSession(vae, callbacks=[busy]) as session:
-        report = session.encode(slices(frames, 0.03), tmp_path / "a.zarr", frame_rate=25)
-    assert report.read_seconds >= 8 * 0.03
-    assert report.wait_seconds < report.read_seconds  # all of it, had nothing overlapped
+    def callback(event):
+        if event.direction == direction and not computing.is_set() and event.index == (direction == "decode"):
+            computing.set()
+            assert beside.wait(PATIENCE)
+
+    parts = []
+    with VideoSession(vae, callbacks=[callback]) as session:
+        if direction == "encode":
+            report = session.encode(slices(frames, during_a_chunk), tmp_path / "a.zarr", frame_rate=25)
+        else:
+            session.encode(frames, tmp_path / "a.zarr")
+            report = session.decode(tmp_path / "a.zarr", lambda part: (parts.append(part), during_a_chunk(len(parts))))
+    busy = report.read_seconds if direction == "encode" else report.write_seconds
+    assert 1 <= busy / Clock.JUMP < 2
+    assert report.wait_seconds < Clock.JUMP

@@ -1,7 +1,9 @@
+import queue
 import threading
 import time
 
 import pytest
+from support.clock import Clock, wait_until, wait_until_blocked
 
 from longvid.runtime import prefetch
 from longvid.runtime.prefetch import Prefetcher, Writer
@@ -10,7 +12,7 @@ from longvid.runtime.prefetch import Prefetcher, Writer
 @pytest.fixture
 def no_polling(monkeypatch):
     """Whoever waits for the next look of a poll waits beyond the test's patience."""
-    monkeypatch.setattr(prefetch, "_POLL_SECONDS", 60)
+    monkeypatch.setattr(prefetch, "_POLL_SECONDS", 3600)
 
 
 def test_items_arrive_in_order_and_the_thread_ends():
@@ -48,10 +50,8 @@ def test_leaving_early_stops_an_endless_reader():
         while True:
             yield 0
 
-    started = time.monotonic()
     with Prefetcher(source(), name="endless") as items:
         next(iter(items))
-    assert time.monotonic() - started < 5
     assert not any(t.name == "endless" for t in threading.enumerate())
 
 
@@ -92,46 +92,42 @@ def test_an_error_of_the_producer_drops_what_waits():
     got = []
 
     def slow(item):
-        time.sleep(0.05)
+        wait_until_blocked(threading.Thread.join)  # until the producer leaves
         got.append(item)
 
     with pytest.raises(KeyError), Writer(slow, depth=5, name="dropped") as writer:
         for i in range(5):
             writer.put(i)
         raise KeyError
-    assert len(got) < 5
+    assert len(got) <= 1  # the one in hand
     assert not any(t.name == "dropped" for t in threading.enumerate())
 
 
 def test_a_failed_writer_is_heard_of_while_the_source_is_silent():
-    silence = threading.Event()
-
     def source():
         yield 1
-        silence.wait(30)
+        wait_until_blocked(threading.Thread.join)  # the thread must end before the reader can be left
         yield 2
 
     def fail(_):
         raise OSError("disk")
 
-    timer, seen = threading.Timer(1.0, silence.set), []
+    seen = []
     with (
         pytest.raises(OSError, match="disk"),
         Writer(fail) as writer,
         Prefetcher(source(), check=writer.check) as items,
     ):
-        timer.start()  # the thread must end before the reader can be left
         for item in items:
             seen.append(item)
             writer.put(item)
     assert seen == [1]  # the error did not wait for a second item
-    timer.join()
 
 
 # ------------------------------------------------------------------------------------- no time is lost to polling
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(120)
 def test_items_and_ends_never_wait_for_a_poll(no_polling):
     got = []
     with Writer(got.append) as writer, Prefetcher(iter(range(20)), check=writer.check) as items:
@@ -141,7 +137,7 @@ def test_items_and_ends_never_wait_for_a_poll(no_polling):
     assert got == list(range(20))
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(120)
 def test_leaving_wakes_a_reader_that_waits_for_room(no_polling):
     made = []
 
@@ -158,7 +154,7 @@ def test_leaving_wakes_a_reader_that_waits_for_room(no_polling):
     assert len(made) == 4
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(120)
 def test_an_error_of_the_producer_wakes_an_idle_writer(no_polling):
     with pytest.raises(KeyError), Writer(lambda _: None, name="idle"):
         time.sleep(0.01)
@@ -166,75 +162,113 @@ def test_an_error_of_the_producer_wakes_an_idle_writer(no_polling):
     assert not any(t.name == "idle" for t in threading.enumerate())
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(120)
 def test_a_failing_writer_wakes_a_producer_that_waits_for_room(no_polling):
-    go = threading.Event()
-
     def fail(_):
-        go.wait(10)
+        wait_until_blocked(queue.Queue.put)
         raise OSError("disk")
 
     with pytest.raises(OSError, match="disk"), Writer(fail, depth=1) as writer:
-        writer.put(0)
-        writer.put(1)
-        threading.Timer(0.02, go.set).start()
-        writer.put(2)
+        for i in range(3):
+            writer.put(i)
 
 
 # ------------------------------------------------------------------------------------- what is measured
 
 
-def test_a_reader_that_waits_for_room_is_not_busy():
+def wait_until_idle(thread):
+    """Until the time for which it has been busy stands still."""
+
+    def is_idle():
+        before = thread.busy_seconds
+        time.sleep(0.001)
+        return thread.busy_seconds == before
+
+    wait_until(is_idle, "the thread is idle")
+
+
+def test_a_reader_that_waits_for_room_is_not_busy(clock):
+    made = []
+
     def source():
         for i in range(3):
-            time.sleep(0.02)
+            clock.jump()
+            made.append(i)
             yield i
 
     with Prefetcher(source(), depth=1) as items:
-        for _ in items:
-            time.sleep(0.1)
-    assert 0.06 <= items.busy_seconds < 0.2
-    assert items.wait_seconds < 0.1
+        for item in items:
+            wait_until(lambda item=item: len(made) == min(item + 3, 3), "one item waits and one is in hand")
+            wait_until_idle(items)
+            clock.jump(100)
+    assert 3 <= items.busy_seconds / Clock.JUMP < 4
+    assert items.wait_seconds / Clock.JUMP < 4
 
 
-def test_a_writer_that_waits_for_items_is_not_busy():
-    with Writer(lambda _: time.sleep(0.02)) as writer:
+def test_a_writer_that_waits_for_items_is_not_busy(clock):
+    got = []
+
+    def consume(item):
+        clock.jump()
+        got.append(item)
+
+    with Writer(consume) as writer:
         for i in range(3):
-            time.sleep(0.1)
+            wait_until(lambda i=i: len(got) == i, "all is written")
+            wait_until_idle(writer)
+            clock.jump(100)
             writer.put(i)
-    assert 0.06 <= writer.busy_seconds < 0.2
+    assert 3 <= writer.busy_seconds / Clock.JUMP < 4
 
 
-def test_leaving_counts_as_waiting_while_the_last_items_are_written():
-    with Writer(lambda _: time.sleep(0.05), depth=4) as writer:
+def test_leaving_counts_as_waiting_while_the_last_items_are_written(clock):
+    def consume(_):
+        wait_until_blocked(threading.Thread.join)
+        clock.jump()
+
+    with Writer(consume, depth=4) as writer:
         for i in range(3):
             writer.put(i)
-        assert writer.wait_seconds < 0.05
-    assert 0.09 < writer.wait_seconds <= writer.busy_seconds + 0.05
+        assert writer.wait_seconds < Clock.JUMP
+    assert 3 <= writer.wait_seconds / Clock.JUMP < 4
 
 
-def test_the_item_in_hand_counts_and_time_never_runs_back():
-    go, seen = threading.Event(), []
+def test_a_producer_that_waits_for_room_waits(clock):
+    def consume(item):
+        if item == 0:
+            wait_until_blocked(queue.Queue.put)
+            clock.jump()
+
+    with Writer(consume, depth=1) as writer:
+        for i in range(3):
+            writer.put(i)
+        assert 1 <= writer.wait_seconds / Clock.JUMP < 2
+
+
+def test_the_item_in_hand_counts_and_time_never_runs_back(clock):
+    begun, go, seen = threading.Event(), threading.Event(), []
 
     def source():
-        go.wait(10)
+        begun.set()
+        go.wait()
         yield from range(2000)
 
     with Prefetcher(source()) as items:
-        time.sleep(0.02)
-        assert items.busy_seconds >= 0.01  # nothing was made yet
+        begun.wait()
+        clock.jump()
+        assert items.busy_seconds >= Clock.JUMP  # nothing was made yet
         go.set()
         for _ in items:
             seen += [items.busy_seconds, items.busy_seconds]
     assert seen == sorted(seen)
 
 
-def test_a_failed_item_counts_too():
+def test_a_failed_item_counts_too(clock):
     def source():
-        time.sleep(0.02)
+        clock.jump()
         raise LookupError
         yield
 
     with pytest.raises(LookupError), Prefetcher(source()) as items:
         list(items)
-    assert items.busy_seconds >= 0.02
+    assert items.busy_seconds >= Clock.JUMP

@@ -118,8 +118,8 @@ def test_a_forked_child_is_refused(vae, frames):
         enc.push(frames)
         child = context.Process(target=_in_child, args=(session, enc, frames, queue))
         child.start()
-        said = [queue.get(timeout=30) for _ in range(2)]
-        child.join(30)
+        said = [queue.get(timeout=120) for _ in range(2)]
+        child.join(120)
         assert child.exitcode == 0
     assert all("and this is its fork" in text and "'spawn'" in text for text in said)
 

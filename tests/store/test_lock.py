@@ -3,9 +3,9 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
+from support.clock import wait_until
 
 from longvid import StoreError
 from longvid.store.lock import WriterLock, is_locked
@@ -53,9 +53,7 @@ def test_it_dies_with_its_owner_and_no_child_keeps_it(path, forked):
             assert owner.stdout.readline() == "held\n"
             refused(path, owner.pid)
             owner.kill()
-            deadline = time.monotonic() + 10
-            while is_locked(path) and time.monotonic() < deadline:
-                time.sleep(0.01)
+            wait_until(lambda: not is_locked(path), "the lock is free")
             lock = WriterLock.acquire(path)
             lock.release()
         finally:

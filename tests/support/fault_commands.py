@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.fault_runs import Outcome, Truth
+from support.fault_runs import Operations, Outcome, Truth
 from support.forking import Forkers, serve
 from support.media import write_media
 
@@ -73,22 +72,18 @@ def _watch_steps(answer: dict) -> None:
     os.replace = replace
 
 
-def _send(signals: Iterable[tuple[int, float]]) -> None:
-    for signum, after in signals:
-        timer = threading.Timer(after, os.kill, (os.getpid(), signum))
-        timer.daemon = True
-        timer.start()
-
-
-def _get_stuck(chunk: int, seconds: float, signals: Iterable[tuple[int, float]]) -> None:
+def _in_chunk(chunk: int, signals: Iterable[int], lasts: bool) -> None:
+    """Send signals while a chunk is computed, which may never end by itself."""
     from longvid.runtime.engine import EncodeRun
 
     real = EncodeRun.latents
 
     def latents(self, item, *args):
         if item.index == chunk:
-            _send(signals)
-            time.sleep(seconds)
+            for signum in signals:
+                os.kill(os.getpid(), signum)
+            while lasts:
+                time.sleep(60)
         return real(self, item, *args)
 
     EncodeRun.latents = latents
@@ -97,15 +92,20 @@ def _get_stuck(chunk: int, seconds: float, signals: Iterable[tuple[int, float]])
 def _child(command: dict) -> dict:
     from longvid.cli.commands import main
 
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the tests run in the background
     answer = {"shown": 0}
     _watch_steps(answer)
     for name, most in command["limits"].items():
         resource.setrlimit(getattr(resource, name), (most, resource.getrlimit(getattr(resource, name))[1]))
     tracer = _trace(command) if command["inject"] else None
-    if command["stuck_in"] is None:
-        _send(command["signals"])
-    else:
-        _get_stuck(*command["stuck_in"], command["signals"])
+    signum, point = command["signal_at"] or (0, None)
+    operations = Operations(command["argv"][min(2, len(command["argv"]) - 1)], point, signum=signum)
+    if command["argv"][0] == "encode":
+        operations.install()
+    if command["in_chunk"]:
+        _in_chunk(*command["in_chunk"])
     said, complained = io.StringIO(), io.StringIO()
     started = time.perf_counter()
     try:
@@ -115,7 +115,7 @@ def _child(command: dict) -> dict:
         code = -1
         complained.write(traceback.format_exc())
     answer |= {"code": code, "said": said.getvalue(), "complained": complained.getvalue()}
-    answer["seconds"] = time.perf_counter() - started
+    answer |= {"seconds": time.perf_counter() - started, "points": operations.points}
     if tracer is not None:
         tracer.send_signal(signal.SIGINT)  # it lets go
         tracer.wait()
@@ -154,6 +154,8 @@ class Ran:
     "a signal, or 0"
     shown: int
     "the most frames that readers could see while it ran"
+    points: int
+    "at which a signal may be sent: before and after every operation on files of the store"
 
     @property
     def report(self) -> dict:
@@ -182,8 +184,8 @@ class Commands(Forkers):
         inject: str | None = None,
         only: tuple[Path, ...] = (),
         trace: Path | None = None,
-        signals: Iterable[tuple[int, float]] = (),
-        stuck_in: tuple[int, float] | None = None,
+        signal_at: tuple[int, int] | None = None,
+        in_chunk: tuple[int, Iterable[int], bool] | None = None,
     ) -> Ran:
         """Run `longvid` with these arguments.
 
@@ -191,14 +193,14 @@ class Commands(Forkers):
             limits: of the process, by the name in `resource`.
             inject: a fault in strace's words, which needs `trace`, the file that then tells what was made to fail.
             only: paths whose system calls may fail; all by default.
-            signals: what is sent to the process, each with the seconds until then.
-            stuck_in: a chunk that takes these seconds longer; those of the signals count from its beginning then.
+            signal_at: a signal, and the point at which the process gets it (see :attr:`Ran.points`).
+            in_chunk: a chunk, the signals that come while it is computed, and whether it then never ends.
         """
         command = {
             "argv": argv, "limits": limits or {}, "inject": inject, "only": only, "trace": trace,
-            "signals": signals, "stuck_in": stuck_in,
+            "signal_at": signal_at, "in_chunk": in_chunk,
         }  # fmt: skip
-        silent = {"code": -2, "said": "", "complained": "", "seconds": 0.0, "shown": 0}
+        silent = {"code": -2, "said": "", "complained": "", "seconds": 0.0, "shown": 0, "points": 0}
         return Ran(**(silent | self.ask(command)))
 
 
@@ -211,7 +213,7 @@ class Bench:
         ran = commands.run("encode", self.video, folder / "a.zarr", *OPTIONS)
         assert ran.code == 0, ran.complained
         self.truth = Truth.of(folder / "a.zarr", 0)
-        self.seconds = ran.seconds
+        self.points = ran.points
         assert len(self.truth.arrays["digest"]) >= 4  # units
 
     @classmethod

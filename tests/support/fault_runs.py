@@ -43,14 +43,23 @@ class Operations:
 
     Args:
         root: the folder; operations elsewhere are not seen, but for syncs.
-        kill_at: the point at which the process dies; None for never.
+        kill_at: the point at which the process gets the signal; None for never.
+        signum: that signal. By default it dies of it.
         log: file that gets a line for every operation that changes names or syncs, with what a power cut needs to know.
         kept: folder for links to the files that lost their names.
     """
 
-    def __init__(self, root: str, kill_at: int | None, log: str | None, kept: str | None) -> None:
+    def __init__(
+        self,
+        root: str,
+        kill_at: int | None = None,
+        log: str | None = None,
+        kept: str | None = None,
+        signum: int = signal.SIGKILL,
+    ) -> None:
         self._root = root
         self._kill_at = kill_at
+        self._signum = signum
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if log else None
         self._kept = kept
         self._lock = threading.RLock()
@@ -84,8 +93,9 @@ class Operations:
 
     def _point(self, name: str, path: str) -> None:
         if self.points == self._kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(60)
+            os.kill(os.getpid(), self._signum)
+            while self._signum == signal.SIGKILL:
+                time.sleep(60)
         self.points += 1
 
     def _write(self, record: dict) -> None:

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from fractions import Fraction
 
 import numpy as np
@@ -67,18 +66,24 @@ def test_the_result_is_a_model_folder(trained):
     assert not (trained / "diffusion_pytorch_model.part").exists()
 
 
+KILLED = """
+import os, signal, sys
+from longvid.train.__main__ import main
+real = os.replace
+def replace(source, target, **options):
+    real(source, target, **options)
+    if os.path.basename(target) == "checkpoint.pt":
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = replace
+main(sys.argv[1:])
+"""
+
+
 def test_killed_and_continued_it_ends_with_the_same_bits(folder, trained, tmp_path):
     out = tmp_path / "out"
-    child = subprocess.Popen(
-        [sys.executable, "-m", "longvid.train", *command(folder, out, "--hold-out", "secret*")],
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    while not (out / "checkpoint.pt").exists():
-        assert child.poll() is None
-        time.sleep(0.02)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    settings = command(folder, out, "--hold-out", "secret*")
+    killed = subprocess.run([sys.executable, "-c", KILLED, *settings], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] < 6
     subprocess.run(
         [sys.executable, "-m", "longvid.train", *command(folder, out, "--hold-out", "secret*")],
