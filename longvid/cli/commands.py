@@ -1,7 +1,7 @@
-"""The command line. Calls the library and prints; everything heavy is imported inside the commands.
+"""The commands: each reads its arguments, calls the library and prints. Heavy modules are imported inside them.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 bad source, 4 store problem, 5 memory budget, 6 model problem, 129, 130
-and 143 stopped by SIGHUP, SIGINT and SIGTERM, to be continued by the same command.
+Exit codes: 0 done, 1 failed check, 2 wrong usage, 3 bad source, 4 store problem, 5 memory budget, 6 model problem;
+129, 130 and 143 mean stopped by SIGHUP, SIGINT and SIGTERM, and the same command resumes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 from longvid.cli.parser import LIMITS, Command, make_parser
 from longvid.environment import map_large_allocations
 from longvid.errors import LongvidError, MemoryBudgetError, ModelError, ScheduleError, SourceError, StoreError
-from longvid.events import Callback, RunReport
+from longvid.events import RunReport
 from longvid.units import format_bytes
 
 if TYPE_CHECKING:
+    from longvid.models.base import CausalVAE
     from longvid.runtime.session import VideoSession
 
 __all__ = ["main"]
@@ -37,10 +38,14 @@ _EXIT_CODES: tuple[tuple[type[LongvidError], int], ...] = (
     (MemoryBudgetError, 5),
     (ModelError, 6),
 )
+_SESSION_OPTIONS = (
+    "device", "memory", "offload", "offload_dir", "reserved", "profile", "chunk_frames", "slice_frames", "layout",
+    "paired_frames", "compile",
+)  # fmt: skip
 
 
 class _Ended(KeyboardInterrupt):
-    """A signal asked the process to end; unwinds like Ctrl-C."""
+    """Raised when a signal asks the process to end; unwinds as Ctrl-C does."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -55,13 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _signals(args.stop, restore=argv is not None), _one_line_warnings():
         try:
             code = command(args)
-            sys.stdout.flush()  # here, where it can still be told that nobody reads any more
+            sys.stdout.flush()  # here, where a reader that has gone can still be handled
             return code
         except LongvidError as exc:
             return _failed(args, exc, next((code for kind, code in _EXIT_CODES if isinstance(exc, kind)), 1))
         except KeyboardInterrupt as exc:
             return _interrupted(args, exc)
-        except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
+        except BrokenPipeError:  # the reader of the output, such as head, has closed it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141  # as if SIGPIPE had ended it
 
@@ -79,22 +84,22 @@ def _interrupted(args: argparse.Namespace, exc: KeyboardInterrupt) -> int:
     out = getattr(args, "store" if args.command == "encode" else "out", None)
     left = "nothing was written"
     if out is not None and Path(out).is_dir():
-        left = f"{out} holds what was published; the same command goes on from there"
+        left = f"{out} holds what was finished; run the same command again to resume"
     elif args.command == "decode":
-        left = "a video file cannot be continued, so it was removed; decode to .zarr to be able to go on"
+        left = "an unfinished video file cannot be resumed and was removed; decode to .zarr to be able to resume"
     print(f"longvid: interrupted; {left}", file=sys.stderr)
     return exc.exit_code if isinstance(exc, _Ended) else 130
 
 
 class _StopRequest:
-    """What signals do: the first one asks a run to stop where it can go on later, the next ends it at once."""
+    """Signal handler: the first signal asks a run to stop where it can be resumed, the next one ends it at once."""
 
     def __init__(self) -> None:
         self.session: VideoSession | None = None
         self.signum: int | None = None
 
     def __call__(self, signum: int, _frame: object) -> None:
-        """As a signal handler."""
+        """Handle a signal."""
         if self.session is None or self.signum is not None:
             raise _Ended(signum)
         self.signum = signum
@@ -108,44 +113,43 @@ def _encode(args: argparse.Namespace) -> int:
     from longvid.media.limits import Limits
     from longvid.store.reader import check_target
 
-    check_target(args.store)  # before a model is loaded
-    given = {name: value for name in LIMITS if (value := getattr(args, name)) is not None}
-    with _session(args, args.model, args.random_weights, args.revision) as (session, shown):
-        report = session.encode(
-            args.source,
-            args.store,
-            representation=args.representation,
-            start=args.start,
-            frames=args.frames,
-            size=args.size,
-            store_dtype=args.store_dtype,
-            seed=args.seed,
-            on_error=args.on_error,
-            on_non_finite=args.on_non_finite,
-            limits=Limits(**given),
-            **_safety(args),
-        )
-    return shown(report, args.store)
+    found = check_target(args.store)  # before a model is loaded
+    limits = Limits(**{name: value for name in LIMITS if (value := getattr(args, name)) is not None})
+    names = ("representation", "start", "frames", "size", "store_dtype", "seed", "on_error", "on_non_finite")
+    with _session(args, output_complete=found.state == "complete") as session:
+        report = session.encode(args.source, args.store, limits=limits, **_options(args, names), **_safety(args))
+    return _show(args, report, args.store)
 
 
 def _decode(args: argparse.Namespace) -> int:
-    from longvid.store.reader import open_store
+    from longvid.store.reader import check_target, open_store
 
     store = open_store(args.store)
-    model, seed, revision = args.model, args.random_weights, args.revision
-    if model is None:
-        model, seed, revision = _recorded_model(store.path, store.vae)
-    with _session(args, model, seed, revision) as (session, shown):
+    is_complete = Path(args.out).suffix == ".zarr" and check_target(args.out).state == "complete"
+    _take_recorded_model(args, store.vae)
+    with _session(args, output_complete=is_complete) as session:
         report = session.decode(store, args.out, start=args.start, frames=args.frames, **_safety(args))
-    return shown(report, args.out)
+    return _show(args, report, args.out)
 
 
 def _info(args: argparse.Namespace) -> int:
-    from longvid.models.numerics import Numerics
+    from longvid.store.reader import read_root
+
+    root = read_root(Path(args.store))
+    of_frames = root is not None and root["attributes"]["longvid"].get("kind") == "frames"
+    facts, lines = _frame_facts(args.store) if of_frames else _latent_facts(args.store)
+    print(json.dumps(facts) if args.json else "\n".join(lines))
+    return 0
+
+
+def _latent_facts(path: str) -> tuple[dict[str, Any], list[str]]:
+    """Facts of a store of latents, for JSON and as lines of text."""
     from longvid.store.reader import open_store
 
-    store = open_store(args.store)
+    store = open_store(path)
+    numerics = store.attrs["longvid"].get("numerics")
     facts = {
+        "kind": "latents",
         "frames": store.num_frames,
         "latent_shape": list(store.latents.shape),
         "latent_dtype": str(store.latents.dtype),
@@ -153,26 +157,60 @@ def _info(args: argparse.Namespace) -> int:
         "representation": store.representation,
         "model": store.vae,
         "chunk_plan": store.schedule.to_dict(),
-        "numerics": store.attrs["longvid"].get("numerics"),
+        "numerics": numerics,
         "source": store.source,
         "stored_bytes": store.stored_bytes,
     }
-    if args.json:
-        print(json.dumps(facts))
-        return 0
-    state = "complete" if store.complete else "incomplete"
     shape = "x".join(str(n) for n in store.latents.shape)
-    plan = store.schedule
-    print(f"{args.store}: {state}, {store.num_frames} frames of {store.width}x{store.height}")
-    print(f"latents   {shape} (t c y x) {store.latents.dtype}, {store.representation}, raw (not scaled)")
-    print(f"stored    {format_bytes(store.stored_bytes)}")
-    print(f"chunks    {1 + plan.chunk_frames}, {plan.chunk_frames}, {plan.chunk_frames}, ... frames")
-    computed = store.attrs["longvid"].get("numerics") or {}
-    if computed:
-        print(f"computed  {Numerics.from_dict(computed).words}")
-    print(f"model     {_model_name(store.vae)}, scaling_factor {store.vae.get('scaling_factor')}")
-    print(f"source    {store.source.get('name')}")
-    return 0
+    n = store.schedule.chunk_frames
+    return facts, [
+        f"{path}: {_state(store.complete)}, {store.num_frames} frames of {store.width}x{store.height}",
+        f"latents   {shape} (t c y x) {store.latents.dtype}, {store.representation}, raw (not scaled)",
+        f"stored    {format_bytes(store.stored_bytes)}",
+        f"chunks    {1 + n}, {n}, {n}, ... frames",
+        *_computed(numerics),
+        f"model     {_model_name(store.vae)}, scaling_factor {store.vae.get('scaling_factor')}",
+        f"source    {store.source.get('name')}",
+    ]
+
+
+def _frame_facts(path: str) -> tuple[dict[str, Any], list[str]]:
+    """Facts of a store of frames, for JSON and as lines of text."""
+    from longvid.store.reader import open_published
+
+    store = open_published(path, "frames")
+    shape = store.arrays["frames"].shape
+    attributes, own = store.attributes, store.facts
+    facts = {
+        "kind": "frames",
+        "frames": shape[0],
+        "frame_shape": list(shape),
+        "complete": store.complete,
+        "frame_rate": own.get("frame_rate"),
+        "model": own.get("vae"),
+        "latents": own.get("latents"),
+        "numerics": own.get("numerics"),
+        "source": attributes.get("source"),
+        "stored_bytes": store.stored_bytes,
+    }
+    return facts, [
+        f"{path}: {_state(store.complete)}, {shape[0]} decoded frames of {shape[2]}x{shape[1]}",
+        f"stored    {format_bytes(store.stored_bytes)}",
+        *_computed(own.get("numerics")),
+        f"model     {_model_name(own.get('vae') or {})}",
+        f"latents   {own.get('latents')}",
+        f"source    {(attributes.get('source') or {}).get('name')}",
+    ]
+
+
+def _state(complete: bool) -> str:
+    return "complete" if complete else "incomplete"
+
+
+def _computed(numerics: dict[str, Any] | None) -> list[str]:
+    from longvid.models.numerics import Numerics
+
+    return [f"computed  {Numerics.from_dict(numerics).words}"] if numerics else []
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -189,16 +227,14 @@ def _repair(args: argparse.Namespace) -> int:
 
     opened = open_sealed(args.store)
     made_by = opened.facts.get("fingerprint", {}).get("compute", {})
-    model, seed, revision = args.model, args.random_weights, args.revision
-    if model is None:
-        model, seed, revision = _recorded_model(args.store, opened.facts.get("vae") or opened.attributes.get("vae"))
+    _take_recorded_model(args, opened.facts.get("vae") or opened.attributes.get("vae"))
     numerics = made_by.get("numerics", {})
     args.dtype = args.dtype or made_by.get("dtype")
     args.layout = numerics.get("layout", "auto")
     args.paired_frames = numerics.get("paired_frames", "auto")
     args.compile = bool(numerics.get("compiled", False))
     args.chunk_frames = opened.facts.get("fingerprint", {}).get("chunk_plan", {}).get("chunk_frames")
-    with _session(args, model, seed, revision) as (session, _):
+    with _session(args) as session:
         done = repair(session, args.store, source=args.source)
     print(json.dumps(done.to_dict()) if args.json else done.explain())
     return 0 if done.ok else 1
@@ -237,14 +273,12 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _tune(args: argparse.Namespace) -> int:
     from longvid.files import check_file_target
-    from longvid.planning.profile import check_profile_target
-    from longvid.runtime.tune import draw, is_plot, tune
+    from longvid.runtime.tune import draw, tune
 
-    if args.save is not None:
-        check_profile_target(args.save, overwrite=args.overwrite)
     picture = _picture_path(args)
-    if picture is not None:
-        check_file_target(picture, overwrite=args.overwrite, what="plot", is_ours=is_plot)
+    for path, what in ((args.save, "profile"), (picture, "plot")):
+        if path is not None:
+            check_file_target(path, overwrite=args.overwrite, what=what)
     map_large_allocations()
     from longvid.models.loading import load_model
     from longvid.planning.planner import parse_dtype
@@ -274,12 +308,12 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _picture_path(args: argparse.Namespace) -> str | None:
-    """Where to draw: where asked, or beside the profile if there is something to draw with."""
+    """Where to draw the plot: as asked, else beside the profile if matplotlib is installed."""
     can_draw = find_spec("matplotlib") is not None
     if args.plot is None:
         return str(Path(args.save).with_suffix(".png")) if args.save is not None and can_draw else None
     if not can_draw:
-        raise LongvidError('a plot is drawn by matplotlib, which is missing: pip install "longvid[plot]"')
+        raise LongvidError('a plot is drawn by matplotlib, which is not installed: pip install "longvid[plot]"')
     return str(args.plot)
 
 
@@ -294,53 +328,72 @@ _COMMANDS: dict[str, Command] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------- their parts
+# ------------------------------------------------------------------------------------------------- parts of commands
 
 
 @contextmanager
-def _session(
-    args: argparse.Namespace, model: str, seed: int | None, revision: str | None
-) -> Iterator[tuple[VideoSession, Callable[[RunReport, str], int]]]:
-    """An open session with a progress bar, and what prints its report and tells the exit code."""
+def _session(args: argparse.Namespace, *, output_complete: bool = False) -> Iterator[VideoSession]:
+    """An open session with the callbacks and the model that the arguments ask for.
+
+    Args:
+        args: arguments of the command.
+        output_complete: whether the store to be written exists and is complete.
+    """
     map_large_allocations()
-    from longvid.models.loading import load_model
-    from longvid.reporting.progress import ProgressBar
     from longvid.runtime.session import VideoSession
 
     with ExitStack() as stack:
-        callbacks: list[Callback] = [] if args.quiet else [stack.enter_context(ProgressBar())]
-        if args.report is not None:
-            from longvid.reporting.page import ReportPage
-
-            callbacks.append(stack.enter_context(ReportPage(args.report, overwrite=args.overwrite)))
-        if args.record is not None:
-            from longvid.reporting.recorder import Recorder
-
-            callbacks.append(stack.enter_context(Recorder(args.record, overwrite=args.overwrite)))
-        vae = load_model(model, random_weights=seed, revision=revision)
-        if seed is not None and not args.quiet:
-            print(f"longvid: the weights are random (seed {seed}); latents and frames mean nothing", file=sys.stderr)
-        session = stack.enter_context(
-            VideoSession(
-                vae,
-                device=args.device,
-                dtype=args.dtype or _default_dtype(args.device),
-                memory=args.memory,
-                offload=args.offload,
-                offload_dir=args.offload_dir,
-                reserved=args.reserved,
-                profile=args.profile,
-                chunk_frames=args.chunk_frames,
-                slice_frames=args.slice_frames,
-                layout=args.layout,
-                paired_frames=args.paired_frames,
-                compile=args.compile,
-                callbacks=callbacks,
-            )
-        )
+        nothing_to_do = output_complete and not (args.overwrite or args.no_resume)
+        callbacks = [stack.enter_context(callback) for callback in _callbacks(args, nothing_to_do)]
+        dtype = args.dtype or _default_dtype(args.device)
+        session = VideoSession(_load_model(args), dtype=dtype, callbacks=callbacks, **_options(args, _SESSION_OPTIONS))
+        stack.enter_context(session)
+        if not args.quiet:
+            _announce(args)
         args.stop.session = session
         stack.callback(setattr, args.stop, "session", None)
-        yield session, lambda report, out: _show(args, report, out)
+        yield session
+
+
+def _callbacks(args: argparse.Namespace, nothing_to_do: bool) -> Iterator[Any]:
+    """Yield the progress bar, report and recording that were asked for. With nothing to do, old files stay."""
+    from longvid.reporting.page import ReportPage
+    from longvid.reporting.progress import ProgressBar
+    from longvid.reporting.recorder import Recorder
+
+    if not args.quiet:
+        yield ProgressBar()
+    if args.report is not None and not nothing_to_do:
+        yield ReportPage(args.report, overwrite=args.overwrite)
+    if args.record is not None and not nothing_to_do:
+        yield Recorder(args.record, overwrite=args.overwrite)
+
+
+def _options(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names}
+
+
+def _load_model(args: argparse.Namespace) -> CausalVAE:
+    from longvid.models.loading import load_model
+
+    try:
+        return load_model(args.model, random_weights=args.random_weights, revision=args.revision)
+    except ModelError as exc:
+        if args.model_from is None:
+            raise
+        raise ModelError(
+            f"{args.model_from} records the model {args.model}, which cannot be loaded: {exc}. Name its folder or hub "
+            "id with --model"
+        ) from exc
+
+
+def _announce(args: argparse.Namespace) -> None:
+    """Print which model encodes, and for any command that its weights are random."""
+    if args.random_weights is not None:
+        print(f"longvid: the weights are random (seed {args.random_weights}); results mean nothing", file=sys.stderr)
+    elif args.command == "encode":
+        note = ", the built-in model for previews; choose another with --model" if args.model == "tiny" else ""
+        print(f"longvid: encoding with {args.model}{note}", file=sys.stderr)
 
 
 def _default_dtype(device: str) -> str:
@@ -351,23 +404,25 @@ def _default_dtype(device: str) -> str:
     return "float32" if on_cpu else "bfloat16"
 
 
-def _recorded_model(path: str | Path, vae: Mapping[str, Any] | None) -> tuple[str, int | None, str | None]:
-    """The model that a store says it was made with."""
+def _take_recorded_model(args: argparse.Namespace, vae: Mapping[str, Any] | None) -> None:
+    """Where ``--model`` was not given, put the model that a store records in its place."""
+    if args.model is not None:
+        return
     name = (vae or {}).get("name_or_path")
     if vae is None or not name:
-        raise ModelError(f"{path} does not say where its model is; name it with --model")
-    seed = vae.get("random_weights")
-    return str(name), seed, None if seed is not None else vae.get("revision")
+        raise ModelError(f"{args.store} does not record where its model is; name it with --model")
+    args.model, args.model_from, args.random_weights = str(name), args.store, vae.get("random_weights")
+    args.revision = None if args.random_weights is not None else vae.get("revision")
 
 
-def _model_name(vae: dict[str, Any]) -> str:
-    name = str(vae.get("name_or_path") or vae.get("class_name"))
+def _model_name(vae: Mapping[str, Any]) -> str:
+    name = str(vae.get("name_or_path") or vae.get("class_name") or "unknown")
     seed = vae.get("random_weights")
     return name if seed is None else f"{name} with random weights (seed {seed})"
 
 
 def _safety(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of a run that say what it may replace, continue and lose."""
+    """Arguments of a run that decide what it replaces, what it resumes and when results are safe."""
     from longvid.store.durability import Durability
 
     return {
@@ -380,7 +435,7 @@ def _safety(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _show(args: argparse.Namespace, report: RunReport, out: str) -> int:
-    """Print what a run did; the exit code."""
+    """Print what a run did and return the exit code; a run that was stopped ends as its signal asks."""
     if args.json:
         print(json.dumps(report.to_dict()))
     elif not args.quiet:
@@ -392,7 +447,7 @@ def _show(args: argparse.Namespace, report: RunReport, out: str) -> int:
 
 def _print_report(report: RunReport, out: str) -> None:
     if report.complete and report.resumed_from_frame == report.frames:
-        print(f"{out}: complete already, {report.frames} frames; nothing was done")
+        print(f"{out}: complete already, {report.frames} frames; nothing to do")
     else:
         resumed = f" (the first {report.resumed_from_frame} by an earlier run)" if report.resumed_from_frame else ""
         print(
@@ -404,20 +459,18 @@ def _print_report(report: RunReport, out: str) -> None:
 
 @contextmanager
 def _signals(handler: Callable[[int, Any], None], *, restore: bool) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP stop a run where it can be continued, and unwind the program anywhere else.
+    """SIGINT, SIGTERM and SIGHUP stop a run where it can be resumed, and unwind the program anywhere else.
 
-    Unless what was there before is to be restored, they mean nothing any more afterwards: the program has said how it
-    ended and is on its way out.
+    Args:
+        handler: called with a signal.
+        restore: whether the handlers of before are restored. Otherwise the signals are ignored afterwards: the program
+            has reported how it ended and is about to exit.
     """
-    # A signal that is ignored stays ignored: that is what nohup asks for.
-    wanted = [
-        s
-        for s in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None))
-        if s and signal.getsignal(s) is not signal.SIG_IGN
-    ]
+    # A signal that is ignored stays ignored, as nohup asks.
+    wanted = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
     try:
         before = {s: signal.signal(s, handler) for s in wanted}
-    except ValueError:  # not the main thread: somebody embeds the command line
+    except ValueError:  # not the main thread: another program embeds the command line
         before = {}
     try:
         yield

@@ -21,6 +21,7 @@ from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from longvid.errors import StoreError
+from longvid.files import check_file_target
 from longvid.frames import ColorInfo
 from longvid.media.color import PRIMARIES, TRANSFERS, matrix_by_rule
 
@@ -32,8 +33,6 @@ _MATRICES = {"bt709": (1, 1), "bt601": (6, 5)}
 _PRIMARIES = {name: tag for tag, name in PRIMARIES.items()}
 _TRANSFERS = {name: tag for tag, name in TRANSFERS.items()}
 _LARGEST_TIME_BASE = 2**31 - 1
-_MARK = "made by longvid"
-"the comment in a file, by which it is known again"
 _INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
 
 
@@ -52,7 +51,7 @@ class VideoWriter:
         frame_rate: mean frames per second, if known; a hint to players.
         color: how the source was read. The matrix is used again if it is bt601 or bt709, else the rule decides
             (bt709 from 720 lines up); primaries and transfer are passed on.
-        overwrite: replace an existing file, if longvid wrote it.
+        overwrite: replace an existing file.
         crf: quality of x264, 0 (lossless) to 51.
 
     Raises:
@@ -83,7 +82,7 @@ class VideoWriter:
         self._first_pts: int | None = None
         self._last_pts = 0
         self._check_format()
-        self._check_target()
+        check_file_target(self._path, overwrite=self._overwrite, what="video")
 
     def write(
         self,
@@ -107,7 +106,7 @@ class VideoWriter:
     def __enter__(self) -> Self:
         if self._container is not None:
             raise StoreError(f"{self._path} is already being written by this writer; make another one")
-        self._check_target()
+        check_file_target(self._path, overwrite=self._overwrite, what="video")
         with self._wrapped(), contextlib.ExitStack() as undo:
             undo.callback(self._discard)
             self._container = self._open_container()
@@ -137,29 +136,10 @@ class VideoWriter:
         if self._time_base <= 0 or max(self._time_base.as_integer_ratio()) > _LARGEST_TIME_BASE:
             raise StoreError(f"the time base {self._time_base} cannot be kept in a video file", kind="format")
 
-    def _check_target(self) -> None:
-        if not self._path.parent.is_dir():
-            raise StoreError(
-                f"{self._path} cannot be written: there is no folder {self._path.parent}; make it first", kind="missing"
-            )
-        if self._path.is_dir():
-            raise StoreError(f"{self._path} exists and is a folder; name another file", kind="exists")
-        if not self._overwrite and os.path.lexists(self._path):
-            raise StoreError(
-                f"{self._path} exists; name another file, or replace it with --overwrite (overwrite=True)",
-                kind="exists",
-            )
-        if os.path.lexists(self._path) and not _is_ours(self._path):
-            raise StoreError(
-                f"{self._path} exists and is not a video that longvid wrote; name another file", kind="foreign"
-            )
-
     def _open_container(self) -> OutputContainer:
         format_name = _FORMATS[self._path.suffix.lower()]
         options = {} if format_name == "matroska" else {"movflags": "+faststart"}
-        container = av.open(f"file:{self._partial.absolute()}", "w", format=format_name, options=options)
-        container.metadata["comment"] = _MARK
-        return container
+        return av.open(f"file:{self._partial.absolute()}", "w", format=format_name, options=options)
 
     def _add_stream(self, container: OutputContainer) -> VideoStream:
         stream = container.add_stream("libx264", rate=self._frame_rate or Fraction(24))
@@ -234,7 +214,7 @@ class VideoWriter:
             container.close()
             with self._partial.open("rb+") as file:
                 os.fsync(file.fileno())
-            self._check_target()
+            check_file_target(self._path, overwrite=self._overwrite, what="video")
             self._partial.replace(self._path)
 
     def _discard(self) -> None:
@@ -254,16 +234,3 @@ class VideoWriter:
             raise
         except (av.FFmpegError, OSError, ValueError) as exc:
             raise StoreError(f"{self._path} cannot be written: {exc}; is the disk full?") from exc
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether the file may be replaced: longvid wrote it, or it is empty."""
-    try:
-        if not path.is_file():  # such as a pipe, or a link that leads nowhere
-            return False
-        if path.stat().st_size == 0:
-            return True
-        with av.open(f"file:{path.absolute()}", format=_FORMATS[path.suffix.lower()]) as container:
-            return _MARK in container.metadata.values()
-    except (av.FFmpegError, OSError, ValueError):
-        return False

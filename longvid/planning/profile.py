@@ -25,7 +25,7 @@ from longvid.memory.offload import OffloadPolicy
 from longvid.models.base import CausalVAE, model_name
 from longvid.planning.cost_model import DeviceRates
 
-__all__ = ["DirectionProfile", "Profile", "ProfileScope", "check_profile_target"]
+__all__ = ["DirectionProfile", "Profile", "ProfileScope"]
 
 _FORMAT_VERSION = 2
 _NAMES = {"model": "model", "architecture": "architecture", "size": "frame size", "dtype": "dtype", "device": "device"}
@@ -139,11 +139,11 @@ class Profile:
         """Write the TOML file, all or nothing.
 
         Raises:
-            StoreError: something is there that may not be replaced, or the disk says no.
+            StoreError: a file is there and ``overwrite`` is not set, or the disk refuses the write.
         """
         import tomli_w
 
-        check_profile_target(path, overwrite=overwrite)
+        check_file_target(path, overwrite=overwrite, what="profile")
         content: dict[str, Any] = {
             "longvid": {"kind": "profile", "format_version": _FORMAT_VERSION, "created_by": f"longvid {__version__}"},
             "scope": asdict(self.scope),
@@ -198,20 +198,3 @@ def _numbers(table: Mapping[str, Any], name: str) -> dict[str, Any]:
         if not good or isinstance(value, bool) or value < 0 or (value == 0 and not key.endswith("_bytes")):
             raise ValueError(f"{key} = {value!r} of {name} is not a {'number of bytes' if 'bytes' in key else 'rate'}")
     return dict(table)
-
-
-def check_profile_target(path: str | os.PathLike[str], *, overwrite: bool) -> None:
-    """Say whether a profile can be written at ``path``. Changes nothing.
-
-    Raises:
-        StoreError: something is there that may not be replaced, or the folder cannot be written to.
-    """
-    check_file_target(path, overwrite=overwrite, what="profile", is_ours=_is_profile)
-
-
-def _is_profile(path: Path) -> bool:
-    try:
-        Profile.read(path)
-    except ModelError:
-        return False
-    return True

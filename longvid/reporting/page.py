@@ -11,7 +11,7 @@ from longvid.errors import LongvidError, SessionStateError
 from longvid.events import ChunkEvent, RunReport, RunStart
 from longvid.files import check_file_target, write_whole
 from longvid.reporting.history import RunHistory
-from longvid.reporting.text import REPORT_MARK, headline, page, section, short_section
+from longvid.reporting.text import UNFINISHED, headline, page, section, short_section
 
 __all__ = ["ReportPage"]
 
@@ -27,7 +27,7 @@ class ReportPage:
 
     Args:
         path: where to write. The file appears whole when a run ends, and nothing is written before.
-        overwrite: whether a report that is there may be replaced. Another file never is.
+        overwrite: whether an existing file may be replaced. The page of a run that was not completed always may.
 
     Raises:
         StoreError: ``path`` cannot be written.
@@ -41,8 +41,8 @@ class ReportPage:
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         _require_bokeh()
-        check_file_target(path, overwrite=overwrite, what="report", is_ours=_is_report)
         self._path = Path(path)
+        check_file_target(path, overwrite=overwrite or _is_unfinished(self._path), what="report")
         self._sections: list[_Section] = []
         self._run: RunHistory | None = None
 
@@ -95,9 +95,12 @@ def _require_bokeh() -> None:
         ) from exc
 
 
-def _is_report(path: Path) -> bool:
+def _is_unfinished(path: Path) -> bool:
+    """Whether ``path`` is a page whose last run was not completed."""
+    if not path.is_file():
+        return False
     with path.open(encoding="utf-8", errors="replace") as file:
-        return REPORT_MARK in file.read(1024)
+        return UNFINISHED in file.read(1024)
 
 
 @dataclass(slots=True)
@@ -108,13 +111,15 @@ class _Section:
     words: str
     whole: str
     script: str
+    completed: bool
 
     @classmethod
     def of(cls, number: int, run: RunHistory) -> _Section:
         from longvid.reporting import charts
 
         script, places = charts.draw(run)
-        return cls(headline(run), short_section(number, run), section(number, run, places), script)
+        completed = run.report is not None and run.report.complete
+        return cls(headline(run), short_section(number, run), section(number, run, places), script, completed)
 
     def shorten(self) -> None:
         """Keep the words alone."""
@@ -127,4 +132,9 @@ def _page(sections: list[_Section]) -> str:
     scripts = [section.script for section in sections if section.script]
     if scripts:
         scripts.insert(0, charts.library_script())
-    return page([section.whole for section in sections], [section.title for section in sections], scripts)
+    return page(
+        [section.whole for section in sections],
+        [section.title for section in sections],
+        scripts,
+        completed=sections[-1].completed,
+    )

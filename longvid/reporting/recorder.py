@@ -1,4 +1,4 @@
-"""A callback that records runs as lines of JSON, and the way back from such a recording to the events."""
+"""Recordings of runs as lines of JSON: the callback that writes them, and the function that reads them."""
 
 from __future__ import annotations
 
@@ -8,38 +8,41 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO, TypeAlias
+from typing import Any, Self, TextIO, TypeAlias
 
 from longvid.errors import SessionStateError, StoreError
-from longvid.events import Callback, ChunkEvent, LayerContext, RunReport, RunStart, Span
+from longvid.events import ChunkEvent, LayerContext, RunReport, RunStart, Span
 from longvid.files import check_file_target
 
-__all__ = ["Recorded", "Recorder", "read_recording", "replay"]
+__all__ = ["Recorded", "Recorder", "read_recording"]
 
 Recorded: TypeAlias = RunStart | ChunkEvent | RunReport | None
-"one line of a recording; None for a run that failed"
+"one line of a recording; None for the end of a run that failed"
+_FIRST_BYTES = b'{"event":"start"'
 
 
 class Recorder:
-    """Writes one line for the start of a run, one for each chunk, and one for its end.
+    """Callback that writes one line for the start of a run, one for each chunk, and one for its end.
 
     Every line is an object with ``event``, which is ``"start"``, ``"chunk"`` or ``"finish"``, and the fields of
     :class:`RunStart`, :class:`ChunkEvent` or :class:`RunReport`. The ``"finish"`` of a run that failed has
     ``"failed": true`` and nothing else. Each line is flushed, so that a run that is killed leaves whole lines.
 
     Args:
-        path: the file. Nothing is written before the first run starts.
-        overwrite: whether a recording that is there may be replaced. Another file never is.
+        path: the file. Nothing is written before the first run starts. A recording whose last run was not completed
+            is continued: the next run is appended to it.
+        overwrite: whether an existing file may be replaced.
         wants_spans: whether chunks carry what each layer did and when: some 40 kB per chunk with a large model.
 
     Raises:
-        StoreError: ``path`` cannot be written.
+        StoreError: ``path`` cannot be written, or holds anything else and ``overwrite`` is not set.
 
-    One recorder may serve several runs, one after the other. Use it as a context manager, which closes its file.
+    One recorder can serve several runs, one after the other. Use it as a context manager, which closes its file.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False, wants_spans: bool = True) -> None:
-        check_file_target(path, overwrite=overwrite, what="recording", is_ours=_is_recording)
+        self._kept_bytes = None if overwrite else _unfinished_bytes(Path(path))
+        check_file_target(path, overwrite=overwrite or self._kept_bytes is not None, what="recording")
         self.wants_spans = wants_spans
         self._path = Path(path)
         self._file: TextIO | None = None
@@ -63,21 +66,22 @@ class Recorder:
         line = json.dumps({"event": event, **fields}, separators=(",", ":")) + "\n"
         try:
             if self._file is None:
-                self._file = self._path.open("w", encoding="utf-8", newline="\n")
+                self._file = self._path.open("a", encoding="utf-8", newline="\n")
+                self._file.truncate(self._kept_bytes or 0)
             self._file.write(line)
             self._file.flush()
         except OSError as exc:
-            raise StoreError(f"{self._path} cannot be written: {exc.strerror}") from exc
+            raise StoreError(f"{self._path} cannot be written: {exc.strerror}; make room on the disk") from exc
 
     def close(self) -> None:
         """Close the file. May be called again."""
         self._closed = True
         if self._file is not None:
-            with suppress(OSError):  # every line was flushed; what a full disk refused was told then
+            with suppress(OSError):  # every line was flushed, and a full disk was reported then
                 self._file.close()
             self._file = None
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -85,52 +89,34 @@ class Recorder:
 
 
 def read_recording(path: str | os.PathLike[str]) -> Iterator[Recorded]:
-    """What a :class:`Recorder` was told, in order, one line at a time: a recording may be larger than memory.
+    """Yield what a :class:`Recorder` wrote, one line at a time: a recording may be larger than memory.
 
-    A last line that was torn by a killed run is left out.
+    A last line that is incomplete, since the run was killed, is left out.
 
     Raises:
-        StoreError: the file is missing or is not a recording (both at once, before the first line is asked for), or
-            a line is damaged.
+        StoreError: the file is missing (at once, before the first line is asked for), or a line is damaged or is not
+            of a recording.
     """
     where = Path(path)
     if not where.is_file():
-        raise StoreError(f"there is no recording {where}", kind="missing")
-    if not _is_recording(where):
-        raise StoreError(f"{where} is not a longvid recording", kind="foreign")
+        raise StoreError(f"there is no recording {where}; check the name", kind="missing")
     return _lines(where)
 
 
-def replay(path: str | os.PathLike[str], callback: Callback) -> None:
-    """Tell a callback what was recorded, as if the runs took place now.
-
-    A run whose end is missing, since it was killed, ends as one that failed.
-
-    Raises:
-        StoreError: as :func:`read_recording`.
-    """
-    started = getattr(callback, "run_started", lambda _: None)
-    finished = getattr(callback, "run_finished", lambda _: None)
-    running = False
-    for item in read_recording(path):
-        if isinstance(item, ChunkEvent):
-            callback(item)
-        elif isinstance(item, RunStart):
-            if running:
-                finished(None)
-            started(item)
-            running = True
-        else:
-            finished(item)
-            running = False
-    if running:
-        finished(None)
-
-
-def _is_recording(path: Path) -> bool:
-    """By its first line, which may be torn: the first run can be killed as early as that."""
+def _unfinished_bytes(path: Path) -> int | None:
+    """Bytes of the whole lines of a recording whose last run was not completed; None for any other file, or none."""
+    if not path.is_file():
+        return None
     with path.open("rb") as file:
-        return file.read(16).startswith(b'{"event":"start"')
+        if not file.read(len(_FIRST_BYTES)).startswith(_FIRST_BYTES):
+            return None
+        file.seek(0)
+        num_bytes, last = 0, b""
+        for line in file:
+            if line.endswith(b"\n"):
+                num_bytes, last = num_bytes + len(line), line
+    completed = last.startswith(b'{"event":"finish"') and b'"complete":true' in last
+    return None if completed else num_bytes
 
 
 def _lines(path: Path) -> Iterator[Recorded]:

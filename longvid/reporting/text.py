@@ -14,10 +14,10 @@ from longvid.events import LayerContext, RunStart, Span
 from longvid.reporting.history import RunHistory
 from longvid.units import format_bytes
 
-__all__ = ["COLORS", "REPORT_MARK", "format_seconds", "headline", "page", "section", "short_section"]
+__all__ = ["COLORS", "UNFINISHED", "format_seconds", "headline", "page", "section", "short_section"]
 
-REPORT_MARK = '<meta name="generator" content="longvid report">'
-"by which a report is known from another page"
+UNFINISHED = '<meta name="longvid-run" content="unfinished">'
+"stands in a page whose last run was not completed, which the page of the next run may replace"
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 _DOING = {"encode": "Encoding", "decode": "Decoding"}
 _DONE = {"encode": "Encoded", "decode": "Decoded"}
@@ -79,7 +79,7 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def page(sections: Sequence[str], titles: Sequence[str], scripts: Sequence[str]) -> str:
+def page(sections: Sequence[str], titles: Sequence[str], scripts: Sequence[str], *, completed: bool) -> str:
     """The whole page. It holds all that it shows, and forbids the browser to load anything else."""
     one = len(titles) == 1
     title = f"longvid report: {titles[0]}" if one else f"longvid report: {len(titles)} runs"
@@ -90,7 +90,7 @@ def page(sections: Sequence[str], titles: Sequence[str], scripts: Sequence[str])
 <html lang="en">
 <head>
 <meta charset="utf-8">
-{REPORT_MARK}
+{"" if completed else UNFINISHED}
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>

@@ -34,7 +34,7 @@ from longvid.runtime.engine import DecodeRun, EncodeRun, Engine
 from longvid.schedule import ChunkSchedule
 from longvid.units import format_bytes
 
-__all__ = ["ThresholdPoint", "Tuning", "draw", "is_plot", "tune"]
+__all__ = ["ThresholdPoint", "Tuning", "draw", "tune"]
 
 _FIRST_TIMED = 3
 "chunks before it warm up, and on a CPU they are the ones whose allocations are tracked, which takes time of its own"
@@ -372,9 +372,4 @@ def draw(tuning: Tuning, path: str | os.PathLike[str]) -> None:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     panels[0].set_ylabel("time of a chunk / nothing offloaded")
-    figure.savefig(path, dpi=130, metadata={"Software" if str(path).endswith(".png") else "Creator": _MARK})
-
-
-def is_plot(path: Path) -> bool:
-    """Whether a file is a picture that :func:`draw` made."""
-    return _MARK.encode() in path.read_bytes()
+    figure.savefig(path, dpi=130)

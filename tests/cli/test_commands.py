@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,6 +81,44 @@ def test_encode_decode_info_as_json(run, tmp_path):
     assert json.loads(out)["frames"] == 20
     code, out, _ = run("decode", tmp_path / "a.zarr", tmp_path / "b.zarr", "--start", 5, "--frames", 4, "--json")
     assert json.loads(out)["frames"] == 4
+
+
+def test_info_shows_a_store_of_frames(run, store, tmp_path):
+    assert run("decode", store, tmp_path / "frames.zarr", "--frames", 4, "--quiet")[0] == 0
+    code, out, _ = run("info", tmp_path / "frames.zarr", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert (facts["kind"], facts["frames"], facts["frame_shape"]) == ("frames", 4, [4, 48, 64, 3])
+    assert (facts["complete"], facts["model"]["random_weights"]) == (True, 0)
+    assert facts["stored_bytes"] > 0
+    assert facts["source"]["name"].endswith("clip.mp4")
+    code, out, _ = run("info", tmp_path / "frames.zarr")
+    assert code == 0
+    assert "complete, 4 decoded frames of 64x48" in out
+
+
+def test_encode_says_which_model_runs(run, tmp_path):
+    small = ["--size", "64x48", "--frames", 5]
+    code, out, err = run("encode", CLIP, tmp_path / "a.zarr", *small, "--json")
+    assert code == 0
+    assert json.loads(out)
+    assert "longvid: encoding with tiny, the built-in model for previews; choose another with --model" in err
+    code, _, err = run("encode", CLIP, tmp_path / "b.zarr", *small, "--quiet")
+    assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize("command", ["decode", "repair"])
+def test_a_model_folder_that_was_moved_is_named_with_the_store(run, tmp_path, command):
+    shutil.copytree(Path(longvid.__file__).parent / "weights" / "tiny", tmp_path / "model")
+    small = ["--size", "64x48", "--frames", 5, "--quiet"]
+    assert run("encode", CLIP, tmp_path / "a.zarr", "--model", tmp_path / "model", *small)[0] == 0
+    (tmp_path / "model").rename(tmp_path / "moved")
+    out = [tmp_path / "b.mp4"] if command == "decode" else []
+    code, _, err = run(command, tmp_path / "a.zarr", *out, "--quiet")
+    assert code == 6
+    assert f"{tmp_path / 'a.zarr'} records the model {tmp_path / 'model'}, which cannot be loaded" in err
+    assert "--model" in err
+    assert run(command, tmp_path / "a.zarr", *out, "--quiet", "--model", tmp_path / "moved")[0] == 0
 
 
 def test_text_for_people(run, store):

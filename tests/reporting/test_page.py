@@ -27,7 +27,6 @@ from longvid import LongvidError, SessionStateError, StoreError
 from longvid.events import LayerContext, Span
 from longvid.reporting.history import MAX_POINTS, ChunkView, RunHistory, Stay, stays_on_device
 from longvid.reporting.page import ReportPage
-from longvid.reporting.recorder import Recorder, replay
 from longvid.reporting.text import format_seconds
 
 NASTY = "</script><script>alert(1)</script><img src=//evil.example/x onerror=alert(2)>'\"&amp;$$x$$"
@@ -184,18 +183,6 @@ def test_more_than_allowed_is_not_passed_over(tmp_path):
     assert "The run used more than it was allowed." in Page((tmp_path / "r.html").read_text()).text
 
 
-def test_a_recording_makes_the_same_page(tmp_path):
-    with Recorder(tmp_path / "runs.jsonl") as recorder:
-        tell(recorder, num_chunks=5)
-    with ReportPage(tmp_path / "a.html") as report:
-        replay(tmp_path / "runs.jsonl", report)
-    with ReportPage(tmp_path / "b.html") as report:
-        tell(report, num_chunks=5)
-    texts = [Page((tmp_path / name).read_text()).text.split("Written by")[0] for name in ("a.html", "b.html")]
-    assert texts[0] == texts[1]
-    assert "a processor" in texts[0]
-
-
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
@@ -243,26 +230,31 @@ def test_text_from_outside_is_never_markup(tmp_path):
     assert page.text.count("alert(1)") >= 6
 
 
-def test_another_file_is_never_replaced(tmp_path):
-    path = tmp_path / "index.html"
-    path.write_text("<html>my page</html>")
-    for overwrite in (False, True):
-        with pytest.raises(StoreError, match="is not a longvid report; choose another name") as caught:
-            ReportPage(path, overwrite=overwrite)
-        assert caught.value.kind == "foreign"
-    assert path.read_text() == "<html>my page</html>"
-
-
-def test_a_report_is_replaced_only_when_asked(tmp_path, source):
+@pytest.mark.parametrize("content", ["<html>my page</html>", None])
+def test_an_existing_page_is_replaced_only_when_asked(tmp_path, source, content):
     path = tmp_path / "r.html"
-    path.write_text(source)
-    with pytest.raises(StoreError, match=r"a longvid report; --overwrite \(overwrite=True\) replaces it") as caught:
+    path.write_text(content or source)
+    with pytest.raises(StoreError, match=r"replace it with --overwrite \(overwrite=True\)") as caught:
         ReportPage(path)
     assert caught.value.kind == "exists"
     with ReportPage(path, overwrite=True) as report:
-        assert path.read_text() == source
+        assert path.read_text() == (content or source)
         tell(report, num_chunks=1)
     assert "Encoded 9 frames" in path.read_text()
+
+
+@pytest.mark.parametrize("report", [None, run_report(chunk_event(), complete=False)])
+def test_the_page_of_a_run_that_was_not_completed_is_replaced(tmp_path, report):
+    path = tmp_path / "r.html"
+    page = ReportPage(path)
+    page.run_started(run_start())
+    page(chunk_event())
+    page.run_finished(report)
+    with ReportPage(path) as page:
+        tell(page, num_chunks=1)
+    assert "Encoded 9 frames" in path.read_text()
+    with pytest.raises(StoreError, match="--overwrite"):
+        ReportPage(path)
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_run(tmp_path):

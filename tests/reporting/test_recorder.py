@@ -13,7 +13,7 @@ from support.runs import chunk_event, encoder_layers, run_report, run_start, sim
 
 from longvid import SessionStateError, StoreError
 from longvid.events import ChunkEvent, RunStart
-from longvid.reporting.recorder import Recorder, read_recording, replay
+from longvid.reporting.recorder import Recorder, read_recording
 
 
 def record(path, items, **options):
@@ -61,24 +61,40 @@ def test_nothing_is_written_before_a_run_starts(tmp_path):
         assert not list(tmp_path.iterdir())
 
 
-def test_another_file_is_never_replaced(tmp_path):
-    path = tmp_path / "notes.txt"
-    path.write_text('{"event": "wedding"}\n')
-    for overwrite in (False, True):
-        with pytest.raises(StoreError, match="is not a longvid recording; choose another name") as caught:
-            Recorder(path, overwrite=overwrite)
-        assert caught.value.kind == "foreign"
-    assert path.read_text() == '{"event": "wedding"}\n'
-
-
-def test_a_recording_is_replaced_only_when_asked(tmp_path):
+@pytest.mark.parametrize("content", [b"my notes\n", b"{}\n", b"\xff\x00"])
+def test_an_existing_file_is_replaced_only_when_asked(tmp_path, content):
     path = tmp_path / "runs.jsonl"
-    record(path, a_run())
-    with pytest.raises(StoreError, match=r"a longvid recording; --overwrite \(overwrite=True\) replaces it") as caught:
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match=r"replace it with --overwrite \(overwrite=True\)") as caught:
         Recorder(path)
     assert caught.value.kind == "exists"
+    assert path.read_bytes() == content
     record(path, [run_start(), None], overwrite=True)
     assert list(read_recording(path)) == [run_start(), None]
+
+
+def test_the_recording_of_a_completed_run_is_replaced_only_when_asked(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    record(path, a_run())
+    with pytest.raises(StoreError, match="--overwrite"):
+        Recorder(path)
+    assert list(read_recording(path)) == a_run()
+    record(path, [run_start(), None], overwrite=True)
+    assert list(read_recording(path)) == [run_start(), None]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 20])
+def test_the_recording_of_a_run_that_was_not_completed_is_continued(tmp_path, cut):
+    path = tmp_path / "runs.jsonl"
+    failed, stopped = [*a_run()[:-1], None], [*a_run()[:-1], run_report(chunk_event(), complete=False)]
+    for earlier in (failed, stopped, a_run()[:-1], a_run()[:1]):
+        path.unlink(missing_ok=True)
+        record(path, earlier)
+        os.truncate(path, path.stat().st_size - cut)  # as a kill in the middle of a line leaves it
+        record(path, a_run())
+        assert list(read_recording(path)) == [*(earlier[:-1] if cut else earlier), *a_run()]
+    record(path, a_run(1), overwrite=True)
+    assert list(read_recording(path)) == a_run(1)
 
 
 def test_an_empty_file_may_be_written(tmp_path):
@@ -169,47 +185,10 @@ def test_a_damaged_line_is_named(tmp_path, line):
     assert caught.value.kind == "corrupt"
 
 
-def test_what_is_no_recording_is_refused_before_it_is_read(tmp_path):
+def test_what_is_no_recording_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("hello\n")
-    with pytest.raises(StoreError, match="is not a longvid recording") as caught:
-        read_recording(tmp_path / "notes.txt")
-    assert caught.value.kind == "foreign"
+    with pytest.raises(StoreError, match="line 1 is damaged"):
+        list(read_recording(tmp_path / "notes.txt"))
     with pytest.raises(StoreError, match="there is no recording") as caught:
         read_recording(tmp_path / "nothing")
     assert caught.value.kind == "missing"
-
-
-class Listener:
-    def __init__(self):
-        self.heard = []
-
-    def run_started(self, start):
-        self.heard.append(start)
-
-    def __call__(self, event):
-        self.heard.append(event)
-
-    def run_finished(self, report):
-        self.heard.append(report)
-
-
-def test_a_replay_tells_the_same(tmp_path):
-    told = [*a_run(), run_start(), None]
-    record(tmp_path / "runs.jsonl", told)
-    listener = Listener()
-    replay(tmp_path / "runs.jsonl", listener)
-    assert listener.heard == told
-
-
-def test_a_replay_ends_runs_whose_end_is_missing(tmp_path):
-    record(tmp_path / "runs.jsonl", [*a_run()[:-1], *a_run()[:-1]])
-    listener = Listener()
-    replay(tmp_path / "runs.jsonl", listener)
-    assert listener.heard == 2 * [*a_run()[:-1], None]
-
-
-def test_a_replay_needs_no_more_than_a_function(tmp_path):
-    record(tmp_path / "runs.jsonl", a_run())
-    indices = []
-    replay(tmp_path / "runs.jsonl", lambda event: indices.append(event.index))
-    assert indices == [0, 1, 2]

@@ -87,8 +87,8 @@ def test_what_is_not_a_profile_is_refused(tmp_path, content, said):
     with pytest.raises(ModelError, match=said):
         VideoSession("tiny", profile=path)
     if content is not None:
-        with pytest.raises(StoreError, match="not a longvid profile"):
-            replace_profile().write(path, overwrite=True)
+        with pytest.raises(StoreError, match="--overwrite"):
+            replace_profile().write(path)
         assert path.read_text() == content
 
 
@@ -197,7 +197,7 @@ def test_the_command_saves_what_encode_reads(tmp_path, capsys):
             main([*sweep, option, str(tmp_path / name)])
         assert usage.value.code == 2
     (tmp_path / "holiday.png").write_bytes(b"a picture of somebody else")
-    assert main([*sweep, "--plot", str(tmp_path / "holiday.png"), "--overwrite"]) == 4
+    assert main([*sweep, "--plot", str(tmp_path / "holiday.png")]) == 4
     assert (tmp_path / "holiday.png").read_bytes() == b"a picture of somebody else"
     assert main([*sweep, "--plot", str(tmp_path / "p.png"), "--overwrite", "--quiet", "--json"]) == 0
     capsys.readouterr()
