@@ -36,10 +36,11 @@ from tqdm import tqdm
 from longvid import ConvCache, load_model, make_plan
 from longvid.environment import describe_machine
 from longvid.events import Direction
-from longvid.memory.copy_engine import HostTransfer
-from longvid.memory.offloader import Residency
-from longvid.memory.tracker import default_reserved_bytes, tensor_bytes
+from longvid.memory.budget import default_reserved_bytes
+from longvid.memory.copy_engine import CopyEngine
+from longvid.memory.offloader import Offloader
 from longvid.models.cogvideox import CogVideoXVAE
+from longvid.models.device import tensor_bytes
 from longvid.models.norms import GroupNormSiLU
 from longvid.models.numerics import Numerics
 from longvid.units import parse_size
@@ -175,10 +176,10 @@ def chunks(theirs: Any, ours: CogVideoXVAE, direction: Direction, size: str, rou
             part = make_plan(
                 ours, height=height, width=width, offload=offload, numerics=numerics, directions=(direction,)
             ).direction(direction)
-            transfer = stack.enter_context(HostTransfer(CUDA))
-            residency = Residency(part.placement, transfer, host_sizes=part.host_sizes)
+            transfer = stack.enter_context(CopyEngine(CUDA))
+            offloader = Offloader(part.placement, transfer, host_sizes=part.host_sizes)
             module_, run = (ours.encoder, ours.encode) if direction == "encode" else (ours.decoder, ours.decode)
-            cache = stack.enter_context(ConvCache(module_, slice_elements=part.slicing.elements, residency=residency))
+            cache = stack.enter_context(ConvCache(module_, slice_elements=part.slicing.elements, offloader=offloader))
             steps[f"longvid {offload}"] = lambda x, run=run, cache=cache: run(x, cache)  # type: ignore[misc]
             held[f"longvid {offload}"] = partial(held_bytes, ours, cache)
             row[f"planned longvid {offload}"] = part.steady_chunk_bytes

@@ -46,9 +46,9 @@ from tqdm import tqdm
 from longvid import AllocationTracker, ConvCache, load_model, make_plan
 from longvid.environment import describe_machine
 from longvid.events import Direction
-from longvid.memory.copy_engine import HostTransfer
+from longvid.memory.copy_engine import CopyEngine
 from longvid.memory.offload import Placement
-from longvid.memory.offloader import Residency
+from longvid.memory.offloader import Offloader
 from longvid.models.cogvideox import CogVideoXVAE
 from longvid.models.numerics import Numerics
 from longvid.planning.kernel_choice import preferred_band_bytes
@@ -92,7 +92,7 @@ class _Held:
         return context
 
 
-class BlockingResidency(Residency):
+class BlockingOffloader(Offloader):
     """Every context to the host and back in the computing thread, as module-held caches with ``.cpu()`` do."""
 
     def __init__(self) -> None:
@@ -146,13 +146,13 @@ def open_longvid(
 
     def opened(stack: ExitStack) -> Step:
         if placement is None:
-            residency: Residency = BlockingResidency()
+            offloader: Offloader = BlockingOffloader()
         else:
-            transfer = stack.enter_context(HostTransfer(device, directory=folder))
-            residency = Residency(placement, transfer)
+            transfer = stack.enter_context(CopyEngine(device, directory=folder))
+            offloader = Offloader(placement, transfer)
         limits = slicing or Slicing()
         cache = stack.enter_context(
-            ConvCache(module, slice_elements=limits.elements, band_elements=limits.band_elements, residency=residency)
+            ConvCache(module, slice_elements=limits.elements, band_elements=limits.band_elements, offloader=offloader)
         )
         return lambda x: run(x.contiguous(memory_format=layout), cache)
 

@@ -29,9 +29,9 @@ from speed import CPU, DIRECTIONS, chunk, open_diffusers
 from longvid import VideoSession, load_model
 from longvid.environment import describe_machine, map_large_allocations
 from longvid.events import Direction
-from longvid.memory.tracker import peak_rss_bytes
-from longvid.models.base import placed
+from longvid.memory.host import peak_rss_bytes
 from longvid.models.cogvideox import CogVideoXVAE
+from longvid.models.device import placed
 from longvid.units import format_bytes, parse_size
 
 BARS = {"encode": 0.5, "decode": 0.4}

@@ -63,8 +63,8 @@ from tqdm import tqdm
 from longvid import ConvCache, load_model
 from longvid.environment import describe_machine
 from longvid.events import Direction
-from longvid.memory.copy_engine import HostTransfer
-from longvid.memory.offloader import Residency
+from longvid.memory.copy_engine import CopyEngine
+from longvid.memory.offloader import Offloader
 from longvid.models.base import CausalVAE
 from longvid.models.forward import memory_format
 from longvid.models.numerics import Numerics
@@ -167,20 +167,20 @@ def open_longvid(
         offload="all" if least else "auto",
         slice_frames=1 if least else None,
         band_bytes=preferred_band_bytes(CPU),
-        keep_workspace=fresh_memory_is_slow(CPU) and not thrifty,
+        keep_buffers=fresh_memory_is_slow(CPU) and not thrifty,
         directions=(direction,),
     ).direction(direction)
     module, run = (model.encoder, model.encode) if direction == "encode" else (model.decoder, model.decode)
-    transfer = stack.enter_context(HostTransfer(CPU))
+    transfer = stack.enter_context(CopyEngine(CPU))
     cache = stack.enter_context(
         ConvCache(
             module,
             slice_elements=part.slicing.elements,
             band_elements=part.slicing.band_elements,
             numerics=numerics,
-            keep_workspace=part.keeps_workspace,
+            keep_buffers=part.keeps_buffers,
             keep_kernels=part.keeps_kernels,
-            residency=Residency(part.placement, transfer, host_sizes=part.host_sizes),
+            offloader=Offloader(part.placement, transfer, host_sizes=part.host_sizes),
         )
     )
     return lambda x: run(x.contiguous(memory_format=memory_format(numerics)), cache)

@@ -241,8 +241,8 @@ def _repair(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from longvid.memory.tracker import default_reserved_bytes
-    from longvid.models.base import resolve_device
+    from longvid.memory.budget import default_reserved_bytes
+    from longvid.models.device import resolve_device
     from longvid.models.numerics import Numerics, parse_layout, parse_paired_frames
     from longvid.planning.kernel_choice import fresh_memory_is_slow, preferred_band_bytes
     from longvid.planning.planner import make_plan
@@ -265,7 +265,7 @@ def _plan(args: argparse.Namespace) -> int:
         slice_frames=args.slice_frames,
         reserved=default_reserved_bytes(device) if args.reserved is None else args.reserved,
         band_bytes=preferred_band_bytes(device),
-        keep_workspace=fresh_memory_is_slow(device),
+        keep_buffers=fresh_memory_is_slow(device),
     )
     print(json.dumps(plan.to_dict()) if args.json else plan.explain())
     return 0

@@ -1,4 +1,4 @@
-"""Workspace: large tensors that the layers of one video take turns with.
+"""BufferPool: large tensors that the layers of one video take turns with.
 
 Memory that is fresh from the system costs a page fault for every 4 KiB, which is more time than a norm takes to fill
 it. So windows and outputs come from here: a tensor's memory is handed out again once nothing refers to it any more.
@@ -7,7 +7,7 @@ could be given back too early.
 
 There are two ways to deal with memory that no one holds:
 
-* A **thrifty** workspace hands it to a tensor of just that size, and lets go of it unless it serves this request or one
+* A **thrifty** pool hands it to a tensor of just that size, and lets go of it unless it serves this request or one
   of the last two: what is idle is what a layer of the same level used a moment ago. It adds nothing to a peak.
 * One that **keeps** hands it to any tensor that it is large enough for, and lets go of it only where more would be held
   than was ever in use at once. The levels of a model then share the memory of the widest, and so do chunks.
@@ -24,7 +24,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["TensorKind", "Workspace", "dense_within", "flattened", "layout_of"]
+__all__ = ["BufferPool", "TensorKind", "dense_within", "flattened", "layout_of"]
 
 _HUGE_PAGES = 14
 "MADV_HUGEPAGE of Linux"
@@ -70,7 +70,7 @@ def dense_within(tensor: Tensor, shape: tuple[int, int, int, int, int]) -> Tenso
     return tensor.as_strided(shape, _dense_strides(shape, layout_of(tensor)))
 
 
-class Workspace:
+class BufferPool:
     """Hands out uninitialised tensors and takes their memory back when they are gone.
 
     Args:
@@ -109,7 +109,7 @@ class Workspace:
             shape: any.
             kind: any.
             brief: it will be gone before the next request. Such memory is kept however small it is, or, by a thrifty
-                workspace, not a moment longer.
+                pool, not a moment longer.
         """
         num_bytes = math.prod(shape) * kind.dtype.itemsize
         if not self.keeps if brief else self.keeps and num_bytes * _SMALL < self._most_bytes:
@@ -158,7 +158,7 @@ class Workspace:
 
 
 def _is_idle(storage: torch.UntypedStorage) -> bool:
-    """Whether nothing but the workspace refers to it: no tensor, no view."""
+    """Whether nothing but the pool refers to it: no tensor, no view."""
     return int(torch._C._storage_Use_Count(storage._cdata)) == 1
 
 

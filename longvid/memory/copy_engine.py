@@ -1,4 +1,4 @@
-"""HostTransfer: copies of contexts between a device and the host, on one lane for each direction.
+"""CopyEngine: copies of contexts between a device and the host, on one lane for each direction.
 
 On an accelerator a lane is a stream of its own, ordered by events against the stream that computes; host buffers are
 page-locked, so that copies run while kernels do. On a CPU a lane is a thread and the host buffer is other memory, or
@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from longvid.memory.buffer_pool import flattened
-from longvid.memory.host_buffer import HostArena, HostSlot
+from longvid.memory.host_buffer import HostBuffer, HostSlot
 from longvid.units import format_bytes
 
-__all__ = ["HostTransfer", "Mark", "Ticket"]
+__all__ = ["CopyEngine", "Mark", "Ticket"]
 
 _PORTABLE = 1
 "cudaHostRegisterPortable: locked for every device"
@@ -60,7 +60,7 @@ class Ticket(Protocol):
         ...
 
 
-class HostTransfer:
+class CopyEngine:
     """Moves contexts of every video of one session. Use it in a ``with`` statement; leaving waits for all copies.
 
     Args:
@@ -72,7 +72,7 @@ class HostTransfer:
         self.device = device
         self.directory = directory
         self._made: _Lanes | None = None
-        self._spare: HostArena | None = None
+        self._spare: HostBuffer | None = None
 
     @property
     def _lanes(self) -> _Lanes:
@@ -104,36 +104,36 @@ class HostTransfer:
             self._made.close()
         self._made = self._spare = None
 
-    def arena(self, sizes: Sequence[int]) -> HostArena:
+    def host_buffer(self, sizes: Sequence[int]) -> HostBuffer:
         """Host room for contexts of these sizes, if possible that of an earlier video: page-locking is slow.
 
         Raises:
             MemoryBudgetError: there is not that much.
             StoreError: no file can be made in the folder.
         """
-        num_bytes, spare, self._spare = HostArena.room_for(sizes), self._spare, None
+        num_bytes, spare, self._spare = HostBuffer.room_for(sizes), self._spare, None
         if spare is not None and num_bytes <= spare.num_bytes <= 2 * num_bytes:
             return spare
         del spare  # given back before more is taken
-        arena = HostArena(num_bytes, self.directory, self._lanes.pin)
-        if self._lanes.wants_pinned and self.directory is None and not arena.pinned:
+        buffer = HostBuffer(num_bytes, self.directory, self._lanes.pin)
+        if self._lanes.wants_pinned and self.directory is None and not buffer.pinned:
             warnings.warn(
-                f"{format_bytes(arena.num_bytes)} of host memory could not be page-locked; contexts are copied "
+                f"{format_bytes(buffer.num_bytes)} of host memory could not be page-locked; contexts are copied "
                 "through pageable memory, which makes the device wait (raise the limit of locked memory, ulimit -l, "
                 "or offload less)",
                 stacklevel=2,
             )
-        return arena
+        return buffer
 
     def drain(self) -> None:
         """Block until no copy is under way on any lane."""
         if self._made is not None:
             self._made.drain()
 
-    def release(self, arena: HostArena) -> None:
-        """Take an arena back whose slots nobody uses any more, the lanes included: see :meth:`drain`."""
-        arena.clear()
-        self._spare = arena
+    def release(self, buffer: HostBuffer) -> None:
+        """Take an buffer back whose slots nobody uses any more, the lanes included: see :meth:`drain`."""
+        buffer.clear()
+        self._spare = buffer
 
     def to_host(self, source: Tensor, target: HostSlot) -> Ticket:
         """Copy a dense device tensor out, once all that was computed so far is done."""

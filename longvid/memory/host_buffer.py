@@ -1,4 +1,4 @@
-"""HostArena: the memory off the device that the contexts of one video live in: host memory, or an unnamed file.
+"""HostBuffer: the memory off the device that the contexts of one video live in: host memory, or an unnamed file.
 
 Taken once, before the run, and given back as a whole.
 """
@@ -21,7 +21,7 @@ from longvid.errors import MemoryBudgetError, StoreError
 from longvid.memory.buffer_pool import layout_of
 from longvid.units import format_bytes
 
-__all__ = ["HostArena", "HostSlot", "Pin"]
+__all__ = ["HostBuffer", "HostSlot", "Pin"]
 
 Pin: TypeAlias = Callable[[Tensor], Callable[[], None] | None]
 "page-locks a buffer and returns what undoes it, or None if it cannot"
@@ -31,7 +31,7 @@ _ALIGNMENT = mmap.PAGESIZE
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
-class HostArena:
+class HostBuffer:
     """Host memory for the contexts of one video, taken once and given back as a whole.
 
     Args:
@@ -58,7 +58,7 @@ class HostArena:
 
     @staticmethod
     def room_for(sizes: Sequence[int]) -> int:
-        """Bytes of an arena that holds tensors of these sizes."""
+        """Bytes of an buffer that holds tensors of these sizes."""
         return sum(_aligned(size) for size in sizes)
 
     def take(self, like: Tensor) -> HostSlot:
@@ -66,7 +66,7 @@ class HostArena:
         size = like.numel() * like.element_size()
         start, self._used = self._used, self._used + _aligned(size)
         if self._used > self.num_bytes:
-            raise ValueError(f"the arena of {self.num_bytes} bytes is full; {self._used} are needed")
+            raise ValueError(f"the buffer of {self.num_bytes} bytes is full; {self._used} are needed")
         with torch.inference_mode(False):
             tensor = self._buffer[start : start + size].view(like.dtype)
             if layout_of(like) == torch.channels_last_3d:
@@ -91,15 +91,15 @@ class HostArena:
 
 
 class HostSlot:
-    """The place of one context in an arena."""
+    """The place of one context in an buffer."""
 
-    def __init__(self, arena: HostArena, tensor: Tensor, start: int, size: int) -> None:
+    def __init__(self, buffer: HostBuffer, tensor: Tensor, start: int, size: int) -> None:
         self.tensor = tensor
-        self._arena, self._start, self._size = arena, start, size
+        self._buffer, self._start, self._size = buffer, start, size
 
     def settle(self) -> None:
-        """See :meth:`HostArena.settle`."""
-        self._arena.settle(self._start, self._size)
+        """See :meth:`HostBuffer.settle`."""
+        self._buffer.settle(self._start, self._size)
 
 
 def _aligned(size: int) -> int:

@@ -1,4 +1,4 @@
-"""Residency: where each context of one video is, and having it on the device when its layer runs.
+"""Offloader: where each context of one video is, and having it on the device when its layer runs.
 
 One chunk opens the window of every layer once, always in the same order. That order is learned in the first chunk;
 from then on, when the window of layer l opens ::
@@ -24,11 +24,11 @@ from torch import Tensor
 
 from longvid.events import Lane, Span
 from longvid.memory.buffer_pool import TensorKind
-from longvid.memory.copy_engine import HostTransfer, Mark, Ticket
-from longvid.memory.host_buffer import HostArena, HostSlot
+from longvid.memory.copy_engine import CopyEngine, Mark, Ticket
+from longvid.memory.host_buffer import HostBuffer, HostSlot
 from longvid.memory.offload import Placement
 
-__all__ = ["Residency", "empty_context"]
+__all__ = ["Offloader", "empty_context"]
 
 
 @dataclass(slots=True)
@@ -44,12 +44,12 @@ class _Home:
     "the copy that filled ``host``"
 
 
-class Residency:
+class Offloader:
     """All contexts of one video, by the path of their layer.
 
     Args:
         placement: which of them leave the device between chunks.
-        transfer: what moves them; may be None if nothing is to be moved or timed.
+        copies: what moves them; may be None if nothing is to be moved or timed.
         host_sizes: bytes of every context that will leave, so that the host memory is taken at once and now; without
             it, each takes its own when it first leaves.
         traced: whether moves and computations are timed, see :meth:`collect_spans`.
@@ -58,15 +58,15 @@ class Residency:
     def __init__(
         self,
         placement: Placement | None = None,
-        transfer: HostTransfer | None = None,
+        copies: CopyEngine | None = None,
         *,
         host_sizes: tuple[int, ...] = (),
         traced: bool = False,
     ) -> None:
         self._placement = placement or Placement()
-        if self._placement.offloaded and transfer is None:
-            raise ValueError("contexts are to be offloaded, and nothing is there to move them: pass a HostTransfer")
-        self._transfer = transfer
+        if self._placement.offloaded and copies is None:
+            raise ValueError("contexts are to be offloaded, and nothing is there to move them: pass a CopyEngine")
+        self._copies = copies
         self._evicted = False
         self._in_use = ""
         "path of the layer whose window holds its context; it is sent when it is kept"
@@ -75,12 +75,12 @@ class Residency:
         self._contexts: list[tuple[str, int]] = []
         "path and bytes in that order; known when the first chunk is through"
         self._position: dict[str, int] = {}
-        self._arenas: list[HostArena] = []
+        self._buffers: list[HostBuffer] = []
         self._leaving: list[_Home] = []
-        self._log: list[tuple[Lane, str, Mark, Mark, int]] | None = [] if traced and transfer is not None else None
+        self._log: list[tuple[Lane, str, Mark, Mark, int]] | None = [] if traced and copies is not None else None
         self._opened: tuple[str, Mark] | None = None
-        if host_sizes and transfer is not None:
-            self._arenas.append(transfer.arena(host_sizes))
+        if host_sizes and copies is not None:
+            self._buffers.append(copies.host_buffer(host_sizes))
 
     # ------------------------------------------------------------------------------------------- numbers
 
@@ -169,10 +169,10 @@ class Residency:
 
     def done(self, path: str) -> None:
         """The layer has computed its output."""
-        if self._log is not None and self._transfer is not None and self._opened is not None:
+        if self._log is not None and self._copies is not None and self._opened is not None:
             opened, started = self._opened
             if opened == path:
-                self._log.append(("compute", path, started, self._transfer.mark(), self._homes[path].num_bytes))
+                self._log.append(("compute", path, started, self._copies.mark(), self._homes[path].num_bytes))
 
     # ------------------------------------------------------------------------------------------- all layers
 
@@ -182,7 +182,7 @@ class Residency:
         Returns:
             The device bytes that this set free; 0 if nothing was left to move.
         """
-        if self._transfer is None:
+        if self._copies is None:
             return 0
         self._free_what_left()
         before = self.device_bytes
@@ -195,10 +195,10 @@ class Residency:
         moving = {p: home for p, home in self._homes.items() if home.device is not None and p != self._in_use}
         homeless = [home.num_bytes for home in moving.values() if home.host is None]
         if homeless:
-            self._arenas.append(self._transfer.arena(homeless))
+            self._buffers.append(self._copies.host_buffer(homeless))
         for path, home in moving.items():
             self._send(path, home)
-        self._transfer.drain()
+        self._copies.drain()
         self._free_what_left()
         return before - self.device_bytes
 
@@ -206,17 +206,17 @@ class Residency:
         """Free every context, after waiting for what is on its way. May be called again."""
         try:
             # All of it, not only what is listed as leaving: to be ordered behind a copy is not to know that it is done.
-            if self._transfer is not None:
-                self._transfer.drain()
+            if self._copies is not None:
+                self._copies.drain()
         finally:
             self._leaving.clear()
             for home in self._homes.values():
                 home.device = home.host = home.arriving = home.leaving = home.sent = None
                 home.num_bytes = 0
-            arenas, self._arenas = self._arenas, []
-        if self._transfer is not None:
-            for arena in arenas:
-                self._transfer.release(arena)
+            buffers, self._buffers = self._buffers, []
+        if self._copies is not None:
+            for buffer in buffers:
+                self._copies.release(buffer)
 
     def collect_spans(self, origin_seconds: float) -> tuple[Span, ...]:
         """Timed moves and computations that ended since the last call; times count from ``origin_seconds``."""
@@ -242,11 +242,11 @@ class Residency:
     # ------------------------------------------------------------------------------------------- moves
 
     def _send(self, path: str, home: _Home) -> None:
-        assert self._transfer is not None
+        assert self._copies is not None
         assert home.device is not None
         if home.host is None:
             home.host = self._slot(home.device)
-        home.leaving = home.sent = self._transfer.to_host(home.device, home.host)
+        home.leaving = home.sent = self._copies.to_host(home.device, home.host)
         self._leaving.append(home)
         self._note("to_host", path, home.leaving, home.num_bytes)
 
@@ -254,9 +254,9 @@ class Residency:
         home = self._homes[path]
         if home.device is not None or home.host is None:
             return
-        assert self._transfer is not None
-        home.device = _empty_like(home.host.tensor, self._transfer.device)
-        home.arriving = self._transfer.to_device(home.host, home.device, home.sent)
+        assert self._copies is not None
+        home.device = _empty_like(home.host.tensor, self._copies.device)
+        home.arriving = self._copies.to_device(home.host, home.device, home.sent)
         self._note("to_device", path, home.arriving, home.num_bytes)
 
     def _free_what_left(self) -> None:
@@ -268,18 +268,18 @@ class Residency:
 
     def _slot(self, context: Tensor) -> HostSlot:
         size = context.numel() * context.element_size()
-        for arena in self._arenas:
-            if arena.free_bytes >= size:
-                return arena.take(context)
-        assert self._transfer is not None
-        self._arenas.append(self._transfer.arena([size]))
-        return self._arenas[-1].take(context)
+        for buffer in self._buffers:
+            if buffer.free_bytes >= size:
+                return buffer.take(context)
+        assert self._copies is not None
+        self._buffers.append(self._copies.host_buffer([size]))
+        return self._buffers[-1].take(context)
 
     # ------------------------------------------------------------------------------------------- clock
 
     def _mark_open(self, path: str) -> None:
-        if self._log is not None and self._transfer is not None:
-            self._opened = (path, self._transfer.mark())
+        if self._log is not None and self._copies is not None:
+            self._opened = (path, self._copies.mark())
 
     def _note(self, lane: Lane, path: str, ticket: Ticket, num_bytes: int) -> None:
         if self._log is not None:

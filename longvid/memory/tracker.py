@@ -1,43 +1,18 @@
-"""Memory as numbers: exact tensor bytes of a stretch of code, budgets, and what the OS says.
-
-* **allowed**: what the user grants.
-* **reserved**: what no dry run can see (workspaces, allocator rounding); part of the budget.
-* **projected**: the peak that a dry run on ``meta`` tensors gives.
-* **peak**: what a run really used.
-"""
+"""Counts device memory: tensors that are allocated, the peak of each chunk, and errors that say that none is left."""
 
 from __future__ import annotations
 
-import resource
-import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longvid.errors import MemoryBudgetError
-from longvid.units import format_bytes
+__all__ = ["AllocationTracker", "DeviceMeter", "is_out_of_memory"]
 
-__all__ = [
-    "AllocationTracker",
-    "DeviceMeter",
-    "MemoryBudget",
-    "default_reserved_bytes",
-    "host_available_bytes",
-    "is_out_of_memory",
-    "peak_rss_bytes",
-    "rss_bytes",
-    "tensor_bytes",
-]
-
-_ACCELERATOR_RESERVED_BYTES = 512 * 2**20
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "CUDNN_STATUS_ALLOC_FAILED",
@@ -121,7 +96,7 @@ class DeviceMeter:
     On a CPU these are exact tensor bytes from an :class:`AllocationTracker`; on an accelerator the peak that its
     allocator reports, less what others held before. ``base_bytes`` (the weights) are included in both.
 
-    Tracking costs tens of microseconds an operation, and chunks allocate alike once the workspace has settled. So the
+    Tracking costs tens of microseconds an operation, and chunks allocate alike once the buffer pool has settled. So the
     tracker looks at the first three stretches and at every 32nd after them.
     """
 
@@ -165,125 +140,6 @@ class DeviceMeter:
         self.peak_bytes = max(self.peak_bytes, chunk_peak_bytes)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryBudget:
-    """How many device bytes a session may use; ``allowed_bytes=None`` is no limit."""
-
-    allowed_bytes: int | None = None
-    reserved_bytes: int = 0
-
-    def fits(self, needed_bytes: int) -> bool:
-        """Whether ``needed_bytes`` and the reserve are within the limit."""
-        left = self.left(needed_bytes)
-        return left is None or left >= 0
-
-    def left(self, needed_bytes: int) -> int | None:
-        """What remains for others beside ``needed_bytes`` and the reserve; None if there is no limit."""
-        return None if self.allowed_bytes is None else self.allowed_bytes - self.reserved_bytes - needed_bytes
-
-    def check(self, projected_bytes: int, parts: Mapping[str, int], what: str, would_fit: Sequence[str] = ()) -> None:
-        """Raise MemoryBudgetError if ``projected_bytes`` and the reserve do not fit.
-
-        Args:
-            projected_bytes: the peak of the run, weights included.
-            parts: what it is made of, for the message.
-            what: what was to be done, for the message.
-            would_fit: settings that are known to fit, for the message.
-        """
-        if self.allowed_bytes is None or self.fits(projected_bytes):
-            return
-        listing = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
-        reserve = f", of which {format_bytes(self.reserved_bytes)} are reserved" if self.reserved_bytes else ""
-        advice = "raise the budget, choose a smaller frame size or a narrower dtype"
-        if would_fit:
-            advice = f"what would fit: {'; or '.join(would_fit)}"
-        raise MemoryBudgetError(
-            f"{what} needs {format_bytes(projected_bytes)} ({listing}) and "
-            f"{format_bytes(self.allowed_bytes)} are allowed{reserve}; {advice}",
-            projected_bytes=projected_bytes,
-            allowed_bytes=self.allowed_bytes,
-            parts=parts,
-        )
-
-
-def default_reserved_bytes(device: torch.device) -> int:
-    """What is set aside for workspaces and the allocator's rounding until a profile says what they really take.
-
-    On a CPU a plan sees all that a budget counts. On an accelerator half a GiB is an assumption; ``longvid tune``
-    replaces it by a measurement.
-    """
-    return 0 if device.type in ("cpu", "meta") else _ACCELERATOR_RESERVED_BYTES
-
-
 def is_out_of_memory(exc: BaseException) -> bool:
     """Whether an error says that the device, or the CPU's allocator, has no memory left."""
     return isinstance(exc, torch.OutOfMemoryError) or any(text in str(exc) for text in _OUT_OF_MEMORY)
-
-
-def host_available_bytes(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Bytes of host memory that this process can still take: the machine's, or what its container leaves if less.
-
-    Args:
-        cgroups: where control groups are mounted.
-        own: the file that names the groups of this process.
-    """
-    return max(0, min([int(psutil.virtual_memory().available), *_cgroup_headrooms(cgroups, own)]))
-
-
-def _cgroup_headrooms(cgroups: Path, own: Path) -> Iterator[int]:
-    """What is left under the limit of each control group that this process is in, of both versions.
-
-    A limit holds for all groups below it, so every level up to the mount counts. Inside a container the own path may
-    not exist below the mount, which then shows the container's own group at its root.
-    """
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            roots = [cgroups, cgroups / "unified"]
-            files = ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            roots = [cgroups / "memory"]
-            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        for root in roots:
-            folder = root / path.lstrip("/")
-            for level in (folder, *folder.parents):
-                headroom = _headroom(level, *files)
-                if headroom is not None:
-                    yield headroom
-                if level == root:
-                    break
-
-
-def _headroom(folder: Path, limit_name: str, usage_name: str, reclaimable_key: str) -> int | None:
-    try:
-        limit, usage = (folder / limit_name).read_text().strip(), int((folder / usage_name).read_text())
-        if not limit.isdecimal():  # "max"
-            return None
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return int(limit) - usage + int(stat.get(reclaimable_key, 0))  # page cache is given up when memory is short
-    except (OSError, ValueError):
-        return None
-
-
-def tensor_bytes(module: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers of a module, each counted once."""
-    seen = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    return sum(t.numel() * t.element_size() for t in seen.values())
-
-
-def rss_bytes() -> int:
-    """Resident set size of this process now, as the OS counts it."""
-    return int(psutil.Process().memory_info().rss)
-
-
-def peak_rss_bytes() -> int:
-    """Highest resident set size of this process since it started, as the OS counts it."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # The two counters of the OS are updated at different moments, so the present may be above the recorded peak.
-    return max(peak if sys.platform == "darwin" else peak * 1024, rss_bytes())

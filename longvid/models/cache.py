@@ -21,7 +21,7 @@ share stay in the window. A layer of its own then pads no rows, which are there:
             y = F.conv3d(window.input(), ...)   # the output frames and rows of this block
 
 Layers with one tap in time have no entry. Where a context is between chunks, on the device or on the host, is the
-business of :class:`~longvid.memory.offloader.Residency`.
+business of :class:`~longvid.memory.offloader.Offloader`.
 
 Axes: B batch, C channels, T time, H height, W width.
 """
@@ -42,8 +42,8 @@ import torch
 from torch import Tensor, nn
 
 from longvid.errors import CacheError
-from longvid.memory.buffer_pool import TensorKind, Workspace, dense_within
-from longvid.memory.offloader import Residency, empty_context
+from longvid.memory.buffer_pool import BufferPool, TensorKind, dense_within
+from longvid.memory.offloader import Offloader, empty_context
 from longvid.memory.tracker import is_out_of_memory
 from longvid.models.numerics import Numerics
 from longvid.units import format_bytes
@@ -101,9 +101,9 @@ class ConvCache:
             more elements than this, but of about 16 rows at least, and with packed kernels; None for whole frames.
             That saves memory, and time where a band fits a cache, and never changes a result.
         numerics: which of several forms the layers compute in, beside the layout, which is that of their input.
-        residency: where the contexts live; on the device by default.
-        keep_workspace: keep the memory of the layers between them and between chunks, see
-            :class:`~longvid.memory.buffer_pool.Workspace`.
+        offloader: where the contexts live; on the device by default.
+        keep_buffers: keep the memory of the layers between them and between chunks, see
+            :class:`~longvid.memory.buffer_pool.BufferPool`.
         keep_kernels: keep what the layers make of their weights, see :meth:`kernels`.
 
     Use it in a ``with`` statement; leaving it frees every context. Each chunk runs inside :meth:`chunk`. If a chunk
@@ -118,20 +118,20 @@ class ConvCache:
         slice_elements: int = 2**31 - 1,
         band_elements: int | None = None,
         numerics: Numerics = Numerics(),  # noqa: B008 - a frozen value
-        residency: Residency | None = None,
-        keep_workspace: bool = False,
+        offloader: Offloader | None = None,
+        keep_buffers: bool = False,
         keep_kernels: bool = False,
     ) -> None:
         self.max_conv_elements = max_conv_elements
         self.slice_elements = slice_elements
         self.band_elements = band_elements
         self.numerics = numerics
-        self.workspace = Workspace(keep=keep_workspace)
+        self.buffers = BufferPool(keep=keep_buffers)
         "memory that the layers of this video take turns with; empty between chunks unless it is kept"
         self._kernels: dict[nn.Module, tuple[Tensor, ...]] = {}
         "what layers made of their weights"
         self._keeps_kernels = keep_kernels
-        self._residency = residency or Residency()
+        self._offloader = offloader or Offloader()
         self._entries = {
             layer: _Entry(path) for path, layer in module.named_modules() if getattr(layer, "context_frames", 0) > 0
         }
@@ -160,18 +160,18 @@ class ConvCache:
     def _drop(self, state: _State) -> None:
         self._state = state
         self._kernels.clear()
-        self.workspace.clear()
-        self._residency.drop()
+        self.buffers.clear()
+        self._offloader.drop()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all contexts that exist now, wherever they are."""
-        return self._residency.num_bytes
+        return self._offloader.num_bytes
 
     @property
     def device_bytes(self) -> int:
         """Bytes of the contexts that hold device memory now."""
-        return self._residency.device_bytes
+        return self._offloader.device_bytes
 
     @property
     def kernel_bytes(self) -> int:
@@ -185,7 +185,7 @@ class ConvCache:
 
     def layer_bytes(self) -> dict[str, int]:
         """Bytes of each layer's context by module path, in the order of the modules; 0 before the first chunk."""
-        there = self._residency.layer_bytes()
+        there = self._offloader.layer_bytes()
         return {entry.path: there.get(entry.path, 0) for entry in self._entries.values()}
 
     def contexts(self) -> Iterator[tuple[str, Tensor]]:
@@ -197,7 +197,7 @@ class ConvCache:
             CacheError: the cache is not open, or a chunk is running.
         """
         self._require_between_chunks("contexts can be read")
-        return self._residency.contexts()
+        return self._offloader.contexts()
 
     def restore(self, num_chunks: int, contexts: Iterable[tuple[str, Tensor]], device: torch.device) -> None:
         """Stand where another cache of the same module stood after ``num_chunks`` chunks.
@@ -221,7 +221,7 @@ class ConvCache:
             frames = cast("CausalLayer", layer).context_frames
             if context.shape[2] != frames:
                 raise CacheError(f"the context of {path!r} has {context.shape[2]} frames, {frames} were due")
-            self._residency.restore(path, context, device)
+            self._offloader.restore(path, context, device)
             B, C, _, H, W = context.shape
             entry.signature = _signature(B, C, H, W, context.dtype, device)
             entry.chunk = num_chunks - 1
@@ -257,8 +257,8 @@ class ConvCache:
             self._drop(_State.FAILED)
             raise
         finally:
-            if not self.workspace.keeps:
-                self.workspace.clear()
+            if not self.buffers.keeps:
+                self.buffers.clear()
             self._in_chunk = False
 
     def _require_all_advanced(self) -> None:
@@ -294,13 +294,13 @@ class ConvCache:
             if not is_out_of_memory(exc) or self._state is not _State.OPEN:
                 raise
             failure = exc.with_traceback(None)  # the frames would keep alive what the step had allocated
-        idle_bytes = self.workspace.idle_bytes + self.kernel_bytes
+        idle_bytes = self.buffers.idle_bytes + self.kernel_bytes
         self._kernels.clear()
         self._keeps_kernels = False  # there is no room for that any more
-        self.workspace.clear()
-        if self.workspace.keeps:
-            self.workspace = Workspace()
-        freed = self._residency.evict()
+        self.buffers.clear()
+        if self.buffers.keeps:
+            self.buffers = BufferPool()
+        freed = self._offloader.evict()
         if not freed and not idle_bytes:
             raise failure
         if freed:
@@ -423,20 +423,20 @@ class Window:
         return self
 
     def _open(self) -> Tensor:
-        self._context = self._cache._residency.open(self._entry.path)
+        self._context = self._cache._offloader.open(self._entry.path)
         self._had_context = self._context is not None
-        return self._cache.workspace.take(self.shape, self._kind)
+        return self._cache.buffers.take(self.shape, self._kind)
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         if exc_type is None:
             self.input()
-            self._cache._residency.done(self._entry.path)
+            self._cache._offloader.done(self._entry.path)
         self._memory = self._tensor = self._context = self._cache._open_path = None
-        if len(self._blocks) == 1 and not self._cache.workspace.keeps:
+        if len(self._blocks) == 1 and not self._cache.buffers.keeps:
             # Memory of this size is better given up than kept beside the statistics of the next norm.
-            self._cache.workspace.clear()
+            self._cache.buffers.clear()
 
     def blocks(self) -> Iterator[Block]:
         """Go over all blocks; each has to be written and convolved before the next."""
@@ -527,7 +527,7 @@ class Window:
         context[:, :, :, rows.start : rows.stop].copy_(tail)
         if self._block is self._blocks[-1]:
             # Before the layer computes, so that a context that leaves is on its way meanwhile.
-            self.attempt(lambda: self._cache._residency.keep(self._entry.path, context))
+            self.attempt(lambda: self._cache._offloader.keep(self._entry.path, context))
             self._entry.chunk = self._cache._chunk
 
 

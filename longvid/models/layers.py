@@ -239,7 +239,7 @@ class CausalConv3d(nn.Module):
         out = onto
         if out is None and (len(blocks) > 1 or pool):
             reuse = overwrite and self.conv.out_channels == C
-            out = like[:, :, :num_frames] if reuse else cache.attempt(partial(cache.workspace.take, shape, kind))
+            out = like[:, :, :num_frames] if reuse else cache.attempt(partial(cache.buffers.take, shape, kind))
         halo = self.conv.kernel_size[1] // 2
         with cache.window(self, like=like, blocks=blocks, halo=halo) as window:
             banded = len(blocks[0].rows) < H
@@ -251,7 +251,7 @@ class CausalConv3d(nn.Module):
                 if block is blocks[-1]:
                     source.release()
                 if in_pairs and out is None:
-                    out = cache.attempt(partial(cache.workspace.take, shape, kind))
+                    out = cache.attempt(partial(cache.buffers.take, shape, kind))
                 if out is None:
                     part = conv.fresh()
                 else:
@@ -399,7 +399,7 @@ class _BlockConv:
         """A dense tensor of the same shape, which a kernel writes without leaps; the same memory for every block."""
         B, C, T, H, W = out.shape
         if self._memory is None:
-            take = partial(self._cache.workspace.take, self._largest, TensorKind.of(out), brief=True)
+            take = partial(self._cache.buffers.take, self._largest, TensorKind.of(out), brief=True)
             self._memory = self._cache.attempt(take)
         return dense_within(self._memory, (B, C, T, H, W))
 
@@ -520,8 +520,8 @@ class Downsample(nn.Module):
         averages = self.time and not _fuses_pooling(x_BCTHW, cache)
         sources = _sources(T) if averages else [(t, t) for t in range(T)]
         kind = TensorKind.of(x_BCTHW)
-        out = cache.workspace.take((B, C, len(sources), H // 2, W // 2), kind)
-        padded = cache.workspace.take((B, C, 1, H + 1, W + 1), kind, brief=True)[:, :, 0]
+        out = cache.buffers.take((B, C, len(sources), H // 2, W // 2), kind)
+        padded = cache.buffers.take((B, C, 1, H + 1, W + 1), kind, brief=True)[:, :, 0]
         padded[:, :, H:].zero_()
         padded[:, :, :H, W:].zero_()
         inner = padded[:, :, :H, :W]
@@ -561,7 +561,7 @@ class Upsample(nn.Module):
     def _upsample(self, x_BCTHW: Tensor, cache: ConvCache, filters: Tensor | None) -> Tensor:
         B, C, T, H, W = x_BCTHW.shape
         copies = [1] * T if not self.time or T == 1 else [1] * (T % 2) + [2] * (T - T % 2)
-        out = cache.workspace.take((B, C, sum(copies), 2 * H, 2 * W), TensorKind.of(x_BCTHW))
+        out = cache.buffers.take((B, C, sum(copies), 2 * H, 2 * W), TensorKind.of(x_BCTHW))
         # An enlarged band is four times as large as what it is made of, and as large as what comes of it.
         limit = min(cache.max_conv_elements, cache.slice_elements, cache.band_elements or cache.max_conv_elements) // 4
         row_elements = B * C * W

@@ -23,8 +23,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from longvid.errors import ModelError
-from longvid.models.base import CausalVAE, weights_digest
+from longvid.models.base import CausalVAE
 from longvid.models.cogvideox import CogVideoXVAE
+from longvid.models.device import weights_digest
 from longvid.models.tiny import TinyVAE
 
 __all__ = ["ARCHITECTURES", "BUILT_IN", "load_model"]

@@ -17,7 +17,7 @@ from functools import cached_property
 
 from longvid.memory.offload import OffloadPolicy, Placement
 
-__all__ = ["DeviceRates", "Need", "Step", "Timeline", "choose_placement"]
+__all__ = ["DeviceRates", "LayerCost", "Need", "Timeline", "choose_placement"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class DeviceRates:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class LayerCost:
     """From the opening of one layer's window to the opening of the next. Bytes are without weights and contexts."""
 
     layer: str
@@ -76,7 +76,7 @@ class Need:
 class Timeline:
     """Steps of a chunk in the order in which they run; ``lead`` is what comes before the first window opens."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[LayerCost, ...]
     first_lead_bytes: int
     steady_lead_bytes: int
     lead_flops: int
@@ -164,7 +164,7 @@ class Timeline:
         """Time that each direction of the link is busy in a chunk."""
         return (self.cache_bytes - self.resident_bytes(placement)) / rates.link_bytes_per_second
 
-    def exposure(self, step: Step, rates: DeviceRates) -> float:
+    def exposure(self, step: LayerCost, rates: DeviceRates) -> float:
         """Transfer time of a layer's context over the computing time of its own step; above 1 it cannot hide there."""
         return step.bytes_per_flop * rates.flops_per_second / rates.link_bytes_per_second
 

@@ -13,21 +13,22 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from longvid.events import Direction
-from longvid.memory.buffer_pool import Workspace
-from longvid.memory.offloader import Residency
+from longvid.memory.buffer_pool import BufferPool
+from longvid.memory.offloader import Offloader
 from longvid.memory.tracker import AllocationTracker
-from longvid.models.base import CausalVAE, placed
+from longvid.models.base import CausalVAE
 from longvid.models.cache import ConvCache
+from longvid.models.device import placed
 from longvid.models.forward import decode_chunk, encode_chunk, memory_format
 from longvid.models.numerics import Numerics
-from longvid.planning.cost_model import Step, Timeline
+from longvid.planning.cost_model import LayerCost, Timeline
 from longvid.schedule import Chunk, ChunkSchedule
 
 __all__ = ["dry_run", "skeleton_of"]
 
 _META = torch.device("meta")
 _MOST_SETTLING = 8
-"chunks until the workspace is what it was a chunk ago; one or two are usual"
+"chunks until the buffer pool is what it was a chunk ago; one or two are usual"
 
 
 def skeleton_of(model: CausalVAE, dtype: torch.dtype) -> CausalVAE:
@@ -52,13 +53,13 @@ def dry_run(
     numerics: Numerics | None = None,
     slice_elements: int = 2**31 - 1,
     band_elements: int | None = None,
-    keep_workspace: bool = False,
+    keep_buffers: bool = False,
     keep_kernels: bool = False,
     like: Timeline | None = None,
 ) -> Timeline:
     """Run the first chunk and a middle one on meta tensors, and note bytes and, of the middle one, FLOPs.
 
-    If the workspace is kept, middle chunks run until it has settled, and one as the first of a run that is continued;
+    If buffers are kept, middle chunks run until it has settled, and one as the first of a run that is continued;
     the highest of them counts. ``like`` is the timeline of the same chunks in other slices or bands, from which FLOPs
     are taken over: those of bands cannot be counted, since bands that are alike are left out.
     """
@@ -81,8 +82,8 @@ def dry_run(
         slice_elements=slice_elements,
         band_elements=band_elements,
         numerics=numerics,
-        residency=probe,
-        keep_workspace=keep_workspace,
+        offloader=probe,
+        keep_buffers=keep_buffers,
         keep_kernels=keep_kernels,
     ) as cache:
         first_host, middle_host = (
@@ -105,20 +106,20 @@ def dry_run(
             steady_lead = max(steady_lead, lead)
             steady = {layer: [*steady[layer], *later[layer]] for layer in steady}
 
-        if keep_workspace:
+        if keep_buffers:
             for _ in range(_MOST_SETTLING):
-                before = cache.workspace.sizes
+                before = cache.buffers.sizes
                 run_another()
-                if cache.workspace.sizes == before:
+                if cache.buffers.sizes == before:
                     break
-            cache.workspace = Workspace(keep=True)
+            cache.buffers = BufferPool(keep=True)
             run_another()
         context_bytes = probe.layer_bytes()
     if like is not None:
         flops = {"": like.lead_flops} | {step.layer: step.flops for step in like.steps}
     return Timeline(
         steps=tuple(
-            Step(
+            LayerCost(
                 layer=layer,
                 context_bytes=context_bytes[layer],
                 first_open_bytes=first[layer][0],
@@ -134,7 +135,7 @@ def dry_run(
     )
 
 
-class _Probe(Residency):
+class _Probe(Offloader):
     """Keeps everything on the device, and notes the peak between the moments at which contexts could move."""
 
     def __init__(self) -> None:

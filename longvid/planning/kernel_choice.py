@@ -202,7 +202,7 @@ def _pooled(layer: CausalConv3d, area: int) -> Callable[[], object]:
 def _upsample(layer: Upsample, area: int, subpixel: bool) -> Callable[[], object]:
     x = _input(layer, area, torch.channels_last_3d, outputs=4)
     numerics = Numerics(layout="channels_last", subpixel_upsampling=subpixel)
-    cache = ConvCache(layer, numerics=numerics, band_elements=x.numel(), keep_workspace=True, keep_kernels=True)
+    cache = ConvCache(layer, numerics=numerics, band_elements=x.numel(), keep_buffers=True, keep_kernels=True)
     return lambda: layer(x, cache)
 
 

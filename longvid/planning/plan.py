@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from longvid.events import Direction
+from longvid.memory.budget import MemoryBudget
 from longvid.memory.offload import Placement
-from longvid.memory.tracker import MemoryBudget
 from longvid.models.numerics import Numerics
 from longvid.planning.cost_model import DeviceRates, Timeline
 from longvid.schedule import ChunkSchedule
@@ -78,7 +78,7 @@ class DirectionPlan:
     chunk_frames: int
     numerics: Numerics = field(default_factory=Numerics)
     slicing: Slicing = field(default_factory=lambda: Slicing())
-    keeps_workspace: bool = False
+    keeps_buffers: bool = False
     "whether the layers' memory is kept from chunk to chunk"
     keeps_kernels: bool = False
     "whether what the layers make of their weights is kept as well"
@@ -177,7 +177,7 @@ class DirectionPlan:
             "slice_frames": self.slicing.frames,
             "slice_elements": self.slicing.elements,
             "band_elements": self.slicing.band_elements,
-            "keeps_workspace": self.keeps_workspace,
+            "keeps_buffers": self.keeps_buffers,
             "keeps_kernels": self.keeps_kernels,
             "numerics": self.numerics.to_dict(),
             "suggestions": list(self.suggestions),
@@ -280,7 +280,7 @@ class Plan:
         for label, key in _ROWS:
             lines.append(f"{label:28}" + "".join(f"{format_bytes(getattr(part, key)):>14}" for part in parts))
         lines.append(f"{'layers run in':28}" + "".join(f"{part.slicing!s:>14}" for part in parts))
-        kept = (("kept" if p.keeps_kernels else "layers only") if p.keeps_workspace else "given up" for p in parts)
+        kept = (("kept" if p.keeps_kernels else "layers only") if p.keeps_buffers else "given up" for p in parts)
         lines.append(f"{'memory between chunks':28}" + "".join(f"{words:>14}" for words in kept))
         if self.allowed_bytes is not None:
             lines.append(f"{'fits':28}" + "".join(f"{'yes' if self.fits(d) else 'no':>14}" for d in directions))

@@ -20,10 +20,11 @@ from torch import nn
 
 from longvid.errors import ModelError, ScheduleError
 from longvid.events import Direction
+from longvid.memory.budget import MemoryBudget
 from longvid.memory.offload import OffloadPolicy, Placement
-from longvid.memory.tracker import MemoryBudget, tensor_bytes
 from longvid.models.base import CausalVAE, model_name
 from longvid.models.cache import CausalLayer
+from longvid.models.device import tensor_bytes
 from longvid.models.loading import load_model
 from longvid.models.numerics import Numerics
 from longvid.planning.cost_model import DeviceRates, Timeline, choose_placement
@@ -55,7 +56,7 @@ def make_plan(
     numerics: Numerics | Mapping[Direction, Numerics] | None = None,
     slice_frames: int | Mapping[Direction, int | None] | None = None,
     band_bytes: int | None = None,
-    keep_workspace: bool = False,
+    keep_buffers: bool = False,
 ) -> Plan:
     """Plan encoding and decoding of ``height`` x ``width`` frames. Needs no weights, no device and about a second.
 
@@ -80,7 +81,7 @@ def make_plan(
             budget, whole chunks first. A mapping gives each direction its own.
         band_bytes: most bytes of a layer's window, beyond which it runs in bands of rows, for devices with caches that
             gain from that.
-        keep_workspace: keep the layers' memory from chunk to chunk if that fits without offloading, for devices on
+        keep_buffers: keep the layers' memory from chunk to chunk if that fits without offloading, for devices on
             which fresh memory is slow; and what they make of their weights if that fits as well.
 
     Raises:
@@ -106,7 +107,7 @@ def make_plan(
         numerics if isinstance(numerics, Mapping) else dict.fromkeys(_DIRECTIONS, numerics or Numerics()),
         slice_frames if isinstance(slice_frames, Mapping) else dict.fromkeys(_DIRECTIONS, slice_frames),
         band_bytes,
-        keep_workspace,
+        keep_buffers,
     )
     padded = vae.geometry.padded_size(height, width)
     chosen: tuple[ChunkSchedule, dict[Direction, DirectionPlan]] | None = None
@@ -157,7 +158,7 @@ def _schedules(model: CausalVAE, chunk_frames: int | None) -> Iterator[ChunkSche
 class _Kept:
     """What is kept from chunk to chunk."""
 
-    workspace: bool = False
+    buffers: bool = False
     kernels: bool = False
 
 
@@ -175,7 +176,7 @@ class _Planner:
         numerics: Mapping[Direction, Numerics],
         slice_frames: Mapping[Direction, int | None],
         band_bytes: int | None,
-        keep_workspace: bool,
+        keep_buffers: bool,
     ) -> None:
         self._model = model
         self._dtype = dtype
@@ -185,7 +186,7 @@ class _Planner:
         self._rates = rates
         self._numerics = numerics
         self._slice_frames = slice_frames
-        self._keep_workspace = keep_workspace
+        self._keep_buffers = keep_buffers
         self._band_elements = None if band_bytes is None else band_bytes // dtype.itemsize
         self._timelines: dict[tuple[tuple[object, ...], Slicing, _Kept], Timeline] = {}
         self._frames: dict[Direction, tuple[int, int]] = {}
@@ -215,7 +216,7 @@ class _Planner:
         least = self._timeline(direction, height, width, self._dtype, schedule, candidates[-1])
         staying = OffloadPolicy("none") if policy.kind == "auto" else policy
         tried = [(slicing, _Kept()) for slicing in candidates]
-        if self._keep_workspace and staying.kind == "none":
+        if self._keep_buffers and staying.kind == "none":
             tried[:0] = [(candidates[0], _Kept(True, True)), (candidates[0], _Kept(True))]
         for slicing, kept in tried:
             part = self._part(direction, height, width, schedule, policy, slicing, least, kept)
@@ -245,7 +246,7 @@ class _Planner:
             chunk_frames=schedule.chunk_frames,
             numerics=self._numerics[direction],
             slicing=slicing,
-            keeps_workspace=kept.workspace,
+            keeps_buffers=kept.buffers,
             keeps_kernels=kept.kernels,
             least_timeline=least,
         )
@@ -368,7 +369,7 @@ class _Planner:
                 numerics=self._numerics[direction],
                 slice_elements=slicing.elements,
                 band_elements=slicing.band_elements,
-                keep_workspace=kept.workspace,
+                keep_buffers=kept.buffers,
                 keep_kernels=kept.kernels,
                 like=next((known for (other, *_), known in self._timelines.items() if other == chunks), None),
             )

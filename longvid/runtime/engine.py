@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from longvid.errors import MemoryBudgetError, ModelError, NonFiniteError, SessionStateError
 from longvid.events import Direction, Span
-from longvid.memory.copy_engine import HostTransfer
-from longvid.memory.offloader import Residency
-from longvid.memory.tracker import DeviceMeter, default_reserved_bytes, is_out_of_memory, tensor_bytes
-from longvid.models.base import CausalVAE, placed, resolve_device, weights_digest
+from longvid.memory.budget import default_reserved_bytes
+from longvid.memory.copy_engine import CopyEngine
+from longvid.memory.offloader import Offloader
+from longvid.memory.tracker import DeviceMeter, is_out_of_memory
+from longvid.models.base import CausalVAE
 from longvid.models.cache import ConvCache
 from longvid.models.convolution import faithful
+from longvid.models.device import placed, resolve_device, tensor_bytes, weights_digest
 from longvid.models.forward import decode_chunk, encode_chunk, memory_format, sample_posterior
 from longvid.planning.plan import DirectionPlan
 from longvid.schedule import Chunk
@@ -84,7 +86,7 @@ class Engine:
     device: torch.device
     dtype: torch.dtype
     weights_bytes: int
-    transfer: HostTransfer
+    copy_engine: CopyEngine
     reserved_bytes: int
     "of the budget, for what a plan cannot see on this device"
     guard: ModelGuard
@@ -121,7 +123,7 @@ class Engine:
             device=where,
             dtype=compute,
             weights_bytes=tensor_bytes(ready),
-            transfer=HostTransfer(where, directory=offload_dir),
+            copy_engine=CopyEngine(where, directory=offload_dir),
             reserved_bytes=default_reserved_bytes(where) if reserved_bytes is None else reserved_bytes,
             guard=ModelGuard(ready),
         )
@@ -152,14 +154,14 @@ class Run:
     def __init__(self, engine: Engine, part: DirectionPlan, *, traced: bool = False) -> None:
         self.engine = engine
         self.part = part
-        self._residency = Residency(part.placement, engine.transfer, host_sizes=part.host_sizes, traced=traced)
+        self._offloader = Offloader(part.placement, engine.copy_engine, host_sizes=part.host_sizes, traced=traced)
         self.cache = ConvCache(
             engine.model.encoder if self.direction == "encode" else engine.model.decoder,
             slice_elements=part.slicing.elements,
             band_elements=part.slicing.band_elements,
             numerics=part.numerics,
-            residency=self._residency,
-            keep_workspace=part.keeps_workspace,
+            offloader=self._offloader,
+            keep_buffers=part.keeps_buffers,
             keep_kernels=part.keeps_kernels,
         )
         self._layout = memory_format(part.numerics)
@@ -183,7 +185,7 @@ class Run:
     @property
     def offloaded_bytes(self) -> int:
         """Bytes of the contexts that leave the device between chunks."""
-        return self._residency.offloaded_bytes
+        return self._offloader.offloaded_bytes
 
     def restore(self, num_chunks: int, contexts: Iterable[tuple[str, Tensor]]) -> None:
         """Stand where another run of the same kind stood after ``num_chunks`` chunks; see :meth:`ConvCache.restore`."""
@@ -191,7 +193,7 @@ class Run:
 
     def spans(self, origin_seconds: float) -> tuple[Span, ...]:
         """What the lanes did since the last call, timed from ``origin_seconds`` on; empty unless traced."""
-        return self._residency.collect_spans(origin_seconds)
+        return self._offloader.collect_spans(origin_seconds)
 
     def _compute(self, step: Callable[[], T]) -> T:
         """Run one chunk under the meter.

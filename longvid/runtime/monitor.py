@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from longvid.environment import describe_machine
 from longvid.events import Callback, ChunkEvent, LayerContext, RunReport, RunStart
-from longvid.memory.tracker import peak_rss_bytes, rss_bytes
+from longvid.memory.host import peak_rss_bytes, rss_bytes
 from longvid.planning.plan import Plan
 from longvid.runtime.engine import Run
 from longvid.runtime.prefetch import Prefetcher, Writer
@@ -93,7 +93,7 @@ class Job:
             frames_total=self._total,
             offload=part.offload,
             prefetch_bytes=part.placement.prefetch_bytes,
-            host_tier=run.engine.transfer.tier,
+            host_tier=run.engine.copy_engine.tier,
             allowed_bytes=plan.allowed_bytes,
             reserved_bytes=plan.reserved_bytes,
             projected_bytes=part.projected_bytes,

@@ -24,9 +24,10 @@ from longvid.errors import MemoryBudgetError, ModelError, ScheduleError, Session
 from longvid.events import Callback, Direction, RunReport
 from longvid.frames import OnError
 from longvid.media.limits import Limits
-from longvid.memory.host_buffer import HostArena
+from longvid.memory.budget import MemoryBudget
+from longvid.memory.host import host_available_bytes
+from longvid.memory.host_buffer import HostBuffer
 from longvid.memory.offload import OffloadPolicy
-from longvid.memory.tracker import MemoryBudget, host_available_bytes
 from longvid.models.base import CausalVAE
 from longvid.models.loading import load_model
 from longvid.models.numerics import Numerics, parse_layout, parse_paired_frames
@@ -159,7 +160,7 @@ class VideoSession:
         engine, self._engine, self._state = self._engine, None, _State.CLOSED
         with ExitStack() as stack:  # each of them, whichever fails
             if engine is not None:
-                stack.callback(engine.transfer.close)
+                stack.callback(engine.copy_engine.close)
             for scope in self._scopes:
                 stack.callback(scope.close)
             self._scopes.clear()
@@ -246,7 +247,7 @@ class VideoSession:
                 numerics={d: self._numerics_for(engine, d, height, width, recorded) for d in directions},
                 slice_frames=slice_frames,
                 band_bytes=preferred_band_bytes(engine.device),
-                keep_workspace=whole and fresh_memory_is_slow(engine.device),
+                keep_buffers=whole and fresh_memory_is_slow(engine.device),
             )
         return self._plans[key]
 
@@ -328,10 +329,10 @@ class VideoSession:
         """Host memory is a limit too, the machine's as well as a container's."""
         parts = {}
         if self._offload_dir is None:
-            parts["offloaded contexts"] = HostArena.room_for(part.host_sizes)
+            parts["offloaded contexts"] = HostBuffer.room_for(part.host_sizes)
         if engine.device.type == "cpu":
             parts["tensors"] = part.projected_bytes - part.weights_bytes
-        available, needed = host_available_bytes() + engine.transfer.spare_bytes, sum(parts.values())
+        available, needed = host_available_bytes() + engine.copy_engine.spare_bytes, sum(parts.values())
         if needed > available:
             listing = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
             raise MemoryBudgetError(

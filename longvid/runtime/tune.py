@@ -22,7 +22,7 @@ import torch
 from longvid.environment import describe_machine
 from longvid.errors import MemoryBudgetError
 from longvid.events import Direction
-from longvid.memory.copy_engine import HostTransfer, Ticket
+from longvid.memory.copy_engine import CopyEngine, Ticket
 from longvid.memory.offload import OffloadPolicy
 from longvid.models.base import CausalVAE
 from longvid.planning.cost_model import DeviceRates
@@ -146,7 +146,7 @@ def tune(
         MemoryBudgetError: not even everything offloaded fits ``memory``.
     """
     engine = Engine.on_device(model, device, dtype, offload_dir=offload_dir)
-    with engine.transfer:
+    with engine.copy_engine:
         link = _link_rate(engine)
         points: list[ThresholdPoint] = []
         parts: dict[Direction, DirectionProfile] = {}
@@ -207,7 +207,7 @@ def _thresholds(
             numerics=numerics,
             slice_frames=slice_frames,
             band_bytes=preferred_band_bytes(engine.device),
-            keep_workspace=fresh_memory_is_slow(engine.device),
+            keep_buffers=fresh_memory_is_slow(engine.device),
         )
         return plan.schedule, plan.direction(direction)
 
@@ -325,13 +325,13 @@ def _as_points(
 
 def _link_rate(engine: Engine) -> float:
     """Bytes per second of a copy to the host and of one back, the slower of the two medians."""
-    transfer: HostTransfer = engine.transfer
+    copy_engine: CopyEngine = engine.copy_engine
     source = torch.ones(_LINK_BYTES, dtype=torch.uint8, device=engine.device)
-    arena = transfer.arena([source.nbytes])
-    slot, rates = arena.take(source), []
+    host_buffer = copy_engine.host_buffer([source.nbytes])
+    slot, rates = host_buffer.take(source), []
     copies: list[Callable[[], Ticket]] = [
-        partial(transfer.to_host, source, slot),
-        partial(transfer.to_device, slot, source, None),
+        partial(copy_engine.to_host, source, slot),
+        partial(copy_engine.to_device, slot, source, None),
     ]
     for copy in copies:
         times = []
@@ -341,7 +341,7 @@ def _link_rate(engine: Engine) -> float:
             copy().synchronize()
             times.append(time.perf_counter() - started)
         rates.append(source.nbytes / statistics.median(times))
-    transfer.release(arena)
+    copy_engine.release(host_buffer)
     return min(rates)
 
 

@@ -33,7 +33,7 @@ from longvid.events import Callback, Direction, RunReport
 from longvid.frames import FrameSource, OnError, SourceInfo
 from longvid.media.limits import Limits
 from longvid.media.sources import open_source
-from longvid.memory.tracker import peak_rss_bytes
+from longvid.memory.host import peak_rss_bytes
 from longvid.models.numerics import Numerics
 from longvid.runtime.checkpoint import Checkpoints
 from longvid.runtime.engine import DecodeRun, EncodeRun, Engine, Frames, Representation, Times

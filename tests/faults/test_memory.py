@@ -9,7 +9,7 @@ import torch
 import zarr
 
 from longvid import Durability, MemoryBudgetError, VideoSession, load_model
-from longvid.memory.offloader import Residency
+from longvid.memory.offloader import Offloader
 from longvid.models.convolution import Conv2d, Conv3d
 
 EAGER = Durability(publish_seconds=0, snapshot_seconds=0)
@@ -99,15 +99,15 @@ def test_every_context_is_forced_off_the_device_after_every_layer(
         session.encode(FRAMES, tmp_path / "latents.zarr")
         source = FRAMES if direction == "encode" else tmp_path / "latents.zarr"
         getattr(session, direction)(source, tmp_path / "whole.zarr")
-    freed, keep = [], Residency.keep
+    freed, keep = [], Offloader.keep
 
     def keep_and_evict(self, path, tail):
         keep(self, path, tail)
-        if type(self) is Residency:  # not the one of a plan
+        if type(self) is Offloader:  # not the one of a plan
             freed.append(self.evict())
             assert self.device_bytes == 0
 
-    monkeypatch.setattr(Residency, "keep", keep_and_evict)
+    monkeypatch.setattr(Offloader, "keep", keep_and_evict)
     with VideoSession(model, offload=offload, **settings) as session:
         getattr(session, direction)(source, tmp_path / "evicted.zarr")
     truth, got = arrays(tmp_path / "whole.zarr"), arrays(tmp_path / "evicted.zarr")

@@ -1,4 +1,4 @@
-"""The workspace: memory is handed out again when it is free, and never a moment earlier."""
+"""The pool: memory is handed out again when it is free, and never a moment earlier."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longvid import AllocationTracker, CausalConv3d, ConvCache
-from longvid.memory.buffer_pool import TensorKind, Workspace, dense_within, flattened, layout_of
+from longvid.memory.buffer_pool import BufferPool, TensorKind, dense_within, flattened, layout_of
 
 CPU = torch.device("cpu")
 LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
@@ -20,88 +20,88 @@ def kind(layout=torch.contiguous_format, device=CPU):
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_of_a_dead_tensor_is_handed_out_again(layout, device):
-    workspace, tracker = Workspace(), AllocationTracker()
+    pool, tracker = BufferPool(), AllocationTracker()
     with tracker:
         for _ in range(5):
-            tensor = workspace.take(SHAPE, kind(layout, torch.device(device)))
+            tensor = pool.take(SHAPE, kind(layout, torch.device(device)))
             assert tensor.shape == SHAPE
             assert tensor.is_contiguous(memory_format=layout)
             assert layout_of(tensor) == layout
             del tensor
     assert tracker.peak_bytes == tracker.live_bytes == 4 * 360
-    workspace.clear()
+    pool.clear()
     assert tracker.live_bytes == 0
 
 
 @pytest.mark.parametrize("hold", [lambda t: t, lambda t: t[:, :, 1:], lambda t: t.permute(0, 2, 1, 3, 4).detach()])
 def test_memory_that_anything_refers_to_is_not(hold):
-    workspace = Workspace()
-    tensor = workspace.take(SHAPE, kind()).fill_(1.0)
+    pool = BufferPool()
+    tensor = pool.take(SHAPE, kind()).fill_(1.0)
     held = hold(tensor)
     del tensor
     for _ in range(4):
-        workspace.take(SHAPE, kind()).fill_(2.0)
+        pool.take(SHAPE, kind()).fill_(2.0)
     assert (held == 1.0).all()
-    workspace.clear()
-    workspace.take(SHAPE, kind()).fill_(3.0)
+    pool.clear()
+    pool.take(SHAPE, kind()).fill_(3.0)
     assert (held == 1.0).all()
 
 
 def test_idle_memory_of_another_size_is_let_go_before_more_is_taken():
-    workspace, tracker = Workspace(), AllocationTracker()
+    pool, tracker = BufferPool(), AllocationTracker()
     with tracker:
         for t in (7, 5, 3):
-            workspace.take((1, 4, t, 5, 6), kind())
+            pool.take((1, 4, t, 5, 6), kind())
     assert tracker.peak_bytes == 7 * 480
     assert tracker.live_bytes == 3 * 480
 
 
 def test_what_is_not_asked_for_again_goes_after_two_requests():
-    workspace, tracker = Workspace(), AllocationTracker()
+    pool, tracker = BufferPool(), AllocationTracker()
     with tracker:
-        large, small = workspace.take((1, 4, 9, 5, 6), kind()), workspace.take(SHAPE, kind())
+        large, small = pool.take((1, 4, 9, 5, 6), kind()), pool.take(SHAPE, kind())
         del large, small
         live = []
         for _ in range(3):
-            workspace.take(SHAPE, kind())
+            pool.take(SHAPE, kind())
             live.append(tracker.live_bytes)
     assert live[-1] == 3 * 480
     assert live[0] == 12 * 480
 
 
 def test_kept_memory_serves_what_is_smaller_and_is_not_hoarded():
-    workspace, tracker = Workspace(keep=True), AllocationTracker()
+    pool, tracker = BufferPool(keep=True), AllocationTracker()
     with tracker:
-        wide = [workspace.take((1, 4, t, 5, 6), kind()) for t in (9, 4, 9)]
+        wide = [pool.take((1, 4, t, 5, 6), kind()) for t in (9, 4, 9)]
         addresses = {t.data_ptr() for t in wide}
         del wide
         for _ in range(3):  # the levels of a model, chunk after chunk
             for t in (3, 4, 8):
-                a, b = workspace.take((1, 4, t, 5, 6), kind()).fill_(1.0), workspace.take((1, 4, 9, 5, 6), kind())
+                a, b = pool.take((1, 4, t, 5, 6), kind()).fill_(1.0), pool.take((1, 4, 9, 5, 6), kind())
                 b.fill_(2.0)
                 assert (a == 1.0).all()
                 assert {a.data_ptr(), b.data_ptr()} <= addresses
                 del a, b
-            assert tracker.live_bytes == workspace.num_bytes == 22 * 480
-        larger = workspace.take((1, 4, 12, 5, 6), kind())  # what served last longest ago makes room for it
-        assert workspace.num_bytes <= 22 * 480
+            assert tracker.live_bytes == pool.num_bytes == 22 * 480
+        larger = pool.take((1, 4, 12, 5, 6), kind())  # what served last longest ago makes room for it
+        assert pool.num_bytes <= 22 * 480
         del larger
-        assert workspace.take((1, 4, 1, 5, 6), kind()).untyped_storage().nbytes() == 480  # none of its business
-    workspace.clear()
+        assert pool.take((1, 4, 1, 5, 6), kind()).untyped_storage().nbytes() == 480  # none of its business
+    pool.clear()
     assert tracker.live_bytes == 0
 
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_memory_that_is_gone_before_the_next_request(keep):
-    workspace, tracker = Workspace(keep=keep), AllocationTracker()
+    pool, tracker = BufferPool(keep=keep), AllocationTracker()
     small, large = (1, 1, 1, 1, 8), (1, 1, 1, 100, 8)
     with tracker:
-        held = workspace.take(large, kind())
+        held = pool.take(large, kind())
         for _ in range(3):
-            workspace.take(small, kind(), brief=True)
+            pool.take(small, kind(), brief=True)
             assert tracker.live_bytes == 3200 + 32 * keep  # thrifty ones hold it not a moment longer
     assert tracker.peak_bytes == 3232
-    assert workspace.sizes == ([3200, 32] if keep else [3200])
+    assert pool.sizes == ([3200, 32] if keep else [3200])
     del held
 
 
@@ -117,10 +117,10 @@ def test_a_dense_part_lies_at_the_beginning_in_the_same_layout():
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), min_size=1, max_size=60), st.booleans())
 def test_no_two_living_tensors_share_memory(requests, keep):
     """Tensors live for a few requests each; every one keeps what was written into it."""
-    workspace, living = Workspace(keep=keep), []
+    pool, living = BufferPool(keep=keep), []
     for number, (frames, life) in enumerate(requests):
         living = [(t, n, left - 1) for t, n, left in living if left]
-        living.append((workspace.take((1, 1, frames, 2, 2), kind()).fill_(number), number, life))
+        living.append((pool.take((1, 1, frames, 2, 2), kind()).fill_(number), number, life))
         assert all((t == n).all() for t, n, _ in living)
         assert all(t.shape[2:] == (t.shape[2], 2, 2) for t, _, _ in living)
 
@@ -152,16 +152,16 @@ def test_kept_memory_is_given_up_before_a_chunk_fails_and_is_not_kept_again():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return "done"
 
-    with ConvCache(layer, keep_workspace=True) as cache, torch.inference_mode():
+    with ConvCache(layer, keep_buffers=True) as cache, torch.inference_mode():
         with cache.chunk():
             layer(x, cache)
-        assert cache.workspace.idle_bytes
+        assert cache.buffers.idle_bytes
         with cache.chunk():
             with pytest.warns(UserWarning, match="ran out of memory in chunk 1; memory that the layers .* given up"):
                 assert cache.attempt(lambda: fails(1)) == "done"  # no context can leave, but this memory can
             assert len(calls) == 2
             layer(x, cache)
-        assert cache.workspace.num_bytes == 0
+        assert cache.buffers.num_bytes == 0
         with pytest.raises(torch.OutOfMemoryError), cache.chunk():
             cache.attempt(lambda: fails(10))
     assert len(calls) == 3

@@ -52,7 +52,7 @@ def test_no_threshold_changes_a_bit_and_every_plan_is_exact(vae, plan, reference
     got, report = encoded(vae, frames, tmp_path / "a.zarr", offload=policy)
     assert np.array_equal(got, moments)
     expected = make_plan(
-        vae, height=HEIGHT, width=WIDTH, offload=policy, directions=["encode"], keep_workspace=True
+        vae, height=HEIGHT, width=WIDTH, offload=policy, directions=["encode"], keep_buffers=True
     ).encode
     assert report.peak_device_bytes == report.projected_bytes == expected.projected_bytes
     assert report.offloaded_bytes == expected.offloaded_cache_bytes
@@ -62,7 +62,7 @@ def test_no_threshold_changes_a_bit_and_every_plan_is_exact(vae, plan, reference
     got, report = decoded(vae, store, offload=policy)
     assert np.array_equal(got, pixels)
     expected = make_plan(
-        vae, height=HEIGHT, width=WIDTH, offload=policy, directions=["decode"], keep_workspace=True
+        vae, height=HEIGHT, width=WIDTH, offload=policy, directions=["decode"], keep_buffers=True
     ).decode
     assert report.peak_device_bytes == report.projected_bytes == expected.projected_bytes
     assert report.offloaded_bytes == expected.offloaded_cache_bytes

@@ -1,4 +1,4 @@
-"""Residency: who is where at which moment, and that the order of moves holds under the most adverse lanes."""
+"""Offloader: who is where at which moment, and that the order of moves holds under the most adverse lanes."""
 
 import contextlib
 import gc
@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from longvid import AllocationTracker, CausalConv3d, ConvCache
-from longvid.memory.copy_engine import HostTransfer, _InlineLanes
+from longvid.memory.copy_engine import CopyEngine, _InlineLanes
 from longvid.memory.offload import Placement
-from longvid.memory.offloader import Residency
+from longvid.memory.offloader import Offloader
 
 CPU = torch.device("cpu")
 CHUNK, SIZE = 4, (6, 5)
@@ -47,8 +47,8 @@ def sizes(model):
     return {f"layers.{i}": layer.conv.in_channels * 2 * 30 * 4 for i, layer in enumerate(model.layers)}
 
 
-def run(model, video, placement=None, transfer=None, **options):
-    with ConvCache(model, residency=Residency(placement, transfer, **options)) as cache:
+def run(model, video, placement=None, copies=None, **options):
+    with ConvCache(model, offloader=Offloader(placement, copies, **options)) as cache:
         out = torch.cat([model(part, cache) for part in video.split(CHUNK, dim=2)], dim=2)
         assert cache.nbytes == sum(sizes(model).values())
     assert cache.nbytes == cache.device_bytes == 0
@@ -105,17 +105,17 @@ def placements(model):
 def test_every_placement_gives_the_same_bits(model, video, lanes):
     expected = run(model, video)
     for placement in placements(model):
-        with HostTransfer(CPU) as transfer:
+        with CopyEngine(CPU) as copies:
             if lanes == "lazy":
-                transfer._made = _LazyLanes()
-            assert torch.equal(run(model, video, placement, transfer), expected), placement
+                copies._made = _LazyLanes()
+            assert torch.equal(run(model, video, placement, copies), expected), placement
 
 
 def test_negative_control_a_copy_that_nobody_waits_for_is_seen(model, video, monkeypatch):
     monkeypatch.setattr(_LazyTicket, "wait", lambda self: None)
-    with HostTransfer(CPU) as transfer:
-        transfer._made = lanes = _LazyLanes()
-        got = run(model, video, Placement(offloaded=frozenset(sizes(model))), transfer)
+    with CopyEngine(CPU) as copies:
+        copies._made = lanes = _LazyLanes()
+        got = run(model, video, Placement(offloaded=frozenset(sizes(model))), copies)
         lanes.pending.clear()
     assert not torch.equal(got, run(model, video))
 
@@ -126,12 +126,12 @@ def test_only_what_was_planned_is_on_the_device(model, video):
     for placement in placements(model):
         seen = []
 
-        class Watched(Residency):
+        class Watched(Offloader):
             def keep(self, path, tail, seen=seen):
                 super().keep(path, tail)
                 seen.append((path, self.device_bytes))
 
-        with HostTransfer(CPU) as transfer, ConvCache(model, residency=Watched(placement, transfer)) as cache:
+        with CopyEngine(CPU) as copies, ConvCache(model, offloader=Watched(placement, copies)) as cache:
             for part in video.split(CHUNK, dim=2):
                 model(part, cache)
         resident = sum(size for path, size in contexts if path not in placement.offloaded)
@@ -143,31 +143,31 @@ def test_only_what_was_planned_is_on_the_device(model, video):
 @pytest.mark.parametrize("known", [False, True])
 def test_host_memory_is_taken_once(model, video, monkeypatch, known):
     """Nothing is allocated on the host after the first chunk, with or without the sizes known in advance."""
-    made, real = [], HostTransfer.arena
-    monkeypatch.setattr(HostTransfer, "arena", lambda self, wanted: made.append(wanted) or real(self, wanted))
+    made, real = [], CopyEngine.host_buffer
+    monkeypatch.setattr(CopyEngine, "host_buffer", lambda self, wanted: made.append(wanted) or real(self, wanted))
     host_sizes = tuple(sizes(model).values()) if known else ()
-    with HostTransfer(CPU) as transfer:
-        residency = Residency(Placement(offloaded=frozenset(sizes(model))), transfer, host_sizes=host_sizes)
-        with ConvCache(model, residency=residency) as cache:
+    with CopyEngine(CPU) as copies:
+        offloader = Offloader(Placement(offloaded=frozenset(sizes(model))), copies, host_sizes=host_sizes)
+        with ConvCache(model, offloader=offloader) as cache:
             counts = [(model(part, cache), len(made))[1] for part in video.split(CHUNK, dim=2)]
     assert set(counts) == {1 if known else len(sizes(model))}
 
 
 def test_contexts_that_stay_are_never_moved(model, video):
     offloaded = frozenset(["layers.1", "layers.3"])
-    with HostTransfer(CPU) as transfer:
-        residency = Residency(Placement(offloaded=offloaded), transfer)
-        with ConvCache(model, residency=residency) as cache:
+    with CopyEngine(CPU) as copies:
+        offloader = Offloader(Placement(offloaded=offloaded), copies)
+        with ConvCache(model, offloader=offloader) as cache:
             model(video[:, :, :CHUNK], cache)
-            staying = {p: h.device.data_ptr() for p, h in residency._homes.items() if p not in offloaded}
+            staying = {p: h.device.data_ptr() for p, h in offloader._homes.items() if p not in offloaded}
             for part in video.split(CHUNK, dim=2)[1:]:
                 model(part, cache)
-            assert staying == {p: h.device.data_ptr() for p, h in residency._homes.items() if p not in offloaded}
+            assert staying == {p: h.device.data_ptr() for p, h in offloader._homes.items() if p not in offloaded}
 
 
 def test_offloading_without_anything_to_move_with_is_refused():
-    with pytest.raises(ValueError, match="pass a HostTransfer"):
-        Residency(Placement(offloaded=frozenset("a")))
+    with pytest.raises(ValueError, match="pass a CopyEngine"):
+        Offloader(Placement(offloaded=frozenset("a")))
 
 
 class _OrderingLanes(_InlineLanes):
@@ -186,9 +186,9 @@ class _OrderingLanes(_InlineLanes):
 
 @pytest.mark.parametrize("fails_in", [None, 0, 2, 4])
 def test_no_arena_is_given_back_while_a_copy_may_be_under_way(model, video, monkeypatch, fails_in):
-    released, real = [], HostTransfer.release
+    released, real = [], CopyEngine.release
     monkeypatch.setattr(
-        HostTransfer, "release", lambda self, arena: released.append(self._made.under_way) or real(self, arena)
+        CopyEngine, "release", lambda self, buffer: released.append(self._made.under_way) or real(self, buffer)
     )
     calls = []
 
@@ -199,9 +199,9 @@ def test_no_arena_is_given_back_while_a_copy_may_be_under_way(model, video, monk
 
     handle = None if fails_in is None else model.layers[fails_in].conv.register_forward_pre_hook(fail)
     placement = Placement(offloaded=frozenset(sizes(model)), prefetch_bytes=3000)
-    with HostTransfer(CPU) as transfer, contextlib.suppress(ZeroDivisionError):
-        transfer._made = _OrderingLanes()
-        run(model, video, placement, transfer, host_sizes=tuple(sizes(model).values()))
+    with CopyEngine(CPU) as copies, contextlib.suppress(ZeroDivisionError):
+        copies._made = _OrderingLanes()
+        run(model, video, placement, copies, host_sizes=tuple(sizes(model).values()))
     if handle is not None:
         handle.remove()
     assert released == [0]
@@ -219,15 +219,15 @@ def test_a_copy_that_fails_ends_the_video_and_frees_everything(model, video, mon
         return real(tensor)
 
     monkeypatch.setattr(longvid.memory.copy_engine, "_bytes_of", failing)
-    residency = None
-    with HostTransfer(CPU) as transfer:
-        residency = Residency(Placement(offloaded=frozenset(sizes(model))), transfer)
-        with ConvCache(model, residency=residency) as cache:  # leaving raises nothing of its own
+    offloader = None
+    with CopyEngine(CPU) as copies:
+        offloader = Offloader(Placement(offloaded=frozenset(sizes(model))), copies)
+        with ConvCache(model, offloader=offloader) as cache:  # leaving raises nothing of its own
             with pytest.raises(OSError, match="Input/output"):
                 for part in video.split(CHUNK, dim=2):
                     model(part, cache)
             assert cache.nbytes == cache.device_bytes == 0
-        assert transfer.spare_bytes > 0
+        assert copies.spare_bytes > 0
 
 
 @pytest.mark.parametrize("offloaded", [(), ("layers.1",), ("layers.0", "layers.1", "layers.2")])
@@ -236,17 +236,17 @@ def test_a_copy_that_fails_ends_the_video_and_frees_everything(model, video, mon
 def test_eviction_at_any_layer_changes_nothing(model, video, offloaded, after_chunk, layer):
     """Contexts are forced off the device after a layer of a chunk; the rest of the video is the same bit for bit."""
     expected = run(model, video)
-    with HostTransfer(CPU) as transfer:
-        residency = Residency(Placement(offloaded=frozenset(offloaded), prefetch_bytes=2000), transfer)
+    with CopyEngine(CPU) as copies:
+        offloader = Offloader(Placement(offloaded=frozenset(offloaded), prefetch_bytes=2000), copies)
         calls = []
 
         def evict(*_):
             calls.append(0)
             if len(calls) == after_chunk + 1:
-                residency.evict()
+                offloader.evict()
 
         handle = model.layers[layer].conv.register_forward_hook(evict)
-        with ConvCache(model, residency=residency) as cache:
+        with ConvCache(model, offloader=offloader) as cache:
             got = torch.cat([model(part, cache) for part in video.split(CHUNK, dim=2)], dim=2)
             assert cache.device_bytes < max(sizes(model).values()) + 1
         handle.remove()
@@ -254,12 +254,12 @@ def test_eviction_at_any_layer_changes_nothing(model, video, offloaded, after_ch
 
 
 def test_evicting_twice_frees_nothing_more(model, video):
-    with HostTransfer(CPU) as transfer:
-        residency = Residency(None, transfer)
-        with ConvCache(model, residency=residency) as cache:
+    with CopyEngine(CPU) as copies:
+        offloader = Offloader(None, copies)
+        with ConvCache(model, offloader=offloader) as cache:
             model(video[:, :, :CHUNK], cache)
-            assert residency.evict() == sum(sizes(model).values())
-            assert residency.evict() == 0
+            assert offloader.evict() == sum(sizes(model).values())
+            assert offloader.evict() == 0
             assert cache.device_bytes == 0
             assert cache.nbytes == sum(sizes(model).values())
 
@@ -274,9 +274,9 @@ def test_nothing_is_held_after_an_exception_with_copies_under_way(model, video):
 
     handle = model.layers[3].conv.register_forward_hook(fail)
     placement = Placement(offloaded=frozenset(sizes(model)), prefetch_bytes=3000)
-    with HostTransfer(CPU) as transfer:
+    with CopyEngine(CPU) as copies:
         with tracker, contextlib.suppress(ZeroDivisionError):
-            run(model, video, placement, transfer)
+            run(model, video, placement, copies)
         gc.collect()
         assert tracker.live_bytes == 0
     handle.remove()
@@ -302,22 +302,22 @@ def test_a_device_that_runs_out_once_is_survived_bit_for_bit(model, video, layer
     expected = run(model, video)
     fault = OutOfMemory(model.layers[layer], at_call=chunk)
     warned = pytest.warns(UserWarning, match=f"ran out of memory in chunk {chunk}; all contexts were moved")
-    with HostTransfer(CPU) as transfer, warned:
-        assert torch.equal(run(model, video, None, transfer), expected)
+    with CopyEngine(CPU) as copies, warned:
+        assert torch.equal(run(model, video, None, copies), expected)
     fault.handle.remove()
 
 
 def test_a_device_that_runs_out_twice_fails_with_its_own_error(model, video):
     fault = OutOfMemory(model.layers[2], at_call=1, times=2)
-    with HostTransfer(CPU) as transfer, warnings.catch_warnings():
+    with CopyEngine(CPU) as copies, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
-            run(model, video, None, transfer)
+            run(model, video, None, copies)
     fault.handle.remove()
 
 
 def test_other_errors_are_not_retried(model, video):
     handle = model.layers[1].conv.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("other")))
-    with HostTransfer(CPU) as transfer, pytest.raises(RuntimeError, match="other"):
-        run(model, video, None, transfer)
+    with CopyEngine(CPU) as copies, pytest.raises(RuntimeError, match="other"):
+        run(model, video, None, copies)
     handle.remove()

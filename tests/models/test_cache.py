@@ -38,7 +38,7 @@ def run(model, x, cuts):
 
 
 def contexts(cache):
-    return [home.device for home in cache._residency._homes.values()]
+    return [home.device for home in cache._offloader._homes.values()]
 
 
 @pytest.mark.parametrize("cuts", [[1] * 21, [9, 8, 4], [2, 19], [20, 1]])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longvid.memory.offload import OffloadPolicy, Placement
-from longvid.planning.cost_model import DeviceRates, Step, Timeline, choose_placement
+from longvid.planning.cost_model import DeviceRates, LayerCost, Timeline, choose_placement
 
 RATES = DeviceRates(flops_per_second=1.0, link_bytes_per_second=1.0)
 
@@ -17,7 +17,7 @@ def timeline(*steps, lead=0):
     """From (context bytes, working bytes, flops)."""
     return Timeline(
         steps=tuple(
-            Step(
+            LayerCost(
                 layer=chr(97 + i),
                 context_bytes=c,
                 first_open_bytes=w + 1,

@@ -7,7 +7,7 @@ import torch
 
 from longvid import AllocationTracker, ConvCache, MemoryBudgetError, ModelError, ScheduleError, load_model, make_plan
 from longvid.models import norms
-from longvid.models.base import placed
+from longvid.models.device import placed
 from longvid.models.forward import decode_chunk, encode_chunk, memory_format
 from longvid.models.numerics import Numerics
 from longvid.planning.kernel_choice import can_compute
@@ -84,7 +84,7 @@ def run_for_real(model, direction, height, width, dtype, numerics=None, slicing=
     module = ready.encoder if direction == "encode" else ready.decoder
     slicing = slicing or Slicing()
     limits = {"slice_elements": slicing.elements, "band_elements": slicing.band_elements}
-    with ConvCache(module, **limits, numerics=numerics, keep_workspace=keep, keep_kernels=kernels) as cache:
+    with ConvCache(module, **limits, numerics=numerics, keep_buffers=keep, keep_kernels=kernels) as cache:
         for chunk in (plan.full(i) for i in range(5)):
             if direction == "encode":
                 host, step = (
@@ -98,9 +98,9 @@ def run_for_real(model, direction, height, width, dtype, numerics=None, slicing=
                 tracker.reset_peak()
                 step(ready, cache, host, device=device, dtype=dtype, layout=memory_format(numerics))
             peaks.append(tracker.peak_bytes)
-            assert tracker.live_bytes == cache.nbytes + cache.workspace.num_bytes + cache.kernel_bytes
+            assert tracker.live_bytes == cache.nbytes + cache.buffers.num_bytes + cache.kernel_bytes
             assert kernels or not cache.kernel_bytes
-            assert keep == bool(cache.workspace.num_bytes)
+            assert keep == bool(cache.buffers.num_bytes)
     assert tracker.live_bytes == 0
     return peaks
 
@@ -146,14 +146,14 @@ ALL = Numerics(
 def test_projection_equals_a_tracked_run_to_the_byte(vae, direction, size, dtype, slice_frames, numerics, keep):
     if not can_compute(numerics, dtype):
         pytest.skip("a kernel is missing here")
-    setting = {"dtype": dtype, "numerics": numerics, "slice_frames": slice_frames, "keep_workspace": keep}
+    setting = {"dtype": dtype, "numerics": numerics, "slice_frames": slice_frames, "keep_buffers": keep}
     plan = make_plan(vae, height=size[0], width=size[1], **setting).direction(direction)
     assert_planned(plan, vae, direction, size, dtype, keep)
 
 
 def assert_planned(plan, model, direction, size, dtype, keep):
     first, *middle = run_for_real(model, direction, *size, dtype, plan.numerics, plan.slicing, keep, plan.keeps_kernels)
-    assert plan.keeps_workspace == keep
+    assert plan.keeps_buffers == keep
     if not keep:
         assert len(set(middle)) == 1
     assert max(middle) == middle[-1] == plan.steady_chunk_bytes - plan.weights_bytes
@@ -181,7 +181,7 @@ def test_bands_and_packed_kernels_are_in_the_projection(
     monkeypatch.setattr(norms, "_SLAB_BYTES", 1)  # of these frames, one slab is more than a band
     if not can_compute(numerics, dtype):
         pytest.skip("a kernel is missing here")
-    setting = {"height": 72, "width": 24, "dtype": dtype, "numerics": numerics, "keep_workspace": keep}
+    setting = {"height": 72, "width": 24, "dtype": dtype, "numerics": numerics, "keep_buffers": keep}
     setting["slice_frames"] = slice_frames
     whole = make_plan(packable, **setting).direction(direction)
     plan = make_plan(packable, **setting, band_bytes=2**16).direction(direction)
@@ -198,21 +198,21 @@ def test_bands_and_packed_kernels_are_in_the_projection(
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 def test_memory_is_kept_between_chunks_only_where_there_is_room(vae, direction):
-    setting = {"height": 64, "width": 96, "keep_workspace": True, "numerics": LAST, "band_bytes": 2**16}
+    setting = {"height": 64, "width": 96, "keep_buffers": True, "numerics": LAST, "band_bytes": 2**16}
 
     def planned(**more):
         return make_plan(vae, **setting, **more).direction(direction)
 
     kept = planned()
-    thrifty = make_plan(vae, **{**setting, "keep_workspace": False}).direction(direction)
-    assert kept.keeps_workspace
-    assert not thrifty.keeps_workspace
+    thrifty = make_plan(vae, **{**setting, "keep_buffers": False}).direction(direction)
+    assert kept.keeps_buffers
+    assert not thrifty.keeps_buffers
     assert thrifty.projected_bytes < kept.projected_bytes < 1.25 * thrifty.projected_bytes
     assert planned(memory=kept.projected_bytes) == kept
     less = planned(memory=kept.projected_bytes - 1)
-    assert (less.keeps_workspace, less.projected_bytes) == (False, thrifty.projected_bytes)
+    assert (less.keeps_buffers, less.projected_bytes) == (False, thrifty.projected_bytes)
     assert less.placement.offloaded == frozenset()  # it costs less than transfers
-    assert not planned(offload="all").keeps_workspace  # who offloads wants little memory
+    assert not planned(offload="all").keeps_buffers  # who offloads wants little memory
     assert kept.minimum_bytes == thrifty.minimum_bytes
 
 

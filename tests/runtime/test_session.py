@@ -300,7 +300,7 @@ def test_a_run_that_is_continued_needs_no_more_than_was_planned(vae, frames, tmp
         with VideoSession(vae, **numerics, callbacks=[stop]) as session:
             assert not session.encode(long, path).complete
         with VideoSession(vae, **numerics) as session:
-            assert session.plan(height=24, width=40).encode.keeps_workspace
+            assert session.plan(height=24, width=40).encode.keeps_buffers
             report = session.encode(long, path)
         assert report.complete
         assert report.resumed_from_frame
@@ -310,7 +310,7 @@ def test_a_run_that_is_continued_needs_no_more_than_was_planned(vae, frames, tmp
 def test_the_measured_peak_is_the_planned_one_whoever_is_slow(vae, frames, tmp_path):
     """Results that wait for a slow writer are host memory and do not count."""
     long = np.concatenate([frames] * 3)
-    plan, held = make_plan(vae, height=24, width=40, keep_workspace=True), []
+    plan, held = make_plan(vae, height=24, width=40, keep_buffers=True), []
 
     def slow(part):
         time.sleep(0.02)
@@ -330,7 +330,7 @@ def test_kept_kernels_are_in_the_measured_peak_as_in_the_planned_one(packable, f
         assert peak == plan.encode.projected_bytes
     with VideoSession(packable, device="cpu", layout="channels_last", memory=peak - 1) as session:
         plan = session.plan(height=24, width=40)
-        assert plan.encode.keeps_workspace
+        assert plan.encode.keeps_buffers
         assert not plan.encode.keeps_kernels
         report = session.encode(np.concatenate([frames] * 3), tmp_path / "b.zarr")
         assert report.peak_device_bytes == plan.encode.projected_bytes < peak
@@ -582,13 +582,13 @@ def test_a_failing_end_does_not_hide_why_the_run_failed(vae, frames, tmp_path):
 def test_a_session_may_use_its_own_host_memory_again(vae, frames, tmp_path, monkeypatch):
     """What the first video's contexts took is kept for the second one, and is not counted against it."""
     import longvid.runtime.session
-    from longvid.memory.host_buffer import HostArena
+    from longvid.memory.host_buffer import HostBuffer
 
     plan = make_plan(vae, height=24, width=40, offload="all").encode
-    needed = HostArena.room_for(plan.host_sizes) + plan.projected_bytes - plan.weights_bytes
+    needed = HostBuffer.room_for(plan.host_sizes) + plan.projected_bytes - plan.weights_bytes
     with VideoSession(vae, device="cpu", offload="all") as session:
         monkeypatch.setattr(
-            longvid.runtime.session, "host_available_bytes", lambda: needed - session._engine.transfer.spare_bytes
+            longvid.runtime.session, "host_available_bytes", lambda: needed - session._engine.copy_engine.spare_bytes
         )
         for name in ("a.zarr", "b.zarr"):
             session.encode(frames, tmp_path / name)

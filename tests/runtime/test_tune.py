@@ -21,7 +21,7 @@ def tuning(vae):
 
 
 def test_the_sweep_goes_from_nothing_to_everything_and_is_exact(vae, tuning):
-    plan = make_plan(vae, height=HEIGHT, width=WIDTH, keep_workspace=True)
+    plan = make_plan(vae, height=HEIGHT, width=WIDTH, keep_buffers=True)
     for direction in ("encode", "decode"):
         row = [point for point in tuning.points if point.direction == direction]
         part = plan.direction(direction)
