@@ -1,9 +1,9 @@
 """longvid: arbitrarily long video through a cached causal-conv VAE, in bounded memory, to and from zarr.
 
-Names are imported when they are first used, so that ``import longvid`` and ``longvid --help`` do not wait for torch.
+Public names are imported when they are first used, so that ``import longvid`` and ``longvid --help`` do not wait for
+torch. The list of names stands here twice: once for type checkers, which follow import statements only, and once for
+:func:`__getattr__`.
 """
-
-from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -12,99 +12,57 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from longvid.errors import (
-        CacheError,
-        LongvidError,
-        MemoryBudgetError,
-        ModelError,
-        NonFiniteError,
-        ScheduleError,
-        SessionStateError,
-        SourceError,
-        StoreError,
+        CacheError as CacheError,
+        LongvidError as LongvidError,
+        MemoryBudgetError as MemoryBudgetError,
+        ModelError as ModelError,
+        NonFiniteError as NonFiniteError,
+        ScheduleError as ScheduleError,
+        SessionStateError as SessionStateError,
+        SourceError as SourceError,
+        StoreError as StoreError,
     )
-    from longvid.events import ChunkEvent, RunReport, RunStart
-    from longvid.media.limits import Limits
-    from longvid.memory.tracker import AllocationTracker
-    from longvid.models.base import CausalVAE, LatentGeometry
-    from longvid.models.cache import ConvCache
-    from longvid.models.layers import CausalConv3d
-    from longvid.models.loading import load_model
-    from longvid.planning.plan import Plan
-    from longvid.planning.planner import make_plan
-    from longvid.planning.profile import Profile
-    from longvid.reporting.page import ReportPage
-    from longvid.reporting.progress import ProgressBar
-    from longvid.reporting.recorder import Recorder
-    from longvid.runtime.session import VideoSession
-    from longvid.schedule import Chunk, ChunkSchedule
-    from longvid.store.durability import Durability
-    from longvid.store.reader import LatentStore, open_store
-
-__all__ = [
-    "AllocationTracker",
-    "CacheError",
-    "CausalConv3d",
-    "CausalVAE",
-    "Chunk",
-    "ChunkEvent",
-    "ChunkSchedule",
-    "ConvCache",
-    "Durability",
-    "LatentGeometry",
-    "LatentStore",
-    "Limits",
-    "LongvidError",
-    "MemoryBudgetError",
-    "ModelError",
-    "NonFiniteError",
-    "Plan",
-    "Profile",
-    "ProgressBar",
-    "Recorder",
-    "ReportPage",
-    "RunReport",
-    "RunStart",
-    "ScheduleError",
-    "SessionStateError",
-    "SourceError",
-    "StoreError",
-    "VideoSession",
-    "load_model",
-    "make_plan",
-    "open_store",
-]
+    from longvid.events import ChunkEvent as ChunkEvent, RunReport as RunReport, RunStart as RunStart
+    from longvid.media.limits import Limits as Limits
+    from longvid.memory.tracker import AllocationTracker as AllocationTracker
+    from longvid.models.base import CausalVAE as CausalVAE, LatentGeometry as LatentGeometry
+    from longvid.models.cache import ConvCache as ConvCache
+    from longvid.models.layers import CausalConv3d as CausalConv3d
+    from longvid.models.loading import load_model as load_model
+    from longvid.planning.plan import Plan as Plan
+    from longvid.planning.planner import make_plan as make_plan
+    from longvid.planning.profile import Profile as Profile
+    from longvid.reporting.page import ReportPage as ReportPage
+    from longvid.reporting.progress import ProgressBar as ProgressBar
+    from longvid.reporting.recorder import Recorder as Recorder
+    from longvid.runtime.session import VideoSession as VideoSession
+    from longvid.schedule import Chunk as Chunk, ChunkSchedule as ChunkSchedule
+    from longvid.store.durability import Durability as Durability
+    from longvid.store.reader import LatentStore as LatentStore, open_store as open_store
 
 _HOMES = {
-    "longvid.models.cache": ("ConvCache",),
-    "longvid.store.durability": ("Durability",),
-    "longvid.errors": (
-        "CacheError",
-        "LongvidError",
-        "MemoryBudgetError",
-        "ModelError",
-        "NonFiniteError",
-        "ScheduleError",
-        "SessionStateError",
-        "SourceError",
-        "StoreError",
-    ),
-    "longvid.events": ("ChunkEvent", "RunReport", "RunStart"),
-    "longvid.memory.tracker": ("AllocationTracker",),
-    "longvid.models.base": ("CausalVAE", "LatentGeometry"),
-    "longvid.models.layers": ("CausalConv3d",),
-    "longvid.models.loading": ("load_model",),
-    "longvid.planning.plan": ("Plan",),
-    "longvid.planning.planner": ("make_plan",),
-    "longvid.planning.profile": ("Profile",),
-    "longvid.reporting.progress": ("ProgressBar",),
-    "longvid.reporting.recorder": ("Recorder",),
-    "longvid.reporting.page": ("ReportPage",),
-    "longvid.schedule": ("Chunk", "ChunkSchedule"),
-    "longvid.runtime.session": ("VideoSession",),
-    "longvid.store.reader": ("LatentStore", "open_store"),
-    "longvid.media.limits": ("Limits",),
+    "errors": "CacheError LongvidError MemoryBudgetError ModelError NonFiniteError ScheduleError SessionStateError "
+    "SourceError StoreError",
+    "events": "ChunkEvent RunReport RunStart",
+    "media.limits": "Limits",
+    "memory.tracker": "AllocationTracker",
+    "models.base": "CausalVAE LatentGeometry",
+    "models.cache": "ConvCache",
+    "models.layers": "CausalConv3d",
+    "models.loading": "load_model",
+    "planning.plan": "Plan",
+    "planning.planner": "make_plan",
+    "planning.profile": "Profile",
+    "reporting.page": "ReportPage",
+    "reporting.progress": "ProgressBar",
+    "reporting.recorder": "Recorder",
+    "runtime.session": "VideoSession",
+    "schedule": "Chunk ChunkSchedule",
+    "store.durability": "Durability",
+    "store.reader": "LatentStore open_store",
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+_HOME_OF = {name: f"longvid.{module}" for module, names in _HOMES.items() for name in names.split()}
+__all__ = sorted(_HOME_OF)
 
 
 def __getattr__(name: str) -> Any:

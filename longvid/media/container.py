@@ -9,7 +9,6 @@ import os
 import re
 import stat
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import av
@@ -30,7 +29,6 @@ _PLAYLISTS = {
     b"[playlist]": "a playlist", b"<smil": "a playlist", b"<SmoothStreamingMedia": "a manifest",
 }  # fmt: skip
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.,-]+:")
-"a protocol's name in front; a single letter is a drive"
 _BLOCK_BYTES = 8 * 2**20
 
 
@@ -50,7 +48,7 @@ class MediaFile:
         SourceError: there is no such file, or it is none that may be opened.
     """
 
-    def __init__(self, path: Path, limits: Limits) -> None:
+    def __init__(self, path: str, limits: Limits) -> None:
         self._path = path
         self._limits = limits
         self.file: io.FileIO = _open_regular(path)
@@ -59,7 +57,7 @@ class MediaFile:
             self.num_bytes = os.fstat(self.file.fileno()).st_size
             if not self.num_bytes:
                 raise SourceError(f"{path} is empty (0 bytes), not a video", kind="not-video")
-            limits.check_bytes(str(path), self.num_bytes)
+            limits.check_bytes(path, self.num_bytes)
         except BaseException:
             self.file.close()
             raise
@@ -104,7 +102,7 @@ class MediaFile:
     def _own_name(self) -> str:
         """A name of the open file itself, where the system has one: another file may take the path at any time."""
         name = f"/proc/self/fd/{self.file.fileno()}"
-        return name if os.path.exists(name) else str(self._path.absolute())
+        return name if os.path.exists(name) else os.path.abspath(self._path)
 
     def _refusal(self, exc: Exception) -> SourceError:
         """Say why a file that FFmpeg does not open is none."""
@@ -132,33 +130,31 @@ class MediaFile:
         )
 
 
-def _open_regular(path: Path) -> io.FileIO:
+def _open_regular(path: str) -> io.FileIO:
     # a FIFO would wait for its writer without O_NONBLOCK, and a link may point anywhere
-    wanted = ("O_RDONLY", "O_NOFOLLOW", "O_CLOEXEC", "O_NONBLOCK", "O_BINARY")
     try:
-        number = os.open(path, sum(getattr(os, name, 0) for name in wanted))
+        number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as exc:
         raise _unopened(path, exc) from exc
-    file = io.FileIO(number, "rb", closefd=True) if not stat.S_ISDIR(os.fstat(number).st_mode) else None
-    if file is None:
-        os.close(number)
+    mode = os.fstat(number).st_mode
+    if stat.S_ISREG(mode):
+        return io.FileIO(number, "rb", closefd=True)
+    os.close(number)
+    if stat.S_ISDIR(mode):
         raise SourceError(f"{path} is a folder, not a video file; name a file in it", kind="not-video")
-    if not stat.S_ISREG(os.fstat(number).st_mode):
-        file.close()
-        raise SourceError(f"{path} is not a regular file; copy the video to one", kind="refused")
-    return file
+    raise SourceError(f"{path} is not a regular file; copy the video to one", kind="refused")
 
 
-def _unopened(path: Path, exc: OSError | ValueError) -> SourceError:
+def _unopened(path: str, exc: OSError | ValueError) -> SourceError:
     code = exc.errno if isinstance(exc, OSError) else errno.EINVAL
     if code == errno.ELOOP:
         return SourceError(f"{path} is a symbolic link; name the file itself", kind="refused")
     if code == errno.ENXIO:
         return SourceError(f"{path} is not a regular file; copy the video to one", kind="refused")
-    if code in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG) and _ADDRESS.match(str(path)):
+    if code in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG) and _ADDRESS.match(path):
         return SourceError(
-            f"{path} looks like an address; only local files are read: download it, and give its path without a "
-            f"protocol",
+            f"{path} is an address or names a protocol; only local files are read: download it and give the path of "
+            "the file",
             kind="refused",
         )
     if code == errno.ENOENT:

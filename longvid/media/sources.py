@@ -1,10 +1,9 @@
-"""One door for everything that frames can come from."""
+"""Opens whatever frames can come from: files, zarr groups, arrays and iterables."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -17,9 +16,10 @@ from longvid.media.limits import Limits
 if TYPE_CHECKING:
     import zarr
 
+    from longvid.store.reader import FrameStore
+
 __all__ = ["open_source"]
 
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _ACCEPTED = (
     "the path of a video file, the path of a zarr group with an array `frames`, a numpy array, a torch tensor or a "
     "zarr array, uint8 with axes (T, H, W, 3), or an iterable of such arrays"
@@ -50,16 +50,17 @@ def open_source(
         limits: what the source may ask for at most.
 
     Raises:
-        SourceError: the source cannot be read, or is none.
+        SourceError: the source cannot be read, or is of a kind that has no frames.
     """
     check_window(start, frames)
     if on_error not in get_args(OnError):
         raise SourceError(f"on_error {on_error!r} is not known; choose {', '.join(get_args(OnError))}", kind="range")
+    window: dict[str, Any] = {"start": start, "frames": frames, "size": size, "limits": limits}
     if isinstance(source, (str, os.PathLike)):
-        _refuse_address(os.fspath(source))
         path = Path(source)
         if (path / "zarr.json").is_file():
-            return _open_zarr(path, start=start, frames=frames, size=size, frame_rate=frame_rate, limits=limits)
+            stored, rate = _open_zarr(path)
+            return ArrayFrames(stored, frame_rate=frame_rate or rate, name=str(path), **window)
         if frame_rate is not None:
             raise SourceError(
                 f"frame_rate={frame_rate} was given for {path}, but a media file carries its own time stamps; leave it "
@@ -68,53 +69,46 @@ def open_source(
             )
         from longvid.media.video_file import VideoFile
 
-        return VideoFile(path, start=start, frames=frames, size=size, on_error=on_error, limits=limits)
+        return VideoFile(source, on_error=on_error, **window)
     if is_array(source):
-        return ArrayFrames(source, start=start, frames=frames, size=size, frame_rate=frame_rate, limits=limits)
-    if isinstance(source, Iterable) and not isinstance(source, (bytes, bytearray, dict)):
-        return IterableFrames(source, start=start, frames=frames, size=size, frame_rate=frame_rate, limits=limits)
-    raise SourceError(f"a {type(source).__name__} is no source of frames; give {_ACCEPTED}", kind="layout")
-
-
-def _refuse_address(name: str) -> None:
-    if _ADDRESS.match(name):
+        return ArrayFrames(source, frame_rate=frame_rate, **window)
+    kind = type(source)
+    if kind.__module__.partition(".")[0] == "zarr":
         raise SourceError(
-            f"{name} is an address; only files of this machine are read, so download it first", kind="refused"
+            f"a zarr {kind.__name__} was given as the source; give the array of frames in it, such as "
+            'zarr.open_group(store)["frames"], or the path of a group with an array `frames`',
+            kind="layout",
         )
+    if isinstance(source, Iterable) and not isinstance(source, (bytes, bytearray, Mapping)):
+        return IterableFrames(source, frame_rate=frame_rate, **window)
+    raise SourceError(f"a {kind.__name__} was given as the source; give {_ACCEPTED}", kind="layout")
 
 
-def _open_zarr(
-    path: Path,
-    *,
-    start: int,
-    frames: int | None,
-    size: tuple[int, int] | None,
-    frame_rate: Fraction | int | None,
-    limits: Limits | None,
-) -> FrameSource:
-    """A zarr group with an array ``frames``: one of ours, compared with its seal, or a stranger's, looked at first."""
-    from longvid.store.reader import FrameStore, open_frames
+def _open_zarr(path: Path) -> tuple[FrameStore | zarr.Array[Any], Fraction | None]:
+    """The array ``frames`` of a group and its frame rate: of a longvid store, checked with its digests, or of another
+    zarr group, whose metadata are checked first."""
+    from longvid.store.reader import open_frames
     from longvid.store.validation import read_document
 
-    array: FrameStore | zarr.Array[Any]
     try:
         root = read_document(path / "zarr.json")
         recorded = (root.get("attributes") or {}).get("longvid")
         if isinstance(recorded, dict) and "status" in recorded:
-            array = open_frames(path)
-            frame_rate = frame_rate or array.frame_rate
-        else:
-            array = _stranger(path)
-            frame_rate = frame_rate or _recorded_rate(path, recorded)
+            store = open_frames(path)
+            return store, store.frame_rate
+        if root.get("node_type") == "array":
+            raise SourceError(
+                f"{path} is a zarr array by itself, not a group with an array `frames`; give the array, such as "
+                f'zarr.open_array("{path}")',
+                kind="layout",
+            )
+        return _foreign_array(path), _recorded_rate(path, recorded)
     except StoreError as exc:
         kind = "truncated" if exc.kind == "incomplete" else exc.kind if exc.kind == "refused" else "layout"
         raise SourceError(f"{exc}", kind=kind) from exc
-    return ArrayFrames(
-        array, start=start, frames=frames, size=size, frame_rate=frame_rate, name=str(path), limits=limits
-    )
 
 
-def _stranger(path: Path) -> zarr.Array[Any]:
+def _foreign_array(path: Path) -> zarr.Array[Any]:
     """The array ``frames`` of a group that longvid did not write, if its metadata ask for nothing unusual."""
     import zarr
 
@@ -127,7 +121,7 @@ def _stranger(path: Path) -> zarr.Array[Any]:
         raise SourceError(
             f"the zarr group {path} has no array `frames`; it holds {', '.join(members) or 'nothing'}", kind="layout"
         )
-    # whoever made it may like larger chunks than we do; ArrayFrames has the last word on what is held at once
+    # other writers may use larger chunks; ArrayFrames bounds what is held at once
     limits = StoreLimits(max_chunk_bytes=2**31, max_slab_bytes=2**32)
     check_array("frames", read_document(where / "zarr.json"), where=str(path), limits=limits)
     try:

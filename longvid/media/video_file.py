@@ -8,7 +8,6 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import av
@@ -73,7 +72,7 @@ class VideoFile(OnePass):
         self._limit = frames
         self._ahead: deque[Picture] = deque()
         "pictures that were decoded to learn what the file is"
-        self._file = MediaFile(Path(path), self._limits)
+        self._file = MediaFile(self._name, self._limits)
         self._container: InputContainer | None = None
         self._watchdog = Watchdog(self._name, self._limits.stall_seconds)
         try:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -195,6 +196,17 @@ def test_anything_else_is_refused_with_a_list_of_what_is_accepted(source):
     refused(source, "layout", "numpy array")
 
 
+def test_zarr_objects_that_are_not_arrays_are_refused_with_the_way_to_the_array():
+    store = zarr.storage.MemoryStore()
+    for source in (zarr.open_group(store), store):
+        refused(source, "layout", rf'zarr {type(source).__name__} was given.*zarr.open_group\(store\)\["frames"\]')
+
+
+@pytest.mark.parametrize("source", ["s3://bucket/a.mp4", Path("s3://bucket/a.mp4"), "https://example.org/a.mp4"])
+def test_an_address_is_refused_as_it_was_given(source):
+    refused(source, "refused", f"{source} is an address.*download it")
+
+
 def test_blocks_may_be_called_once():
     for source in (open_source(barcodes(2)), open_source([barcodes(2)])):
         list(source.blocks())
@@ -241,7 +253,7 @@ def test_other_zarr_groups_are_refused(tmp_path):
     group.create_array("frames", shape=(2, 8, 8, 3), dtype="f4")
     refused(tmp_path / "latents.zarr", "layout", "float32")
     zarr.create_array(tmp_path / "array.zarr", shape=(2,), dtype="u1")
-    refused(tmp_path / "array.zarr", "layout", "zarr group")
+    refused(tmp_path / "array.zarr", "layout", "zarr array by itself.*zarr.open_array")
     group.attrs["longvid"] = {"frame_rate": "fast"}
     refused(tmp_path / "latents.zarr", "layout", "fast")
 
