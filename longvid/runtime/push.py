@@ -8,9 +8,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,43 +18,25 @@ from torch import Tensor
 
 from longvid.errors import ScheduleError, SessionStateError, SourceError
 from longvid.events import Direction
-from longvid.planning.plan import DirectionPlan, Plan
+from longvid.planning.plan import DirectionPlan
+from longvid.runtime.admission import Admission, AdmissionControl, SessionGuard
 from longvid.runtime.engine import DecodeRun, EncodeRun, Engine, Frames, Representation, Run
 from longvid.runtime.reblock import Reblocker, pad_frames
-from longvid.schedule import Chunk, ChunkSchedule
-
-if TYPE_CHECKING:
-    from longvid.runtime.session import VideoSession
+from longvid.schedule import Chunk
 
 __all__ = ["PushDecoder", "PushEncoder", "Scope"]
-
-
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """A video's place in the session's budget."""
-
-    plan: Plan
-    direction: Direction
-
-    @property
-    def schedule(self) -> ChunkSchedule:
-        """How the video is cut."""
-        return self.plan.schedule
-
-    @property
-    def part(self) -> DirectionPlan:
-        """What the video was planned to need."""
-        return self.plan.direction(self.direction)
 
 
 class Scope(ABC):
     """Life of a push-mode video: open in a ``with`` block, until finished, failed or left."""
 
+    direction: ClassVar[Direction]
     kind: ClassVar[str]
 
-    def __init__(self, session: VideoSession) -> None:
-        self._session = session
-        self._engine: Engine | None = None
+    def __init__(self, guard: SessionGuard, control: AdmissionControl) -> None:
+        self._guard = guard
+        self._control = control
+        self._entered = False
         self._run: Run | None = None
         "made with the admission"
         self.admission: Admission | None = None
@@ -63,9 +44,10 @@ class Scope(ABC):
         self._ended = ""
 
     def __enter__(self) -> Self:
-        if self._engine is not None or self._ended:
+        if self._entered or self._ended:
             raise SessionStateError(f"the {self.kind} cannot be entered twice; ask the session for a new one")
-        self._engine = self._session._check_usable(self.kind)
+        self._guard.check(self.kind)
+        self._entered = True
         return self
 
     def __exit__(
@@ -80,7 +62,7 @@ class Scope(ABC):
     @property
     def closed(self) -> bool:
         """Whether the scope holds nothing any more."""
-        return self._engine is None and bool(self._ended)
+        return bool(self._ended)
 
     @property
     def cache_bytes(self) -> int:
@@ -90,28 +72,31 @@ class Scope(ABC):
     def _end(self, why: str) -> None:
         if self._run is not None:
             self._run.__exit__(None, None, None)
-        self._engine = self._run = self.admission = None
+        if self.admission is not None:
+            self._control.release(self.admission)
+        self._run = self.admission = None
         self._ended = self._ended or why
 
     @contextmanager
     def _working(self, what: str) -> Iterator[Engine]:
-        """Run a part of the video; after an exception the video cannot go on."""
-        with self._session._busy(f"{self.kind}.{what}"):
-            if self._engine is None:
+        """Run a part of the video; after an exception the video cannot be continued."""
+        with self._guard.busy(f"{self.kind}.{what}"):
+            if self._ended or not self._entered:
                 raise SessionStateError(
                     f"{self.kind}.{what}: this video {self._ended or 'is not open; use it in a with statement'}"
                 )
             try:
-                yield self._engine
+                yield self._control.engine
             except BaseException:
                 self._end("failed in an earlier call; start it again with a new one")
                 raise
 
-    def _admitted(self, engine: Engine, direction: Direction, size: tuple[int, int]) -> Admission:
+    def _admitted(self, size: tuple[int, int]) -> Admission:
         """The video's place, asked for when its size is first known; its run is made with it."""
         if self.admission is None:
-            self.admission = self._session._admit(engine, direction, *size)
-            self._run = self._make_run(engine, self.admission.part).__enter__()
+            self.admission = self._control.admit(self.direction, *size)
+            self._control.hold(self.admission)
+            self._run = self._make_run(self._control.engine, self.admission.part).__enter__()
         return self.admission
 
     @abstractmethod
@@ -125,10 +110,13 @@ class PushEncoder(Scope):
     Whatever slices are pushed, the same chunks run, so the latents are the same bit for bit.
     """
 
+    direction = "encode"
     kind = "encoder"
 
-    def __init__(self, session: VideoSession, representation: Representation, seed: int) -> None:
-        super().__init__(session)
+    def __init__(
+        self, guard: SessionGuard, control: AdmissionControl, representation: Representation, seed: int
+    ) -> None:
+        super().__init__(guard, control)
         self._representation: Representation = representation
         self._seed = seed
         self._reblock: Reblocker | None = None
@@ -153,7 +141,7 @@ class PushEncoder(Scope):
             frames = _as_frames(frames_THWC)
             if self._reblock is None:
                 self._size = (frames.shape[1], frames.shape[2])
-                self._reblock = Reblocker(self._admitted(engine, "encode", self._size).schedule.capacity)
+                self._reblock = Reblocker(self._admitted(self._size).schedule.capacity)
             if frames.shape[1:3] != self._size:
                 raise SourceError(
                     f"frames of {frames.shape[2]}x{frames.shape[1]} came after frames of "
@@ -161,7 +149,7 @@ class PushEncoder(Scope):
                     kind="geometry-changed",
                 )
             self.num_frames += len(frames)
-            plan = self._admitted(engine, "encode", self._size).schedule
+            plan = self._admitted(self._size).schedule
             return self._joined(
                 engine, [self._encode(plan.full(i), block) for i, (block,) in self._reblock.push(frames)]
             )
@@ -205,10 +193,13 @@ class PushEncoder(Scope):
 class PushDecoder(Scope):
     """Decodes one video from latents as they come. Made by :meth:`VideoSession.decoder`, used in a ``with`` block."""
 
+    direction = "decode"
     kind = "decoder"
 
-    def __init__(self, session: VideoSession, num_frames: int | None, size: tuple[int, int] | None) -> None:
-        super().__init__(session)
+    def __init__(
+        self, guard: SessionGuard, control: AdmissionControl, num_frames: int | None, size: tuple[int, int] | None
+    ) -> None:
+        super().__init__(guard, control)
         if num_frames is not None and num_frames < 1:
             raise ScheduleError(f"a video has at least one frame, num_frames={num_frames} was given")
         self._num_frames = num_frames
@@ -237,7 +228,7 @@ class PushDecoder(Scope):
                 self._frame_size = (z_TCHW.shape[2] * p, z_TCHW.shape[3] * p)
                 self._check_crop()
                 self._reblock = Reblocker(lambda i: plan.full(i).num_latents)
-            plan = self._admitted(engine, "decode", self._frame_size).schedule
+            plan = self._admitted(self._frame_size).schedule
             self._num_latents += len(z_TCHW)
             if self._num_frames is not None and self._num_latents > plan.num_latents(self._num_frames):
                 plan.check_length(self._num_frames, self._num_latents)

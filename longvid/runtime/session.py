@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from enum import Enum
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -20,37 +18,27 @@ from typing import Any, Literal, Self, TypeVar, get_args
 
 import torch
 
-from longvid.errors import MemoryBudgetError, ModelError, ScheduleError, SessionStateError, SourceError, StoreError
-from longvid.events import Callback, Direction, RunReport
+from longvid.errors import ModelError, ScheduleError, SourceError, StoreError
+from longvid.events import Callback, RunReport
 from longvid.frames import OnError
 from longvid.media.limits import Limits
-from longvid.memory.budget import MemoryBudget
-from longvid.memory.host import host_available_bytes
-from longvid.memory.host_buffer import HostBuffer
-from longvid.memory.offload import OffloadPolicy
 from longvid.models.base import CausalVAE
 from longvid.models.loading import load_model
-from longvid.models.numerics import Numerics, parse_layout, parse_paired_frames
-from longvid.planning.kernel_choice import can_compute, choose_numerics, fresh_memory_is_slow, preferred_band_bytes
-from longvid.planning.plan import DirectionPlan, Plan
-from longvid.planning.planner import Offload, make_plan, parse_dtype, parse_offload
-from longvid.planning.profile import Profile, ProfileScope
+from longvid.models.numerics import parse_layout, parse_paired_frames
+from longvid.planning.plan import Plan
+from longvid.planning.planner import Offload, parse_dtype, parse_offload
+from longvid.planning.profile import Profile
+from longvid.runtime.admission import AdmissionControl, SessionGuard, SessionOptions
 from longvid.runtime.engine import Engine, Frames, Representation
-from longvid.runtime.push import Admission, PushDecoder, PushEncoder, Scope
-from longvid.runtime.whole import DecodeOptions, EncodeOptions, Host, OnNonFinite, Recorded, decode_video, encode_video
+from longvid.runtime.push import PushDecoder, PushEncoder, Scope
+from longvid.runtime.whole import DecodeOptions, EncodeOptions, Host, OnNonFinite, decode_video, encode_video
 from longvid.store.durability import Durability, parse_durability
 from longvid.store.reader import LatentStore, open_store
-from longvid.units import format_bytes, parse_bytes, parse_reserve
+from longvid.units import parse_bytes, parse_reserve
 
 __all__ = ["VideoSession"]
 
 ScopeT = TypeVar("ScopeT", bound=Scope)
-
-
-class _State(Enum):
-    UNOPENED = "is not open; use it in a with statement"
-    OPEN = "is open"
-    CLOSED = "is closed and cannot be opened again; make a new one"
 
 
 class VideoSession:
@@ -109,45 +97,43 @@ class VideoSession:
         compile: bool = False,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self._layout = parse_layout(layout)
-        self._paired_frames = parse_paired_frames(paired_frames)
-        self._compile = compile
         if slice_frames is not None and slice_frames < 1:
             raise ScheduleError(f"slices of {slice_frames} frames were asked for; one frame is the least")
-        self._slice_frames = slice_frames
-        self._offload = parse_offload(offload)
-        self._offload_dir = None if offload_dir is None else Path(offload_dir)
-        self._profile = profile if isinstance(profile, Profile) or profile is None else Profile.read(profile)
+        self._options = SessionOptions(
+            allowed_bytes=None if memory is None else parse_bytes(memory),
+            offload=parse_offload(offload),
+            offload_dir=None if offload_dir is None else Path(offload_dir),
+            profile=profile if isinstance(profile, Profile) or profile is None else Profile.read(profile),
+            chunk_frames=chunk_frames,
+            slice_frames=slice_frames,
+            layout=parse_layout(layout),
+            paired_frames=parse_paired_frames(paired_frames),
+            compile=compile,
+        )
         self._reserved_bytes = None if reserved is None else parse_reserve(reserved)
         self._source_model = load_model(model)
-        self._source_model.geometry.schedule_for(chunk_frames)  # refuses what cannot be, before anything is placed
-        self._chunk_frames = chunk_frames
+        self._source_model.geometry.schedule_for(chunk_frames)  # raises before anything is placed on the device
         self._dtype = parse_dtype(dtype) if dtype is not None else None
         self._requested_device = device
-        self._allowed_bytes = None if memory is None else parse_bytes(memory)
         self._callbacks = tuple(callbacks)
-        self._state = _State.UNOPENED
-        self._busy_with: str | None = None
-        self._engine: Engine | None = None
-        self._plans: dict[tuple[object, ...], Plan] = {}
-        self._numerics: dict[tuple[Direction, int, int], Numerics] = {}
+        self._guard = SessionGuard()
+        self._admission_control: AdmissionControl | None = None
         self._scopes: list[Scope] = []
         self._stopping = False
 
     # ------------------------------------------------------------------------------------------- lifecycle
 
     def __enter__(self) -> Self:
-        if self._state is not _State.UNOPENED:
-            raise SessionStateError(f"the session cannot be entered: it {self._state.value}")
-        self._owner = (os.getpid(), threading.get_ident())
-        self._engine = Engine.on_device(
-            self._source_model,
-            self._requested_device,
-            self._dtype,
-            offload_dir=self._offload_dir,
-            reserved_bytes=self._reserve(),
-        )
-        self._state = _State.OPEN
+        with self._guard.opening():
+            profile, reserved = self._options.profile, self._reserved_bytes
+            engine = Engine.on_device(
+                self._source_model,
+                self._requested_device,
+                self._dtype,
+                offload_dir=self._options.offload_dir,
+                reserved_bytes=profile.reserved_bytes if profile is not None and reserved is None else reserved,
+            )
+            self._admission_control = AdmissionControl(engine, self._options)
         return self
 
     def __exit__(
@@ -157,192 +143,25 @@ class VideoSession:
 
     def close(self) -> None:
         """Free everything the session holds, open push-mode videos included. May be called again."""
-        engine, self._engine, self._state = self._engine, None, _State.CLOSED
+        control, self._admission_control = self._admission_control, None
+        self._guard.close()
         with ExitStack() as stack:  # each of them, whichever fails
-            if engine is not None:
-                stack.callback(engine.copy_engine.close)
+            if control is not None:
+                stack.callback(control.engine.copy_engine.close)
             for scope in self._scopes:
                 stack.callback(scope.close)
             self._scopes.clear()
 
-    def _reserve(self) -> int | None:
-        if self._reserved_bytes is None and self._profile is not None:
-            return self._profile.reserved_bytes
-        return self._reserved_bytes
-
-    def _check_usable(self, what: str) -> Engine:
-        if self._state is not _State.OPEN or self._engine is None:
-            raise SessionStateError(f"{what}: the session {self._state.value}")
-        pid, thread = self._owner
-        if os.getpid() != pid:
-            raise SessionStateError(
-                f"{what}: the session was opened in process {pid} and this is its fork {os.getpid()}, where compute "
-                "threads do not exist; open a session in the child, and start children with 'spawn'"
-            )
-        if threading.get_ident() != thread:
-            raise SessionStateError(
-                f"{what}: the session belongs to the thread that opened it; open one session per thread (they may "
-                "share the model)"
-            )
-        if self._busy_with is not None:
-            raise SessionStateError(f"{what}: the session is busy with {self._busy_with}; one thing at a time")
-        return self._engine
-
-    @contextmanager
-    def _busy(self, what: str) -> Iterator[Engine]:
-        engine = self._check_usable(what)
-        self._busy_with = what
-        try:
-            yield engine
-        finally:
-            self._busy_with = None
-
-    # ------------------------------------------------------------------------------------------- planning
+    @property
+    def _control(self) -> AdmissionControl:
+        """Of an open session; the guard has checked that it is."""
+        assert self._admission_control is not None
+        return self._admission_control
 
     def plan(self, *, height: int, width: int) -> Plan:
         """The plan for frames of this size under the session's dtype and budget; see :func:`longvid.make_plan`."""
-        return self._plan(self._check_usable("plan"), height, width, ("encode", "decode"), whole=True)
-
-    def _plan(
-        self,
-        engine: Engine,
-        height: int,
-        width: int,
-        directions: tuple[Direction, ...],
-        *,
-        held_bytes: int = 0,
-        idle_limit_bytes: int | None = None,
-        recorded: Recorded = Recorded(),  # noqa: B008 - a frozen value
-        whole: bool = False,
-    ) -> Plan:
-        """The plan under what ``held_bytes`` of other videos leave of the budget; ``whole`` if chunk follows chunk."""
-        height, width = engine.model.geometry.padded_size(height, width)
-        if engine.model.geometry.chunk_invariant and self._allowed_bytes is not None:
-            directions = ("encode", "decode")  # the budget may shorten chunks, and both directions share their length
-        key = (height, width, directions, held_bytes, idle_limit_bytes, recorded, whole)
-        if key not in self._plans:
-            profile = self._profile
-            offload: Offload | Mapping[Direction, OffloadPolicy] = self._offload
-            slice_frames: int | Mapping[Direction, int | None] | None = self._slice_frames
-            if profile is not None:
-                profile.check(
-                    ProfileScope.of(engine.model, height=height, width=width, dtype=engine.dtype, device=engine.device)
-                )
-                if self._offload.kind == "auto" and self._allowed_bytes is None:
-                    offload = profile.policies(self._offload)
-                    slice_frames = profile.slice_frames if slice_frames is None else slice_frames
-            self._plans[key] = make_plan(
-                engine.model,
-                height=height,
-                width=width,
-                dtype=engine.dtype,
-                memory=self._allowed_bytes,
-                offload=offload,
-                chunk_frames=self._chunk_frames_for(engine, recorded),
-                reserved=engine.reserved_bytes,
-                held_bytes=held_bytes,
-                idle_limit_bytes=idle_limit_bytes,
-                directions=directions,
-                rates=None if profile is None else profile.rates,
-                numerics={d: self._numerics_for(engine, d, height, width, recorded) for d in directions},
-                slice_frames=slice_frames,
-                band_bytes=preferred_band_bytes(engine.device),
-                keep_buffers=whole and fresh_memory_is_slow(engine.device),
-            )
-        return self._plans[key]
-
-    def _chunk_frames_for(self, engine: Engine, recorded: Recorded) -> int | None:
-        if self._chunk_frames is None and engine.model.geometry.chunk_invariant:
-            return recorded.chunk_frames
-        return self._chunk_frames
-
-    def _numerics_for(
-        self, engine: Engine, direction: Direction, height: int, width: int, recorded: Recorded
-    ) -> Numerics:
-        """Of frames of this size; chosen once, so that all videos of a session are computed alike."""
-        earlier = recorded.numerics
-        if (
-            earlier is not None
-            and self._layout in (None, earlier.layout)
-            and self._paired_frames in (None, earlier.paired_frames)
-            and can_compute(earlier, engine.dtype)
-        ):
-            return earlier
-        if (direction, height, width) not in self._numerics:
-            self._numerics[direction, height, width] = choose_numerics(
-                engine.model,
-                device=engine.device,
-                dtype=engine.dtype,
-                height=height,
-                width=width,
-                layout=self._layout,
-                paired_frames=self._paired_frames,
-                compile=self._compile,
-                direction=direction,
-            )
-        return self._numerics[direction, height, width]
-
-    def _admit(
-        self,
-        engine: Engine,
-        direction: Direction,
-        height: int,
-        width: int,
-        recorded: Recorded = Recorded(),  # noqa: B008 - a frozen value
-        whole: bool = False,
-    ) -> Admission:
-        """Check a video of this size against all limits, beside those that are open, and give it its plan.
-
-        What a run that is continued has ``recorded`` counts where the session was left the choice. One video computes
-        at a time while the contexts of all are held; contexts count as planned, whether or not they have come into
-        being yet.
-        """
-        others = [s.admission.part for s in self._scopes if s.admission is not None]
-        held_bytes = sum(part.idle_bytes for part in others)
-        budget = MemoryBudget(allowed_bytes=self._allowed_bytes, reserved_bytes=engine.reserved_bytes)
-        # What this video may hold while the largest of the others computes.
-        room = [budget.left(other.projected_bytes + held_bytes - other.idle_bytes) for other in others]
-        idle_limit = min((r for r in room if r is not None), default=None)
-        plan = self._plan(
-            engine,
-            height,
-            width,
-            (direction,),
-            held_bytes=held_bytes,
-            idle_limit_bytes=idle_limit,
-            recorded=recorded,
-            whole=whole,
-        )
-        plan.check(direction)
-        part = plan.direction(direction)
-        for other in others:
-            beside = held_bytes - other.idle_bytes + part.idle_bytes
-            budget.check(
-                other.projected_bytes + beside,
-                {**other.parts, "contexts of other open videos": beside},
-                f"{direction} at {plan.width}x{plan.height} beside a larger video that is open",
-            )
-        self._check_host(engine, part)
-        return Admission(plan, direction)
-
-    def _check_host(self, engine: Engine, part: DirectionPlan) -> None:
-        """Host memory is a limit too, the machine's as well as a container's."""
-        parts = {}
-        if self._offload_dir is None:
-            parts["offloaded contexts"] = HostBuffer.room_for(part.host_sizes)
-        if engine.device.type == "cpu":
-            parts["tensors"] = part.projected_bytes - part.weights_bytes
-        available, needed = host_available_bytes() + engine.copy_engine.spare_bytes, sum(parts.values())
-        if needed > available:
-            listing = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
-            raise MemoryBudgetError(
-                f"the run needs {format_bytes(needed)} of host memory ({listing}), and this machine or its container "
-                f"has {format_bytes(available)} left; send contexts to a folder with offload_dir (--offload-dir), or "
-                "choose a smaller frame size or a narrower dtype",
-                projected_bytes=needed,
-                allowed_bytes=available,
-                parts=parts,
-            )
+        self._guard.check("plan")
+        return self._control.plan(height, width, ("encode", "decode"), whole=True)
 
     # ------------------------------------------------------------------------------------------- whole videos
 
@@ -425,9 +244,9 @@ class VideoSession:
             durability=parse_durability(durability),
             mend=frozenset(mend),
         )
-        with self._busy("encode") as engine, self._stoppable():
+        with self._running("encode") as host:
             _require_apart(_path_of(source), Path(store))
-            return encode_video(self._host(engine), source, Path(store), options)
+            return encode_video(host, source, Path(store), options)
 
     def decode(
         self,
@@ -472,13 +291,13 @@ class VideoSession:
             durability=parse_durability(durability),
             mend=frozenset(mend),
         )
-        with self._busy("decode") as engine, self._stoppable():
+        with self._running("decode") as host:
             latents = store if isinstance(store, LatentStore) else open_store(store)
-            _require_decodable(latents, engine.model)
+            _require_decodable(latents, host.engine.model)
             target = out if callable(out) else Path(out)
             if isinstance(target, Path):
                 _require_apart(latents.path, target)
-            return decode_video(self._host(engine), latents, target, options)
+            return decode_video(host, latents, target, options)
 
     def stop(self) -> None:
         """Ask the :meth:`encode` or :meth:`decode` that runs to end at the next boundary between chunks.
@@ -489,26 +308,20 @@ class VideoSession:
         self._stopping = True
 
     @contextmanager
-    def _stoppable(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self._stopping = False
-
-    def _host(self, engine: Engine) -> Host:
-
-        def admit(direction: Direction, height: int, width: int, recorded: Recorded) -> Admission:
-            return self._admit(engine, direction, height, width, recorded, whole=True)
-
-        return Host(engine=engine, callbacks=self._callbacks, admit=admit, stopping=lambda: self._stopping)
+    def _running(self, what: str) -> Iterator[Host]:
+        with self._guard.busy(what):
+            try:
+                yield Host(control=self._control, callbacks=self._callbacks, stopping=lambda: self._stopping)
+            finally:
+                self._stopping = False
 
     # ------------------------------------------------------------------------------------------- push mode
 
     def encoder(self, *, representation: Representation = "mode", seed: int = 0) -> PushEncoder:
         """A scope that encodes one video of unknown length from frames as they come; see :class:`PushEncoder`."""
         _require_representation(representation, seed)
-        self._check_usable("encoder")
-        return self._scope(PushEncoder(self, representation, seed))
+        self._guard.check("encoder")
+        return self._scope(PushEncoder(self._guard, self._control, representation, seed))
 
     def decoder(self, *, num_frames: int | None = None, size: tuple[int, int] | None = None) -> PushDecoder:
         """A scope that decodes one video from latents as they come; see :class:`PushDecoder`.
@@ -517,8 +330,8 @@ class VideoSession:
             num_frames: true length of the video; None gives the frames of the padded tail as well.
             size: (height, width) to crop to; None for whole latents.
         """
-        self._check_usable("decoder")
-        return self._scope(PushDecoder(self, num_frames, size))
+        self._guard.check("decoder")
+        return self._scope(PushDecoder(self._guard, self._control, num_frames, size))
 
     def _scope(self, scope: ScopeT) -> ScopeT:
         self._scopes = [s for s in self._scopes if not s.closed]

@@ -35,6 +35,7 @@ from longvid.media.limits import Limits
 from longvid.media.sources import open_source
 from longvid.memory.host import peak_rss_bytes
 from longvid.models.numerics import Numerics
+from longvid.runtime.admission import Admission, AdmissionControl, Recorded
 from longvid.runtime.checkpoint import Checkpoints
 from longvid.runtime.engine import DecodeRun, EncodeRun, Engine, Frames, Representation, Times
 from longvid.runtime.feeds import (
@@ -48,7 +49,6 @@ from longvid.runtime.feeds import (
 )
 from longvid.runtime.monitor import Job
 from longvid.runtime.prefetch import Prefetcher, Writer
-from longvid.runtime.push import Admission
 from longvid.runtime.snapshot import Snapshot
 from longvid.schedule import ChunkSchedule
 from longvid.store.durability import Durability
@@ -59,45 +59,24 @@ from longvid.store.reader import Found, LatentStore, check_target
 from longvid.store.writer import StoreWriter, settle_complete
 from longvid.units import format_bytes
 
-__all__ = ["DecodeOptions", "EncodeOptions", "Host", "OnNonFinite", "Recorded", "decode_video", "encode_video"]
+__all__ = ["DecodeOptions", "EncodeOptions", "Host", "OnNonFinite", "decode_video", "encode_video"]
 
 OnNonFinite: TypeAlias = Literal["stop", "quarantine"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recorded:
-    """What an unfinished store says of the run that is to be continued, where the caller left the choice open."""
-
-    numerics: Numerics | None = None
-    chunk_frames: int | None = None
-
-    @classmethod
-    def of(cls, found: Found, engine: Engine, *, overwrite: bool) -> Recorded:
-        """What the store that was found says; nothing if there is none to continue, or not with this dtype here."""
-        if found.state == "nothing" or (found.state == "complete" and overwrite):
-            return cls()
-        compute = (found.facts.get("fingerprint") or {}).get("compute") or {}
-        alike = (compute.get("dtype"), compute.get("kernels")) == (_name(engine.dtype), kernels_of(str(engine.device)))
-        numerics, plan = found.facts.get("numerics") if alike else None, found.facts.get("chunk_plan") or {}
-        try:
-            return cls(
-                numerics=None if numerics is None else Numerics.from_dict(numerics),
-                chunk_frames=plan.get("chunk_frames"),
-            )
-        except (KeyError, TypeError, ValueError):
-            return cls()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
     """What a session lends to a run."""
 
-    engine: Engine
+    control: AdmissionControl
     callbacks: tuple[Callback, ...]
-    admit: Callable[[Direction, int, int, Recorded], Admission]
-    "checks a video of this height and width against all limits"
     stopping: Callable[[], bool]
     "whether the run is to end at the next boundary between chunks"
+
+    @property
+    def engine(self) -> Engine:
+        """The model where it computes."""
+        return self.control.engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,8 +157,8 @@ def _encode(host: Host, source: Any, store: Path, options: EncodeOptions, replac
             )
         )
         info, geometry = video.info, engine.model.geometry
-        recorded = Recorded.of(found, engine, overwrite=options.overwrite)
-        admission = host.admit("encode", info.height, info.width, recorded)
+        recorded = _recorded(found, engine, overwrite=options.overwrite)
+        admission = host.control.admit("encode", info.height, info.width, recorded=recorded, whole=True)
         height, width = geometry.padded_size(info.height, info.width)
         p = geometry.pixels_per_latent
         fingerprint = _encode_fingerprint(engine, admission, video, options)
@@ -317,8 +296,8 @@ def decode_video(
     found = check_target(out) if isinstance(out, Path) and out.suffix == ".zarr" else None
     engine, recorded = host.engine, Recorded()
     if found is not None:
-        recorded = Recorded(numerics=Recorded.of(found, engine, overwrite=options.overwrite).numerics)
-    admission = host.admit("decode", latents.height, latents.width, recorded)
+        recorded = Recorded(numerics=_recorded(found, engine, overwrite=options.overwrite).numerics)
+    admission = host.control.admit("decode", latents.height, latents.width, recorded=recorded, whole=True)
     fingerprint = _decode_fingerprint(engine, admission, latents, window)
     if found is not None and _is_done(found, fingerprint, options):
         settle_complete(found, options.durability)
@@ -459,6 +438,21 @@ def _compute_facts(engine: Engine, numerics: Numerics) -> dict[str, Any]:
             "format": FORMAT_VERSION,
         },
     }
+
+
+def _recorded(found: Found, engine: Engine, *, overwrite: bool) -> Recorded:
+    """What the unfinished store that was found has chosen; nothing if it is not continued, or not with this dtype."""
+    if found.state == "nothing" or (found.state == "complete" and overwrite):
+        return Recorded()
+    compute = (found.facts.get("fingerprint") or {}).get("compute") or {}
+    alike = (compute.get("dtype"), compute.get("kernels")) == (_name(engine.dtype), kernels_of(str(engine.device)))
+    numerics, plan = found.facts.get("numerics") if alike else None, found.facts.get("chunk_plan") or {}
+    try:
+        return Recorded(
+            numerics=None if numerics is None else Numerics.from_dict(numerics), chunk_frames=plan.get("chunk_frames")
+        )
+    except (KeyError, TypeError, ValueError):
+        return Recorded()
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -230,9 +230,9 @@ def test_a_chunk_invariant_model_shortens_its_chunks_before_it_offloads():
 
 
 def test_host_memory_is_a_limit_too(vae, frames, tmp_path, monkeypatch):
-    import longvid.runtime.session
+    import longvid.runtime.admission
 
-    monkeypatch.setattr(longvid.runtime.session, "host_available_bytes", lambda: 100_000)
+    monkeypatch.setattr(longvid.runtime.admission, "host_available_bytes", lambda: 100_000)
     with (
         VideoSession(vae, offload="all") as session,
         pytest.raises(MemoryBudgetError, match=r"97\.66 KiB left") as caught,

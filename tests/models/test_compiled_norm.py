@@ -127,7 +127,7 @@ def test_a_compiled_run_is_continued_compiled_or_not_at_all(wide, footage, tmp_p
     encode(tmp_path / "plain.zarr")
     assert not encode(tmp_path / "stopped.zarr", compile=True, stop=True).complete
     with monkeypatch.context() as patch:
-        patch.setattr(longvid.runtime.session, "can_compute", lambda *_: False)
+        patch.setattr(longvid.runtime.admission, "can_compute", lambda *_: False)
         with pytest.raises(StoreError, match=r"compute\.numerics\.compiled was True and is False"):
             encode(tmp_path / "stopped.zarr")
     report = encode(tmp_path / "stopped.zarr")

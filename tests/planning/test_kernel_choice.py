@@ -11,7 +11,7 @@ import torch
 from support.clock import Clock
 
 import longvid.planning.kernel_choice
-import longvid.runtime.session
+import longvid.runtime.admission
 from longvid import ModelError, VideoSession, load_model, open_store
 from longvid.models.cogvideox import CogVideoXConfig, CogVideoXVAE
 from longvid.models.convolution import fuses_residuals
@@ -200,7 +200,7 @@ def test_what_is_overwritten_in_another_dtype_hands_down_no_numerics(wide, frame
 
 def test_an_encode_that_was_begun_without_averages_goes_on_without(packable, frames, tmp_path, monkeypatch):
     """As every store of before they were known: nothing is recorded of them there."""
-    real = longvid.runtime.session.choose_numerics
+    real = longvid.runtime.admission.choose_numerics
     video = np.concatenate([frames] * 2)
 
     def encode(name, stop_after=None):
@@ -219,7 +219,7 @@ def test_an_encode_that_was_begun_without_averages_goes_on_without(packable, fra
     encode("averages.zarr")
     with monkeypatch.context() as before:
         before.setattr(
-            longvid.runtime.session, "choose_numerics", lambda *a, **k: replace(real(*a, **k), fused_pooling=False)
+            longvid.runtime.admission, "choose_numerics", lambda *a, **k: replace(real(*a, **k), fused_pooling=False)
         )
         encode("before.zarr")
         encode("continued.zarr", stop_after=2)

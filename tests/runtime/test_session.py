@@ -581,14 +581,16 @@ def test_a_failing_end_does_not_hide_why_the_run_failed(vae, frames, tmp_path):
 
 def test_a_session_may_use_its_own_host_memory_again(vae, frames, tmp_path, monkeypatch):
     """What the first video's contexts took is kept for the second one, and is not counted against it."""
-    import longvid.runtime.session
+    import longvid.runtime.admission
     from longvid.memory.host_buffer import HostBuffer
 
     plan = make_plan(vae, height=24, width=40, offload="all").encode
     needed = HostBuffer.room_for(plan.host_sizes) + plan.projected_bytes - plan.weights_bytes
     with VideoSession(vae, device="cpu", offload="all") as session:
         monkeypatch.setattr(
-            longvid.runtime.session, "host_available_bytes", lambda: needed - session._engine.copy_engine.spare_bytes
+            longvid.runtime.admission,
+            "host_available_bytes",
+            lambda: needed - session._control.engine.copy_engine.spare_bytes,
         )
         for name in ("a.zarr", "b.zarr"):
             session.encode(frames, tmp_path / name)
