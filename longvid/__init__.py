@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         MemoryBudgetError as MemoryBudgetError,
         ModelError as ModelError,
         NonFiniteError as NonFiniteError,
+        OptionError as OptionError,
         ScheduleError as ScheduleError,
         SessionStateError as SessionStateError,
         SourceError as SourceError,
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
     from longvid.store.reader import LatentStore as LatentStore, open_store as open_store
 
 _HOMES = {
-    "errors": "CacheError LongvidError MemoryBudgetError ModelError NonFiniteError ScheduleError SessionStateError "
-    "SourceError StoreError",
+    "errors": "CacheError LongvidError MemoryBudgetError ModelError NonFiniteError OptionError ScheduleError "
+    "SessionStateError SourceError StoreError",
     "events": "ChunkEvent RunReport RunStart",
     "media.limits": "Limits",
     "memory.tracker": "AllocationTracker",

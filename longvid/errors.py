@@ -4,6 +4,7 @@ Each one is also the builtin that a caller would expect, so that code which know
 handles it:
 
 * LongvidError
+    * OptionError         ValueError    a size, a policy or a name that was given cannot be read
     * ScheduleError       ValueError    the video cannot be cut as asked
     * ModelError          ValueError    weights, config, class or profile cannot be used
         * NonFiniteError                it computes values that are not finite
@@ -27,6 +28,7 @@ __all__ = [
     "MemoryBudgetError",
     "ModelError",
     "NonFiniteError",
+    "OptionError",
     "ScheduleError",
     "SessionStateError",
     "SourceError",
@@ -36,6 +38,10 @@ __all__ = [
 
 class LongvidError(Exception):
     """Base of all errors of this package."""
+
+
+class OptionError(LongvidError, ValueError):
+    """An option has a value that cannot be read: a size without a unit, an offload policy that does not exist."""
 
 
 class ScheduleError(LongvidError, ValueError):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
+from longvid.errors import OptionError
+
 __all__ = ["format_bytes", "parse_bytes", "parse_reserve", "parse_size"]
 
 _FACTORS = {
-    "": 1,
     "b": 1,
     "kb": 10**3,
     "mb": 10**6,
@@ -22,27 +23,28 @@ _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 _SIZE = re.compile(r"(\d+)[xX](\d+)")
 
 
-def parse_bytes(text: str | int) -> int:
-    """Read ``"8GiB"``, ``"500 MB"`` or a plain number of bytes; SI units are powers of 1000, IEC of 1024.
+def parse_bytes(size: str | int) -> int:
+    """Read ``"8GiB"``, ``"500 MB"`` or an int, which is a number of bytes; SI units are powers of 1000, IEC of 1024.
 
     Raises:
-        ValueError: the text is not a positive size.
+        OptionError: it is not a positive size, or a text without a unit.
     """
-    if isinstance(text, int):
-        value = text
+    match = _BYTES.fullmatch(size) if isinstance(size, str) else None
+    if match is not None and match[2].lower() in _FACTORS:
+        num_bytes = int(float(match[1]) * _FACTORS[match[2].lower()])
+    elif isinstance(size, int) and not isinstance(size, bool):
+        num_bytes = size
     else:
-        match = _BYTES.fullmatch(text)
-        if match is None or match[2].lower() not in _FACTORS:
-            raise ValueError(f"{text!r} is not a size in bytes; write a number with a unit, such as 8GiB or 500MB")
-        value = int(float(match[1]) * _FACTORS[match[2].lower()])
-    if value <= 0:
-        raise ValueError(f"{text!r} is not a positive size in bytes")
-    return value
+        missing = ": the unit is missing" if match is not None and not match[2] else ""
+        raise OptionError(f"{size!r} is not a size in bytes{missing}; write a number and a unit, such as 8GiB or 500MB")
+    if num_bytes <= 0:
+        raise OptionError(f"{size!r} is not a positive size in bytes; write a size such as 8GiB")
+    return num_bytes
 
 
-def parse_reserve(text: str | int) -> int:
-    """As :func:`parse_bytes`, and 0 is a size."""
-    return 0 if text in (0, "0") else parse_bytes(text)
+def parse_reserve(size: str | int) -> int:
+    """Read a size as :func:`parse_bytes` does, or 0."""
+    return 0 if size in (0, "0") else parse_bytes(size)
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -59,9 +61,9 @@ def parse_size(text: str) -> tuple[int, int]:
     """Read a frame size written as WIDTHxHEIGHT and return ``(height, width)`` in pixels.
 
     Raises:
-        ValueError: the text is not two positive integers with an x between them.
+        OptionError: the text is not two positive integers with an x between them.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None or not (int(match[1]) and int(match[2])):
-        raise ValueError(f"{text!r} is not a frame size; write WIDTHxHEIGHT in pixels, such as 720x480")
+        raise OptionError(f"{text!r} is not a frame size; write WIDTHxHEIGHT in pixels, such as 720x480")
     return int(match[2]), int(match[1])

@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 from longvid.cli.parser import LIMITS, Command, make_parser
 from longvid.environment import map_large_allocations
-from longvid.errors import LongvidError, MemoryBudgetError, ModelError, ScheduleError, SourceError, StoreError
+from longvid.errors import (
+    LongvidError,
+    MemoryBudgetError,
+    ModelError,
+    OptionError,
+    ScheduleError,
+    SourceError,
+    StoreError,
+)
 from longvid.events import RunReport
 from longvid.units import format_bytes
 
@@ -32,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _EXIT_CODES: tuple[tuple[type[LongvidError], int], ...] = (
+    (OptionError, 2),
     (ScheduleError, 2),
     (SourceError, 3),
     (StoreError, 4),

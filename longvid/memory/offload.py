@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from longvid.errors import OptionError
 from longvid.units import format_bytes, parse_bytes
 
 __all__ = ["OffloadPolicy", "Placement"]
@@ -33,7 +34,7 @@ class OffloadPolicy:
         """Read ``"auto"``, ``"none"``, ``"all"`` or a size such as ``"512MiB"``.
 
         Raises:
-            ValueError: it is none of these.
+            OptionError: it is none of these.
         """
         if isinstance(value, OffloadPolicy):
             return value
@@ -41,10 +42,10 @@ class OffloadPolicy:
             return cls(_NAMED[value])
         try:
             return cls("size", parse_bytes(value))
-        except ValueError as exc:
-            raise ValueError(
+        except OptionError as exc:
+            raise OptionError(
                 f"offload {value!r} is not known; choose auto, none, all, or the size of the contexts that may stay on "
-                "the device, such as 512MiB"
+                "the device, with its unit, such as 512MiB"
             ) from exc
 
     def __str__(self) -> str:

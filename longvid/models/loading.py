@@ -1,9 +1,9 @@
-"""From a name, a folder, a hub id or a diffusers instance to a model. Nothing here imports diffusers.
+"""Loading: a model from a name, a folder, a hub id or a diffusers instance. Nothing here imports diffusers.
 
-A folder may be a stranger's. Its config is read within limits and built without memory first; then names, shapes and
-dtypes of the weights are compared with it before a byte of them is read; then every value has to be finite. No file is
-read that lies outside of the folder. Weights come from safetensors: a pickled checkpoint can run code when it is read,
-so it is refused unless it is asked for by name, and nothing falls back from one to the other.
+A folder may come from anyone. Its config is read within limits, and the model is built without memory first. Then
+names, shapes and dtypes of the weights are compared with it before any weight is read, and every value has to be
+finite. No file outside the folder is read. Weights come from safetensors: a pickled checkpoint can run code when it is
+read, so it is refused unless the caller allows it, and nothing falls back from one format to the other.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from longvid.models.cogvideox import CogVideoXVAE
 from longvid.models.device import weights_digest
 from longvid.models.tiny import TinyVAE
 
-__all__ = ["ARCHITECTURES", "BUILT_IN", "load_model"]
+__all__ = ["ARCHITECTURES", "BUILT_IN", "load_architecture", "load_model"]
 
 Native: TypeAlias = CogVideoXVAE | TinyVAE
 
 FAMILIES: tuple[type[Native], ...] = (CogVideoXVAE, TinyVAE)
-"Model families; each reads the configs of its ``class_name``."
+"Model families; each one reads the configs that name its ``class_name``."
 
 BUILT_IN: dict[str, Path] = {"tiny": Path(__file__).parent.with_name("weights") / "tiny"}
-"Models whose weights are in the package."
+"Models whose weights come with the package."
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cogvideox-2b": {"_class_name": "AutoencoderKLCogVideoX", "scaling_factor": 1.15258426},
@@ -49,21 +49,20 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "layers_per_block": 1,
     },
 }
-"""Architectures known by name. None comes with weights. ``cogvideox-nano`` is CogVideoX at 1/16 of its width: the same
-layers, for demos and tests; nobody has trained it."""
+"""Architectures known by name; none has weights. ``cogvideox-nano`` is CogVideoX at 1/16 of the width, for demos and
+tests; it was never trained."""
 
 _WEIGHTS = "diffusion_pytorch_model"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-"by their names in safetensors"
 _MAX_CONFIG_BYTES = 2**20
 _MAX_INDEX_BYTES = 16 * 2**20
 _MAX_NUMBER = 2**20
-"in a config: widths of layers are below it, and so is everything else there"
+"the largest number in a config; real ones stay far below it"
 _MAX_REPEATS = {"layers_per_block": 16, "block_out_channels": 16, "encoder_blocks": 256, "decoder_blocks": 256}
-"of what a config asks for several times"
+"the most layers or blocks that a config may ask for"
 _MAX_VALUES = 1024
-"of one key of a config"
+"the most values that one key of a config may have"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -77,55 +76,73 @@ def load_model(
     """Load a causal video VAE. The dtype is that of the weights; the device is the CPU.
 
     Args:
-        source: ``"tiny"``, the small model whose weights are in the package; a folder in diffusers format
+        source: ``"tiny"``, the small model whose weights come with the package; a folder in diffusers format
             (``config.json`` and safetensors, or a pipeline folder with a ``vae`` subfolder) or one that
             ``python -m longvid.train`` wrote; a hub id such as ``"zai-org/CogVideoX-2b"`` (needs
             ``huggingface_hub``); a diffusers ``AutoencoderKLCogVideoX`` instance, whose weights are shared, not
             copied; the name of a known architecture; or a model that is a CausalVAE already, which is returned.
         random_weights: seed. Builds a known architecture with random weights, for benchmarks and tests.
         revision: branch, tag or commit of a hub id.
-        allow_pickle_weights: take a folder whose only weights are a pickled ``.bin``, ``.pt``, ``.pth`` or ``.ckpt``
-            file. It is read by PyTorch's restricted unpickler, which builds tensors and runs no code of the file;
-            still, convert the weights of a stranger to safetensors elsewhere.
+        allow_pickle_weights: accept a folder whose only weights are a pickled ``.bin``, ``.pt``, ``.pth`` or ``.ckpt``
+            file. PyTorch's restricted unpickler reads it: it builds tensors and runs no code of the file. It is still
+            safer to convert untrusted weights to safetensors elsewhere.
 
     An architecture's name without ``random_weights`` gives a model without weights (on the ``meta`` device), enough
     for :func:`longvid.make_plan`.
 
     Raises:
-        ModelError: nothing usable is found there; the message says what is there.
+        ModelError: no usable model is found there; the message says what was found.
     """
-    if isinstance(source, (str, Path)):
-        return _load_named(str(source), random_weights, revision, allow_pickle_weights)
-    if random_weights is not None:
-        raise ModelError("random_weights goes with the name of an architecture, such as 'cogvideox-2b'")
-    if isinstance(source, CausalVAE):
-        return source
-    return _wrap_instance(source)
-
-
-def _load_named(name: str, random_weights: int | None, revision: str | None, allow_pickle: bool) -> CausalVAE:
-    if name in BUILT_IN:
+    if not isinstance(source, (str, Path)):
         if random_weights is not None:
-            raise ModelError(f"{name} has weights of its own; leave out random_weights")
-        return _load_folder(BUILT_IN[name], {"name_or_path": name})
-    if _is_folder(name):
-        if random_weights is not None:
-            raise ModelError(f"{name} is a folder with weights of its own; leave out random_weights")
-        return _load_folder(Path(name), {"name_or_path": name}, allow_pickle=allow_pickle)
-    if name in ARCHITECTURES:
+            raise ModelError("random_weights needs the name of an architecture, such as 'cogvideox-2b'")
+        return source if isinstance(source, CausalVAE) else _wrap_instance(source)
+    name = str(source)
+    if name in ARCHITECTURES and not _exists(name):
         return _build_architecture(name, random_weights)
-    if random_weights is None and _HUB_ID.fullmatch(name) and not Path(name).parent.is_dir():
-        return _load_hub(name, revision)
+    if random_weights is not None:
+        raise ModelError(f"{name!r} cannot have random_weights; they need one of {', '.join(ARCHITECTURES)}")
+    return _load_folder(*_find_folder(name, revision, weights=True), allow_pickle=allow_pickle_weights)
+
+
+def load_architecture(source: Any = "tiny", *, revision: str | None = None) -> CausalVAE:
+    """Build a model without weights (on the ``meta`` device) from its config alone; enough for a plan.
+
+    Args:
+        source: as for :func:`load_model`. Of a hub id only ``config.json`` is downloaded; an object is loaded as it is.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        ModelError: no usable config is found there.
+    """
+    if not isinstance(source, (str, Path)) or (str(source) in ARCHITECTURES and not _exists(str(source))):
+        return load_model(source)
+    return _read_architecture(*_find_folder(str(source), revision, weights=False))[0]
+
+
+def _find_folder(name: str, revision: str | None, *, weights: bool) -> tuple[Path, dict[str, Any]]:
+    """The local folder of a named model, and its origin for the record. Hub files are downloaded; without ``weights``
+    only the config.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name], {"name_or_path": name}
+    if _exists(name):
+        if not Path(name).is_dir():
+            raise ModelError(f"{name} is a file; pass the folder that holds a model's config.json and weights")
+        return Path(name), {"name_or_path": name}
+    if _HUB_ID.fullmatch(name) and not Path(name).parent.is_dir():
+        folder = _download(name, revision, weights=weights)
+        return folder, {"name_or_path": name, "revision": revision or folder.name}
     raise ModelError(
-        f"no model {name!r}: it is neither a folder, nor a hub id (owner/name), nor one of {', '.join(BUILT_IN)} "
-        f"(with weights) and {', '.join(ARCHITECTURES)} (architectures)"
+        f"no model {_shown(name)}: there is no such folder, and it is neither a hub id (owner/name) nor one of "
+        f"{', '.join(BUILT_IN)} (with weights) and {', '.join(ARCHITECTURES)} (architectures)"
     )
 
 
-def _is_folder(name: str) -> bool:
+def _exists(name: str) -> bool:
     try:
-        return Path(name).is_dir()
-    except OSError:  # too long for a path
+        return Path(name).exists()
+    except (OSError, ValueError):  # too long for a path, or not one
         return False
 
 
@@ -140,26 +157,30 @@ def _build_architecture(name: str, seed: int | None) -> CausalVAE:
     return _sealed(model)
 
 
-def _load_hub(repo_id: str, revision: str | None) -> CausalVAE:
+def _download(repo_id: str, revision: str | None, *, weights: bool) -> Path:
+    """The local copy of a hub repository: config and safetensors, or the config alone."""
     try:
         import huggingface_hub
+        from huggingface_hub.errors import EntryNotFoundError
     except ImportError as exc:
         raise ModelError(f"{repo_id} is a hub id; install longvid[hub], or download it and pass the folder") from exc
-    files = ("config.json", f"{_WEIGHTS}*.safetensors", f"{_WEIGHTS}*.safetensors.index.json")
-    patterns = [*files, *(f"vae/{file}" for file in files)]
     try:
-        folder = huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
+        if weights:
+            files = ("config.json", f"{_WEIGHTS}*.safetensors", f"{_WEIGHTS}*.safetensors.index.json")
+            patterns = [*files, *(f"vae/{file}" for file in files)]
+            return Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        try:
+            return Path(huggingface_hub.hf_hub_download(repo_id, "config.json", revision=revision)).parent
+        except EntryNotFoundError:  # a pipeline, whose VAE has a folder of its own
+            return Path(huggingface_hub.hf_hub_download(repo_id, "vae/config.json", revision=revision)).parents[1]
     except Exception as exc:  # the hub's client raises errors of several libraries
-        raise ModelError(f"{repo_id} cannot be had from the hub: {_one_line(exc)}") from exc
-    return _load_folder(Path(folder), {"name_or_path": repo_id, "revision": revision or Path(folder).name})
+        raise ModelError(
+            f"there is no local folder {repo_id}, and it could not be downloaded from the hub: {_one_line(exc)}"
+        ) from exc
 
 
-def _load_folder(folder: Path, origin: Mapping[str, Any], *, allow_pickle: bool = False) -> CausalVAE:
-    if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
-        folder = folder / "vae"
-    config = _read_json(folder / "config.json", folder, _MAX_CONFIG_BYTES)
-    with torch.device("meta"):
-        model = _build(config, {"revision": None, **origin})
+def _load_folder(folder: Path, origin: Mapping[str, Any], *, allow_pickle: bool) -> CausalVAE:
+    model, folder = _read_architecture(folder, origin)
     files = _weight_files(folder)
     if files:
         weights = _read_safetensors(files, model, folder)
@@ -169,6 +190,15 @@ def _load_folder(folder: Path, origin: Mapping[str, Any], *, allow_pickle: bool 
         weights = {key: tensor.to(model.weights_dtype) for key, tensor in weights.items()}
     _assign(model, weights, str(folder))
     return _sealed(model)
+
+
+def _read_architecture(folder: Path, origin: Mapping[str, Any]) -> tuple[Native, Path]:
+    """The model that a folder's config describes, without weights, and the folder that holds the config."""
+    if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
+        folder = folder / "vae"
+    config = _read_json(folder / "config.json", _MAX_CONFIG_BYTES)
+    with torch.device("meta"):
+        return _build(config, {"revision": None, **origin}).eval(), folder
 
 
 def _wrap_instance(instance: Any) -> CausalVAE:
@@ -205,7 +235,7 @@ def _build(config: Mapping[str, Any], origin: Mapping[str, Any]) -> Native:
 
 
 def _require_sane(config: Mapping[str, Any]) -> None:
-    """No number that would build modules for ever, or a model that no machine holds."""
+    """Refuse numbers that would build modules without end, or a model too large for any machine."""
     for key, value in config.items():
         numbers = value if isinstance(value, (list, tuple)) else [value]
         repeats = _MAX_REPEATS.get(key, _MAX_VALUES)
@@ -220,7 +250,7 @@ def _require_sane(config: Mapping[str, Any]) -> None:
 
 
 def _require_fit(model: Native, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Names and shapes are those of the model, which takes no memory yet."""
+    """Raise ModelError unless names and shapes are those of the model, which takes no memory yet."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = [f"missing {name}" for name in expected if name not in shapes]
     problems += [f"unknown {_shown(name)}" for name in shapes if name not in expected]
@@ -237,19 +267,19 @@ def _require_fit(model: Native, shapes: Mapping[str, tuple[int, ...]], where: st
 
 
 def _require_dtype(dtypes: Mapping[str, Any], where: str) -> None:
-    """All of one dtype that models run in."""
+    """Raise ModelError unless all weights have one dtype, and models run in it."""
     for name, dtype in dtypes.items():
         if dtype not in _DTYPES and dtype not in _DTYPES.values():
-            raise ModelError(f"{_shown(name)} in {where} is of {dtype}; weights are {', '.join(_DTYPES)}")
+            raise ModelError(f"{_shown(name)} in {where} has dtype {dtype}; weights are {', '.join(_DTYPES)}")
     kinds = sorted({str(dtype) for dtype in dtypes.values()})
     if len(kinds) > 1:
-        raise ModelError(f"the weights in {where} are of several dtypes, {', '.join(kinds)}; convert them to one")
+        raise ModelError(f"the weights in {where} have several dtypes ({', '.join(kinds)}); convert them to one")
 
 
 def _assign(model: Native, weights: Mapping[str, Tensor], where: str) -> None:
-    """Put the very tensors of ``weights`` into the model, if all values are finite."""
+    """Put the tensors of ``weights`` into the model without a copy, if all values are finite."""
     for name, tensor in weights.items():
-        # three to twenty times as fast as isfinite, and as exact: both ends are NaN if anything is
+        # Three to twenty times as fast as isfinite and as exact: both ends are NaN if any value is.
         if tensor.dtype not in _DTYPES.values() or not tensor.numel():
             continue
         if not all(math.isfinite(end) for end in torch.stack(tensor.detach().aminmax()).tolist()):
@@ -258,29 +288,30 @@ def _assign(model: Native, weights: Mapping[str, Tensor], where: str) -> None:
 
 
 def _sealed(model: Native) -> Native:
-    """For inference only, with the digest of the weights on record."""
+    """The model made ready for inference, with the digest of its weights recorded."""
     model.requires_grad_(False).eval()
     model.origin["weights_sha256"] = weights_digest(model)
     return model
 
 
-def _read_json(path: Path, folder: Path, max_bytes: int) -> dict[str, Any]:
+@contextmanager
+def _broken_files(path: Path, kind: str = "") -> Iterator[None]:
+    """Turn what damaged files and links raise when they are read into a ModelError."""
     try:
-        path = _inside(folder, path.name)
-        with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
-        if len(content) > max_bytes:
-            raise ModelError(f"{path} has more than {max_bytes:,} bytes; that is no model's")
-        document = json.loads(content.decode("utf-8"))
-    except FileNotFoundError as exc:
-        raise ModelError(
-            f"{folder} is not a model folder: it holds {_listing(folder)} and no {path.name}; pass the folder of a "
-            "diffusers VAE, or of a pipeline with a vae subfolder"
-        ) from exc
+        yield
     except ModelError:
         raise
-    except (OSError, ValueError, RecursionError) as exc:
-        raise ModelError(f"{path} cannot be read: {_one_line(exc)}") from exc
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, OverflowError, RuntimeError) as exc:
+        raise ModelError(f"{path} cannot be read{kind}: {_one_line(exc)}") from exc
+
+
+def _read_json(path: Path, max_bytes: int) -> dict[str, Any]:
+    with _broken_files(path):
+        with _inside(path.parent, path.name).open("rb") as file:
+            content = file.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise ModelError(f"{path} has more than {max_bytes:,} bytes; files of a model are smaller")
+        document = json.loads(content.decode("utf-8"))
     if not isinstance(document, dict):
         raise ModelError(f"{path} is not a model config: it holds a {type(document).__name__}")
     return document
@@ -292,12 +323,14 @@ def _inside(folder: Path, name: str) -> Path:
     A symbolic link has to stay in the folder; in the cache of the hub's client, files are links into ``blobs``.
 
     Raises:
-        ModelError: the name or a link leads out of the folder, or something else than a file is there.
-        FileNotFoundError: nothing is there.
+        ModelError: there is no such file, or the name or a link leads out of the folder.
     """
     if name in ("", ".", "..") or any(c in "/\\:" for c in name) or not name.isprintable():
         raise ModelError(f"{folder} names the file {_shown(name)}; files of a model lie in its folder")
     path, roots = folder / name, [folder.resolve()]
+    if not path.exists() and not path.is_symlink():
+        hint = "; pass the folder of a diffusers VAE, or of a pipeline with a vae subfolder"
+        raise ModelError(f"{folder} has no {name}: it holds {_listing(folder)}{hint if name == 'config.json' else ''}")
     snapshot = next((p for p in (folder.absolute(), *folder.absolute().parents) if p.parent.name == "snapshots"), None)
     if snapshot is not None:
         roots.append(snapshot.parents[1].resolve() / "blobs")
@@ -310,21 +343,16 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors: one file, or the shards that an index names; empty if there are none."""
+    """The safetensors files of the folder: one, or the shards that its index names; empty if there are none."""
     index = folder / f"{_WEIGHTS}.safetensors.index.json"
     if index.is_symlink() or index.exists():
-        names = _shard_names(_read_json(index, folder, _MAX_INDEX_BYTES), index)
+        names = _shard_names(_read_json(index, _MAX_INDEX_BYTES), index)
     else:
         single = folder / f"{_WEIGHTS}.safetensors"
         found = [single] if single.is_symlink() or single.exists() else sorted(folder.glob(f"{_WEIGHTS}*.safetensors"))
         names = [file.name for file in found[:1]]
-    try:
+    with _broken_files(folder):
         return [_inside(folder, name) for name in names]
-    except FileNotFoundError as exc:
-        missing = Path(str(exc.filename)).name
-        raise ModelError(f"{folder} has no {missing}, which its index names; it holds {_listing(folder)}") from exc
-    except (OSError, RuntimeError) as exc:  # a loop of links
-        raise ModelError(f"the weights in {folder} cannot be read: {_one_line(exc)}") from exc
 
 
 def _shard_names(index: Mapping[str, Any], path: Path) -> list[str]:
@@ -339,14 +367,14 @@ def _shard_names(index: Mapping[str, Any], path: Path) -> list[str]:
 
 
 def _read_safetensors(files: list[Path], model: Native, folder: Path) -> dict[str, Tensor]:
-    """All tensors, after their names, shapes and dtypes were compared with the model by what the headers say.
+    """All tensors, once the names, shapes and dtypes in the headers have been compared with the model.
 
-    That a header fits its file, and that no two tensors overlap, is what safetensors sees to.
+    safetensors itself checks that a header fits its file and that no two tensors overlap.
     """
-    with ExitStack() as opened, _safetensor_errors(files[0]):
+    with ExitStack() as opened, _broken_files(folder, " as safetensors"):
         holders: dict[str, Any] = {}
         for file in files:
-            with _safetensor_errors(file):
+            with _broken_files(file, " as safetensors"):
                 handle = opened.enter_context(safe_open(file, framework="pt"))
             for name in handle.keys():  # noqa: SIM118 - not a mapping
                 if name in holders:
@@ -358,18 +386,8 @@ def _read_safetensors(files: list[Path], model: Native, folder: Path) -> dict[st
         return {name: handle.get_tensor(name) for name, handle in holders.items()}
 
 
-@contextmanager
-def _safetensor_errors(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except ModelError:
-        raise
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, OverflowError) as exc:
-        raise ModelError(f"{file} cannot be read as safetensors: {_one_line(exc)}") from exc
-
-
 def _pickle_file(folder: Path, *, allow: bool) -> Path:
-    """The one pickled checkpoint of a folder without safetensors, if it was asked for."""
+    """The one pickled checkpoint of a folder without safetensors, if the caller allows it."""
     pickles = [f.name for f in sorted(folder.iterdir()) if f.suffix in _PICKLES]
     if not pickles:
         raise ModelError(f"{folder} has a config but no {_WEIGHTS}.safetensors; it holds {_listing(folder)}")
@@ -382,14 +400,12 @@ def _pickle_file(folder: Path, *, allow: bool) -> Path:
     usual = [name for name in pickles if Path(name).stem == _WEIGHTS] or pickles
     if len(usual) > 1:
         raise ModelError(f"{folder} holds several pickled files ({', '.join(usual[:5])}); leave one there")
-    try:
+    with _broken_files(folder / usual[0]):
         return _inside(folder, usual[0])
-    except (OSError, RuntimeError) as exc:
-        raise ModelError(f"{folder / usual[0]} cannot be read: {_one_line(exc)}") from exc
 
 
 def _read_pickle(file: Path, model: Native) -> dict[str, Tensor]:
-    """Tensors of a checkpoint by PyTorch's restricted unpickler. What torch.save compresses, it does not: no bombs."""
+    """Tensors of a checkpoint, read by PyTorch's restricted unpickler. Compressed archives are refused as zip bombs."""
     try:
         zipped = zipfile.is_zipfile(file)
         if zipped:
@@ -402,7 +418,7 @@ def _read_pickle(file: Path, model: Native) -> dict[str, Tensor]:
         raise
     except pickle.UnpicklingError as exc:
         raise ModelError(f"{file} holds more than tensors and was not read: {_one_line(exc)}") from exc
-    except Exception as exc:  # whatever a damaged or hostile pickle makes of the unpickler
+    except Exception as exc:  # a damaged or hostile pickle can raise anything
         raise ModelError(f"{file} cannot be read as a checkpoint: {_one_line(exc)}") from exc
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]

@@ -25,7 +25,7 @@ from longvid.memory.offload import OffloadPolicy, Placement
 from longvid.models.base import CausalVAE, model_name
 from longvid.models.cache import CausalLayer
 from longvid.models.device import tensor_bytes
-from longvid.models.loading import load_model
+from longvid.models.loading import load_architecture
 from longvid.models.numerics import Numerics
 from longvid.planning.cost_model import DeviceRates, Timeline, choose_placement
 from longvid.planning.dry_run import dry_run, skeleton_of
@@ -33,7 +33,7 @@ from longvid.planning.plan import DirectionPlan, Plan, Slicing
 from longvid.schedule import ChunkSchedule
 from longvid.units import parse_bytes, parse_reserve
 
-__all__ = ["Offload", "make_plan", "parse_dtype", "parse_offload"]
+__all__ = ["Offload", "make_plan", "parse_dtype"]
 
 Offload: TypeAlias = str | int | OffloadPolicy
 _DIRECTIONS: tuple[Direction, ...] = ("encode", "decode")
@@ -90,8 +90,8 @@ def make_plan(
     """
     if height < 1 or width < 1:
         raise ScheduleError(f"a frame of {width}x{height} pixels has no area")
-    policies = offload if isinstance(offload, Mapping) else dict.fromkeys(_DIRECTIONS, parse_offload(offload))
-    vae = load_model(model)
+    policies = offload if isinstance(offload, Mapping) else dict.fromkeys(_DIRECTIONS, OffloadPolicy.parse(offload))
+    vae = load_architecture(model)
     if not isinstance(vae, nn.Module):
         raise ModelError(f"{type(vae).__name__} is not a torch module, so its memory cannot be planned")
     compute = parse_dtype(dtype) if dtype is not None else next(vae.parameters()).dtype
@@ -378,18 +378,6 @@ class _Planner:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def parse_offload(offload: Offload) -> OffloadPolicy:
-    """An offload policy as a user writes it; see :class:`~longvid.memory.offload.OffloadPolicy`.
-
-    Raises:
-        ModelError: it is not one.
-    """
-    try:
-        return OffloadPolicy.parse(offload)
-    except ValueError as exc:
-        raise ModelError(str(exc)) from exc
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -22,11 +22,12 @@ from longvid.errors import ModelError, ScheduleError, SourceError, StoreError
 from longvid.events import Callback, RunReport
 from longvid.frames import OnError
 from longvid.media.limits import Limits
+from longvid.memory.offload import OffloadPolicy
 from longvid.models.base import CausalVAE
 from longvid.models.loading import load_model
 from longvid.models.numerics import parse_layout, parse_paired_frames
 from longvid.planning.plan import Plan
-from longvid.planning.planner import Offload, parse_dtype, parse_offload
+from longvid.planning.planner import Offload, parse_dtype
 from longvid.planning.profile import Profile
 from longvid.runtime.admission import AdmissionControl, SessionGuard, SessionOptions
 from longvid.runtime.engine import Engine, Frames, Representation
@@ -101,7 +102,7 @@ class VideoSession:
             raise ScheduleError(f"slices of {slice_frames} frames were asked for; one frame is the least")
         self._options = SessionOptions(
             allowed_bytes=None if memory is None else parse_bytes(memory),
-            offload=parse_offload(offload),
+            offload=OffloadPolicy.parse(offload),
             offload_dir=None if offload_dir is None else Path(offload_dir),
             profile=profile if isinstance(profile, Profile) or profile is None else Profile.read(profile),
             chunk_frames=chunk_frames,

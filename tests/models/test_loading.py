@@ -14,10 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from longvid import ConvCache, ModelError, load_model
+from longvid import ConvCache, ModelError, load_model, make_plan
+from longvid.cli.commands import main
 from longvid.models.loading import ARCHITECTURES
 
 diffusers = pytest.importorskip("diffusers")
+huggingface_hub = pytest.importorskip("huggingface_hub")
+EntryNotFoundError = huggingface_hub.errors.EntryNotFoundError
 
 NANO = {"block_out_channels": (8, 16, 16, 32), "norm_num_groups": 4, "layers_per_block": 1}
 
@@ -130,7 +133,7 @@ def bad_folders():
         save_file({"encoder.conv_in.conv.weight": torch.zeros(1)}, path / "diffusion_pytorch_model.safetensors")
 
     return {
-        empty: "holds nothing and no config.json",
+        empty: "has no config.json: it holds nothing; pass the folder",
         no_weights: "no diffusion_pytorch_model.safetensors",
         pickled: "pickled weights .diffusion_pytorch_model.bin.",
         other_class: "UNet2DConditionModel",
@@ -151,8 +154,9 @@ def test_bad_folders(make, said, tmp_path):
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("no-such-thing", "neither a folder, nor a hub id"),
-        ("/no/such/folder", "neither a folder"),
+        ("no-such-thing", "no model 'no-such-thing': there is no such folder, and it is neither a hub id"),
+        ("/no/such/folder", "there is no such folder"),
+        (__file__, r"test_loading.py is a file; pass the folder"),
         (42, "a int cannot be loaded"),
         (torch.nn.Linear(1, 1), "a Linear cannot be loaded"),
     ],
@@ -166,6 +170,35 @@ def test_random_weights_go_with_an_architecture(folder, vae):
     for source in (folder, vae):
         with pytest.raises(ModelError, match="random_weights"):
             load_model(source, random_weights=0)
+
+
+@pytest.mark.parametrize("subfolder", ["", "vae"])
+def test_a_plan_downloads_the_config_and_no_weights(subfolder, folder, tmp_path, monkeypatch):
+    """A hub client that serves a local folder and records what it was asked for."""
+    snapshot, asked = tmp_path / "snapshot", []
+    (snapshot / subfolder).mkdir(parents=True)
+    shutil.copy(folder / "config.json", snapshot / subfolder)
+
+    def hf_hub_download(repo_id, filename, *, revision):
+        asked.append((repo_id, filename, revision))
+        if not (snapshot / filename).exists():
+            raise EntryNotFoundError(filename)
+        return str(snapshot / filename)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked for the weights"))
+    expected = make_plan(load_model(folder), height=16, width=24)
+    assert main(["plan", "--model", "owner/name", "--size", "24x16"]) == 0
+    assert make_plan("owner/name", height=16, width=24).projected_bytes == expected.projected_bytes
+    names = ["config.json", "vae/config.json"] if subfolder else ["config.json"]
+    assert asked == [("owner/name", name, None) for name in names] * 2
+
+
+def test_a_plan_of_a_folder_reads_the_config_only(folder, tmp_path):
+    shutil.copy(folder / "config.json", tmp_path)
+    assert make_plan(tmp_path, height=16, width=24).encode.weights_bytes > 0
+    with pytest.raises(ModelError, match="has a config but no"):
+        load_model(tmp_path)
 
 
 def test_one_frame_through_a_loaded_model(folder):
@@ -231,9 +264,9 @@ def test_names_shapes_and_dtypes_are_compared_before_weights_are_read(mine, monk
         (lambda w: w.pop(NAME), f"missing {NAME}"),
         (lambda w: w.update({"x\n\x1b": torch.zeros(1)}), r"unknown 'x\\n\\x1b'"),
         (lambda w: w.update({NAME: torch.zeros(4)}), rf"{NAME} is \(4,\) instead of \(3,\)"),
-        (lambda w: w.update({NAME: w[NAME].half()}), "several dtypes, F16, F32"),
-        (lambda w: w.update({NAME: w[NAME].to(torch.int64)}), f"'{NAME}' in .* is of I64; weights are F16"),
-        (lambda w: w.update({NAME: w[NAME].to(torch.float8_e5m2)}), "is of F8_E5M2"),
+        (lambda w: w.update({NAME: w[NAME].half()}), r"several dtypes \(F16, F32\)"),
+        (lambda w: w.update({NAME: w[NAME].to(torch.int64)}), f"'{NAME}' in .* has dtype I64; weights are F16"),
+        (lambda w: w.update({NAME: w[NAME].to(torch.float8_e5m2)}), "has dtype F8_E5M2"),
     ):
         (mine / WEIGHTS).write_bytes(intact)
         rewrite(mine, change)
@@ -391,7 +424,7 @@ def test_an_index_that_names_nothing(index, sharded):
 def test_a_shard_is_there_and_no_link_to_elsewhere(sharded, tmp_path):
     shard = min(sharded.glob("*-of-*.safetensors"))
     shard.rename(tmp_path / "secret.safetensors")
-    refused(sharded, f"has no {shard.name}, which its index names")
+    refused(sharded, f"has no {shard.name}: it holds")
     shard.symlink_to(tmp_path / "secret.safetensors")
     refused(sharded, f"{shard.name} is a link that leads out")
 

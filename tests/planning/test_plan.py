@@ -5,7 +5,16 @@ import re
 import pytest
 import torch
 
-from longvid import AllocationTracker, ConvCache, MemoryBudgetError, ModelError, ScheduleError, load_model, make_plan
+from longvid import (
+    AllocationTracker,
+    ConvCache,
+    MemoryBudgetError,
+    ModelError,
+    OptionError,
+    ScheduleError,
+    load_model,
+    make_plan,
+)
 from longvid.models import norms
 from longvid.models.device import placed
 from longvid.models.forward import decode_chunk, encode_chunk, memory_format
@@ -364,5 +373,5 @@ def test_bad_requests():
         parse_dtype(torch.float64)
     with pytest.raises(ModelError, match="choose bfloat16"):
         make_plan("cogvideox-nano", height=8, width=8, dtype="half")
-    with pytest.raises(ModelError, match="choose auto, none, all"):
+    with pytest.raises(OptionError, match="choose auto, none, all"):
         make_plan("cogvideox-nano", height=8, width=8, offload="some")
