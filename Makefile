@@ -41,10 +41,9 @@ bench: venv
 	$(BIN)/python benchmarks/peers_memory.py --out benchmarks/results/peers_memory.json \
 		--plot benchmarks/results/peers_memory.png docs/images/peers-memory.png
 	$(BIN)/python benchmarks/speed.py --out benchmarks/results/speed.json --plot docs/images/speed.png
-	$(BIN)/python benchmarks/rss.py --out benchmarks/results/rss.json
+	$(BIN)/python benchmarks/peers_memory.py --processes --out benchmarks/results/peers_memory-processes.json
 	$(BIN)/python benchmarks/pipeline.py --out benchmarks/results/pipeline.json
 	$(BIN)/python benchmarks/flat.py --out benchmarks/results/flat.json
-	$(BIN)/python benchmarks/hour.py --decode --out benchmarks/results/hour.json
 
 # Fails if anything needs more memory than benchmarks/results/memory_baseline.json says.
 bench-memory: venv

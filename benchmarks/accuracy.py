@@ -9,25 +9,18 @@ difference over norm of the reference). The reference is diffusers in float32, o
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
-import shlex
-import sys
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from speed import CPU, DIRECTIONS, Step, chunk, in_channels_last, open_diffusers, open_longvid
+from common import DIRECTIONS, Step, chunk, new_parser, open_diffusers, random_models, write_results
+from speed import in_channels_last, open_longvid
 from torch import Tensor
 from tqdm import tqdm
 
 from longvid import load_model
-from longvid.environment import describe_machine
 from longvid.events import Direction
 from longvid.models.numerics import Numerics
 from longvid.units import parse_size
@@ -81,27 +74,16 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 def main() -> int:
     """Measure, print and write."""
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--size", default="240x160")
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    torch.manual_seed(0)
-    theirs: Any = diffusers.AutoencoderKLCogVideoX()  # type: ignore[no-untyped-call]
-    theirs = theirs.to(torch.bfloat16).eval().requires_grad_(False)
+    theirs, _ = random_models(torch.bfloat16)
     rows = [row for direction in args.directions for row in measure(theirs, direction, args.size)]
     print(f"{'':10}{'':65}{'to float32':>12}{'to diffusers':>14}")
     for row in rows:
         print(f"{row['direction']:10}{row['contestant']:65}{row['to_float32']:>12.4f}{row['to_diffusers']:>14.4f}")
-    if args.out:
-        record = {
-            "command": "python " + shlex.join(sys.argv),
-            "machine": describe_machine(str(CPU)),
-            "diffusers": diffusers.__version__,
-            "rows": rows,
-        }
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    write_results(args.out, rows=rows)
     return 0
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from flat import loop_clip, run
+from common import loop_clip, run_command
 
 from longvid import make_plan
 from longvid.demo.__main__ import CLIP
@@ -110,12 +110,12 @@ def measure_rss(repeat: int) -> dict[str, list[int]]:
         for _ in range(repeat):
             for model, (size, options) in RSS_MODELS.items():
                 store = folder / f"{model}.zarr"
-                encoded = run(
+                encoded = run_command(
                     *("encode", folder / "loop.mp4", store, "--model", model, *options, "--device", "cpu"),
                     *("--size", size, "--frames", RSS_FRAMES, "--overwrite"),
                     threads=1,
                 )
-                decoded = run("decode", store, folder / "back.mp4", "--device", "cpu", "--overwrite", threads=1)
+                decoded = run_command("decode", store, folder / "back.mp4", "--device", "cpu", "--overwrite", threads=1)
                 for direction, report in (("encode", encoded), ("decode", decoded)):
                     assert report["frames"] == RSS_FRAMES
                     runs.setdefault(f"{model} {size} {direction}", []).append(report["peak_rss_bytes"])

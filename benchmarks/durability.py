@@ -22,7 +22,6 @@ with its digest and sync. Medians.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import signal
@@ -38,7 +37,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from flat import loop_clip
+from common import loop_clip, new_parser
 from tqdm import tqdm
 
 import longvid as lv
@@ -215,14 +214,13 @@ def parts(folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Measure, print and write the results; exit code 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--frames", type=int, default=12_000)
     parser.add_argument("--size", default="320x176")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--parts", action="store_true")
     parser.add_argument("--hours", type=float, default=1.0)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     results: dict[str, Any] = {"machine": describe_machine("cpu")}
     if args.out is not None and args.out.exists():

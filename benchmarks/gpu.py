@@ -16,25 +16,20 @@ of the plan and the reserve; no fallback; the large decode runs. Exit code 1 if 
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import statistics
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import torch.nn.functional as F
+from common import DIRECTIONS, chunk, new_parser, open_diffusers, open_model, random_models, take_turns, write_results
 from torch import Tensor
-from tqdm import tqdm
 
-from longvid import ConvCache, load_model, make_plan
-from longvid.environment import describe_machine
+from longvid import ConvCache, make_plan
 from longvid.events import Direction
 from longvid.memory.budget import default_reserved_bytes
 from longvid.memory.copy_engine import CopyEngine
@@ -48,28 +43,24 @@ from longvid.units import parse_size
 CUDA = torch.device("cuda")
 DTYPE = torch.bfloat16
 LAST = torch.channels_last_3d
-DIRECTIONS: tuple[Direction, ...] = ("encode", "decode")
 BARS = {"encode": 2.0, "decode": 2.5}
 _LINK_BYTES = 256 * 2**20
 
 
-def _events() -> tuple[Any, Any]:
+def by_events(work: Callable[[], object]) -> float:
+    """Seconds that some work takes on the device."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    return start, stop
+    start.record()
+    work()
+    stop.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(stop)) / 1e3
 
 
 def seconds(work: Callable[[], object], rounds: int = 5) -> float:
     """Median by events, after one call that is not counted."""
     work()
-    found: list[float] = []
-    for _ in range(rounds):
-        start, stop = _events()
-        start.record()
-        work()
-        stop.record()
-        torch.cuda.synchronize()
-        found.append(start.elapsed_time(stop) / 1e3)
-    return statistics.median(found)
+    return statistics.median(by_events(work) for _ in range(rounds))
 
 
 def convolution_rates() -> list[dict[str, Any]]:
@@ -141,13 +132,6 @@ def link_rates() -> dict[str, float]:
     return {name: _LINK_BYTES / seconds(work) / 1e9 for name, work in works.items()}
 
 
-def chunk(direction: str, height: int, width: int, index: int) -> Tensor:
-    """Noise in the layout that longvid computes in."""
-    shape = (1, 3, 8, height, width) if direction == "encode" else (1, 16, 2, height // 8, width // 8)
-    shape = (*shape[:2], shape[2] + (index == 0), *shape[3:])
-    return torch.randn(shape, device=CUDA, dtype=DTYPE).clamp_(-2, 2).contiguous(memory_format=LAST)
-
-
 def held_bytes(model: CogVideoXVAE, cache: ConvCache) -> int:
     """Of weights and contexts that are on the device before a chunk."""
     return tensor_bytes(model) + cache.device_bytes
@@ -164,43 +148,31 @@ def chunks(theirs: Any, ours: CogVideoXVAE, direction: Direction, size: str, rou
         held: dict[str, Callable[[], int]] = {"diffusers": lambda: 0}
         "what the peak of each has in it and those of the others do not"
         if theirs is not None:
-            module, kept = (theirs.encoder if direction == "encode" else theirs.decoder), {"cache": None}
-
-            def reference(x: Tensor) -> Tensor:
-                out, kept["cache"] = module(x.contiguous(), conv_cache=kept["cache"])
-                assert isinstance(out, Tensor)
-                return out
-
-            steps["diffusers"] = reference
+            reference = open_diffusers(theirs, direction)
+            steps["diffusers"] = lambda x: reference(x.contiguous())
         for offload in ("none", "all"):
             part = make_plan(
                 ours, height=height, width=width, offload=offload, numerics=numerics, directions=(direction,)
             ).direction(direction)
             transfer = stack.enter_context(CopyEngine(CUDA))
             offloader = Offloader(part.placement, transfer, host_sizes=part.host_sizes)
-            module_, run = (ours.encoder, ours.encode) if direction == "encode" else (ours.decoder, ours.decode)
-            cache = stack.enter_context(ConvCache(module_, slice_elements=part.slicing.elements, offloader=offloader))
-            steps[f"longvid {offload}"] = lambda x, run=run, cache=cache: run(x, cache)  # type: ignore[misc]
+            steps[f"longvid {offload}"], cache = open_model(stack, ours, direction, offloader, part.slicing, LAST)
             held[f"longvid {offload}"] = partial(held_bytes, ours, cache)
             row[f"planned longvid {offload}"] = part.steady_chunk_bytes
             row["reserved"] = reserved
         for index in range(2):
             for step in steps.values():
-                step(chunk(direction, height, width, index))
-        found: dict[str, list[float]] = {name: [] for name in steps}
-        for _ in tqdm(range(rounds), desc=f"{direction} {size}"):
-            x = chunk(direction, height, width, 1)
-            for name, step in steps.items():
-                others = torch.cuda.memory_allocated() - held[name]()
-                torch.cuda.reset_peak_memory_stats()
-                start, stop = _events()
-                start.record()
-                step(x)
-                stop.record()
-                torch.cuda.synchronize()
-                found[name].append(start.elapsed_time(stop) / 1e3)
-                row[f"peak {name}"] = torch.cuda.max_memory_allocated() - others
-        row["seconds"] = found
+                step(chunk(direction, height, width, DTYPE, index, CUDA).contiguous(memory_format=LAST))
+        x = chunk(direction, height, width, DTYPE, 1, CUDA).contiguous(memory_format=LAST)
+
+        def measured(name: str) -> None:
+            others = torch.cuda.memory_allocated() - held[name]()
+            torch.cuda.reset_peak_memory_stats()
+            steps[name](x)
+            row[f"peak {name}"] = torch.cuda.max_memory_allocated() - others
+
+        works = {name: partial(measured, name) for name in steps}
+        row["seconds"] = found = take_turns(works, rounds, f"{direction} {size}", by_events)
         for name, times in found.items():
             row[f"frames per second {name}"] = 8 / statistics.median(times)
     return row
@@ -208,25 +180,16 @@ def chunks(theirs: Any, ours: CogVideoXVAE, direction: Direction, size: str, rou
 
 def main() -> int:
     """Measure everything, print it, write it."""
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--size", default="720x480")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--skip-large", action="store_true", help="no 1920x1088 decode")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("there is no CUDA device here", file=sys.stderr)
         return 2
-    torch.manual_seed(0)
-    theirs: Any = diffusers.AutoencoderKLCogVideoX()  # type: ignore[no-untyped-call]
-    theirs = theirs.to(CUDA, DTYPE).eval().requires_grad_(False)
-    ours = load_model(theirs)
-    assert isinstance(ours, CogVideoXVAE)
+    theirs, ours = random_models(DTYPE, CUDA)
     record: dict[str, Any] = {
-        "command": "python " + " ".join(sys.argv),
-        "machine": describe_machine("cuda"),
-        "diffusers": diffusers.__version__,
         "convolutions": convolution_rates(),
         "norms": norm_rates(),
         "link": link_rates(),
@@ -234,10 +197,8 @@ def main() -> int:
     }
     if not args.skip_large:
         record["large"] = chunks(None, ours, "decode", "1920x1088", 2)
-    text = json.dumps(record, indent=1)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    print(json.dumps(record, indent=1))
+    write_results(args.out, "cuda", **record)
     missed = [
         f"fallback at {row['channels']} channels, {row['frames']} frames, in channels last"
         for row in record["convolutions"]

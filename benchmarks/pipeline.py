@@ -24,8 +24,6 @@ on the machine: threads of OpenMP that are kept from a core hold up all others, 
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -36,7 +34,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from flat import loop_clip
+from common import DIRECTIONS, loop_clip, new_parser, write_results
 from tqdm import tqdm
 
 import longvid as lv
@@ -258,15 +256,14 @@ def judge(direction: Direction, timings: dict[str, Timing], num_frames: int) -> 
 
 def main() -> int:
     """Measure, print tables and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("video", nargs="?", type=Path, help="the clip in the package by default")
     parser.add_argument("--size", type=parse_size, metavar="WxH", help="that of the video by default")
     parser.add_argument("--frames", type=int, default=241)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--chunk-frames", type=int, help="that of the model by default")
-    parser.add_argument("--directions", nargs="+", choices=["encode", "decode"], default=["encode", "decode"])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = lv.load_model("tiny")
@@ -287,18 +284,9 @@ def main() -> int:
             rows.append(judge(direction, measure(stages, args.rounds, direction), bench.num_frames))
             del stages
         height, width = bench.info.height, bench.info.width
-    if args.out is not None:
-        record = {
-            "command": "python " + " ".join(sys.argv),
-            "machine": describe_machine("cpu"),
-            "video": CLIP.name if args.video is None else args.video.name,
-            "size": f"{width}x{height}",
-            "threads": args.threads,
-            "rounds": args.rounds,
-            "bar": BAR,
-            "rows": rows,
-        }
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    name = CLIP.name if args.video is None else args.video.name
+    settings = {"size": f"{width}x{height}", "threads": args.threads, "rounds": args.rounds, "bar": BAR}
+    write_results(args.out, video=name, **settings, rows=rows)
     return int(not all(ratio["ok"] for row in rows for ratio in row["ratios"].values()))
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from common import new_parser, write_results
 from skimage.metrics import structural_similarity
 
 import longvid as lv
@@ -136,13 +136,12 @@ def measure(
 
 def main() -> int:
     """Measure, print a table, write the results and the sheet."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO", help="files or folders")
     parser.add_argument("--size", nargs="+", type=parse_size, default=[(176, 320)], metavar="WxH")
     parser.add_argument("--frames", type=int, default=97, help="frames from the middle of each (default: %(default)s)")
     parser.add_argument("--model", default="tiny", help="tiny or a folder that longvid.train wrote")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="results, JSON")
     parser.add_argument("--sheet", type=Path, help="PNG: source, model, linear coder, error x 4 at the first size")
     args = parser.parse_args()
     model = lv.load_model(args.model)
@@ -180,10 +179,7 @@ def main() -> int:
     print(json.dumps(means) + ("; * was trained on" if any(r["trained_on"] for r in records) else ""))
     if args.sheet is not None and rows:
         write_png(args.sheet, side_by_side(rows))
-    if args.out is not None:
-        versions = {"torch": torch.__version__, "python": platform.python_version(), "longvid": lv.__version__}
-        facts = {"command": " ".join(sys.argv[:1] + [Path(a).name if "/" in a else a for a in sys.argv[1:]])}
-        args.out.write_text(json.dumps({**facts, **versions, "means": means, "clips": records}, indent=1) + "\n")
+    write_results(args.out, means=means, clips=records)
     return 0
 
 

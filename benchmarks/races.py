@@ -9,22 +9,17 @@ all threads. A figure is the plain form's time over the other form's, least to m
 
 from __future__ import annotations
 
-import argparse
-import json
-import shlex
 import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from speed import CPU, DIRECTIONS
+from common import CPU, DIRECTIONS, new_parser, write_results
 
-from longvid.environment import describe_machine
 from longvid.models.cogvideox import CogVideoXConfig, CogVideoXVAE
 from longvid.planning import kernel_choice
 from longvid.units import parse_size
@@ -95,11 +90,10 @@ def measure(model: CogVideoXVAE, size: str, dtype: torch.dtype, direction: Any, 
 
 def main() -> int:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--size", default="480x272")
     parser.add_argument("--busy", nargs="+", type=int, default=[0, 1, 4])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
@@ -122,14 +116,7 @@ def main() -> int:
                     print(f"{name:11}{direction:9}{num:<6}{race:14}{text}", flush=True)
             alike = alike and all(one == chosen[0] for one in chosen)
     print("the same forms every time" if alike else "NOT the same forms every time")
-    if args.out:
-        record = {
-            "command": "python " + shlex.join(sys.argv),
-            "machine": describe_machine(str(CPU)),
-            "size": args.size,
-            "rows": rows,
-        }
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    write_results(args.out, size=args.size, rows=rows)
     return 0 if alike else 1
 
 

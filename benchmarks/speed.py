@@ -37,12 +37,8 @@ takes beyond that is norms, activations, residuals, resampling, caches and copie
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
-import shlex
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -51,17 +47,16 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
-import diffusers
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from common import CPU, DIRECTIONS, Step, chunk, new_parser, open_diffusers, open_model, random_models, write_results
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from longvid import ConvCache, load_model
-from longvid.environment import describe_machine
+from longvid import ConvCache
 from longvid.events import Direction
 from longvid.memory.copy_engine import CopyEngine
 from longvid.memory.offloader import Offloader
@@ -73,13 +68,10 @@ from longvid.planning.kernel_choice import choose_numerics, fresh_memory_is_slow
 from longvid.planning.planner import make_plan
 from longvid.units import parse_size
 
-Step: TypeAlias = Callable[[Tensor], Tensor]
 Shape: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Input, weight, stride and padding of a convolution."""
 
-DIRECTIONS: tuple[Direction, ...] = ("encode", "decode")
 BARS = {"encode": 1.35, "decode": 1.8}
-CPU = torch.device("cpu")
 COLOURS = {
     "diffusers": "#8a8a8a",
     "diffusers channels last": "#c9c9c9",
@@ -117,27 +109,6 @@ class _Convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def chunk(direction: str, height: int, width: int, dtype: torch.dtype, index: int) -> Tensor:
-    """Input of a chunk: noise that depends on the index only."""
-    shape = (1, 3, 8, height, width) if direction == "encode" else (1, 16, 2, height // 8, width // 8)
-    if index == 0:
-        shape = (*shape[:2], shape[2] + 1, *shape[3:])
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(index))
-    return (noise.clamp(-1, 1) if direction == "encode" else noise).to(dtype)
-
-
-def open_diffusers(vae: Any, direction: str) -> Step:
-    """Its own modules with its own cache handling."""
-    module, kept = (vae.encoder if direction == "encode" else vae.decoder), {"cache": None}
-
-    @torch.no_grad()
-    def step(x: Tensor) -> Tensor:
-        out, kept["cache"] = module(x, conv_cache=kept["cache"])
-        return cast("Tensor", out)
-
-    return step
-
-
 def in_channels_last(vae: Any) -> Any:
     """Lay the kernels out in channels last, which convolutions then use whatever layout their input has."""
     for parameter in vae.parameters():
@@ -170,20 +141,10 @@ def open_longvid(
         keep_buffers=fresh_memory_is_slow(CPU) and not thrifty,
         directions=(direction,),
     ).direction(direction)
-    module, run = (model.encoder, model.encode) if direction == "encode" else (model.decoder, model.decode)
     transfer = stack.enter_context(CopyEngine(CPU))
-    cache = stack.enter_context(
-        ConvCache(
-            module,
-            slice_elements=part.slicing.elements,
-            band_elements=part.slicing.band_elements,
-            numerics=numerics,
-            keep_buffers=part.keeps_buffers,
-            keep_kernels=part.keeps_kernels,
-            offloader=Offloader(part.placement, transfer, host_sizes=part.host_sizes),
-        )
-    )
-    return lambda x: run(x.contiguous(memory_format=memory_format(numerics)), cache)
+    offloader = Offloader(part.placement, transfer, host_sizes=part.host_sizes)
+    options = {"numerics": numerics, "keep_buffers": part.keeps_buffers, "keep_kernels": part.keeps_kernels}
+    return open_model(stack, model, direction, offloader, part.slicing, memory_format(numerics), **options)[0]
 
 
 def convolutions_of(model: CausalVAE, direction: str, height: int, width: int, dtype: torch.dtype) -> Counter[Shape]:
@@ -370,8 +331,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def main() -> int:
     """Measure, print the table, write the results and draw."""
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--sizes", nargs="+", default=["240x160", "480x272"])
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
@@ -381,7 +341,6 @@ def main() -> int:
     parser.add_argument("--no-floor", action="store_true", help="do without the bare convolutions")
     parser.add_argument("--no-diffusers", action="store_true", help="compare with the first of --contestants instead")
     parser.add_argument("--merge", type=Path, nargs="+", help="results to put together instead of measuring")
-    parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     if args.merge:
@@ -396,11 +355,7 @@ def main() -> int:
         rows = []
         for name in args.dtypes:
             dtype = getattr(torch, name)
-            torch.manual_seed(0)
-            theirs: Any = diffusers.AutoencoderKLCogVideoX()  # type: ignore[no-untyped-call]
-            theirs = theirs.to(dtype).eval().requires_grad_(False)
-            ours = load_model(theirs)
-            assert isinstance(ours, nn.Module)
+            theirs, ours = random_models(dtype)
             for size in args.sizes:
                 for direction in args.directions:
                     row = measure(
@@ -416,15 +371,9 @@ def main() -> int:
                     )
                     rows.append(row)
                     show(rows[-1:])
-        record = {
-            "command": "python " + shlex.join(sys.argv),
-            "machine": describe_machine("cpu"),
-            "diffusers": diffusers.__version__,
-            "rows": rows,
-        }
+        record = {"rows": rows}
     show(record["rows"])
-    if args.out:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    write_results(args.out, **record)
     if args.plot:
         draw(record["rows"], args.plot)
     for row in record["rows"]:

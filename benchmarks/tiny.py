@@ -9,9 +9,7 @@ without file or store. They alternate; medians, and the ratio of frames per seco
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -22,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import new_parser, write_results
 from tqdm import tqdm
 
 import longvid as lv
@@ -61,11 +60,10 @@ class CogVideoX:
 
 def main() -> int:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--size", type=parse_size, default=(360, 640), metavar="WxH")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     seconds: dict[str, list[float]] = {f"{m} {d}": [] for m in ("tiny", "cogvideox") for d in ("encode", "decode")}
@@ -91,17 +89,8 @@ def main() -> int:
     for direction in ("encode", "decode"):
         ours, theirs = (rates[f"{m} {direction}"]["frames_per_second"] for m in ("tiny", "cogvideox"))
         rates[f"{direction} ratio"] = round(ours / theirs, 1)
-    result = {
-        "command": f"python benchmarks/tiny.py --size {args.size[1]}x{args.size[0]} --repeat {args.repeat} "
-        f"--threads {args.threads}",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": args.threads,
-        **rates,
-    }
-    print(json.dumps(result, indent=1))
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(rates, indent=1))
+    write_results(args.out, **rates)
     return 0
 
 

@@ -1,10 +1,6 @@
 """Memory does not grow with the length of a video, and the largest frames run."""
 
-import importlib.util
-import json
-import subprocess
-import sys
-from pathlib import Path
+import importlib
 
 import numpy as np
 import pytest
@@ -77,22 +73,13 @@ def test_1920x1088_runs_for_real_with_convolutions_split_in_time():
         torch.testing.assert_close(vae.decode(small, cut), vae.decode(small, whole), rtol=1e-4, atol=1e-5)
 
 
-def loop_clip(out: Path, num_frames: int) -> None:
-    spec = importlib.util.spec_from_file_location("flat", REPOSITORY / "benchmarks" / "flat.py")
-    flat = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(flat)
-    flat.loop_clip(CLIP, out, num_frames)
-
-
-def run(*args):
-    command = [sys.executable, "-m", "longvid", *map(str, args), "--json", "--quiet"]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
 @pytest.mark.slow
-def test_resident_memory_of_3000_frames_is_that_of_300(tmp_path):
-    """Whole processes, as the OS counts them; `python benchmarks/flat.py` repeats it at a larger size."""
-    loop_clip(tmp_path / "loop.mp4", 3000)
+def test_resident_memory_of_3000_frames_is_that_of_300(tmp_path, monkeypatch):
+    """Whole processes, as the OS counts them; `python benchmarks/flat.py` goes through an hour of video."""
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    common = importlib.import_module("common")
+    run = common.run_command
+    common.loop_clip(CLIP, tmp_path / "loop.mp4", 3000)
     model, peaks = ["--model", "cogvideox-nano", "--random-weights", 0, "--size", "64x48"], {}
     for n in (300, 3000):
         encoded = run("encode", tmp_path / "loop.mp4", tmp_path / f"{n}.zarr", *model, "--frames", n)
