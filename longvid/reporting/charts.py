@@ -1,6 +1,6 @@
-"""The charts of a report page, drawn by bokeh. The one file that imports it, and nothing imports this one early.
+"""The charts of a report page, drawn by bokeh. The only module that imports bokeh; it is imported when a run is over.
 
-The colours of text and axes come from the page's style sheet, so that they suit a light and a dark page.
+Colours of text and axes come from the page's style sheet, so that they suit light and dark pages.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-se
 
 
 def library_script() -> str:
-    """The drawing library itself, as script elements that load nothing."""
+    """The drawing library, as script elements that load nothing."""
     return Resources(mode="inline", components=["bokeh"], log_level="warn").render_js()
 
 
 def draw(history: RunHistory) -> tuple[str, dict[str, str]]:
-    """A script element that draws the charts of a run, and by name the element that each appears in.
+    """A script element that draws the charts of a run, and the element that each appears in, by name of the chart.
 
-    Left out are charts that there is nothing to draw for.
+    Charts without data are left out.
     """
     charts: dict[str, Model] = {}
     if any(point.peak_bytes is not None for point in history.points):
         charts["memory"] = _draw_memory(history)
     if history.points:
         charts |= {"process": _draw_process(history), "throughput": _draw_throughput(history)}
-        charts |= {"shares": _draw_shares(history), "stages": _draw_stages(history)}
+        charts["stages"] = _draw_stages(history)
     if history.views and history.start.layers:
         charts |= {"residency": _draw_residency(history), "lanes": _draw_lanes(history)}
     if not charts:
@@ -56,7 +56,7 @@ def draw(history: RunHistory) -> tuple[str, dict[str, str]]:
 
 
 def _time_unit(seconds: float) -> tuple[float, str]:
-    """Seconds per unit, and the unit, in which a time axis of this length reads best."""
+    """Seconds per unit, and the unit, for a time axis of this length."""
     if seconds < 1:
         return 1e-3, "ms"
     if seconds < 180:
@@ -74,7 +74,7 @@ def _byte_unit(num_bytes: float) -> tuple[float, str]:
 def _blank(
     height: int, x_range: _Range, x_label: str, y_range: _Range, y_label: str | None, left: int = _LEFT
 ) -> figure:
-    """An empty chart that takes the width there is, and leaves swipes and the wheel to the page."""
+    """An empty chart as wide as the page, which leaves swipes and the wheel to the page."""
     chart = figure(
         height=height,
         sizing_mode="stretch_width",
@@ -110,7 +110,7 @@ def _run_axis(history: RunHistory) -> tuple[float, _Range, str]:
 
 
 def _line(chart: figure, x: Iterable[float], y: Iterable[float], color: str, label: str, unit: str) -> None:
-    """A line with its points marked while they are few, and the value at the pointer."""
+    """A line with its value at the pointer; few points are marked."""
     source = ColumnDataSource({"x": np.fromiter(x, float), "y": np.fromiter(y, float)})
     line = chart.line("x", "y", source=source, color=color, line_width=2)
     if len(source.data["x"]) <= 60:
@@ -128,7 +128,7 @@ def _draw_memory(history: RunHistory) -> figure:
     scale, unit = _byte_unit(top)
     factor, x_range, x_label = _run_axis(history)
     chart = _blank(280, x_range, x_label, (0, top / scale * 1.06), unit)
-    # The projection is exact on some devices: drawn wide, it can still be seen under the measured line.
+    # Wide, to be seen under the measured line where the projection is exact.
     chart.hspan(y=start.projected_bytes / scale, line_color=COLORS["projected"], line_width=6, line_alpha=0.6)
     if history.allowed_in_view is not None:
         chart.hspan(y=history.allowed_in_view / scale, line_color=COLORS["allowed"], line_width=2, line_dash="dashed")
@@ -149,7 +149,7 @@ def _draw_process(history: RunHistory) -> figure:
 
 
 def _draw_throughput(history: RunHistory) -> figure:
-    """Frames per second, each step the mean of a window."""
+    """Mean frames per second of each step."""
     windows = history.windows
     factor, x_range, x_label = _run_axis(history)
     rates = [p.frames_per_second for p in windows]
@@ -164,56 +164,30 @@ def _draw_throughput(history: RunHistory) -> figure:
     return chart
 
 
-def _draw_shares(history: RunHistory) -> figure:
-    """How the time of each window was spent: computing, waiting, and the rest."""
-    windows = history.windows
-    factor, x_range, x_label = _run_axis(history)
-    chart = _blank(160, x_range, x_label, (0, 100), "% of time")
-    compute, wait, other = np.array([p.time_shares for p in windows]).T * 100
-    levels = {"compute": compute, "compute_wait": compute + wait, "all": compute + wait + other, "none": 0 * compute}
-    source = ColumnDataSource({**_edges(windows, factor), **levels, "wait": wait, "other": other})
-    for bottom, top, color in (("none", "compute", "compute"), ("compute", "compute_wait", "wait")):
-        chart.quad("left", "right", top, bottom, source=source, color=COLORS[color], line_color=None)
-    rest = chart.quad("left", "right", "all", "compute_wait", source=source, color=COLORS["other"], line_color=None)
-    hover = HoverTool(
-        visible=False,
-        renderers=[rest],
-        mode="vline",
-        tooltips=[("computing", "@compute{0.0} %"), ("waiting", "@wait{0.0} %"), ("other", "@other{0.0} %")],
-    )
-    chart.add_tools(hover)
-    return chart
-
-
 def _draw_stages(history: RunHistory) -> figure:
-    """One row per stage, filled as high as the share of each window in which it was at work."""
+    """One row per stage, filled to the share of each step in which it was at work."""
     windows = history.windows
     factor, x_range, x_label = _run_axis(history)
     chart = _blank(210, x_range, x_label, (len(_STAGES), 0), None)
     read, compute, write = np.array([p.stage_shares for p in windows]).T
     shares = {"read": read, "compute": compute, "write": write, "wait": np.array([p.time_shares[1] for p in windows])}
     for row, (stage, label) in enumerate(_STAGES.items()):
-        share = shares[stage]
-        source = ColumnDataSource(
-            {
-                **_edges(windows, factor),
-                "bottom": np.full(len(windows), row + 1.0),
-                "top": row + 1 - 0.8 * share,
-                "full": np.full(len(windows), row + 0.2),
-                "share": share * 100,
-            }
-        )
-        whole = chart.quad(
-            "left", "right", "full", "bottom", source=source, color=COLORS[stage], alpha=0.12, line_color=None
-        )
-        chart.quad("left", "right", "top", "bottom", source=source, color=COLORS[stage], line_color=None)
+        top, share = row + 1 - 0.8 * shares[stage], shares[stage] * 100
+        source = ColumnDataSource({**_edges(windows, factor), "top": top, "share": share})
+        style: dict[str, Any] = {"source": source, "color": COLORS[stage], "line_color": None}
+        whole = chart.quad("left", "right", row + 0.2, row + 1.0, alpha=0.12, **style)
+        chart.quad("left", "right", "top", row + 1.0, **style)
         chart.add_tools(HoverTool(visible=False, renderers=[whole], tooltips=[(label, "@share{0.0} %")]))
-    chart.yaxis.ticker = FixedTicker(ticks=[row + 0.6 for row in range(len(_STAGES))])
-    chart.yaxis.major_label_overrides = {row + 0.6: label for row, label in enumerate(_STAGES.values())}
-    chart.yaxis.major_tick_in = chart.yaxis.major_tick_out = 0  # room for the labels, so that it stands flush
+    chart.yaxis.major_tick_in = chart.yaxis.major_tick_out = 0  # room for the labels, so that charts are aligned
     chart.yaxis.major_label_standoff = 4
-    chart.ygrid.ticker = FixedTicker(ticks=list(range(len(_STAGES) + 1)))
+    _label_rows(chart, list(_STAGES.values()), 0.6)
     return chart
+
+
+def _label_rows(chart: figure, labels: Sequence[str], offset: float) -> None:
+    chart.yaxis.ticker = FixedTicker(ticks=[row + offset for row in range(len(labels))])
+    chart.yaxis.major_label_overrides = {row + offset: label for row, label in enumerate(labels)}
+    chart.ygrid.ticker = FixedTicker(ticks=list(range(len(labels) + 1)))
 
 
 def _edges(windows: Sequence[Point], factor: float) -> dict[str, Any]:
@@ -251,7 +225,7 @@ class _Clock:
 
 
 def _bars(chart: figure, clock: _Clock, bars: Sequence[tuple[int, Span | Stay]], **style: Any) -> None:
-    """Bars in numbered rows that tell their layer at the pointer."""
+    """Bars in numbered rows, with their layer at the pointer."""
     left = np.array([max(0.0, clock(bar.start_seconds)) for _, bar in bars])
     right = np.array([min(clock.stop, clock(bar.stop_seconds)) for _, bar in bars])
     source = ColumnDataSource(
@@ -295,23 +269,20 @@ def _draw_residency(history: RunHistory) -> figure:
 
 
 def _row_height(history: RunHistory) -> int:
-    """Pixels: where every context stays there is little to see, and many layers must not make an endless page."""
+    """Pixels of a row: fewer where no context moves, and where there are many layers."""
     layers = history.start.layers
-    if len(layers) > 60 or all(layer.resident for layer in layers):
-        return 8
-    return 15
+    return 8 if len(layers) > 60 or all(layer.resident for layer in layers) else 15
 
 
 def _group_of(layer: str) -> str:
-    """The part of a model that a layer belongs to, short enough for an axis: ``up_blocks.3`` of
-    ``up_blocks.3.resnets.0.conv1``."""
+    """The part of a model that a layer belongs to: ``up_blocks.3`` for ``up_blocks.3.resnets.0.conv1``."""
     first, *rest = layer.split(".")
     name = f"{first}.{rest[0]}" if rest and rest[0].isdigit() else first
     return name if len(name) <= 14 else name[:13] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def _label_groups(chart: figure, layers: Sequence[LayerContext], row_height: int) -> None:
-    """Name runs of layers instead of layers: full paths would leave a narrow screen no room for the bars."""
+    """Name groups of layers, not single layers, whose paths would fill a narrow screen."""
     ends, labels, row = [0], {}, 0
     last_label = -np.inf
     for name, run in groupby(layers, key=lambda layer: _group_of(layer.name)):
@@ -323,7 +294,7 @@ def _label_groups(chart: figure, layers: Sequence[LayerContext], row_height: int
         row += size
         ends.append(row)
     chart.yaxis.ticker = FixedTicker(ticks=list(labels))
-    # Plain text, since bokeh takes a string between dollar signs for TeX, and looks for its typesetter on the network.
+    # Plain text: bokeh takes a string between dollar signs for TeX and loads a typesetter from the network.
     chart.yaxis.major_label_overrides = {middle: PlainText(text=name) for middle, name in labels.items()}
     chart.yaxis.major_tick_line_color = None
     chart.ygrid.ticker = FixedTicker(ticks=ends)
@@ -333,15 +304,11 @@ def _draw_lanes(history: RunHistory) -> figure:
     """Computation and the two directions of transfer, one row each."""
     views = list(history.views)
     clock = _Clock.of(views)
-    rows = {lane: row for row, lane in enumerate(_LANES)}
-    chart = _blank(190, (0, clock.stop), clock.label, (len(rows), 0), None, _LEFT_OF_VIEWS)
-    spans = [span for view in views for span in view.spans]
-    for lane, row in rows.items():
-        bars = [(row, span) for span in spans if span.lane == lane]
+    chart = _blank(190, (0, clock.stop), clock.label, (len(_LANES), 0), None, _LEFT_OF_VIEWS)
+    for row, lane in enumerate(_LANES):
+        bars = [(row, span) for view in views for span in view.spans if span.lane == lane]
         _bars(chart, clock, bars, height=0.7, color=COLORS[lane], fill_alpha=0.7, line_width=1)
-    chart.yaxis.ticker = FixedTicker(ticks=[row + 0.5 for row in rows.values()])
-    chart.yaxis.major_label_overrides = {rows[lane] + 0.5: label for lane, label in _LANES.items()}
     chart.yaxis.major_tick_line_color = None
-    chart.ygrid.ticker = FixedTicker(ticks=list(range(len(rows) + 1)))
+    _label_rows(chart, list(_LANES.values()), 0.5)
     _mark_chunks(chart, clock, views)
     return chart

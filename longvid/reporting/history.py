@@ -1,4 +1,4 @@
-"""What happened in one run, in bounded memory however long it was: the facts that a report is drawn from."""
+"""The history of one run, in bounded memory however long the run is: the facts that a report is drawn from."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ class Point:
 
     @property
     def frames_per_second(self) -> float:
-        """Over the time of this point; zero if the clock did not move."""
+        """Frames per second in the time of this point; zero if the clock did not move."""
         seconds = self.stop_seconds - self.start_seconds
         return self.num_frames / seconds if seconds > 0 else 0.0
 
     @property
-    def time_shares(self) -> tuple[float, float, float]:
-        """Shares of the time spent computing, waiting, and otherwise; they add up to one."""
+    def time_shares(self) -> tuple[float, float]:
+        """Shares of the time spent computing and waiting, together at most one."""
         spent = self.compute_seconds + self.wait_seconds
         total = max(self.stop_seconds - self.start_seconds, spent) or 1.0
-        return self.compute_seconds / total, self.wait_seconds / total, (total - spent) / total
+        return self.compute_seconds / total, self.wait_seconds / total
 
     @property
     def stage_shares(self) -> tuple[float, float, float]:
-        """Shares of the time in which reading, computing and writing were under way; they overlap."""
+        """Shares of the time in which reading, computing and writing were at work; they overlap."""
         total = self.stop_seconds - self.start_seconds or 1.0
         read, compute, write = (
             min(1.0, seconds / total) for seconds in (self.read_seconds, self.compute_seconds, self.write_seconds)
@@ -56,9 +56,9 @@ class Point:
         return read, compute, write
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ChunkView:
-    """One chunk with all that its layers did."""
+    """One chunk with everything that its layers did."""
 
     index: int
     start_seconds: float
@@ -109,22 +109,27 @@ class RunHistory:
         self._stride = 1
 
     @property
+    def completed(self) -> bool:
+        """Whether the run came to the end of the video."""
+        return self.report is not None and self.report.complete
+
+    @property
     def seconds(self) -> float:
-        """How long the run took, or took until its last chunk if it failed."""
+        """How long the run took; until its last chunk if it failed."""
         if self.report is not None:
             return self.report.seconds
         return self.last_event.seconds if self.last_event is not None else 0.0
 
     @property
     def num_frames(self) -> int:
-        """Video frames that went through."""
+        """Video frames that are done."""
         if self.report is not None:
             return self.report.frames
         return self.last_event.frames_done if self.last_event is not None else 0
 
     @property
     def frames_per_second(self) -> float:
-        """Of the whole run."""
+        """Frames per second of the whole run."""
         if self.report is not None:
             return self.report.frames_per_second
         return self.num_frames / self.seconds if self.seconds > 0 else 0.0
@@ -137,32 +142,27 @@ class RunHistory:
         return self.last_event.peak_device_bytes if self.last_event is not None else 0
 
     def add(self, event: ChunkEvent) -> None:
-        """Take in a chunk."""
+        """Add a chunk."""
         started = self.last_event.seconds if self.last_event is not None else 0.0
         self.last_event = event
-        self._add_point(
-            Point(
-                num_chunks=1,
-                num_frames=event.num_frames,
-                start_seconds=started,
-                stop_seconds=event.seconds,
-                compute_seconds=event.compute_seconds,
-                wait_seconds=event.wait_seconds,
-                read_seconds=event.read_seconds,
-                write_seconds=event.write_seconds,
-                peak_bytes=event.chunk_peak_bytes,
-                rss_bytes=event.rss_bytes,
-            )
+        point = Point(
+            num_chunks=1,
+            num_frames=event.num_frames,
+            start_seconds=started,
+            stop_seconds=event.seconds,
+            compute_seconds=event.compute_seconds,
+            wait_seconds=event.wait_seconds,
+            read_seconds=event.read_seconds,
+            write_seconds=event.write_seconds,
+            peak_bytes=event.chunk_peak_bytes,
+            rss_bytes=event.rss_bytes,
         )
+        self._add_point(point)
         if event.spans:
-            self._add_view(
-                ChunkView(
-                    index=event.index,
-                    start_seconds=started,
-                    stop_seconds=event.seconds,
-                    spans=event.spans[:_MAX_SPANS],
-                )
-            )
+            spans = event.spans[:_MAX_SPANS]
+            self.views.append(ChunkView(event.index, started, event.seconds, spans))
+            while len(self.views) > 1 and sum(len(view.spans) for view in self.views) > _MAX_SPANS:
+                self.views.popleft()
 
     def _add_point(self, point: Point) -> None:
         if self.points and self.points[-1].num_chunks < self._stride:
@@ -173,29 +173,19 @@ class RunHistory:
             self._stride *= 2
         self.points.append(point)
 
-    def _add_view(self, view: ChunkView) -> None:
-        self.views.append(view)
-        while len(self.views) > 1 and sum(len(v.spans) for v in self.views) > _MAX_SPANS:
-            self.views.popleft()
-
     @property
     def whole(self) -> Point:
-        """All points as one. Of a run that did not fail, what came after its last chunk is in it, such as writing."""
+        """All points as one; for a run that did not fail, with the time after its last chunk, such as writing."""
         whole = merged(self.points)
         if self.report is None:
             return whole
-        return replace(
-            whole,
-            stop_seconds=self.report.seconds,
-            compute_seconds=self.report.compute_seconds,
-            wait_seconds=self.report.wait_seconds,
-            read_seconds=self.report.read_seconds,
-            write_seconds=self.report.write_seconds,
-        )
+        spent = ("compute_seconds", "wait_seconds", "read_seconds", "write_seconds")
+        times = {name: getattr(self.report, name) for name in spent}
+        return replace(whole, stop_seconds=self.report.seconds, **times)
 
     @property
     def windows(self) -> list[Point]:
-        """The whole run as steps of equally many chunks each, the last one apart, few enough to be told apart."""
+        """The whole run as a bounded number of steps, each of equally many chunks but the last."""
         stride = max(1, -(-len(self.points) // _MAX_WINDOWS))
         return [merged(self.points[i : i + stride]) for i in range(0, len(self.points), stride)]
 

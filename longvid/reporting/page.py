@@ -1,11 +1,12 @@
-"""A callback that draws what a run did: one HTML page that holds all it shows and loads nothing."""
+"""The report page: a callback that writes one HTML page about a run, which loads nothing from elsewhere."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Self
 
 from longvid.errors import LongvidError, SessionStateError
 from longvid.events import ChunkEvent, RunReport, RunStart
@@ -19,28 +20,29 @@ _MAX_DRAWN_RUNS = 5
 
 
 class ReportPage:
-    """Collects what a run tells, and writes a page about it when the run is over, also when it failed.
+    """Callback that writes a page about a run when the run is over, also when it failed.
 
-    The page shows memory, the contexts on the device, transfers beside computation, throughput and the share of time
-    in which compute ran beside reading and writing, with the plan and the machine. What is kept while a run goes on
-    does not grow with the video. The page is below 3 MB.
+    The page shows memory, the contexts on the device, transfers beside computation, throughput and how busy reading,
+    computing and writing were, with the plan and the machine. What is kept during a run does not grow with the video.
+    The page is below 3 MB.
 
     Args:
         path: where to write. The file appears whole when a run ends, and nothing is written before.
         overwrite: whether an existing file may be replaced. The page of a run that was not completed always may.
 
     Raises:
-        StoreError: ``path`` cannot be written.
+        StoreError: ``path`` cannot be written, or exists and ``overwrite`` is not set.
         LongvidError: the library that draws is not installed.
 
-    One page may serve several runs, one after the other, with a section for each; of the last five there are charts.
-    As a context manager it ends a run that was left open as one that failed.
+    One page can serve several runs, one after the other, with a section for each and charts for the last five.
+    As a context manager it records a run that is left open as failed.
     """
 
     wants_spans = True
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        _require_bokeh()
+        if find_spec("bokeh") is None:
+            raise LongvidError('a report page needs bokeh, which is not installed: pip install "longvid[report]"')
         self._path = Path(path)
         check_file_target(path, overwrite=overwrite or _is_unfinished(self._path), what="report")
         self._sections: list[_Section] = []
@@ -52,7 +54,7 @@ class ReportPage:
         self._run = RunHistory(start)
 
     def __call__(self, event: ChunkEvent) -> None:
-        """Take in a chunk."""
+        """Add a chunk."""
         self._running().add(event)
 
     def run_finished(self, report: RunReport | None) -> None:
@@ -66,33 +68,23 @@ class ReportPage:
         self._sections.append(_Section.of(len(self._sections) + 1, run))
         for old in self._sections[:-_MAX_DRAWN_RUNS]:
             old.shorten()
-        write_whole(self._path, _page(self._sections), what="the run itself is not affected, but its report")
+        write_whole(self._path, _page(self._sections), what="the run itself is not affected; its report")
 
     def _running(self) -> RunHistory:
         if self._run is None:
-            raise SessionStateError("a report page was told of a run before its run_started was called")
+            raise SessionStateError("a report page got an event before run_started was called; call it first")
         return self._run
 
     def close(self) -> None:
-        """End a run that was left open as one that failed. May be called again."""
+        """Record a run that is left open as failed. May be called again."""
         if self._run is not None:
             self.run_finished(None)
 
-    def __enter__(self) -> ReportPage:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _require_bokeh() -> None:
-    """Ask now, not after hours of work. It is imported only here, since few runs want a report."""
-    try:
-        import_module("bokeh")
-    except ImportError as exc:
-        raise LongvidError(
-            'a report page is drawn by bokeh, which is not installed: pip install "longvid[report]"'
-        ) from exc
 
 
 def _is_unfinished(path: Path) -> bool:
@@ -105,7 +97,7 @@ def _is_unfinished(path: Path) -> bool:
 
 @dataclass(slots=True)
 class _Section:
-    """A run that is over, as it stands on the page. Drawn once, however many runs follow."""
+    """One finished run on the page. It is drawn once, however many runs follow."""
 
     title: str
     words: str
@@ -118,11 +110,10 @@ class _Section:
         from longvid.reporting import charts
 
         script, places = charts.draw(run)
-        completed = run.report is not None and run.report.complete
-        return cls(headline(run), short_section(number, run), section(number, run, places), script, completed)
+        return cls(headline(run), short_section(number, run), section(number, run, places), script, run.completed)
 
     def shorten(self) -> None:
-        """Keep the words alone."""
+        """Drop the charts."""
         self.whole, self.script = self.words, ""
 
 

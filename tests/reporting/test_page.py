@@ -90,10 +90,10 @@ def test_every_part_is_there_in_order(source):
     titles = re.findall(r"<h3>(.*?)</h3>", source)
     assert titles == [
         "Device memory", "Process memory", "Contexts on the device", "Transfers beside computation", "Throughput",
-        "Where the time went", "Stages beside each other", "Plan", "Layers", "Machine",
+        "Where the time went", "Plan", "Layers", "Machine",
     ]  # fmt: skip
     page = Page(source)
-    assert page.count("div", **{"class": "chart", "role": "img"}) == 7
+    assert page.count("div", **{"class": "chart", "role": "img"}) == 6
     assert "THUDM/CogVideoX-2b at 720x480 in bfloat16, 4.00 GiB allowed encode 3.03 GiB" in page.text
     for layer in encoder_layers():
         assert layer.name in page.text
@@ -110,7 +110,6 @@ def test_the_share_of_time_in_which_compute_ran_is_that_of_the_whole_run(tmp_pat
             page.run_finished(report)
     done, failed = Page((tmp_path / "r.html").read_text()).text.split("Encoding failed after")[-2:]
     assert "Compute ran 75.0% of the time and waited for the reader or the writer 12.5%." in done
-    assert "computing 75.0% waiting for the reader or the writer 12.5% other 12.5%" in done
     assert "reading 50.0% computing 75.0% writing 25.0% compute waits 12.5%" in done
     # A run that failed has no totals, and what its chunks said is added up.
     assert "Compute ran 84.0% of the time and waited for the reader or the writer 10.0%." in failed
@@ -170,7 +169,7 @@ def test_without_spans_and_measured_peaks_the_other_charts_remain(tmp_path):
     report(chunk_event(chunk_peak_bytes=None))
     report.run_finished(run_report(chunk_event()))
     page = Page((tmp_path / "r.html").read_text())
-    assert page.count("div", **{"class": "chart"}) == 4
+    assert page.count("div", **{"class": "chart"}) == 3
     assert "What each layer did was not recorded" in page.text
     assert "no limit set" in page.text
 
@@ -285,9 +284,9 @@ def test_a_missing_library_is_told_before_the_run(tmp_path, monkeypatch):
 
 def test_events_out_of_order_are_refused(tmp_path):
     report = ReportPage(tmp_path / "r.html")
-    with pytest.raises(SessionStateError, match="before its run_started"):
+    with pytest.raises(SessionStateError, match="run_started"):
         report(chunk_event())
-    with pytest.raises(SessionStateError, match="before its run_started"):
+    with pytest.raises(SessionStateError, match="run_started"):
         report.run_finished(None)
 
 
@@ -319,7 +318,7 @@ def test_many_runs_fit_into_the_same_page(tmp_path):
     source = (tmp_path / "r.html").read_text()
     assert len(source) < 3_000_000
     assert Page(source).count("section") == 9
-    assert Page(source).count("div", **{"class": "chart"}) == 5 * 7
+    assert Page(source).count("div", **{"class": "chart"}) == 5 * 6
 
 
 @pytest.mark.parametrize("num_chunks", [1, MAX_POINTS, MAX_POINTS + 1, 20_000])
@@ -366,7 +365,7 @@ def span(lane, start, stop, layer="a"):
 
 def stays(*spans, resident=False, first=7, begin=10.0, end=20.0):
     layers = [LayerContext(name="a", bytes=1, resident=resident)]
-    views = [ChunkView(index=first, start_seconds=begin, stop_seconds=end, spans=spans)]
+    views = [ChunkView(first, begin, end, spans)]
     return [(s.start_seconds, s.stop_seconds) for s in stays_on_device(layers, views)]
 
 
@@ -404,7 +403,7 @@ def test_a_context_that_has_not_left_is_there_to_the_end():
 def test_layers_are_told_apart():
     layers = [LayerContext(name=name, bytes=1, resident=False) for name in "ab"]
     spans = (span("to_device", 1, 2, "b"), span("to_host", 2, 3, "b"), span("to_device", 4, 5), span("to_host", 6, 7))
-    views = [ChunkView(index=1, start_seconds=0, stop_seconds=9, spans=spans)]
+    views = [ChunkView(1, 0, 9, spans)]
     assert stays_on_device(layers, views) == [Stay("a", 4, 7), Stay("b", 1, 3)]
 
 
@@ -450,7 +449,7 @@ def test_a_browser_draws_every_chart_without_complaint(tmp_path, width):
         capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
     body = next(attributes for tag, attributes in Page(done.stdout).tags if tag == "body")
-    assert int(body["data-drawn"]) >= 7
+    assert int(body["data-drawn"]) >= 6
     assert body["data-overflow"] == "false"
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     complaints = [line for line in console if "setting log level" not in line]
