@@ -36,7 +36,7 @@ def make_video(path: Path, size: tuple[int, int]) -> None:
     with VideoFile(CLIP, size=size) as video:
         frames = np.concatenate([block.frames_THWC for block in video.blocks()])
     frames = np.concatenate([frames, frames[-2::-1]])
-    with VideoWriter(path, height=size[0], width=size[1], time_base=Fraction(1, 25), frame_rate=Fraction(25)) as out:
+    with VideoWriter(path, size=size, time_base=Fraction(1, 25), frame_rate=Fraction(25)) as out:
         out.write(frames, np.arange(len(frames)))
 
 

@@ -70,9 +70,7 @@ def test_every_length_by_file_there_and_back(session, num_frames, tmp_path):
 def write_clip(path, frames):
     from fractions import Fraction
 
-    with VideoWriter(
-        path, height=frames.shape[1], width=frames.shape[2], time_base=Fraction(1, 24), frame_rate=Fraction(24)
-    ) as writer:
+    with VideoWriter(path, size=frames.shape[1:3], time_base=Fraction(1, 24), frame_rate=Fraction(24)) as writer:
         writer.write(frames, np.arange(len(frames)))
 
 

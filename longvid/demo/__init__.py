@@ -1,1 +1,1 @@
-"""A short clip to try the package with, and what is shown with it."""
+"""A short clip to try the package with."""

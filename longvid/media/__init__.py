@@ -1,1 +1,1 @@
-"""Pixels: video files, arrays and iterables as frames with time stamps, and frames as video files."""
+"""Pixels: video files, arrays and iterables as sources of frames, and video files as outputs."""

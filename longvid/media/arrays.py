@@ -1,4 +1,4 @@
-"""Frames that are already in memory or in a zarr array, or that a caller hands over piece by piece.
+"""Frames from memory, from zarr arrays, and from iterables, as sources that are read once.
 
 Torch tensors are recognised by the name of their module, so that neither torch nor zarr is imported here.
 """
@@ -31,25 +31,33 @@ DEFAULT_FRAME_RATE = Fraction(24)
 _BLOCK_FRAMES = 16
 _BLOCK_BYTES = 64 * 2**20
 _MOST_CHUNK_BYTES = 2 * 2**30
-"of a stored array: whoever reads part of a chunk holds all of it"
+"largest chunk of a stored array: reading a part of a chunk loads all of it"
 _EXPECTED = "uint8 with axes (T, H, W, 3)"
 
 
 class OnePass:
-    """What every source shares: it is read once, and closing it twice does no harm."""
+    """What every source shares: a window of frames, limits, and a single pass. Closing it twice does no harm."""
 
     info: SourceInfo
     "facts known in advance"
 
-    def __init__(self, name: str, limits: Limits | None = None) -> None:
+    def __init__(self, name: str, start: int, frames: int | None, limits: Limits | None) -> None:
+        check_window(start, frames)
         self._name = name
+        self._begin = start
+        self._end = None if frames is None else start + frames
         self._limits = limits or Limits()
         self._started = False
         self._closed = False
 
     def close(self) -> None:
-        """Let go of the frames; reading on afterwards raises SourceError."""
+        """Release the frames; reading on afterwards raises SourceError."""
         self._closed = True
+
+    def _beyond_end(self, count: int) -> SourceError:
+        return SourceError(
+            f"start={self._begin} is beyond the end of {self._name}, which has {count} frames", kind="range"
+        )
 
     def _start(self) -> None:
         self._check_open()
@@ -58,13 +66,13 @@ class OnePass:
         self._started = True
 
     def _check_known_length(self, info: SourceInfo) -> None:
-        """Refuse at once what says by itself that it goes beyond the limits."""
+        """Refuse a source whose declared size or length exceeds the limits."""
         self._limits.check_pixels(self._name, info.height, info.width)
         if info.num_frames is not None:
             self._limits.check_frames(self._name, info.num_frames)
 
     def _within_limits(self, blocks: Iterator[FrameBlock], *, done: int, first_pts: int = 0) -> Iterator[FrameBlock]:
-        """Pass frames on until they are more than the limits allow, whatever the source said of itself.
+        """Pass frames on until they exceed the limits, whatever the source declared.
 
         Args:
             blocks: the frames.
@@ -121,34 +129,33 @@ class ArrayFrames(OnePass):
         name: str | None = None,
         limits: Limits | None = None,
     ) -> None:
-        super().__init__(name or _describe(array), limits)
-        check_window(start, frames)
+        kind = "tensor" if type(array).__name__ == "Tensor" else "array"
+        module = type(array).__module__.partition(".")[0]
+        super().__init__(name or f"the {module} {kind}", start, frames, limits)
         _check_layout(array, self._name, ranks=(4,))
         count, height, width = (int(length) for length in array.shape[:3])
         if not count:
             raise SourceError(f"{self._name} holds no frames: its shape is {tuple(array.shape)}", kind="no-frames")
         if start >= count:
-            raise _beyond_end(self._name, start, count)
-        _check_size(self._name, size, height, width)
+            raise self._beyond_end(count)
         self._array = array
-        self._begin = start
-        self._end = count if frames is None else min(count, start + frames)
-        self.info = _info(self, "array", height, width, self._end - start, frame_rate)
+        self._stop = count if self._end is None else min(count, self._end)
+        self.info = _info(self._name, "array", (height, width), size, self._stop - start, frame_rate)
         self._check_known_length(self.info)
         self._step = _aligned_step(array, height, width, self._name)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Size and window of the array, and a digest of what is in the window.
+        """Size and window of the array, and a digest of the frames in the window.
 
-        A store of longvid's own has one already. Any other array is read for it once more, which takes little beside
-        what is computed from it.
+        A longvid store has a digest already. Any other array is read once more for it, which takes little time
+        compared with encoding.
         """
         stored = getattr(self._array, "digests", None)
         return {
             "kind": self.info.kind,
             "shape": [int(length) for length in self._array.shape],
             "start": self._begin,
-            "end": self._end,
+            "end": self._stop,
             "content": stored if isinstance(stored, str) else self._content(),
         }
 
@@ -164,19 +171,19 @@ class ArrayFrames(OnePass):
         if after is not None:
             self._begin += after.num_frames
             last = self._begin - 1
-            check_position(self._name, after, self._read(last, last + 1)[0] if last < self._end else None)
+            check_position(self._name, after, self._read(last, last + 1)[0] if last < self._stop else None)
         return self._within_limits(self._slices(), done=0 if after is None else after.num_frames)
 
     def close(self) -> None:
-        """Let go of the array, which itself stays as it is."""
+        """Release the array, which itself stays as it is."""
         super().close()
         self._array = None
 
     def _slices(self) -> Iterator[FrameBlock]:
         begin = self._begin
-        while begin < self._end:
+        while begin < self._stop:
             self._check_open()
-            end = min(self._end, (begin // self._step + 1) * self._step)
+            end = min(self._stop, (begin // self._step + 1) * self._step)
             yield FrameBlock.whole(self._read(begin, end), np.arange(begin, end, dtype=np.int64))
             begin = end
 
@@ -212,23 +219,18 @@ class IterableFrames(OnePass):
         frame_rate: Fraction | int | None = None,
         limits: Limits | None = None,
     ) -> None:
-        super().__init__(f"the {type(pieces).__name__}", limits)
-        check_window(start, frames)
-        self._begin = start
-        self._end = None if frames is None else start + frames
+        super().__init__(f"the {type(pieces).__name__}", start, frames, limits)
         self._iterator = iter(pieces)
         self._num_pieces = 0
         first = self._next_piece()
         if first is None:
             raise SourceError(f"{self._name} gave no frames", kind="no-frames")
         self._first: npt.NDArray[np.uint8] | None = first
-        height, width = first.shape[1:3]
-        _check_size(self._name, size, height, width)
-        self.info = _info(self, "iterable", height, width, None, frame_rate)
+        self.info = _info(self._name, "iterable", first.shape[1:3], size, None, frame_rate)
         self._check_known_length(self.info)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Size, window and first piece; what an iterable gives after that shows when it is compared."""
+        """Size, window and first frame; later frames are compared when a run resumes."""
         first = self._first
         return {
             "kind": self.info.kind,
@@ -246,7 +248,7 @@ class IterableFrames(OnePass):
         return self._within_limits(self._behind(after), done=after.num_frames)
 
     def _behind(self, after: SourcePosition) -> Iterator[FrameBlock]:
-        """The blocks without the first ``after.num_frames`` frames, which have to be as they were."""
+        """The blocks without the first ``after.num_frames`` frames, the last of which must be unchanged."""
         seen, checked = 0, False
         for block in self._cut_pieces():
             skip = min(len(block.pts_T), max(0, after.num_frames - seen))
@@ -284,7 +286,7 @@ class IterableFrames(OnePass):
             self._check_open()
             piece = self._next_piece()
         if position <= self._begin:
-            raise _beyond_end(self._name, self._begin, position)
+            raise self._beyond_end(position)
 
     def _next_piece(self) -> npt.NDArray[np.uint8] | None:
         """Take the next piece that is not empty, with a time axis."""
@@ -312,16 +314,16 @@ class IterableFrames(OnePass):
 def check_position(name: str, position: SourcePosition, frame_HWC: npt.NDArray[np.uint8] | None) -> None:
     """Raise SourceError unless the frame at a position is the one that was there before; None if it has gone."""
     if frame_HWC is None or frame_digest(frame_HWC) != position.digest:
-        what = "has gone" if frame_HWC is None else "is another one now"
+        what = "is missing now" if frame_HWC is None else "has changed"
         raise SourceError(
             f"frame {position.num_frames - 1} of {name}, the last that was read before, {what}; a run can only be "
-            "continued with the same frames",
+            "resumed with the same frames",
             kind="changed",
         )
 
 
 def is_array(value: Any) -> bool:
-    """Tell whether the value can be sliced like an array: it has a shape, a dtype and an index."""
+    """Whether the value can be sliced as an array: it has a shape, a dtype and an index."""
     return all(hasattr(value, name) for name in ("shape", "dtype", "__getitem__"))
 
 
@@ -333,14 +335,9 @@ def check_window(start: int, frames: int | None) -> None:
         raise SourceError(f"frames={frames} asks for no frame; ask for at least 1, or None for all", kind="range")
 
 
-def _block_length(height: int, width: int) -> int:
-    """How many frames of this size make a block: 16, fewer if they are large."""
-    return max(1, min(_BLOCK_FRAMES, _BLOCK_BYTES // max(1, height * width * 3)))
-
-
 def _aligned_step(array: Any, height: int, width: int, name: str) -> int:
     """Frames per block: whole chunks where the array has chunks, since a part of one costs as much as all of it."""
-    step = _block_length(height, width)
+    step = max(1, min(_BLOCK_FRAMES, _BLOCK_BYTES // max(1, height * width * 3)))
     chunks = getattr(array, "chunks", None)
     if not (isinstance(chunks, tuple) and chunks and isinstance(chunks[0], int)):
         return step
@@ -356,14 +353,26 @@ def _aligned_step(array: Any, height: int, width: int, name: str) -> int:
 
 
 def _info(
-    source: OnePass, kind: str, height: int, width: int, num_frames: int | None, frame_rate: Fraction | int | None
+    name: str,
+    kind: str,
+    frame_size: tuple[int, int],
+    size: tuple[int, int] | None,
+    num_frames: int | None,
+    frame_rate: Fraction | int | None,
 ) -> SourceInfo:
+    height, width = frame_size
+    if size is not None and tuple(size) != (height, width):
+        raise SourceError(
+            f"{name} has frames of {width}x{height} pixels and {size[1]}x{size[0]} were asked for; "
+            f"arrays are not resized here, resize them beforehand",
+            kind="layout",
+        )
     if frame_rate is not None and frame_rate <= 0:
         raise SourceError(f"frame_rate={frame_rate} is not a number of frames per second above 0", kind="range")
     rate = DEFAULT_FRAME_RATE if frame_rate is None else Fraction(frame_rate)
     return SourceInfo(
         kind=kind,
-        name=source._name,
+        name=name,
         height=height,
         width=width,
         num_frames=num_frames,
@@ -381,7 +390,10 @@ def _check_layout(array: Any, name: str, *, ranks: tuple[int, ...]) -> None:
     dtype, shape = str(array.dtype).removeprefix("torch."), tuple(array.shape)
     given = f"{name} is {dtype} with shape {shape}; expected {_EXPECTED}"
     if dtype != "uint8":
-        raise SourceError(f"{given}. {_how_to_convert(dtype)}", kind="layout")
+        how = "Bring the values to 0..255 and cast them to uint8"
+        if "float" in dtype:
+            how = "Convert values of 0..1 with (x * 255).round().clip(0, 255) and cast the result to uint8"
+        raise SourceError(f"{given}. {how}", kind="layout")
     if len(shape) not in ranks or shape[-1] != 3:
         hint = ". Move the channels to the last axis" if 3 in shape[:-1] and len(shape) in (*ranks, 5) else ""
         raise SourceError(f"{given}{hint}", kind="layout")
@@ -389,31 +401,7 @@ def _check_layout(array: Any, name: str, *, ranks: tuple[int, ...]) -> None:
         raise SourceError(f"{given}, with at least one pixel", kind="layout")
 
 
-def _how_to_convert(dtype: str) -> str:
-    if "float" in dtype:
-        return "Convert values of 0..1 with (x * 255).round().clip(0, 255) and cast the result to uint8"
-    return "Bring the values to 0..255 and cast them to uint8"
-
-
-def _check_size(name: str, size: tuple[int, int] | None, height: int, width: int) -> None:
-    if size is not None and tuple(size) != (height, width):
-        raise SourceError(
-            f"{name} has frames of {width}x{height} pixels and {size[1]}x{size[0]} were asked for; "
-            f"arrays are not resized here, resize them beforehand",
-            kind="layout",
-        )
-
-
-def _beyond_end(name: str, start: int, count: int) -> SourceError:
-    return SourceError(f"start={start} is beyond the end of {name}, which has {count} frames", kind="range")
-
-
 def _to_numpy(piece: Any) -> npt.NDArray[np.uint8]:
     if type(piece).__module__.startswith("torch"):
         piece = piece.detach().cpu().numpy()
     return np.asarray(piece, dtype=np.uint8)
-
-
-def _describe(array: Any) -> str:
-    kind = type(array)
-    return f"the {kind.__module__.partition('.')[0]} {'tensor' if kind.__name__ == 'Tensor' else 'array'}"

@@ -1,4 +1,4 @@
-"""How the samples of a video become RGB: matrix and range, said by the file or decided by a rule."""
+"""The colour matrix and range of a video: from the tags of the file, else by a rule."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRANSFERS = {
 }  # fmt: skip
 "transfer characteristics by the number that H.273 and FFmpeg give them"
 
-# matrix tag of the file -> (our name, coefficients of swscale); two rare ones go by their nearest relative's name
+# matrix tag of the file -> (name, coefficients of swscale); two rare matrices have the name of the nearest one
 _MATRICES = {
     1: ("bt709", 1), 4: ("bt601", 4), 5: ("bt601", 5), 6: ("bt601", 5), 7: ("bt709", 7), 9: ("bt2020", 9),
     10: ("bt2020", 9),
@@ -52,7 +52,7 @@ def matrix_by_rule(height: int) -> str:
 
 
 def resolve_color(frame: VideoFrame, stream: VideoStream, name: str) -> Conversion:
-    """What the frame's tags, then the stream's, then the rule say.
+    """Decide the conversion from the tags of the frame, then of the stream, then by the rule.
 
     Raises:
         SourceError: the file names a matrix that cannot be converted.
@@ -85,7 +85,7 @@ def _resolve_matrix(frame: VideoFrame, tag: int, name: str) -> tuple[str, int]:
 
 
 def _resolve_range(frame: VideoFrame, declared: int, gray: bool) -> tuple[str, bool]:
-    """Range of the samples, and whether the file says so."""
+    """Range of the samples, and whether the file declares it."""
     if frame.format.name.startswith("yuvj"):
         return "full", True
     tag = frame.color_range or declared

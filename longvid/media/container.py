@@ -1,4 +1,4 @@
-"""Opening a media file safely, and telling beforehand whether it is whole."""
+"""Opens media files safely, and checks by their headers whether they are whole."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ _BLOCK_BYTES = 8 * 2**20
 
 
 def reason(exc: Exception) -> str:
-    """The words of an error, without its number."""
+    """The message of an error, without its number."""
     return getattr(exc, "strerror", None) or str(exc)
 
 
 class MediaFile:
-    """A regular file that is opened once and by its own name: what is checked is what is decoded.
+    """A regular file that is opened once: the file that is checked is the file that is decoded.
 
     Args:
         path: the file; neither a symbolic link, nor an address, nor a device.
         limits: ``max_bytes`` and ``max_pixels`` are checked here.
 
     Raises:
-        SourceError: there is no such file, or it is none that may be opened.
+        SourceError: there is no such file, or it must not be opened.
     """
 
     def __init__(self, path: str, limits: Limits) -> None:
         self._path = path
         self._limits = limits
         self.file: io.FileIO = _open_regular(path)
-        "for what is read besides decoding; FFmpeg has a position of its own"
+        "for reads besides decoding; FFmpeg has a position of its own"
         try:
             self.num_bytes = os.fstat(self.file.fileno()).st_size
             if not self.num_bytes:
@@ -63,15 +63,15 @@ class MediaFile:
             raise
 
     def open(self) -> InputContainer:
-        """Let FFmpeg open the file that is open here; it may open nothing else.
+        """Open the same file with FFmpeg, which may open nothing else.
 
         Raises:
-            SourceError: it is no video, or would open other files.
+            SourceError: the file is not a video, or refers to other files.
         """
         options = {
             "protocol_whitelist": "file",
             "format_whitelist": _DEMUXERS,
-            # FFmpeg decodes while it probes, before anybody could look at the size
+            # FFmpeg decodes while it probes, before the size can be checked
             "max_pixels": str(self._limits.decoder_pixels),
         }
         seconds = self._limits.stall_seconds
@@ -96,16 +96,16 @@ class MediaFile:
         return digest.hexdigest()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self.file.close()
 
     def _own_name(self) -> str:
-        """A name of the open file itself, where the system has one: another file may take the path at any time."""
+        """A name of the open file itself, where the system has one: the path may come to name another file."""
         name = f"/proc/self/fd/{self.file.fileno()}"
         return name if os.path.exists(name) else os.path.abspath(self._path)
 
     def _refusal(self, exc: Exception) -> SourceError:
-        """Say why a file that FFmpeg does not open is none."""
+        """The reason why FFmpeg does not open a file."""
         if isinstance(exc, av.error.ExitError):
             return SourceError(
                 f"{self._path} could not be opened within {self._limits.stall_seconds:g} s; convert the file, or allow "
@@ -121,7 +121,7 @@ class MediaFile:
                 )
         if head[4:8] == b"ftyp" or head[:4] == _EBML.to_bytes(4, "big"):
             return SourceError(
-                f"{self._path} begins like a video and lacks its index: it is cut short, or was never finished; copy "
+                f"{self._path} begins as a video and has no index: it is cut short, or was never finished; copy "
                 f"or record it again ({reason(exc)})",
                 kind="truncated",
             )
@@ -165,7 +165,7 @@ def _unopened(path: str, exc: OSError | ValueError) -> SourceError:
 
 
 def pick_stream(container: InputContainer, name: str) -> VideoStream:
-    """The stream that players would show; pictures attached to a song do not count."""
+    """The stream that players show; cover pictures of audio files do not count."""
     moving = [stream for stream in container.streams.video if not _is_cover(stream)]
     best = container.streams.best("video")
     stream = best if best in moving else next(iter(moving), None)
@@ -184,7 +184,7 @@ def _is_cover(stream: Any) -> bool:
 
 
 def declared_end(file: BinaryIO | io.FileIO, container: InputContainer, stream: VideoStream) -> int | None:
-    """The byte at which the file should end at the earliest, where its header tells."""
+    """The least size of the whole file, where its header declares it."""
     names = container.format.name.split(",")
     file.seek(0)
     if "mp4" in names:
@@ -200,9 +200,9 @@ def declared_end(file: BinaryIO | io.FileIO, container: InputContainer, stream: 
 
 
 def lost_samples(container: InputContainer, stream: VideoStream) -> int:
-    """How many frames the index of an mp4 file counts and does not place inside the file.
+    """Number of frames that the index of an mp4 file counts but does not place inside the file.
 
-    An edit list leaves frames out too, but then the stream is declared to be as short as what is left.
+    An edit list leaves frames out too, but then the stream is declared to be as short as the rest.
     """
     entries, count = stream.index_entries, stream.frames
     if "mp4" not in container.format.name.split(",") or not 0 < len(entries) < count or not stream.duration:
@@ -281,7 +281,7 @@ def _parts_end(file: BinaryIO | io.FileIO) -> int | None:
 
 
 def _variable_int(file: BinaryIO | io.FileIO, *, keep_marker: bool) -> int | None:
-    """A number of EBML, as long as its leading zero bits tell; None if it says unknown or the file ends."""
+    """An EBML number, whose leading zero bits give its length; None if it means unknown, or at the end of the file."""
     first = file.read(1)
     if not first or not first[0]:
         return None

@@ -1,4 +1,4 @@
-"""Decoded frames as upright RGB of one size."""
+"""Converts decoded frames to upright RGB of one size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from longvid.media.container import reason
 __all__ = ["REVISION", "Converter"]
 
 REVISION = 2
-"another number whenever the same file would give other bytes"
+"changes whenever the same file would give other bytes"
 # FULL_CHR_H_INT interpolates chroma where the fast path repeats it: a third of the error on film, at half the speed
 _EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 _GBR = (1, 2, 0)
@@ -25,7 +25,7 @@ _GBR = (1, 2, 0)
 
 
 class Converter:
-    """Turns decoded frames into upright RGB of one size: colour and size in one pass of swscale."""
+    """Converts decoded frames to upright RGB of one size: colour and size in one pass of swscale."""
 
     def __init__(self, first: VideoFrame, stream: VideoStream, size: tuple[int, int] | None, name: str) -> None:
         self._name = name
@@ -47,7 +47,7 @@ class Converter:
     def convert(self, frame: VideoFrame, index: int) -> npt.NDArray[np.uint8]:
         """RGB of one frame, of shape (height, width, 3), in memory of its own.
 
-        Channels lie in planes, as swscale gives them and models want them.
+        Channels are stored as planes, as swscale gives them and models need them.
         """
         height, width = self._target
         color = self._color_of(frame)
@@ -57,7 +57,7 @@ class Converter:
                 frame,
                 width=width,
                 height=height,
-                # The same RGB (to 1 where it is resized), but for planes swscale has vector code
+                # the same RGB (within 1 where it is resized), but swscale has vector code for planes
                 format="rgb24" if is_rgb else "gbrp",
                 src_colorspace=color.matrix,
                 src_color_range=ColorRange.JPEG if color.info.range == "full" else ColorRange.MPEG,
@@ -81,7 +81,7 @@ class Converter:
 
     def _color_of(self, frame: VideoFrame) -> Conversion:
         pixel_format = frame.format.name
-        if pixel_format not in self._colors:  # it may change on the way
+        if pixel_format not in self._colors:  # it may change within a file
             self._colors[pixel_format] = resolve_color(frame, self._stream, self._name)
         return self._colors[pixel_format]
 
@@ -90,7 +90,7 @@ _LIMITED_TO_FULL = ((np.arange(256) - 16) * 255 / 219).round().clip(0, 255).asty
 
 
 def _samples(plane: VideoPlane) -> npt.NDArray[np.uint8]:
-    """Rows of bytes, with what pads them."""
+    """Rows of bytes, padding included."""
     return np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
 
 

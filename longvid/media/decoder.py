@@ -1,8 +1,8 @@
-"""The pictures of one video stream in the order in which they are shown, and what is wrong with each.
+"""Decodes one video stream to pictures in the order in which they are shown, and finds the faults of each.
 
-FFmpeg repairs what it can and says little: a frame whose data were damaged comes out flagged, those that were
-predicted from it come out as if they were whole, and those that it could not begin with do not come out at all. What
-it says is put together here, with the time stamps of the packets that went in.
+FFmpeg conceals damage and reports little: a frame with damaged data is flagged, frames that were predicted from it look
+whole, and frames that cannot be decoded are missing. This module combines these signs with the time stamps of the
+packets.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from longvid.media.container import reason
 __all__ = ["Decoder", "Fault", "Picture"]
 
 _Run: TypeAlias = Callable[[Callable[[], Any]], Any]
-"calls a function in a thread that may be left behind"
+"calls a function in a thread that can be abandoned if it hangs"
 _MOST_BETWEEN = 16
-"B pictures in a row: what H.264 can have"
+"largest number of B pictures in a row in H.264"
 _GUESS = "is damaged: its pixels would be the decoder's guess"
 _SILENT_PACKETS = ("mpeg4", "vp8")
-"decoders that take packets which show nothing, in whole files too"
+"decoders that accept packets without a picture, in whole files too"
 _MOST_SILENT = 2
-"packets without a picture between two pictures of a whole file: fields, frames that are only referred to"
+"packets without a picture between two pictures of a whole file: fields, and frames that are only referred to"
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why a picture is not the source's."""
+    """Why a picture does not show what the source showed."""
 
     kind: str
-    "``damaged``, ``truncated`` or ``geometry-changed``, as of SourceError"
+    "``damaged``, ``truncated`` or ``geometry-changed``; the kind of the SourceError"
     why: str
-    "goes on from *frame 12 of a.mp4*"
+    "the end of a sentence that begins with *frame 12 of a.mp4*"
     cause: Exception | None = None
-    "without its traceback, which would hold the decoder and all its frames in a circle"
+    "without its traceback, which would keep the decoder and all its frames alive"
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A frame, or the place of one that did not come out."""
+    """A frame, or the place of a frame that is missing."""
 
     frame: VideoFrame | None
     pts: int | None
@@ -57,20 +57,20 @@ class Picture:
 
 
 class Decoder:
-    """Decodes a stream from where its container stands.
+    """Decodes a stream from the position of its container.
 
-    Once a picture has a fault all that follow have one, up to the next key frame that is whole: they lean on each
-    other. B pictures shown before a faulty one and decoded after it share its fault; that is why they are held back
-    until the picture behind them is known.
+    After a picture with a fault all pictures have a fault, up to the next whole key frame: they are predicted from each
+    other. B pictures that are shown before a faulty picture and decoded after it have the same fault; they are held
+    back until the picture after them is known.
 
     Args:
-        container: what is read.
-        stream: what is decoded.
+        container: the open file.
+        stream: the stream to decode.
         name: what messages call the file.
         num_bytes: size of the file.
-        run: calls what may hang.
-        size: (height, width) that frames have to have; that of the first one if it is None.
-        from_start: whether pictures that cannot be decoded at the beginning are missed.
+        run: calls a function that can hang.
+        size: (height, width) that all frames must have; None for the size of the first frame.
+        from_start: whether pictures that cannot be decoded at the beginning count as faults.
     """
 
     def __init__(
@@ -93,28 +93,28 @@ class Decoder:
         self._size = size
         self._from_start = from_start
         self._one_by_one = stream.codec_context.thread_type.name == "SLICE"
-        "an error belongs to the packet that went in last"
+        "the decoder has one thread per frame, so that an error belongs to the last packet"
         self._reached = 0
         self._num_packets = 0
         self._leading = 0
         self._key_seen = self._begun = False
         self._waiting: dict[int, int] = {}
-        "packets whose frames are still to come: order by time stamp"
+        "packets whose frames have not come yet: order by time stamp"
         self._shown: int | None = None
         self._failed: dict[int | None, str] = {}
-        "packets known to be bad: why, by time stamp"
+        "packets known to be damaged: reason by time stamp"
         self._failure: Fault | None = None
-        "the decoder complained, and no picture has answered for it yet"
+        "the decoder reported an error that no picture has been blamed for yet"
         self._zone: Fault | None = None
-        "no picture is good until the next key frame"
+        "all pictures up to the next key frame have this fault"
         self.rest: Fault | None = None
-        "why the container gave no more, if that was not its end"
+        "why reading ended, if not at the end of the file"
 
     def pictures(self) -> Iterator[Picture]:
-        """Yield the pictures as they are shown; once.
+        """Yield the pictures in the order in which they are shown; once.
 
         Raises:
-            SourceError: the decoder hangs, or finds no memory.
+            SourceError: the decoder hangs, or has not enough memory.
         """
         held: list[Picture] = []
         for picture in self._judged():
@@ -139,9 +139,9 @@ class Decoder:
             self._shown = frame.pts if frame.pts is not None else self._shown
             self._begun = True
         yield from self._missing(None)
-        if self._is_plain and self._reached < self._num_bytes:  # its demuxer takes a part of a frame for the end
+        if self._is_plain and self._reached < self._num_bytes:  # its demuxer takes an incomplete frame for the end
             self.rest = self.rest or Fault("truncated", "is not there as a whole: the file is cut short")
-        if self._failure is not None:  # nothing else answers for it
+        if self._failure is not None:  # no picture was blamed for it
             self.rest = self.rest or self._failure
 
     def _missing_before(self, frame: VideoFrame) -> Iterator[Picture]:
@@ -156,8 +156,8 @@ class Decoder:
         yield from self._missing(frame.pts)
 
     def _missing(self, before: int | None) -> Iterator[Picture]:
-        """Places of packets whose time has passed without a frame. Whole files have such packets too, so that they
-        count only where something is known to be wrong."""
+        """Places of packets whose time has passed without a frame; they count only where a fault is known, since whole
+        files have such packets too."""
         after = self._shown
         stamps = sorted(p for p in self._waiting if (after is None or p > after) and (before is None or p < before))
         if not self._begun and stamps and before is not None:
@@ -175,11 +175,11 @@ class Decoder:
                 yield Picture(None, stamp, self._blame(), order)
 
     def _loses_its_end(self) -> bool:
-        # frame threads that fail while they are emptied end without a word
+        # frame threads that fail while they are flushed end without an error
         return not self._one_by_one and self._begun and self._stream.codec_context.name not in _SILENT_PACKETS
 
     def _blame(self) -> Fault:
-        """The fault of a picture that did not come out, which lasts from now on."""
+        """The fault of a missing picture, which holds for all pictures from here on."""
         self._zone = self._zone or self._failure or Fault(self._kind(), "gave no picture: its data are damaged")
         self._failure = None
         return self._zone
@@ -202,13 +202,15 @@ class Decoder:
         return Picture(frame, frame.pts, self._zone, order)
 
     def _cut_beginning(self) -> Fault:
-        return Fault("damaged", "cannot be decoded: what it leans on lies before the beginning of the file")
+        return Fault(
+            "damaged", "cannot be decoded: frames that it is predicted from lie before the beginning of the file"
+        )
 
     def _kind(self) -> str:
         return "truncated" if self._reached >= self._num_bytes else "damaged"
 
     def _frames(self) -> Iterator[VideoFrame | None]:
-        """Yield what the decoder gives; None for a packet that failed and has no time stamp."""
+        """Yield decoded frames, and None for a packet that failed and has no time stamp."""
         while True:
             try:
                 frames = self._run(self._step)
@@ -216,11 +218,11 @@ class Decoder:
                 raise
             except av.ExitError as exc:
                 raise SourceError(
-                    f"nothing could be read of {self._name} for a long time; is its disk there?", kind="stalled"
+                    f"{self._name} could not be read for a long time; check its disk", kind="stalled"
                 ) from exc
             except (av.MemoryError, av.BlockingIOError) as exc:
                 raise SourceError(
-                    f"there is no memory, or no thread, to decode {self._name} with; end what else runs here"
+                    f"there is not enough memory, or no thread, to decode {self._name}; end other programs"
                 ) from exc
             except (av.FFmpegError, OSError) as exc:
                 self.rest = Fault(
@@ -240,7 +242,7 @@ class Decoder:
         if packet.size:
             self._register(packet)
         elif packet.pts is not None or packet.dts is not None:
-            return []  # an empty place in an AVI file; to the decoder it would be the end
+            return []  # an empty entry of an AVI file, which the decoder would take for the end
         try:
             return list(packet.decode())
         except (av.MemoryError, av.BlockingIOError, av.ExitError):
@@ -258,14 +260,14 @@ class Decoder:
         self._leading += not self._key_seen
         if packet.pts is not None and not packet.is_discard:  # an edit list may leave packets out
             self._waiting[packet.pts] = self._num_packets
-            if packet.is_corrupt:  # of a transport stream with a gap; the decoder is not told
+            if packet.is_corrupt:  # at a gap of a transport stream, which the decoder does not see
                 self._failed[packet.pts] = (
                     "lies at a gap of its transport stream: packets were lost, or recordings joined"
                 )
         self._num_packets += 1
 
     def _emptied(self) -> list[VideoFrame | None]:
-        """What the decoder still has when no packet follows."""
+        """Frames that are still in the decoder after the last packet."""
         try:
             return list(self._stream.codec_context.decode(None))
         except (av.FFmpegError, OSError):
@@ -273,7 +275,7 @@ class Decoder:
 
 
 def _with_share(held: list[Picture], picture: Picture) -> Iterator[Picture]:
-    """The B pictures before another one, with its fault from the first that was decoded after it."""
+    """The B pictures before ``picture``; from the first that was decoded after it on, they share its fault."""
     shares = False
     for earlier in held:
         fault = picture.fault

@@ -1,4 +1,4 @@
-"""How much a source of frames may ask for before it is refused."""
+"""Limits on the size and length of a source of frames."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ __all__ = ["Limits"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Bounds on what a source may be; going beyond one raises SourceError of kind ``"limit"``.
+    """Limits on a source; exceeding one raises SourceError of kind ``"limit"``.
 
-    Frames that were read before a bound was met have come out by then.
+    Frames before the limit are delivered first.
     """
 
     max_pixels: int = 8192 * 4320
-    "of a frame of a media file or an array: checked in the header, while FFmpeg probes the file, and in its decoder"
+    "largest frame of a media file or an array: checked in the header, while FFmpeg probes the file, and in its decoder"
     max_frames: int | None = None
     "frames delivered, counted from ``start``"
     max_seconds: float | None = None
     "time of the last frame delivered, counted from the first one of the source"
     max_bytes: int | None = None
-    "of a media file"
+    "size of a media file"
     stall_seconds: float = 60.0
-    "in which a decoder may deliver nothing; then the source ends with SourceError of kind ``stalled``"
+    "longest time without a frame from the decoder; then SourceError of kind ``stalled`` is raised"
 
     def __post_init__(self) -> None:
         for name in ("max_pixels", "max_frames", "max_seconds", "max_bytes", "stall_seconds"):
@@ -35,11 +35,11 @@ class Limits:
 
     @property
     def decoder_pixels(self) -> int:
-        """What FFmpeg is told: it counts lines that are filled up to a multiple of 64 pixels."""
+        """The limit given to FFmpeg, which counts lines padded to a multiple of 64 pixels."""
         return self.max_pixels + 64 * 2**14
 
     def allows(self, height: int, width: int) -> bool:
-        """Whether frames may be of this size, which has to be one."""
+        """Whether frames may have this size; one without pixels is refused."""
         return 0 < height * width <= self.max_pixels
 
     def check_pixels(self, name: str, height: int, width: int) -> None:
@@ -63,7 +63,7 @@ class Limits:
             raise self.exceeded("max_seconds", f"{name} has a frame at {float(seconds):g} s")
 
     def exceeded(self, limit: str, found: str) -> SourceError:
-        """What is raised where ``limit`` is met; ``found`` says what is there."""
+        """The error for exceeding ``limit``; ``found`` describes the source."""
         return SourceError(
             f"{found}, and {limit} is {getattr(self, limit)}; raise that limit if the source is to be trusted",
             kind="limit",

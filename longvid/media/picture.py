@@ -1,4 +1,4 @@
-"""A frame, or frames side by side, as a PNG file."""
+"""PNG files of single frames, or of frames side by side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frames of a media file, in decoder order, with the time stamps that the file gives them."""
+"""Media files as sources: frames in decoder order, with the time stamps of the file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from av.video.stream import VideoStream
 
 from longvid.errors import SourceError
 from longvid.frames import FrameBlock, OnError, SourceInfo, SourcePosition, frame_digest
-from longvid.media.arrays import DEFAULT_FRAME_RATE, OnePass, check_position, check_window
+from longvid.media.arrays import DEFAULT_FRAME_RATE, OnePass, check_position
 from longvid.media.container import MediaFile, declared_end, lost_samples, pick_stream
 from longvid.media.convert import REVISION, Converter
 from longvid.media.decoder import Decoder, Fault, Picture
@@ -30,20 +30,20 @@ __all__ = ["VideoFile"]
 
 _HDR = ("smpte2084", "arib-std-b67")
 _TIME_BEGINS_AGAIN = {"mpegts", "mpeg", "m4v", "ogg"}
-"containers whose time stamps may do so: FFmpeg's AVFMT_TS_DISCONT"
+"containers whose time stamps may begin again within a file: FFmpeg's AVFMT_TS_DISCONT"
 _SECONDS_BACK = (0.0, 0.5, 2.0)
-"before the place to go on from: where a container lands after a seek is its own affair"
+"how long before the wanted frame to seek: containers differ in where a seek ends"
 
 
 class VideoFile(OnePass):
     """The video stream of a local media file.
 
     Opening reads the header and the first frame, so that ``info`` is known and a file that cannot be read is refused
-    at once. Frames come as the decoder delivers them, turned upright, in RGB, each with its own time stamp; variable
-    frame rates are kept. Frames before ``start`` are decoded and dropped, which is exact for every format.
+    at once. Frames come in decoder order, turned upright, in RGB, each with its own time stamp; variable frame rates
+    are kept. Frames before ``start`` are decoded and dropped, which is exact for every format.
 
     Args:
-        path: a regular file; never an address.
+        path: a regular file; addresses are refused.
         start: index of the first frame delivered.
         frames: how many frames at most.
         size: (height, width) to resize to.
@@ -51,7 +51,7 @@ class VideoFile(OnePass):
         limits: what the file may ask for at most.
 
     Raises:
-        SourceError: the file is missing, is no video, is cut short, or holds no frames.
+        SourceError: the file is missing, is not a video, is cut short, or holds no frames.
     """
 
     def __init__(
@@ -64,14 +64,12 @@ class VideoFile(OnePass):
         on_error: OnError = "stop",
         limits: Limits | None = None,
     ) -> None:
-        super().__init__(os.fspath(path), limits)
+        super().__init__(os.fspath(path), start, frames, limits)
+        if size is not None and (len(size) != 2 or min(size) < 1):
+            raise SourceError(f"size={size} is not (height, width) in pixels, both at least 1", kind="range")
         self._on_error = on_error
-        check_window(start, frames)
-        _check_size(size)
-        self._begin = start
-        self._limit = frames
         self._ahead: deque[Picture] = deque()
-        "pictures that were decoded to learn what the file is"
+        "pictures that were decoded to describe the file"
         self._file = MediaFile(self._name, self._limits)
         self._container: InputContainer | None = None
         self._watchdog = Watchdog(self._name, self._limits.stall_seconds)
@@ -83,7 +81,7 @@ class VideoFile(OnePass):
             raise
 
     def fingerprint(self) -> dict[str, Any]:
-        """The file's content, all of which is read for it, and how it becomes frames."""
+        """A digest of the whole file, which is read for it, and how it is converted to frames."""
         details = self.info.details or {}
         facts = ("interpolation", "rotation", "stream_index", "av", "libavcodec", "libswscale")
         return {
@@ -92,7 +90,7 @@ class VideoFile(OnePass):
             "sha256": self._watchdog.run(lambda: self._file.sha256(self._watchdog.beat)),
             "size": [self.info.height, self.info.width],
             "start": self._begin,
-            "frames": self._limit,
+            "frames": None if self._end is None else self._end - self._begin,
             "conversion": REVISION,
             "on_error": self._on_error,
             **{key: details[key] for key in facts},
@@ -101,7 +99,7 @@ class VideoFile(OnePass):
         }
 
     def blocks(self, *, after: SourcePosition | None = None) -> Iterator[FrameBlock]:
-        """Yield the frames; where decoding fails, those before come out first, then SourceError is raised."""
+        """Yield the frames; where decoding fails, SourceError is raised after the frames before it."""
         self._start()
         done = 0 if after is None else after.num_frames
         return self._within_limits(self._blocks(after), done=done, first_pts=self._first_pts)
@@ -113,20 +111,20 @@ class VideoFile(OnePass):
         super().close()
         self._ahead.clear()
         self._watchdog.close()
-        if self._container is not None and not self._watchdog.stalled:  # the thread that was left behind still has it
+        if self._container is not None and not self._watchdog.stalled:  # an abandoned thread still uses it
             self._container.close()
         self._file.close()
 
     def _open(self, *, frame_size: tuple[int, int] | None = None, seek: int | None = None) -> None:
-        """Open the container, also once more, at its beginning or near a time stamp."""
+        """Open the container, or open it again, at its beginning or near a time stamp."""
         if self._container is not None:
             self._container.close()
         self._container = container = self._watchdog.run(self._file.open)
         self._stream = stream = pick_stream(container, self._name)
         self._limits.check_pixels(self._name, stream.codec_context.height, stream.codec_context.width)
-        # the decoder is a context of its own, to which the limit given on opening does not reach
+        # the decoder is a context of its own, which does not inherit the limit given on opening
         stream.codec_context.options = {"max_pixels": str(self._limits.decoder_pixels)}
-        # what a decoder makes of damaged frames depends on how threads meet in it, unless each frame has but one
+        # damaged frames are decoded reproducibly only with one thread per frame
         stream.thread_type = "AUTO" if self._on_error == "stop" else "SLICE"
         if seek is not None:
             self._watchdog.run(lambda: container.seek(seek, stream=stream, backward=True))
@@ -159,7 +157,7 @@ class VideoFile(OnePass):
         self._warn_of_hdr()
 
     def _first_frame(self) -> VideoFrame:
-        """Decode up to the first frame, good or not; it is delivered later."""
+        """Decode up to the first frame, good or damaged; it is delivered later."""
         for index, picture in enumerate(self._pictures):
             if picture.fault is not None and self._on_error == "stop":
                 raise self._error(picture.fault, index)
@@ -177,37 +175,32 @@ class VideoFile(OnePass):
         return SourceError(f"{self._name} {shortfall.why}; copy the file again", kind="truncated")
 
     def _error(self, fault: Fault, index: int) -> SourceError:
-        """What there is to say about a picture that is not the source's own."""
+        """The error for a picture with a fault."""
         context = self._stream.codec_context
         if isinstance(fault.cause, av.ArgumentError) and not self._limits.allows(context.height, context.width):
             return self._limits.exceeded("max_pixels", f"{self._name} has frames of more pixels, or of no size at all")
         if fault.kind == "geometry-changed":
             advice = "cut the file there, or bring it to one size first"
         else:
-            advice = "copy the file again, or go on without what is damaged (on_error keep, or conceal)"
+            advice = "copy the file again, or encode without the damaged frames (--on-error keep, or conceal)"
         error = SourceError(f"frame {index} of {self._name} {fault.why}; {advice}", kind=fault.kind)
         error.__cause__ = fault.cause
         return error
 
     def _find_shortfall(self, container: InputContainer) -> Fault | None:
-        """What to say of a file whose own header speaks of more than it has."""
+        """The fault of a file that is shorter than its header declares."""
         end, have = declared_end(self._file.file, container, self._stream), self._file.num_bytes
         if end is not None and end > have:
-            return Fault("truncated", f"is cut short: its header speaks of {end} bytes and {have} are there")
+            return Fault("truncated", f"is cut short: its header declares {end} bytes and the file has {have}")
         lost = lost_samples(container, self._stream)
         if lost:
-            return Fault("truncated", f"is cut short: {lost} of {self._stream.frames} frames lie outside of it")
+            return Fault("truncated", f"is cut short: {lost} of {self._stream.frames} frames lie beyond its end")
         return None
 
     def _check_start(self, stream: VideoStream) -> None:
-        # the sample table of mp4 is what the frames are read from; the counts of other formats are mere claims
+        # frames of mp4 are read by its sample table; the counts of other formats are not reliable
         if self._container is not None and "mp4" in self._container.format.name and 0 < stream.frames <= self._begin:
             raise self._beyond_end(stream.frames)
-
-    def _beyond_end(self, count: int) -> SourceError:
-        return SourceError(
-            f"start={self._begin} is beyond the end of {self._name}, which has {count} frames", kind="range"
-        )
 
     def _describe(self, stream: VideoStream, first: VideoFrame) -> SourceInfo:
         converter = self._converter
@@ -216,7 +209,9 @@ class VideoFile(OnePass):
             name=self._name,
             height=converter.height,
             width=converter.width,
-            num_frames=self._expected_frames(stream),
+            num_frames=max(0, (min(stream.frames, self._end or stream.frames)) - self._begin)
+            if stream.frames
+            else None,
             time_base=self._clock.time_base,
             frame_rate=_frame_rate(stream),
             timing_assumed=first.pts is None,
@@ -244,18 +239,12 @@ class VideoFile(OnePass):
             },
         )
 
-    def _expected_frames(self, stream: VideoStream) -> int | None:
-        if not stream.frames:
-            return None
-        left = max(0, stream.frames - self._begin)
-        return left if self._limit is None else min(left, self._limit)
-
     def _warn_of_hdr(self) -> None:
         color = self.info.color
         if color is not None and color.transfer in _HDR:
             warnings.warn(
-                f"{self._name} is HDR ({color.transfer}); its values are taken as they are, without tone mapping, and "
-                f"look pale as ordinary RGB: convert it to SDR first if that matters",
+                f"{self._name} is HDR ({color.transfer}) and is read without tone mapping, so that it looks pale as RGB; "
+                f"convert it to SDR first if that matters",
                 stacklevel=4,
             )
 
@@ -264,13 +253,12 @@ class VideoFile(OnePass):
             yield FrameBlock(image[None], np.array([pts], dtype=np.int64), np.array([valid], dtype=np.bool_))
 
     def _images(self, after: SourcePosition | None) -> Iterator[tuple[npt.NDArray[np.uint8], int, bool]]:
-        """Yield the frames of the window with time stamps and marks; those behind ``after`` if it is given."""
-        end = None if self._limit is None else self._begin + self._limit
+        """Yield the frames of the window, or those behind ``after``, with time stamps and validity."""
         index = self._begin + (after.num_frames if after is not None else 0)
-        if index == end:
+        if index == self._end:
             return
-        # Frames before ``start`` are decoded and dropped: a header's time stamps say where a frame is, but not that
-        # the decoder gives one frame for each, and nothing is known of the frame to compare it with.
+        # Frames before ``start`` are decoded and dropped: a header does not tell whether the decoder gives one frame
+        # for each of its time stamps, and there is no digest to compare the first frame with.
         frames = self._from_begin() if after is None else self._behind(after)
         shown, image = None, np.empty(0, np.uint8)
         for frame, pts, valid in frames:
@@ -278,7 +266,7 @@ class VideoFile(OnePass):
                 shown, image = frame, self._converter.convert(frame, index)
             yield image, pts, valid
             index += 1
-            if index == end:
+            if index == self._end:
                 return
 
     def _from_begin(self) -> Iterator[tuple[VideoFrame, int, bool]]:
@@ -290,9 +278,9 @@ class VideoFile(OnePass):
             raise self._beyond_end(count)
 
     def _behind(self, after: SourcePosition) -> Iterator[tuple[VideoFrame, int, bool]]:
-        """Go on behind a frame that was delivered before. A place that a seek leads to counts only if the frame is
-        found there, pixel by pixel; from the start it has to be. Damaged files are always read from the start, since
-        what counts as damaged there depends on everything before."""
+        """The frames behind one that was delivered before. The result of a seek is used only if that frame is found
+        there, pixel by pixel; else the file is read from its start, where the frame must be found. Damaged files are
+        always read from the start, since what counts as damaged depends on everything before."""
         moved = False
         if self._on_error == "stop" and not self.info.timing_assumed and self._is_unique(after.pts):
             for seconds in _SECONDS_BACK:
@@ -310,7 +298,7 @@ class VideoFile(OnePass):
         yield from frames
 
     def _is_unique(self, pts: int) -> bool:
-        """Whether the time stamp names one frame of the file. Time may begin again in the middle of a recording."""
+        """Whether only one frame has the time stamp: time may begin again in the middle of a recording."""
         if self._container is None or not _TIME_BEGINS_AGAIN & set(self._container.format.name.split(",")):
             return True
         with self._watchdog.run(self._file.open) as container:
@@ -329,10 +317,10 @@ class VideoFile(OnePass):
                 return False
 
     def _sought(self, after: SourcePosition, target: int) -> Iterator[Picture] | None:
-        """Pictures behind the frame, reached by a seek; None if it is not certain that they are the same as ever.
+        """Pictures behind the frame, reached by a seek; None if they may differ from those of a full read.
 
-        Between the key frame where decoding begins and the frame nothing may be wrong, and the frame's time stamp
-        has to be its own.
+        No picture between the key frame where decoding begins and the frame may have a fault, and the frame must have
+        its own time stamp.
         """
         try:
             self._open(frame_size=self._frame_size, seek=target)
@@ -341,7 +329,7 @@ class VideoFile(OnePass):
                 if picture.pts is None or picture.pts > after.pts:
                     return None
                 whole = whole or (picture.frame is not None and picture.frame.key_frame and picture.fault is None)
-                if not whole:  # pictures that lean on what lies before
+                if not whole:  # pictures that are predicted from earlier ones
                     continue
                 if picture.frame is None or picture.fault is not None:
                     return None
@@ -362,9 +350,9 @@ class VideoFile(OnePass):
     def _played(
         self, pictures: Iterator[Picture] | None = None, index: int = 0
     ) -> Iterator[tuple[VideoFrame, int, bool]]:
-        """Every frame from ``index`` on with its time stamp, and whether it is the source's own.
+        """Every frame from ``index`` on with its time stamp and validity.
 
-        What is damaged or lost is handled as ``on_error`` says; a frame that is repeated is the same object again.
+        Damaged and lost frames are handled as ``on_error`` says; a frame that is repeated is the same object again.
         """
         good: VideoFrame | None = None
         waiting: list[int] = []
@@ -391,7 +379,7 @@ class VideoFile(OnePass):
             del picture, frame
             self._check_open()
         if waiting:
-            raise SourceError(f"{self._name} has not a single frame that is whole", kind="damaged")
+            raise SourceError(f"{self._name} has no frame without damage", kind="damaged")
         fault = self._decoder.rest or self._shortfall
         if fault is not None and self._on_error == "stop":
             raise self._error(fault, index)
@@ -410,7 +398,7 @@ class VideoFile(OnePass):
 
 
 class _Clock:
-    """Time stamps of the frames; where the file gives none, it counts on at the frame rate."""
+    """Time stamps of the frames; where the file gives none, they are counted at the frame rate."""
 
     def __init__(self, stream: VideoStream) -> None:
         self.time_base = stream.time_base or 1 / DEFAULT_FRAME_RATE
@@ -429,11 +417,6 @@ class _Clock:
 
 def _frame_rate(stream: VideoStream) -> Fraction | None:
     return stream.average_rate or stream.guessed_rate or None
-
-
-def _check_size(size: tuple[int, int] | None) -> None:
-    if size is not None and (len(size) != 2 or min(size) < 1):
-        raise SourceError(f"size={size} is not (height, width) in pixels, both at least 1", kind="range")
 
 
 def _version(library: str) -> str:

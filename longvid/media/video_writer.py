@@ -1,4 +1,4 @@
-"""A video file written frame by frame, that appears under its name only when it is complete."""
+"""Video files, written frame by frame; a file takes its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -45,8 +45,7 @@ class VideoWriter:
 
     Args:
         path: the file to make: .mp4, .mov or .mkv.
-        height: lines of a frame.
-        width: pixels of a line.
+        size: (height, width) of the frames in pixels.
         time_base: seconds per unit of the time stamps.
         frame_rate: mean frames per second, if known; a hint to players.
         color: how the source was read. The matrix is used again if it is bt601 or bt709, else the rule decides
@@ -62,8 +61,7 @@ class VideoWriter:
         self,
         path: str | os.PathLike[str],
         *,
-        height: int,
-        width: int,
+        size: tuple[int, int],
         time_base: Fraction,
         frame_rate: Fraction | None,
         color: ColorInfo | None = None,
@@ -71,7 +69,7 @@ class VideoWriter:
         crf: int = 18,
     ) -> None:
         self._path = Path(path)
-        self._height, self._width = height, width
+        self._height, self._width = size
         self._time_base = Fraction(time_base)
         self._frame_rate = frame_rate
         self._color = color
@@ -148,7 +146,7 @@ class VideoWriter:
         context.time_base = self._time_base
         context.height, context.width = self._height, self._width
         context.pix_fmt = "yuv444p" if self._height % 2 or self._width % 2 else "yuv420p"
-        # swscale puts chroma between the pixels, and H.264 means beside them unless it is told: half a pixel of shift
+        # swscale puts chroma between the pixels; without this option H.264 decoders expect it half a pixel off
         context.options = {"crf": str(self._crf), "x264-params": "chromaloc=1"}
         self._tag(context)
         return stream

@@ -1,4 +1,4 @@
-"""A thread that does the steps which may hang, so that whoever waits for them need not hang with it."""
+"""Runs FFmpeg calls in a thread that can be abandoned if they hang."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _Steps: TypeAlias = "queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | N
 
 
 class Watchdog:
-    """Runs steps one after the other in a thread of its own and gives up on one that shows no progress.
+    """Runs steps one after the other in a thread of its own and abandons a step that makes no progress.
 
-    A decoder that hangs inside FFmpeg cannot be stopped from outside. It can be left behind: the thread is a daemon,
-    which does not keep the process from ending.
+    A decoder that hangs inside FFmpeg cannot be stopped from outside. Its thread is a daemon, which does not keep the
+    process from ending.
 
     Args:
         name: what messages call the source.
@@ -37,7 +37,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         self._end = weakref.finalize(self, self._steps.put, None)
         self.stalled = False
-        "a step was left behind: what it works on must not be touched any more"
+        "a step was abandoned: the objects that it uses must not be touched any more"
 
     def run(self, step: Callable[[], T]) -> T:
         """Do ``step`` in the thread and return what it returns, or raise what it raises.
@@ -65,25 +65,25 @@ class Watchdog:
                     continue
             return done.result()
         finally:
-            del done  # an error knows this frame: one that knew the error would keep both, and a decoder, alive
+            del done  # an error refers to this frame: a frame that refers to the error would keep a decoder alive
 
     def beat(self) -> None:
-        """Say, from inside a step, that something was delivered.
+        """Report progress from inside a step.
 
         Raises:
-            RuntimeError: nobody waits any more.
+            RuntimeError: the step was abandoned.
         """
         self.check()
         self._last_beat = time.monotonic()
 
     def check(self) -> None:
-        """End, from inside, a step that was left behind.
+        """End an abandoned step from inside.
 
         Raises:
-            RuntimeError: nobody waits any more.
+            RuntimeError: the step was abandoned.
         """
         if self.stalled:
-            raise RuntimeError("the step was given up")
+            raise RuntimeError("the step was abandoned")
 
     def close(self) -> None:
         """End the thread, unless it hangs."""
@@ -93,19 +93,19 @@ class Watchdog:
 
     def _error(self) -> SourceError:
         return SourceError(
-            f"the decoder of {self._name} has delivered nothing for {self._seconds:g} s and was given up; convert the "
+            f"the decoder of {self._name} has delivered nothing for {self._seconds:g} s and was abandoned; convert the "
             f"file, or allow more with Limits.stall_seconds",
             kind="stalled",
         )
 
 
 def _serve(steps: _Steps) -> None:
-    """The thread; it knows the queue alone, so that it keeps nothing alive."""
+    """The thread; it refers to the queue alone, so that it keeps nothing alive."""
     while (item := steps.get()) is not None:
         step, done = item
         try:
             result = step()
-        except BaseException as exc:  # whoever waits gets it
+        except BaseException as exc:  # the waiting thread raises it
             done.set_exception(exc)
         else:
             done.set_result(result)

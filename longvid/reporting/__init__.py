@@ -1,1 +1,1 @@
-"""What people see: progress bar, recordings, report pages."""
+"""What users see of a run: progress bar, recordings and report pages."""

@@ -162,8 +162,7 @@ def video_sink(store: LatentStore, out: Path, overwrite: bool) -> VideoWriter:
     color = store.source.get("color")
     return VideoWriter(
         out,
-        height=store.height,
-        width=store.width,
+        size=(store.height, store.width),
         time_base=store.time_base,
         frame_rate=store.frame_rate,
         color=None if color is None else ColorInfo(**color),

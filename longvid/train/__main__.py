@@ -1,7 +1,7 @@
 """``python -m longvid.train FOLDER... --out DIR``: train ``tiny`` on videos and images of your own.
 
-A run is a number of steps, not of minutes, and every draw depends on seed and step only. Stopped at any time, the same
-command goes on from the last checkpoint. The result is a folder that ``load_model`` and ``--model`` take.
+A run is a number of steps, not of minutes, and every random choice depends on seed and step only. A run can be stopped
+at any time; the same command resumes from the last checkpoint. The result is a folder for ``load_model``.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from longvid.train.fit import LinearCoder, fit
 from longvid.train.footage import VIDEOS, Footage, HoldOut, find_files, read_middle
 
 EVALUATED = (176, 320)
-"Height and width at which held-out clips are judged."
+"height and width at which held-out clips are evaluated"
 EVALUATED_FRAMES = 49
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, or go on training, and write the model folder."""
+    """Train, or resume training, and write the model folder."""
     args = _parser().parse_args(argv)
     try:
         return _train(args)
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m longvid.train", description=__doc__)
     parser.add_argument("footage", nargs="+", type=Path, help="videos, images, or folders of them")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the model, checkpoints and the curve")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model and checkpoints")
     parser.add_argument("--cache", type=Path, help="folder for decoded frames, gigabytes (default: OUT/cache)")
     parser.add_argument(
         "--hold-out",
@@ -56,15 +56,17 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PATTERN[@FROM-TO]",
-        help="footage to judge by and not to train on: a file name pattern, if wanted with seconds; may be repeated",
+        help="footage to evaluate on and not to train on: a file name pattern, with seconds if wanted; may be repeated",
     )
-    parser.add_argument("--steps", type=int, default=4500, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4500, help="training steps (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=2, help="clips per step (default: %(default)s)")
     parser.add_argument("--frames", type=int, default=49, help="frames of a clip, 1 + 4 n (default: %(default)s)")
     parser.add_argument("--size", type=int, default=128, help="height and width of a clip (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--fit-clips", type=int, default=400, help="for the closed-form part (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: %(default)s)")
+    parser.add_argument(
+        "--fit-clips", type=int, default=400, help="clips for the closed-form part (default: %(default)s)"
+    )
     parser.add_argument("--every", type=int, default=250, help="steps between checkpoints (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="compute threads (default: all cores)")
     return parser
@@ -81,12 +83,14 @@ def _train(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    _require_ours(args.out)
+    names = ("config.json", "diffusion_pytorch_model.safetensors")
+    if not (args.out / "checkpoint.pt").exists() and any((args.out / name).exists() for name in names):
+        raise ModelError(f"{args.out} holds a model that was not trained here; choose another folder for --out")
     cache = args.cache or args.out / "cache"
     files = find_files(args.footage, leave_out=(args.out, cache))
     footage = Footage.prepare(tqdm(files, desc="decode", unit="file"), cache, args.hold_out)
     if not footage.motion:
-        raise ModelError("there is no video to train on beside what is held out; images alone do not move")
+        raise ModelError("there is no video to train on besides those that are held out; images alone do not move")
     run = _Run(footage, files, args)
     held = _held_out_clips(files, args.hold_out)
     if not run.resume():
@@ -94,19 +98,6 @@ def _train(args: argparse.Namespace) -> int:
     run.loop(held)
     _export(run, held)
     return 0
-
-
-def _require_ours(folder: Path) -> None:
-    """Refuse a folder with the model of somebody else: what is trained takes the names that all models have."""
-    config, weights = folder / "config.json", folder / "diffusion_pytorch_model.safetensors"
-    if (folder / "checkpoint.pt").exists() or not (config.exists() or weights.exists()):
-        return
-    try:
-        ours = json.loads(config.read_text())["_class_name"] == TinyVAE.class_name
-    except (OSError, ValueError, LookupError, TypeError):
-        ours = False
-    if not ours:
-        raise ModelError(f"{folder} holds a model that was not trained here; choose another folder for --out")
 
 
 class _Run:
@@ -120,13 +111,13 @@ class _Run:
         self.model = TinyVAE(TinyConfig())
         self.trained = [*self.model.encoder.parameters(), *self.model.decoder.parameters()]
         for parameter in self.trained:
-            if parameter.dim() == 5:  # the layout that convolutions are trained fastest in
+            if parameter.dim() == 5:  # the layout in which convolutions train fastest
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
         self.optimizer = torch.optim.AdamW(self.trained, lr=args.rate, betas=(0.9, 0.95), weight_decay=0.01)
         self.step = 0
         self.seconds = 0.0
         self.log: list[dict[str, Any]] = []
-        # Everything that the result depends on; a checkpoint of other settings is not continued.
+        # Everything that the result depends on; a checkpoint with other settings is not resumed.
         self.settings = {
             **{k: getattr(args, k) for k in ("steps", "batch", "frames", "size", "rate", "seed", "fit_clips")},
             "footage": [f"{path.name} ({path.stat().st_size} bytes)" for path in files],
@@ -139,7 +130,7 @@ class _Run:
         return Path(self.args.out) / "checkpoint.pt"
 
     def save(self) -> None:
-        """Write the checkpoint, whole or not at all."""
+        """Write the checkpoint, all or nothing."""
         state = {
             "settings": self.settings,
             "model": self.model.state_dict(),
@@ -154,14 +145,14 @@ class _Run:
         os.replace(part, self._checkpoint)
 
     def start(self) -> None:
-        """The closed-form part."""
+        """Compute the closed-form part."""
         self.coder = fit(self.model, self.footage, seed=self.args.seed, num_clips=self.args.fit_clips)
 
     def resume(self) -> bool:
-        """Take up the checkpoint, if there is one; say whether there was.
+        """Load the checkpoint, if there is one; return whether there was one.
 
         Raises:
-            ModelError: it is of a run with other settings.
+            ModelError: it belongs to a run with other settings.
         """
         if not self._checkpoint.exists():
             return False
@@ -170,8 +161,8 @@ class _Run:
             before = state["settings"]
             changed = [f"{k} {before.get(k)!r}, now {v!r}" for k, v in self.settings.items() if before.get(k) != v]
             raise ModelError(
-                f"{self._checkpoint} is of another run ({'; '.join(changed)}); give what it was started with, or "
-                "another --out"
+                f"{self._checkpoint} belongs to a run with other settings ({'; '.join(changed)}); give the settings of "
+                "that run, or another --out"
             )
         self.model.load_state_dict(state["model"])
         self.coder = LinearCoder(**state["coder"])
@@ -211,7 +202,6 @@ class _Run:
                     )
                     gains.clear()
                     self.save()
-                    _draw_curve(self.log, Path(args.out) / "curve.png")
 
     def _batch(self, step: int) -> Tensor:
         """Pixels (B, 3, T, H, W) in [-1, 1] of a step."""
@@ -232,7 +222,7 @@ class _Run:
         config = self.model.config
         with torch.no_grad():
             coefficients = self.model.transform(x_BCTHW, first=True).contiguous(memory_format=torch.channels_last_3d)
-            # What the transform drops can be neither lost nor won, but it belongs to the error.
+            # What the transform drops cannot be learned, but it belongs to the error.
             dropped = self._energy(x_BCTHW) - coefficients.square().sum((1, 3, 4))
             linear = (coefficients[:, config.latent_channels :].square().sum((1, 3, 4)) + dropped)[:, 1:]
         with torch.autocast("cpu", torch.bfloat16):
@@ -260,7 +250,7 @@ class _Run:
 
 
 def _held_out_clips(files: Sequence[Path], hold_out: Sequence[HoldOut]) -> dict[str, Tensor]:
-    """Pixels (1, 3, T, H, W) of the middle of everything held out, by the name of the file and the seconds."""
+    """Pixels (1, 3, T, H, W) of the middle of each held-out piece, by the name of its file and its seconds."""
     clips: dict[str, Tensor] = {}
     for path in files:
         for held in (h for h in hold_out if path.suffix.lower() in VIDEOS and h.matches(path)):
@@ -272,7 +262,7 @@ def _held_out_clips(files: Sequence[Path], hold_out: Sequence[HoldOut]) -> dict[
 
 @torch.no_grad()
 def evaluate(model: TinyVAE, coder: LinearCoder, clips: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """RGB PSNR in dB of each clip, of the model and of the linear coder, over all frames, rounded to 8 bits."""
+    """RGB PSNR in dB of model and linear coder on each clip, over all frames, rounded to 8 bits."""
     figures = {}
     for name, x in clips.items():
         decoded = model.transform.inverse(
@@ -293,7 +283,7 @@ def psnr(decoded: Tensor, x: Tensor) -> float:
 
 
 def _export(run: _Run, held: dict[str, Tensor]) -> None:
-    """Write the model folder in float16, then judge what was written."""
+    """Write the model folder in float16, then evaluate what was written."""
     out = Path(run.args.out)
     channels = run.model.config.latent_channels
     half = {
@@ -321,25 +311,6 @@ def _export(run: _Run, held: dict[str, Tensor]) -> None:
     if figures:
         print(f"{'mean gain':40} {np.mean([f['gain'] for f in figures.values()]):+.2f} dB")
     print(f"model folder: {out}")
-
-
-def _draw_curve(log: list[dict[str, Any]], path: Path) -> None:
-    """Gain over the linear coder against steps; nothing if matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    steps = [entry["step"] for entry in log]
-    axes.plot(steps, [entry["train_gain"] for entry in log], label="training clips", color="black")
-    for name in log[-1]["held_out"]:
-        axes.plot(steps, [entry["held_out"][name] for entry in log], label=name, linewidth=1)
-    axes.axhline(0, color="grey", linewidth=0.8)
-    axes.set_xlabel("step")
-    axes.set_ylabel("PSNR gain over the linear coder, dB")
-    axes.legend(fontsize=7, ncols=2)
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

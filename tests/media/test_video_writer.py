@@ -17,7 +17,7 @@ RATE = Fraction(24)
 
 
 def writer(path, *, height=48, width=96, time_base=1 / RATE, frame_rate=RATE, **options):
-    return VideoWriter(path, height=height, width=width, time_base=time_base, frame_rate=frame_rate, **options)
+    return VideoWriter(path, size=(height, width), time_base=time_base, frame_rate=frame_rate, **options)
 
 
 def write(path, count, **options):

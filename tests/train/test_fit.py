@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
         texture = np.kron(rng.integers(0, 256, (24, 40, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
         frames = np.stack([np.roll(texture, t * speed, axis=1) for t in range(30)])
         path = root / f"{name}.mp4"
-        with VideoWriter(path, height=192, width=320, time_base=Fraction(1, 25), frame_rate=Fraction(25)) as video:
+        with VideoWriter(path, size=(192, 320), time_base=Fraction(1, 25), frame_rate=Fraction(25)) as video:
             video.write(frames, np.arange(30))
     write_png(root / "image.png", texture)
     return root
