@@ -36,6 +36,7 @@ from longvid.units import format_bytes
 if TYPE_CHECKING:
     from longvid.models.base import CausalVAE
     from longvid.runtime.session import VideoSession
+    from longvid.store.reader import LatentStore, Published
 
 __all__ = ["main"]
 
@@ -142,21 +143,24 @@ def _decode(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from longvid.store.reader import read_root
+    from longvid.store.reader import open_published, open_store, read_root
 
     root = read_root(Path(args.store))
-    of_frames = root is not None and root["attributes"]["longvid"].get("kind") == "frames"
-    facts, lines = _frame_facts(args.store) if of_frames else _latent_facts(args.store)
-    print(json.dumps(facts) if args.json else "\n".join(lines))
+    if root is not None and root["attributes"]["longvid"].get("kind") == "frames":
+        facts, words = _frame_facts(open_published(args.store, "frames"))
+    else:
+        facts, words = _latent_facts(open_store(args.store))
+    if args.json:
+        print(json.dumps(facts))
+    else:
+        print(f"{args.store}: {'complete' if facts['complete'] else 'incomplete'}, {facts['frames']} {words}")
+        print(f"source    {(facts['source'] or {}).get('name')}")
+        print(f"stored    {format_bytes(facts['stored_bytes'])}")
     return 0
 
 
-def _latent_facts(path: str) -> tuple[dict[str, Any], list[str]]:
-    """Facts of a store of latents, for JSON and as lines of text."""
-    from longvid.store.reader import open_store
-
-    store = open_store(path)
-    numerics = store.attrs["longvid"].get("numerics")
+def _latent_facts(store: LatentStore) -> tuple[dict[str, Any], str]:
+    """Facts of a store of latents, for JSON and in words."""
     facts = {
         "kind": "latents",
         "frames": store.num_frames,
@@ -166,60 +170,45 @@ def _latent_facts(path: str) -> tuple[dict[str, Any], list[str]]:
         "representation": store.representation,
         "model": store.vae,
         "chunk_plan": store.schedule.to_dict(),
-        "numerics": numerics,
+        "numerics": store.attrs["longvid"].get("numerics"),
         "source": store.source,
         "stored_bytes": store.stored_bytes,
     }
-    shape = "x".join(str(n) for n in store.latents.shape)
-    n = store.schedule.chunk_frames
-    return facts, [
-        f"{path}: {_state(store.complete)}, {store.num_frames} frames of {store.width}x{store.height}",
-        f"latents   {shape} (t c y x) {store.latents.dtype}, {store.representation}, raw (not scaled)",
-        f"stored    {format_bytes(store.stored_bytes)}",
-        f"chunks    {1 + n}, {n}, {n}, ... frames",
-        *_computed(numerics),
-        f"model     {_model_name(store.vae)}, scaling_factor {store.vae.get('scaling_factor')}",
-        f"source    {store.source.get('name')}",
-    ]
+    shape, n = "x".join(map(str, store.latents.shape)), store.schedule.chunk_frames
+    return facts, (
+        f"frames of {store.width}x{store.height}\n"
+        f"latents   {shape} (t c y x) {store.latents.dtype}, {store.representation}, raw (not scaled)\n"
+        f"chunks    {1 + n}, {n}, {n}, ... frames\n"
+        f"{_computed(facts)}, scaling_factor {store.vae.get('scaling_factor')}"
+    )
 
 
-def _frame_facts(path: str) -> tuple[dict[str, Any], list[str]]:
-    """Facts of a store of frames, for JSON and as lines of text."""
-    from longvid.store.reader import open_published
-
-    store = open_published(path, "frames")
-    shape = store.arrays["frames"].shape
-    attributes, own = store.attributes, store.facts
+def _frame_facts(store: Published) -> tuple[dict[str, Any], str]:
+    """Facts of a store of frames, for JSON and in words."""
+    num_frames, height, width, _ = shape = store.arrays["frames"].shape
     facts = {
         "kind": "frames",
-        "frames": shape[0],
+        "frames": num_frames,
         "frame_shape": list(shape),
         "complete": store.complete,
-        "frame_rate": own.get("frame_rate"),
-        "model": own.get("vae"),
-        "latents": own.get("latents"),
-        "numerics": own.get("numerics"),
-        "source": attributes.get("source"),
+        "frame_rate": store.facts.get("frame_rate"),
+        "model": store.facts.get("vae") or {},
+        "latents": store.facts.get("latents"),
+        "numerics": store.facts.get("numerics"),
+        "source": store.attributes.get("source"),
         "stored_bytes": store.stored_bytes,
     }
-    return facts, [
-        f"{path}: {_state(store.complete)}, {shape[0]} decoded frames of {shape[2]}x{shape[1]}",
-        f"stored    {format_bytes(store.stored_bytes)}",
-        *_computed(own.get("numerics")),
-        f"model     {_model_name(own.get('vae') or {})}",
-        f"latents   {own.get('latents')}",
-        f"source    {(attributes.get('source') or {}).get('name')}",
-    ]
+    return facts, f"decoded frames of {width}x{height}\nlatents   {facts['latents']}\n{_computed(facts)}"
 
 
-def _state(complete: bool) -> str:
-    return "complete" if complete else "incomplete"
-
-
-def _computed(numerics: dict[str, Any] | None) -> list[str]:
+def _computed(facts: Mapping[str, Any]) -> str:
+    """How a store was computed, and the name of the model."""
     from longvid.models.numerics import Numerics
 
-    return [f"computed  {Numerics.from_dict(numerics).words}"] if numerics else []
+    words = f"computed  {Numerics.from_dict(facts['numerics']).words}\n" if facts["numerics"] else ""
+    model, seed = facts["model"], facts["model"].get("random_weights")
+    name = model.get("name_or_path") or model.get("class_name")
+    return f"{words}model     {name}" + ("" if seed is None else f" with random weights (seed {seed})")
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -422,12 +411,6 @@ def _take_recorded_model(args: argparse.Namespace, vae: Mapping[str, Any] | None
         raise ModelError(f"{args.store} does not record where its model is; name it with --model")
     args.model, args.model_from, args.random_weights = str(name), args.store, vae.get("random_weights")
     args.revision = None if args.random_weights is not None else vae.get("revision")
-
-
-def _model_name(vae: Mapping[str, Any]) -> str:
-    name = str(vae.get("name_or_path") or vae.get("class_name") or "unknown")
-    seed = vae.get("random_weights")
-    return name if seed is None else f"{name} with random weights (seed {seed})"
 
 
 def _safety(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -99,9 +98,7 @@ class OnePass:
         self._check_open()
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -110,12 +107,10 @@ class ArrayFrames(OnePass):
 
     Args:
         array: the frames, uint8.
-        start: index of the first frame delivered.
-        frames: how many frames at most.
-        size: (height, width); only the array's own, since arrays are not resized here.
-        frame_rate: frames per second; without it 24 is assumed and said so in ``info``.
-        name: what messages call the source.
-        limits: what it may ask for at most.
+        size: (height, width); only that of the array, since arrays are not resized here.
+        frame_rate: frames per second; without it 24 is assumed, and ``info`` says so.
+        name: name of the source in messages.
+        start, frames, limits: see :func:`longvid.media.sources.open_source`.
     """
 
     def __init__(
@@ -195,18 +190,14 @@ class ArrayFrames(OnePass):
 
 
 class IterableFrames(OnePass):
-    """Frames from an iterable of uint8 pieces of shape (T, H, W, 3) or (H, W, 3); how many is not known in advance.
+    """Frames from an iterable of uint8 pieces of shape (T, H, W, 3) or (H, W, 3); their number is not known in advance.
 
-    The first piece is taken at once to learn the size. Every piece is copied, so that a generator may reuse its
-    buffer. What the iterable raises comes out unchanged.
+    The first piece is taken at once to learn the size, and none is taken beyond the window. Every piece is copied, so
+    that a generator may reuse its buffer. What the iterable raises comes out unchanged.
 
     Args:
-        pieces: the iterable; numpy arrays or torch tensors.
-        start: how many frames to skip.
-        frames: how many frames at most; nothing is taken from the iterable beyond them.
-        size: (height, width); only the frames' own, since arrays are not resized here.
-        frame_rate: frames per second; without it 24 is assumed and said so in ``info``.
-        limits: what it may ask for at most.
+        pieces: the iterable of numpy arrays or torch tensors.
+        start, frames, size, frame_rate, limits: as of :class:`ArrayFrames`.
     """
 
     def __init__(

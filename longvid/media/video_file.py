@@ -44,11 +44,7 @@ class VideoFile(OnePass):
 
     Args:
         path: a regular file; addresses are refused.
-        start: index of the first frame delivered.
-        frames: how many frames at most.
-        size: (height, width) to resize to.
-        on_error: what happens where the file is damaged.
-        limits: what the file may ask for at most.
+        start, frames, size, on_error, limits: see :func:`longvid.media.sources.open_source`.
 
     Raises:
         SourceError: the file is missing, is not a video, is cut short, or holds no frames.
@@ -243,8 +239,8 @@ class VideoFile(OnePass):
         color = self.info.color
         if color is not None and color.transfer in _HDR:
             warnings.warn(
-                f"{self._name} is HDR ({color.transfer}) and is read without tone mapping, so that it looks pale as RGB; "
-                f"convert it to SDR first if that matters",
+                f"{self._name} is HDR ({color.transfer}) and is read without tone mapping, so that it looks pale; "
+                "convert it to SDR first if that matters",
                 stacklevel=4,
             )
 

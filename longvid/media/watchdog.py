@@ -73,17 +73,9 @@ class Watchdog:
         Raises:
             RuntimeError: the step was abandoned.
         """
-        self.check()
-        self._last_beat = time.monotonic()
-
-    def check(self) -> None:
-        """End an abandoned step from inside.
-
-        Raises:
-            RuntimeError: the step was abandoned.
-        """
         if self.stalled:
             raise RuntimeError("the step was abandoned")
+        self._last_beat = time.monotonic()
 
     def close(self) -> None:
         """End the thread, unless it hangs."""

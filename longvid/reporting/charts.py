@@ -6,7 +6,6 @@ Colours of text and axes come from the page's style sheet, so that they suit lig
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeAlias
 
@@ -197,31 +196,21 @@ def _edges(windows: Sequence[Point], factor: float) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, slots=True)
 class _Clock:
     """Time axis of the chunks that are shown in full, from the start of the first one."""
 
-    begin_seconds: float
-    factor: float
-    unit: str
-    stop: float
-    first_chunk: int
-
-    @classmethod
-    def of(cls, views: Sequence[ChunkView]) -> _Clock:
-        begin, end = views[0].start_seconds, views[-1].stop_seconds
-        factor, unit = _time_unit(end - begin)
-        return cls(begin, factor, unit, (end - begin) / factor or 1.0, views[0].index)
+    def __init__(self, views: Sequence[ChunkView]) -> None:
+        self._begin = views[0].start_seconds
+        seconds = views[-1].stop_seconds - self._begin
+        self._factor, self.unit = _time_unit(seconds)
+        self.stop = seconds / self._factor or 1.0
+        self.label = f"{_UNIT_WORDS[self.unit]} since chunk {views[0].index:,} began"
 
     def __call__(self, seconds: float) -> float:
-        return (seconds - self.begin_seconds) / self.factor
+        return (seconds - self._begin) / self._factor
 
     def length(self, bar: Span | Stay) -> float:
-        return (bar.stop_seconds - bar.start_seconds) / self.factor
-
-    @property
-    def label(self) -> str:
-        return f"{_UNIT_WORDS[self.unit]} since chunk {self.first_chunk:,} began"
+        return (bar.stop_seconds - bar.start_seconds) / self._factor
 
 
 def _bars(chart: figure, clock: _Clock, bars: Sequence[tuple[int, Span | Stay]], **style: Any) -> None:
@@ -252,7 +241,7 @@ def _mark_chunks(chart: figure, clock: _Clock, views: Sequence[ChunkView]) -> No
 def _draw_residency(history: RunHistory) -> figure:
     """One row per layer: when its context was on the device, and when the layer computed."""
     layers, views = history.start.layers, list(history.views)
-    clock = _Clock.of(views)
+    clock = _Clock(views)
     row_of = {layer.name: row for row, layer in enumerate(layers)}
     row_height = _row_height(history)
     chart = _blank(len(layers) * row_height + 90, (0, clock.stop), clock.label, (len(layers), 0), None, _LEFT_OF_VIEWS)
@@ -303,7 +292,7 @@ def _label_groups(chart: figure, layers: Sequence[LayerContext], row_height: int
 def _draw_lanes(history: RunHistory) -> figure:
     """Computation and the two directions of transfer, one row each."""
     views = list(history.views)
-    clock = _Clock.of(views)
+    clock = _Clock(views)
     chart = _blank(190, (0, clock.stop), clock.label, (len(_LANES), 0), None, _LEFT_OF_VIEWS)
     for row, lane in enumerate(_LANES):
         bars = [(row, span) for view in views for span in view.spans if span.lane == lane]

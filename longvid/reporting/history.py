@@ -77,17 +77,13 @@ class Stay:
 
 def merged(points: Sequence[Point]) -> Point:
     """Neighbouring points as one."""
-    peaks = [p.peak_bytes for p in points if p.peak_bytes is not None]
+    sums = ("num_chunks", "num_frames", "compute_seconds", "wait_seconds", "read_seconds", "write_seconds")
+    totals = {name: sum(getattr(point, name) for point in points) for name in sums}
     return Point(
-        num_chunks=sum(p.num_chunks for p in points),
-        num_frames=sum(p.num_frames for p in points),
+        **totals,
         start_seconds=points[0].start_seconds,
         stop_seconds=points[-1].stop_seconds,
-        compute_seconds=sum(p.compute_seconds for p in points),
-        wait_seconds=sum(p.wait_seconds for p in points),
-        read_seconds=sum(p.read_seconds for p in points),
-        write_seconds=sum(p.write_seconds for p in points),
-        peak_bytes=max(peaks, default=None),
+        peak_bytes=max((p.peak_bytes for p in points if p.peak_bytes is not None), default=None),
         rss_bytes=max(p.rss_bytes for p in points),
     )
 
@@ -116,9 +112,8 @@ class RunHistory:
     @property
     def seconds(self) -> float:
         """How long the run took; until its last chunk if it failed."""
-        if self.report is not None:
-            return self.report.seconds
-        return self.last_event.seconds if self.last_event is not None else 0.0
+        source = self.report or self.last_event
+        return source.seconds if source is not None else 0.0
 
     @property
     def num_frames(self) -> int:
@@ -137,9 +132,8 @@ class RunHistory:
     @property
     def peak_device_bytes(self) -> int:
         """The measured peak; 0 if nothing was measured."""
-        if self.report is not None:
-            return self.report.peak_device_bytes
-        return self.last_event.peak_device_bytes if self.last_event is not None else 0
+        source = self.report or self.last_event
+        return source.peak_device_bytes if source is not None else 0
 
     def add(self, event: ChunkEvent) -> None:
         """Add a chunk."""

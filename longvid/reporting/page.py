@@ -67,8 +67,15 @@ class ReportPage:
         self._run, run.report = None, report
         self._sections.append(_Section.of(len(self._sections) + 1, run))
         for old in self._sections[:-_MAX_DRAWN_RUNS]:
-            old.shorten()
-        write_whole(self._path, _page(self._sections), what="the run itself is not affected; its report")
+            old.html, old.script = old.short_html, ""
+        scripts = [section.script for section in self._sections if section.script]
+        if scripts:
+            from longvid.reporting import charts
+
+            scripts.insert(0, charts.library_script())
+        sections, titles = [section.html for section in self._sections], [section.title for section in self._sections]
+        html = page(sections, titles, scripts, completed=run.completed)
+        write_whole(self._path, html, what="the run itself is not affected; its report")
 
     def _running(self) -> RunHistory:
         if self._run is None:
@@ -100,32 +107,13 @@ class _Section:
     """One finished run on the page. It is drawn once, however many runs follow."""
 
     title: str
-    words: str
-    whole: str
+    html: str
+    short_html: str
     script: str
-    completed: bool
 
     @classmethod
     def of(cls, number: int, run: RunHistory) -> _Section:
         from longvid.reporting import charts
 
         script, places = charts.draw(run)
-        return cls(headline(run), short_section(number, run), section(number, run, places), script, run.completed)
-
-    def shorten(self) -> None:
-        """Drop the charts."""
-        self.whole, self.script = self.words, ""
-
-
-def _page(sections: list[_Section]) -> str:
-    from longvid.reporting import charts
-
-    scripts = [section.script for section in sections if section.script]
-    if scripts:
-        scripts.insert(0, charts.library_script())
-    return page(
-        [section.whole for section in sections],
-        [section.title for section in sections],
-        scripts,
-        completed=sections[-1].completed,
-    )
+        return cls(headline(run), section(number, run, places), short_section(number, run), script)
