@@ -1,4 +1,4 @@
-"""What a run was made on, for records and reports: hardware and versions, and nothing that names its owner."""
+"""Facts of the machine for records and reports, without names of owners or paths, and settings of its allocator."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from longvid import __version__
 __all__ = ["describe_machine", "kernels_of", "map_large_allocations"]
 
 _M_MMAP_THRESHOLD = -3
-"of glibc's malloc.h"
+"as defined in malloc.h of glibc"
 
 
 def describe_machine(device: str) -> dict[str, Any]:
     """Facts of this machine, ready for JSON. Holds no host name, no user name and no path.
 
     Args:
-        device: where the model computes, such as ``"cpu"`` or ``"cuda:0"``. An accelerator that is not here (the
-            record of another machine, say) is given by this name alone.
+        device: where the model computes, such as ``"cpu"`` or ``"cuda:0"``. For an accelerator that this machine does
+            not have, this name is the only fact.
     """
     import torch
 
@@ -44,7 +44,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 
 def kernels_of(device: str) -> str:
-    """What decides, beside torch's version, which kernels run: the instruction set of a CPU, the name of a GPU."""
+    """What decides, beside the version of torch, which kernels run: the instruction set of a CPU, the name of a GPU."""
     import torch
 
     if torch.device(device).type == "cpu":
@@ -53,7 +53,7 @@ def kernels_of(device: str) -> str:
 
 
 def _cpu_model() -> str:
-    """The name on the box; some processors do not tell theirs, and give their architecture."""
+    """Name of the processor, or its architecture where the name is unknown."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")
@@ -86,11 +86,11 @@ def _accelerator(device: str) -> tuple[str | None, int | None]:
 
 
 def map_large_allocations() -> None:
-    """Have glibc map every tensor of its own, so that the process's peak does not depend on how its heap fragments.
+    """Make glibc map every large tensor by itself, so that the peak memory does not depend on heap fragmentation.
 
-    Left alone, glibc moves the limit up to 32 MiB as it goes, and small tensors of three threads share one heap. Pages
-    that are mapped anew have to be filled anew, so torch is told to ask for those of 2 MiB. For programs to call,
-    not libraries, before torch is imported.
+    By default glibc raises its limit up to 32 MiB during a run, and the small tensors of three threads share one heap.
+    Newly mapped pages have to be zeroed, so torch is asked to use pages of 2 MiB. For programs, not libraries, to call
+    before torch is imported.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 

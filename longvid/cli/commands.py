@@ -13,13 +13,14 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longvid.cli.parser import LIMITS, Command, make_parser
+from longvid.cli.signals import Ended, StopRequest, handle_signals
 from longvid.environment import map_large_allocations
 from longvid.errors import (
     LongvidError,
@@ -54,20 +55,12 @@ _SESSION_OPTIONS = (
 )  # fmt: skip
 
 
-class _Ended(KeyboardInterrupt):
-    """Raised when a signal asks the process to end; unwinds as Ctrl-C does."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.exit_code = 128 + signum
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     args = make_parser(_COMMANDS).parse_args(argv)
     command: Command = args.run
-    args.stop = _StopRequest()
-    with _signals(args.stop, restore=argv is not None), _one_line_warnings():
+    args.stop = StopRequest()
+    with handle_signals(args.stop, restore=argv is not None), _one_line_warnings():
         try:
             code = command(args)
             sys.stdout.flush()  # here, where a reader that has gone can still be handled
@@ -98,22 +91,7 @@ def _interrupted(args: argparse.Namespace, exc: KeyboardInterrupt) -> int:
     elif args.command == "decode":
         left = "an unfinished video file cannot be resumed and was removed; decode to .zarr to be able to resume"
     print(f"longvid: interrupted; {left}", file=sys.stderr)
-    return exc.exit_code if isinstance(exc, _Ended) else 130
-
-
-class _StopRequest:
-    """Signal handler: the first signal asks a run to stop where it can be resumed, the next one ends it at once."""
-
-    def __init__(self) -> None:
-        self.session: VideoSession | None = None
-        self.signum: int | None = None
-
-    def __call__(self, signum: int, _frame: object) -> None:
-        """Handle a signal."""
-        if self.session is None or self.signum is not None:
-            raise _Ended(signum)
-        self.signum = signum
-        self.session.stop()
+    return exc.exit_code if isinstance(exc, Ended) else 130
 
 
 # ------------------------------------------------------------------------------------------------- commands
@@ -434,7 +412,7 @@ def _show(args: argparse.Namespace, report: RunReport, out: str) -> int:
         _print_report(report, out)
     if report.complete:
         return 0
-    raise _Ended(args.stop.signum or signal.SIGINT)
+    raise Ended(args.stop.signum or signal.SIGINT)
 
 
 def _print_report(report: RunReport, out: str) -> None:
@@ -447,28 +425,6 @@ def _print_report(report: RunReport, out: str) -> None:
             f"({report.frames_per_second:.1f} frames/s); peak memory: device {format_bytes(report.peak_device_bytes)} "
             f"(contexts {format_bytes(report.cache_bytes)}), process {format_bytes(report.peak_rss_bytes)}"
         )
-
-
-@contextmanager
-def _signals(handler: Callable[[int, Any], None], *, restore: bool) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP stop a run where it can be resumed, and unwind the program anywhere else.
-
-    Args:
-        handler: called with a signal.
-        restore: whether the handlers of before are restored. Otherwise the signals are ignored afterwards: the program
-            has reported how it ended and is about to exit.
-    """
-    # A signal that is ignored stays ignored, as nohup asks.
-    wanted = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
-    try:
-        before = {s: signal.signal(s, handler) for s in wanted}
-    except ValueError:  # not the main thread: another program embeds the command line
-        before = {}
-    try:
-        yield
-    finally:
-        for signum, old in before.items():
-            signal.signal(signum, old if restore else signal.SIG_IGN)
 
 
 @contextmanager

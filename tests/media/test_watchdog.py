@@ -1,4 +1,4 @@
-"""A decoder that hangs: whoever waits for it hears of it, and the process can end."""
+"""A decoder that hangs: the waiting thread gets an error, and the process can end."""
 
 import subprocess
 import sys

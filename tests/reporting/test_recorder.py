@@ -1,4 +1,4 @@
-"""A recording gives back what was told, and survives what can happen to it."""
+"""A recording gives back the events that were written, and survives kills and damage."""
 
 import json
 import os
