@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # torch first and pinned: an unpinned torch pulls gigabytes of CUDA packages.
 TORCH  := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: venv demo test test-slow test-faults lint bench bench-memory clean
+.PHONY: venv demo test test-slow test-faults coverage lint bench bench-memory clean
 
 venv: $(VENV)/.ready
 
@@ -22,15 +22,21 @@ demo: venv
 WORKERS ?= 2
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
+# The same tests; prints the statements of longvid/ that they run, and fails below the share in pyproject.toml.
+coverage: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --cov --cov-report=term
 
 test-slow: venv
-	$(BIN)/python -m pytest -m slow --timeout=1800
+	$(BIN)/python -m pytest -m slow --timeout=1800 $(TESTS)
+
+LEDGER      ?= benchmarks/results/faults.json
+FAULT_TESTS ?= tests/faults $(addprefix tests/media/test_,bad_files.py fuzz.py refused.py seek_resume.py)
 
 # Every fault there is, and the table of what became of them; `make test` takes a sample.
 test-faults: venv
-	$(BIN)/python -m pytest -m "slow or not slow" --timeout=3600 --all-faults \
-		--ledger benchmarks/results/faults.json tests/faults tests/media/test_bad_files.py tests/media/test_fuzz.py tests/media/test_refused.py tests/media/test_seek_resume.py
+	$(BIN)/python -m pytest -m "slow or not slow" --timeout=3600 --all-faults --ledger $(LEDGER) $(FAULT_TESTS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from longvid.models.cogvideox import CogVideoXConfig, CogVideoXVAE
 pytest_plugins = ["support.fault_ledger"]
 
 # The same examples in every run, on every machine. `--hypothesis-profile explore` looks for new ones.
-hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None, print_blob=True)
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=50)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("fixed")
 

@@ -76,7 +76,7 @@ steps = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 60), st.integers(1
 
 
 @given(steps=steps, share=st.floats(0, 1), prefetch=st.integers(0, 60))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60)
 def test_less_is_never_more(steps, share, prefetch):
     """Every context that leaves, and every byte of prefetch that goes, lowers the need of each moment or keeps it."""
     t = timeline(*steps)
@@ -88,7 +88,7 @@ def test_less_is_never_more(steps, share, prefetch):
 
 
 @given(steps=steps, share=st.floats(0, 1))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60)
 def test_the_choice_fits_whenever_anything_does_and_nobody_leaves_in_vain(steps, share):
     t = timeline(*steps)
     low, high = t.peak(t.least).total_bytes, t.peak(Placement()).total_bytes
@@ -128,7 +128,7 @@ def test_the_choice_is_nearly_always_the_best_of_all_sets():
 
 
 @given(steps=steps, share=st.floats(0, 1))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60)
 def test_a_layer_that_cannot_hide_leaves_only_if_all_that_can_are_not_enough(steps, share):
     t = timeline(*steps)
     low, high = t.peak(t.least).total_bytes, t.peak(Placement()).total_bytes

@@ -74,7 +74,7 @@ def test_the_published_metadata_is_what_zarr_itself_would_consolidate(tmp_path):
     assert json.loads((tmp_path / "a.zarr" / "zarr.json").read_text()) == ours
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=20)
 @given(
     st.integers(1, 60),
     st.sampled_from([(8, 4), (4, 4), (6, 2), (5, 1), (16, 8)]),

@@ -36,7 +36,7 @@ from longvid.store.validation import (
 )
 
 MIB = 2**20
-EXAMPLES = 400
+EXAMPLES = 160
 "of fuzzed metadata; 20,000 have been tried"
 SMALL = StoreLimits(max_chunk_bytes=MIB, max_slab_bytes=2 * MIB, max_whole_bytes=2 * MIB, max_chunks_at_once=64)
 "limits up to which a test can read everything"
@@ -354,9 +354,7 @@ def test_fuzzed_metadata_are_refused_or_open_in_bounds(ours, foreign):
     seeds = [read_document(ours / "zarr.json"), foreign]
     outcomes = {"passed": 0, "refused": 0}
 
-    @settings(
-        max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-    )
+    @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
     @given(st.data())
     def fuzz(data):
         document = mutated(data.draw(st.sampled_from(seeds)), data.draw)
@@ -371,7 +369,7 @@ def test_fuzzed_metadata_are_refused_or_open_in_bounds(ours, foreign):
         outcomes["passed"] += 1
 
     fuzz()
-    assert min(outcomes.values()) > 50, outcomes
+    assert min(outcomes.values()) > EXAMPLES // 8, outcomes
 
 
 def test_fuzzed_bytes_are_a_document_or_a_store_error(ours, tmp_path):
