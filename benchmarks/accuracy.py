@@ -29,13 +29,11 @@ LAST = Numerics(layout="channels_last")
 FORMS = {
     "contiguous": Numerics(),
     "channels last": LAST,
-    "channels last, pairs": replace(LAST, paired_frames=True),
+    "channels last, Winograd": replace(LAST, paired_frames=True),
     "channels last, residuals in convolutions": replace(LAST, fused_residuals=True),
-    "channels last, averages in convolutions": replace(LAST, fused_pooling=True),
-    "channels last, sub-pixel upsampling": replace(LAST, subpixel_upsampling=True),
-    "channels last, compiled norms": replace(LAST, compiled=True),
-    "channels last, pairs, residuals in convolutions": replace(LAST, paired_frames=True, fused_residuals=True),
-    "channels last, residuals in convolutions, compiled norms": replace(LAST, fused_residuals=True, compiled=True),
+    "channels last, products in float32": replace(LAST, float32_products=True),
+    "channels last, products in float32, Winograd": replace(LAST, float32_products=True, paired_frames=True),
+    "channels last, Winograd, residuals in convolutions": replace(LAST, paired_frames=True, fused_residuals=True),
 }
 
 

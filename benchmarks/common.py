@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longvid import ConvCache, load_model
+from longvid import ConvCache, ForwardContext, load_model
 from longvid.environment import describe_machine
 from longvid.events import Direction
 from longvid.memory.offloader import Offloader
 from longvid.models.base import CausalVAE
 from longvid.models.cogvideox import CogVideoXVAE
+from longvid.models.context import Limits
 from longvid.planning.plan import Slicing
 
 Step: TypeAlias = Callable[[Tensor], Tensor]
@@ -103,11 +104,12 @@ def open_model(
     layout: torch.memory_format,
     **options: Any,
 ) -> tuple[Step, ConvCache]:
-    """A video of longvid's model; ``options`` are those of its cache, which lives as long as the stack."""
+    """A video of longvid's model; ``options`` are those of its context, which lives as long as the stack."""
     module, run = (model.encoder, model.encode) if direction == "encode" else (model.decoder, model.decode)
-    limits: dict[str, Any] = {"slice_elements": slicing.elements, "band_elements": slicing.band_elements}
-    cache = stack.enter_context(ConvCache(module, offloader=offloader, **limits, **options))
-    return lambda x: run(x.contiguous(memory_format=layout), cache), cache
+    limits = Limits(slice_elements=slicing.elements, tile_elements=slicing.band_elements)
+    cache = ConvCache(module, offloader=offloader)
+    context = stack.enter_context(ForwardContext(cache, limits=limits, **options))
+    return lambda x: run(x.contiguous(memory_format=layout), context), cache
 
 
 # --------------------------------------------------------------------------------------------------- time

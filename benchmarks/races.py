@@ -1,4 +1,4 @@
-"""Whether the probe chooses the same forms on a busy machine, and whether it would by the clock on the wall.
+"""Whether kernel choice is the same on a busy machine, and whether it would by the clock on the wall.
 
     python benchmarks/races.py [--size 480x272] [--busy 0 1 4] [--repeats 3] [--out benchmarks/results/races.json]
 
@@ -21,7 +21,9 @@ import torch
 from common import CPU, DIRECTIONS, new_parser, write_results
 
 from longvid.models.cogvideox import CogVideoXConfig, CogVideoXVAE
+from longvid.models.kernels.cpu import has_matrix_unit
 from longvid.planning import kernel_choice
+from longvid.planning.workload import Workload
 from longvid.units import parse_size
 
 BUSY = "x = bytearray(2**26)\nprint(flush=True)\nwhile True: bytes(x), sum(range(10**5))"
@@ -29,7 +31,7 @@ Makers = Sequence[Callable[[], Callable[[], object]]]
 
 
 def by_the_wall(makers: Makers) -> list[float]:
-    """As many rounds as the probe's, in seconds that pass, with all threads."""
+    """As many rounds as kernel choice has, in seconds that pass, with all threads."""
     runners = [make() for make in makers]
     rounds: list[list[float]] = []
     for _ in range(kernel_choice._ROUNDS + 1):
@@ -57,16 +59,16 @@ def busy(num_processes: int) -> Iterator[None]:
 
 
 def names_of_races(dtype: torch.dtype, direction: str) -> list[str]:
-    """In the order in which the probe runs them."""
-    pairs = ["pairs"] if dtype == torch.float32 or direction == "decode" else []
-    return ["layout", *pairs, "averages" if direction == "encode" else "sub-pixels"]
+    """In the order in which kernel choice runs them."""
+    rounds_alike = dtype == torch.float32 or direction == "decode" or not has_matrix_unit()
+    return ["layout", "Winograd"] if rounds_alike else ["layout"]
 
 
 def measure(model: CogVideoXVAE, size: str, dtype: torch.dtype, direction: Any, repeats: int) -> dict[str, Any]:
     """What was chosen, and the ratios of each race by both clocks."""
     height, width = parse_size(size)
     ratios: dict[str, dict[str, list[float]]] = {clock: defaultdict(list) for clock in ("thread", "wall")}
-    real, chosen = kernel_choice._race, []
+    real, chosen = kernel_choice._benchmark, []
     for _ in range(repeats):
         races = iter(names_of_races(dtype, direction))
 
@@ -77,13 +79,13 @@ def measure(model: CogVideoXVAE, size: str, dtype: torch.dtype, direction: Any, 
                 ratios[clock][name].append(plain / other)
             return found["thread"]
 
-        kernel_choice._race = recorded
+        kernel_choice._benchmark = recorded
         try:
-            numerics = kernel_choice.choose_numerics(
-                model, device=CPU, dtype=dtype, height=height, width=width, direction=direction
-            )
+            schedule = model.geometry.schedule
+            workload = Workload(direction=direction, height=height, width=width, dtype=dtype, schedule=schedule)
+            numerics = kernel_choice.choose_numerics(model, workload, device=CPU)
         finally:
-            kernel_choice._race = real
+            kernel_choice._benchmark = real
         chosen.append(numerics.to_dict())
     return {"chosen": chosen, "ratios": ratios}
 

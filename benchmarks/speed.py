@@ -10,14 +10,8 @@ Contestants, all with the same random weights at the full width of CogVideoX, on
 * diffusers (unless left out): its encoder or decoder with its own ``conv_cache``, as its ``encode`` and ``decode`` loop
   over chunks.
 * longvid: layout, form of the convolutions and slices as a session chooses them.
-* longvid plain: the same with every multiplication of the model: no frames in pairs, no averages in convolutions, no
-  sub-pixel upsampling (only where the session has any).
-* longvid pairs: with frames in pairs (only where the session does not).
-* longvid averaged (only if named): the same with every frame convolved that is then averaged (only where the session
-  does otherwise).
-* longvid enlarged (only if named): the same with upsampled frames convolved at their full size (only where the session
-  does otherwise).
-* longvid compiled (only if named): in channels last with norms compiled, whether or not a session's probe chooses it.
+* longvid plain: the same with every multiplication of the model (only where the session uses Winograd filtering).
+* longvid pairs: with Winograd filtering along time (only where the session does not use it).
 * longvid thrifty (only if named): the same as longvid, without memory that is kept from chunk to chunk.
 * longvid least (only if named): slices of one frame and every context moved to host memory and back, as a session does
   whose budget is the least that the model runs in.
@@ -51,7 +45,7 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from common import CPU, DIRECTIONS, Step, chunk, new_parser, open_diffusers, open_model, random_models, write_results
+from common import CPU, DIRECTIONS, Step, chunk, new_parser, open_diffusers, random_models, write_results
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
@@ -59,13 +53,14 @@ from tqdm import tqdm
 from longvid import ConvCache
 from longvid.events import Direction
 from longvid.memory.copy_engine import CopyEngine
-from longvid.memory.offloader import Offloader
 from longvid.models.base import CausalVAE
 from longvid.models.forward import memory_format
 from longvid.models.numerics import Numerics
 from longvid.planning.dry_run import skeleton_of
 from longvid.planning.kernel_choice import choose_numerics, fresh_memory_is_slow, preferred_band_bytes
 from longvid.planning.planner import make_plan
+from longvid.planning.workload import Workload
+from longvid.runtime.engine import context_of
 from longvid.units import parse_size
 
 Shape: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -78,13 +73,10 @@ COLOURS = {
     "longvid": "#1b4f80",
     "longvid plain": "#7fb0d8",
     "longvid pairs": "#a6c9b4",
-    "longvid averaged": "#e5c494",
-    "longvid enlarged": "#e0a899",
-    "longvid compiled": "#b07aa1",
     "longvid thrifty": "#d8b26a",
     "longvid least": "#3f9b7f",
 }
-LABELS = {"longvid plain": "longvid, all multiplications", "longvid pairs": "longvid, in pairs"}
+LABELS = {"longvid plain": "longvid, all multiplications", "longvid pairs": "longvid, Winograd"}
 USUAL = ("longvid", "longvid plain", "longvid pairs")
 
 FLOOR = "bare convolutions"
@@ -141,14 +133,14 @@ def open_longvid(
         keep_buffers=fresh_memory_is_slow(CPU) and not thrifty,
         directions=(direction,),
     ).direction(direction)
-    transfer = stack.enter_context(CopyEngine(CPU))
-    offloader = Offloader(part.placement, transfer, host_sizes=part.host_sizes)
-    options = {"numerics": numerics, "keep_buffers": part.keeps_buffers, "keep_kernels": part.keeps_kernels}
-    return open_model(stack, model, direction, offloader, part.slicing, memory_format(numerics), **options)[0]
+    module, run = (model.encoder, model.encode) if direction == "encode" else (model.decoder, model.decode)
+    copies = stack.enter_context(CopyEngine(CPU))
+    context = stack.enter_context(context_of(part, module, copies))
+    return lambda x: run(x.contiguous(memory_format=memory_format(numerics)), context)
 
 
 def convolutions_of(model: CausalVAE, direction: str, height: int, width: int, dtype: torch.dtype) -> Counter[Shape]:
-    """Of a middle chunk, in whole chunks, without pairs and sub-pixels."""
+    """Of a middle chunk, in whole chunks, without Winograd filtering."""
     skeleton = skeleton_of(model, dtype)
     module, run = (skeleton.encoder, skeleton.encode) if direction == "encode" else (skeleton.decoder, skeleton.decode)
     with ConvCache(module) as cache:
@@ -211,18 +203,16 @@ def measure(
 ) -> dict[str, Any]:
     """One row of the results: every contestant at one setting."""
     height, width = parse_size(size)
-    numerics = choose_numerics(ours, device=CPU, dtype=dtype, height=height, width=width, direction=direction)
+    workload = Workload(direction=direction, height=height, width=width, dtype=dtype, schedule=ours.geometry.schedule)
+    numerics = choose_numerics(ours, workload, device=CPU)
     variants = {
         "longvid": numerics,
-        "longvid plain": replace(numerics, paired_frames=False, fused_pooling=False, subpixel_upsampling=False),
+        "longvid plain": replace(numerics, paired_frames=False),
         "longvid pairs": replace(numerics, layout="channels_last", paired_frames=True),
-        "longvid averaged": replace(numerics, fused_pooling=False),
-        "longvid enlarged": replace(numerics, subpixel_upsampling=False),
-        "longvid compiled": replace(numerics, layout="channels_last", compiled=True),
         "longvid thrifty": numerics,
         "longvid least": numerics,
     }
-    forms = ("longvid plain", "longvid pairs", "longvid averaged", "longvid enlarged")
+    forms = ("longvid plain", "longvid pairs")
     variants = {name: choice for name, choice in variants.items() if name not in forms or choice != numerics}
     x = chunk(direction, height, width, dtype, 1)
     with ExitStack() as stack:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from longvid.memory.tracker import AllocationTracker as AllocationTracker
     from longvid.models.base import CausalVAE as CausalVAE, LatentGeometry as LatentGeometry
     from longvid.models.cache import ConvCache as ConvCache
+    from longvid.models.context import ForwardContext as ForwardContext
     from longvid.models.layers import CausalConv3d as CausalConv3d
     from longvid.models.loading import load_model as load_model
     from longvid.planning.plan import Plan as Plan
@@ -49,6 +50,7 @@ _HOMES = {
     "memory.tracker": "AllocationTracker",
     "models.base": "CausalVAE LatentGeometry",
     "models.cache": "ConvCache",
+    "models.context": "ForwardContext",
     "models.layers": "CausalConv3d",
     "models.loading": "load_model",
     "planning.plan": "Plan",

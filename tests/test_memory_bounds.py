@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support import REPOSITORY
+from support.contexts import forward_context
 
 from longvid import AllocationTracker, ConvCache, VideoSession
 from longvid.demo.__main__ import CLIP
@@ -59,7 +60,7 @@ def test_1920x1088_runs_for_real_with_convolutions_split_in_time():
         if isinstance(layer, torch.nn.Conv3d) and layer.kernel_size[0] == 3
     ]
     z = torch.randn(1, 16, 3, 136, 240)
-    with ConvCache(vae.decoder, max_conv_elements=limit) as cache:
+    with forward_context(vae.decoder, conv_elements=limit) as cache:
         frames = vae.decode(z, cache)
     for hook in hooks:
         hook.remove()
@@ -69,7 +70,7 @@ def test_1920x1088_runs_for_real_with_convolutions_split_in_time():
     assert max(numel for _, numel in lengths) <= limit
     assert len(lengths) > len(hooks)
     small = torch.randn(1, 16, 3, 8, 8)
-    with ConvCache(vae.decoder) as whole, ConvCache(vae.decoder, max_conv_elements=1) as cut:
+    with ConvCache(vae.decoder) as whole, forward_context(vae.decoder, conv_elements=1) as cut:
         torch.testing.assert_close(vae.decode(small, cut), vae.decode(small, whole), rtol=1e-4, atol=1e-5)
 
 

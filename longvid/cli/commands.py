@@ -51,7 +51,7 @@ _EXIT_CODES: tuple[tuple[type[LongvidError], int], ...] = (
 )
 _SESSION_OPTIONS = (
     "device", "memory", "offload", "offload_dir", "reserved", "profile", "chunk_frames", "slice_frames", "layout",
-    "paired_frames", "compile",
+    "paired_frames",
 )  # fmt: skip
 
 
@@ -208,7 +208,6 @@ def _repair(args: argparse.Namespace) -> int:
     args.dtype = args.dtype or made_by.get("dtype")
     args.layout = numerics.get("layout", "auto")
     args.paired_frames = numerics.get("paired_frames", "auto")
-    args.compile = bool(numerics.get("compiled", False))
     args.chunk_frames = opened.facts.get("fingerprint", {}).get("chunk_plan", {}).get("chunk_frames")
     with _session(args) as session:
         done = repair(session, args.store, source=args.source)
@@ -236,7 +235,6 @@ def _plan(args: argparse.Namespace) -> int:
         numerics=Numerics(
             layout=parse_layout(args.layout) or "channels_last",
             paired_frames=bool(parse_paired_frames(args.paired_frames)),
-            compiled=args.compile,
         ),
         slice_frames=args.slice_frames,
         reserved=default_reserved_bytes(device) if args.reserved is None else args.reserved,

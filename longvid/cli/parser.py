@@ -308,11 +308,6 @@ def _budget_options(parser: argparse.ArgumentParser) -> None:
         "the last bits, and in bfloat16 rounding errors double (default: %(default)s, which is on for a CPU in float32 "
         "and for a bfloat16 decoder)",
     )
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile norms and activations with torch.compile where that is faster, on a CPU; needs a C++ compiler",
-    )
 
 
 def _range_options(parser: argparse.ArgumentParser, verb: str) -> None:

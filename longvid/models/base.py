@@ -1,4 +1,4 @@
-"""What the engine needs of a causal video VAE.
+"""The CausalVAE protocol, which the engine asks of a model, and the geometry of its latents.
 
 Axes: B batch, C channels, T time, H height, W width.
 """
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from longvid.errors import ScheduleError
 from longvid.models.cache import ConvCache
+from longvid.models.context import ForwardContext
 from longvid.schedule import ChunkSchedule
 
 __all__ = ["CausalVAE", "LatentGeometry", "model_name"]
@@ -30,9 +31,9 @@ class LatentGeometry:
     pixels_per_latent: int
     "spatial compression; frame sizes must be multiples of it"
     chunk_frames: int
-    "frames of a chunk after the first; for a chunk-invariant model only what is usual"
+    "frames of a chunk after the first; for a chunk-invariant model this is a default only"
     chunk_invariant: bool = False
-    "whether the result does not depend on the cut, beyond rounding: no norm runs over time"
+    "whether the result is independent of the cut into chunks, except in the last bits: no norm runs over time"
 
     @property
     def schedule(self) -> ChunkSchedule:
@@ -72,7 +73,8 @@ class CausalVAE(Protocol):
     """A causal video VAE: modules without state between calls.
 
     Bring your own by building an encoder and a decoder from :class:`longvid.CausalConv3d` (or layers like it), each
-    of which takes the cache in its call.
+    of which takes the context of the forward pass in its call. Methods accept a bare :class:`longvid.ConvCache`, too:
+    :meth:`longvid.ForwardContext.of` makes a context of it.
     """
 
     geometry: LatentGeometry
@@ -87,11 +89,11 @@ class CausalVAE(Protocol):
         """The module that a decoding ConvCache is made for."""
         ...
 
-    def encode(self, x_BCTHW: Tensor, cache: ConvCache) -> Tensor:
+    def encode(self, x_BCTHW: Tensor, context: ForwardContext | ConvCache) -> Tensor:
         """One chunk of pixels in [-1, 1] to moments (B, 2 x latent channels, t, h, w): mean, then log variance."""
         ...
 
-    def decode(self, z_BCTHW: Tensor, cache: ConvCache) -> Tensor:
+    def decode(self, z_BCTHW: Tensor, context: ForwardContext | ConvCache) -> Tensor:
         """One chunk of raw (unscaled) latents to pixels (B, 3, T, H, W), about in [-1, 1]."""
         ...
 

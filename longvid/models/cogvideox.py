@@ -1,7 +1,7 @@
 """The VAE of CogVideoX (2b, 5b, 1.5-5b), native.
 
-Module names are those of diffusers' ``AutoencoderKLCogVideoX``, so its checkpoints load key by key. The numbers are
-its numbers to rounding: same convolutions, same norms over the same chunks.
+Module names are those of diffusers' ``AutoencoderKLCogVideoX``, so its checkpoints load key by key. Results
+have numerical parity with diffusers: same convolutions, same norms over the same chunks.
 
 Source: CogVideoX, Yang et al. 2024, arXiv 2408.06072. Axes: B batch, C channels, T time, H height, W width.
 """
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from longvid.errors import ModelError
 from longvid.models.base import LatentGeometry
 from longvid.models.cache import ConvCache
+from longvid.models.context import ForwardContext
 from longvid.models.layers import CausalConv3d, Downsample, ResnetBlock, Upsample
 from longvid.models.norms import GroupNormSiLU, SpatialNormSiLU
 
@@ -100,7 +101,7 @@ class _Stage(nn.Module):
             self.add_module(name, nn.ModuleList([resampler]))
 
     def layers(self) -> Iterator[nn.Module]:
-        """The layers in order; each takes ``(x, cache, latent)``."""
+        """The layers in order; each takes ``(x, context, latent)``."""
         for group in self.children():
             yield from group.children()
 
@@ -112,10 +113,8 @@ class Encoder(nn.Module):
         super().__init__()
         widths = config.block_out_channels
 
-        def block(in_channels: int, out_channels: int, *, pools: bool = False) -> ResnetBlock:
-            return ResnetBlock(
-                in_channels, out_channels, num_groups=config.norm_num_groups, eps=config.norm_eps, pools=pools
-            )
+        def block(in_channels: int, out_channels: int) -> ResnetBlock:
+            return ResnetBlock(in_channels, out_channels, num_groups=config.norm_num_groups, eps=config.norm_eps)
 
         self.conv_in = CausalConv3d(config.in_channels, widths[0], 3)
         self.down_blocks = nn.ModuleList()
@@ -123,10 +122,7 @@ class Encoder(nn.Module):
         for i, width in enumerate(widths):
             last = i == len(widths) - 1
             time = not last and i < config.temporal_levels
-            resnets = [
-                block(channels if j == 0 else width, width, pools=time and j == config.layers_per_block - 1)
-                for j in range(config.layers_per_block)
-            ]
+            resnets = [block(channels if j == 0 else width, width) for j in range(config.layers_per_block)]
             down = {} if last else {"downsamplers": Downsample(width, time=time)}
             self.down_blocks.append(_Stage(resnets, **down))
             channels = width
@@ -134,15 +130,15 @@ class Encoder(nn.Module):
         self.norm_out = GroupNormSiLU(config.norm_num_groups, channels, eps=1e-6)
         self.conv_out = CausalConv3d(channels, 2 * config.latent_channels, 3)
 
-    def forward(self, x: Tensor, cache: ConvCache) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """One chunk. The loop is flat so that no caller up the stack keeps a block's input alive."""
-        x = self.conv_in(x, cache)
+        x = self.conv_in(x, context)
         for stage in (*self.down_blocks, self.mid_block):
             for layer in stage.layers():
-                x = layer(x, cache)
-        normed = cache.attempt(partial(self.norm_out.fit, x, compiled=cache.numerics.compiled))
+                x = layer(x, context)
+        normed = context.attempt(partial(self.norm_out.fit, x))
         del x
-        return self.conv_out.stream(normed, cache)
+        return self.conv_out.stream(normed, context)
 
 
 class Decoder(nn.Module):
@@ -174,15 +170,15 @@ class Decoder(nn.Module):
         self.norm_out = SpatialNormSiLU(channels, config.latent_channels, num_groups=config.norm_num_groups)
         self.conv_out = CausalConv3d(channels, config.out_channels, 3)
 
-    def forward(self, z: Tensor, cache: ConvCache) -> Tensor:
+    def forward(self, z: Tensor, context: ForwardContext) -> Tensor:
         """One chunk; the latent also steers every norm."""
-        x = self.conv_in(z, cache)
+        x = self.conv_in(z, context)
         for stage in (self.mid_block, *self.up_blocks):
             for layer in stage.layers():
-                x = layer(x, cache, z)
-        normed = cache.attempt(partial(self.norm_out.fit, x, z, compiled=cache.numerics.compiled))
+                x = layer(x, context, z)
+        normed = context.attempt(partial(self.norm_out.fit, x, z))
         del x
-        return self.conv_out.stream(normed, cache)
+        return self.conv_out.stream(normed, context)
 
 
 class CogVideoXVAE(nn.Module):
@@ -220,27 +216,29 @@ class CogVideoXVAE(nn.Module):
         return cls(CogVideoXConfig.from_dict(config), origin)
 
     @torch.inference_mode()
-    def encode(self, x_BCTHW: Tensor, cache: ConvCache) -> Tensor:
+    def encode(self, x_BCTHW: Tensor, context: ForwardContext | ConvCache) -> Tensor:
         """One chunk of pixels in [-1, 1] to moments (B, 2 c, t, h, w): mean, then log variance.
 
         Raises:
             CacheError: the cache is of another module or another video.
         """
-        with cache.chunk():
-            moments: Tensor = self.encoder(x_BCTHW, cache)
-            return moments if self.quant_conv is None else cache.attempt(partial(self.quant_conv, moments))
+        context = ForwardContext.of(context)
+        with context.chunk():
+            moments: Tensor = self.encoder(x_BCTHW, context)
+            return moments if self.quant_conv is None else context.attempt(partial(self.quant_conv, moments))
 
     @torch.inference_mode()
-    def decode(self, z_BCTHW: Tensor, cache: ConvCache) -> Tensor:
+    def decode(self, z_BCTHW: Tensor, context: ForwardContext | ConvCache) -> Tensor:
         """One chunk of raw latents (B, c, t, h, w) to pixels (B, 3, T, H, W).
 
         Raises:
             CacheError: the cache is of another module or another video.
         """
-        with cache.chunk():
+        context = ForwardContext.of(context)
+        with context.chunk():
             conv = self.post_quant_conv
-            z = z_BCTHW if conv is None else cache.attempt(partial(conv, z_BCTHW))
-            pixels: Tensor = self.decoder(z, cache)
+            z = z_BCTHW if conv is None else context.attempt(partial(conv, z_BCTHW))
+            pixels: Tensor = self.decoder(z, context)
             return pixels
 
     def describe(self) -> dict[str, Any]:

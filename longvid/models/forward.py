@@ -1,4 +1,4 @@
-"""One chunk through the model, from host frames to latents and back. The same code runs for real and on ``meta``.
+"""Runs one chunk through the model, from host frames to latents and back, on a device and on ``meta`` alike.
 
 Axes: B batch (1), C channels, T time, H height, W width; lower-case c t h w are those of a latent.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longvid.errors import ModelError
 from longvid.models.base import CausalVAE
-from longvid.models.cache import ConvCache
+from longvid.models.context import ForwardContext
 from longvid.models.numerics import Numerics
 
 __all__ = ["decode_chunk", "encode_chunk", "memory_format", "sample_posterior"]
@@ -25,15 +25,15 @@ def memory_format(numerics: Numerics) -> torch.memory_format:
 @torch.inference_mode()
 def encode_chunk(
     model: CausalVAE,
-    cache: ConvCache,
+    context: ForwardContext,
     frames_THWC: Tensor,
     *,
     device: torch.device,
     dtype: torch.dtype,
-    layout: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """uint8 frames (T, H, W, 3) on any device to moments (1, 2 c, t, h, w) on ``device``, computed in ``layout``."""
-    return model.encode(cache.attempt(lambda: _to_pixels(frames_THWC, device, dtype, layout)), cache)
+    """uint8 frames (T, H, W, 3) on any device to moments (1, 2 c, t, h, w) on ``device``."""
+    layout = memory_format(context.numerics)
+    return model.encode(context.attempt(lambda: _to_pixels(frames_THWC, device, dtype, layout)), context)
 
 
 def _to_pixels(frames_THWC: Tensor, device: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
@@ -44,20 +44,28 @@ def _to_pixels(frames_THWC: Tensor, device: torch.device, dtype: torch.dtype, la
 @torch.inference_mode()
 def decode_chunk(
     model: CausalVAE,
-    cache: ConvCache,
+    context: ForwardContext,
     latents_TCHW: Tensor,
     *,
     device: torch.device,
     dtype: torch.dtype,
-    layout: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """Raw latents (t, c, h, w) on any device to uint8 frames (T, H, W, 3) on ``device``, computed in ``layout``.
+    """Raw latents (t, c, h, w) on any device to uint8 frames (T, H, W, 3) on ``device``.
 
     Raises:
-        ModelError: the model's output is not finite.
+        ModelError: the latents or the model's output are not finite.
     """
-    x = model.decode(cache.attempt(lambda: _to_latents(latents_TCHW, device, dtype, layout)), cache)
-    return cache.attempt(lambda: _to_frames(x))
+    layout = memory_format(context.numerics)
+    x = model.decode(context.attempt(lambda: _to_latents(latents_TCHW, device, dtype, layout)), context)
+    try:
+        return context.attempt(lambda: _to_frames(x))
+    except ModelError:
+        bad = [t for t, latent in enumerate(latents_TCHW) if not torch.isfinite(latent).all()]
+        if bad:
+            raise ModelError(
+                f"latent {bad[0]} of the chunk is not finite, so its frames are not; check where the latents come from"
+            ) from None
+        raise
 
 
 def _to_latents(latents_TCHW: Tensor, device: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
@@ -77,7 +85,8 @@ def _to_frames(x_BCTHW: Tensor) -> Tensor:
     if not x_BCTHW.is_meta:  # asked once: every answer from an accelerator is waited for
         bad = [t for t, finite in enumerate(finite_T.tolist()) if not finite]
         if bad:
-            raise ModelError(f"frame {bad[0]} of the decoded chunk is not finite in {x_BCTHW.dtype}; try float32")
+            advice = "" if x_BCTHW.dtype == torch.float32 else "; try float32"
+            raise ModelError(f"frame {bad[0]} of the decoded chunk is not finite in {x_BCTHW.dtype}{advice}")
     return frames
 
 

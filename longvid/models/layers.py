@@ -1,28 +1,28 @@
 """The layers that causal video VAEs are built from.
 
-Three rules keep memory low. What feeds a causal convolution is a :class:`~longvid.models.norms.Producer`, which writes
-into that convolution's window. A convolution may run in blocks, slices of frames and bands of rows, through a window
-that moves on, so that beside the input and the output of a layer only one block is alive; if it fits a cache of the
-processor, so does everything between the two. What works frame by frame (resampling, 1x1 shortcuts) does so in a loop
-over frames, so its temporaries are one frame large.
+Four rules keep memory low.
 
-A fourth rule makes a device that runs out of memory survivable: what takes memory, and is harmless to repeat if there
-is none, is called through :meth:`~longvid.models.cache.ConvCache.attempt`.
+1. What feeds a causal convolution is a :class:`~longvid.models.norms.Producer`, which writes into that convolution's
+   window.
+2. A convolution may run in blocks, slices of frames and row tiles, through a window that moves over the input. Beside
+   the input and the output of a layer only one block is alive, and it may fit a cache of the processor.
+3. What works frame by frame (resampling, 1x1 shortcuts) does so in a loop over frames, so its temporaries are one frame
+   large.
+4. What takes memory and is harmless to repeat is called through
+   :meth:`~longvid.models.context.ForwardContext.attempt`, so that a device that runs out of memory is survived.
 
 The layers are for inference: they write in place and are not differentiable. The exception is
 :meth:`CausalConv3d.whole`, which small models that are trained here are built on.
 
-Whatever memory layout comes in (contiguous or channels last) is that of everything within and of what goes out.
+The memory layout of the input (contiguous or channels last) is that of everything within and of the output.
 
 Axes: B batch, C channels, T time, H height, W width; lower-case t h w are those of a latent.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from typing import Literal, TypeAlias
 
 import torch
@@ -30,79 +30,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longvid.memory.buffer_pool import TensorKind, dense_within, layout_of
-from longvid.models.cache import Block, ConvCache, Window
-from longvid.models.convolution import (
-    Conv2d,
-    Conv3d,
-    accumulate,
-    convolution,
-    filters_of_pairs,
-    packed,
-    paired,
-    pooling_filters,
-    row_bands,
-    subpixel,
-    subpixel_filters,
-)
+from longvid.models.cache import ConvCache
+from longvid.models.context import ForwardContext
+from longvid.models.kernels.convolution import MAX_ELEMENTS, Conv2d, Conv3d, accumulate, convolution, packed
+from longvid.models.kernels.cuts import row_tiles, tiles_with_halo, time_slices
+from longvid.models.kernels.winograd import two_frames, winograd_filters
 from longvid.models.norms import GroupNormSiLU, Producer, SpatialNormSiLU
+from longvid.models.window import Block, Window
 
-__all__ = ["CausalConv3d", "Downsample", "ResnetBlock", "Upsample", "bands", "time_slices"]
+__all__ = ["CausalConv3d", "Downsample", "ResnetBlock", "Upsample"]
 
-_LEAST_PAIRED_CHANNELS = 16
-_LEAST_BAND_ROWS = 16
-"of a band that is meant to save time; calls of fewer cost more than a cache gives back"
+_LEAST_WINOGRAD_CHANNELS = 16
+_LEAST_TILE_ROWS = 16
+"of a tile that is meant to save time; calls of fewer rows cost more than a cache gives back"
 
 Finish: TypeAlias = Callable[[Block, Tensor], None]
-"""Changes a block of the output in place, knowing which it is."""
-
-
-def time_slices(
-    num_frames: int,
-    *,
-    context_frames: int,
-    in_frame: int,
-    out_frame: int,
-    window_limit: int,
-    slice_limit: int,
-    multiple: int = 1,
-    lead: int = 0,
-) -> list[range]:
-    """Cut the output frames of a causal convolution into slices.
-
-    The slice for output frames ``[a, b)`` reads input frames ``[a - context_frames, b)``, so none is ever shorter than
-    the kernel, however large a frame is.
-
-    Args:
-        num_frames: output frames.
-        context_frames: kernel size in time minus 1.
-        in_frame: elements of one input frame, batch and channels included.
-        out_frame: elements of one output frame, likewise.
-        window_limit: most elements of a slice's input, context included, and of its output.
-        slice_limit: most elements of a slice's new input frames and of its output.
-        multiple: all slices but the last end with a multiple of this many frames, whatever the limits say.
-        lead: frames in front of the first multiple.
-    """
-    longest = min(
-        window_limit // in_frame - context_frames,
-        window_limit // out_frame,
-        slice_limit // max(in_frame, out_frame),
-    )
-    shift = -lead % multiple
-    num_steps = -(-(num_frames + shift) // multiple)
-    num_slices = -(-num_steps // max(1, longest // multiple))
-    edges = [0, *(num_steps * i // num_slices * multiple - shift for i in range(1, num_slices)), num_frames]
-    return [range(a, b) for a, b in pairwise(edges)]
-
-
-def bands(height: int, most: int, *, halo: int, step: int) -> list[range]:
-    """Cut the rows of a frame into bands of at most ``most`` rows.
-
-    What they read in turn, up to ``halo`` rows below each, ends at multiples of ``step``, or with the frame. Between
-    the first and the last all are of one height: another one costs a copy of the window.
-    """
-    rows = max(step, most // step * step)
-    edges = [0, *range(rows - halo, height, rows), height] if rows > halo else [*range(0, height, rows), height]
-    return [range(a, b) for a, b in pairwise(edges)]
+"""Changes a block of the output in place."""
 
 
 class _Copied:
@@ -154,35 +97,33 @@ class CausalConv3d(nn.Module):
         self.initial_context = initial_context
         self.conv = Conv3d(in_channels, out_channels, (kt, kh, kw), padding=(0, kh // 2, kw // 2), bias=bias)
 
-    def forward(self, x_BCTHW: Tensor, cache: ConvCache) -> Tensor:
+    def forward(self, x_BCTHW: Tensor, context: ForwardContext | ConvCache) -> Tensor:
         """Convolve T new frames into T output frames. Prefer :meth:`stream`, which needs no copy of them."""
+        context = ForwardContext.of(context)
         if self.context_frames == 0:
-            return cache.attempt(lambda: self._conv(x_BCTHW, cache.max_conv_elements))
-        return self.stream(_Copied(x_BCTHW), cache)
+            weight = context.weight(self.conv)
+            return context.attempt(lambda: self._convolve(x_BCTHW, weight, context.limits.conv_elements))
+        return self.stream(_Copied(x_BCTHW), context)
 
     def whole(self, x_BCTHW: Tensor) -> Tensor:
         """Convolve a whole video at once, without a cache. Differentiable; for training."""
         if self.context_frames:
             first = x_BCTHW[:, :, :1] if self.initial_context == "repeat" else torch.zeros_like(x_BCTHW[:, :, :1])
             x_BCTHW = torch.cat([first] * self.context_frames + [x_BCTHW], dim=2)
-        return self._conv(x_BCTHW, 2**31 - 1)
+        return self._convolve(x_BCTHW, self.conv.weight, MAX_ELEMENTS)
 
-    def blocks(self, source: Producer, cache: ConvCache, *, pool: bool = False) -> list[Block]:
-        """The blocks that this layer runs in for what ``source`` writes, band by band within each slice.
-
-        If it pools, no two frames that are averaged are in different ones.
-        """
-        like = source.like
+    def blocks(self, source: Producer, context: ForwardContext) -> list[Block]:
+        """The blocks that this layer runs in for what ``source`` writes, tile by tile within each slice."""
+        like, limits = source.like, context.limits
         B, C, T, H, W = like.shape
         slices = time_slices(
             T,
             context_frames=self.context_frames,
             in_frame=B * C * H * W,
             out_frame=B * self.conv.out_channels * H * W,
-            window_limit=cache.max_conv_elements,
-            slice_limit=cache.slice_elements,
-            multiple=2 if pool or self._pairs(like, cache) else 1,
-            lead=T % 2 if pool else 0,
+            window_limit=limits.conv_elements,
+            slice_limit=limits.slice_elements,
+            multiple=2 if self._uses_winograd(like, context) else 1,
         )
         longest = max(map(len, slices))
         row = B * W * max((longest + self.context_frames) * C, longest * self.conv.out_channels)
@@ -190,73 +131,69 @@ class CausalConv3d(nn.Module):
         # Kernels for other layouts may sum in another order where no zeros are padded, and those that are flat in space
         # are computed as another convolution, which does.
         if layout_of(like) == torch.channels_last_3d and halo:
-            if cache.band_elements is not None and row * H > cache.band_elements:
-                most = min(H, max(_LEAST_BAND_ROWS, cache.band_elements // row - 2 * halo))
-            if row * H > cache.max_conv_elements:
-                most = min(most, max(1, cache.max_conv_elements // row - 2 * halo))
-        found = [range(H)] if most == H else bands(H, most, halo=halo, step=source.row_step)
-        return [Block(frames, rows) for frames in slices for rows in found]
+            if limits.tile_elements is not None and row * H > limits.tile_elements:
+                most = min(H, max(_LEAST_TILE_ROWS, limits.tile_elements // row - 2 * halo))
+            if row * H > limits.conv_elements:
+                most = min(most, max(1, limits.conv_elements // row - 2 * halo))
+        tiles = [range(H)] if most == H else row_tiles(H, most, halo=halo, multiple=source.row_step)
+        return [Block(frames, rows) for frames in slices for rows in tiles]
 
-    def _pairs(self, like: Tensor, cache: ConvCache) -> bool:
-        """Whether frames are convolved in pairs: thin layers gain nothing, and other layouts have no dense frames."""
+    def _uses_winograd(self, like: Tensor, context: ForwardContext) -> bool:
+        """Not for thin layers, which gain nothing, nor in other layouts, whose frames are not dense."""
         return (
-            cache.numerics.paired_frames
+            context.numerics.paired_frames
             and self.conv.kernel_size[0] == 3
-            and min(self.conv.in_channels, self.conv.out_channels) >= _LEAST_PAIRED_CHANNELS
+            and min(self.conv.in_channels, self.conv.out_channels) >= _LEAST_WINOGRAD_CHANNELS
             and layout_of(like) == torch.channels_last_3d
         )
 
     def stream(
         self,
         source: Producer,
-        cache: ConvCache,
+        context: ForwardContext,
         *,
         onto: Tensor | None = None,
         finish: Finish | None = None,
         overwrite: bool = False,
-        pool: bool = False,
     ) -> Tensor:
-        """Convolve what ``source`` writes, block by block, into T output frames. All blocks give the same.
+        """Convolve what ``source`` writes, block by block, into T output frames.
 
         Args:
-            source: writes the input into the window; let go of as soon as nothing reads from it any more.
-            cache: of the video; its limits say what blocks are.
+            source: writes the input into the window; released as soon as nothing reads from it any more.
+            context: of the video; its limits decide what the blocks are.
             onto: a residual in the shape of the output: the output is added to it in place, and it is returned.
             finish: changes the output of a block in place, before it is stored: the place of a residual that has yet
                 to be computed.
             overwrite: the output may take the place of what the source reads, if it is in blocks and its frames are
                 of the same shape. Blocks of the output then overwrite what the source has read.
-            pool: give the averages of output frames in pairs, of which the first one of an odd number is not part.
 
         Returns:
-            (B, out_channels, T, H, W) in the layout of the input; (T + 1) // 2 frames if pooled.
+            (B, out_channels, T, H, W) in the layout of the input.
         """
         like = source.like
         B, C, T, H, W = like.shape
-        num_frames = (T + 1) // 2 if pool else T
-        kind, shape = TensorKind.of(like), (B, self.conv.out_channels, num_frames, H, W)
-        blocks, in_pairs = self.blocks(source, cache, pool=pool), not pool and self._pairs(like, cache)
+        blocks, winograd = self.blocks(source, context), self._uses_winograd(like, context)
+        kind, shape = TensorKind.of(like), (B, self.conv.out_channels, T, H, W)
+
+        def take() -> Tensor:
+            return context.buffers.take(shape, kind)
+
         out = onto
-        if out is None and (len(blocks) > 1 or pool):
-            reuse = overwrite and self.conv.out_channels == C
-            out = like[:, :, :num_frames] if reuse else cache.attempt(partial(cache.buffers.take, shape, kind))
-        halo = self.conv.kernel_size[1] // 2
-        with cache.window(self, like=like, blocks=blocks, halo=halo) as window:
-            banded = len(blocks[0].rows) < H
-            conv = _BlockConv(self, window, cache, like, banded=banded, in_pairs=in_pairs, pool=pool)
+        if out is None and len(blocks) > 1:
+            out = like if overwrite and self.conv.out_channels == C else context.attempt(take)
+        with Window(self, context, like=like, blocks=blocks, halo=self.conv.kernel_size[1] // 2) as window:
+            conv = _BlockConv(self, window, context, like, tiled=len(blocks[0].rows) < H, winograd=winograd)
             del like
             for block in window.blocks():
                 if window.rows:  # a last row may have been read as the one below the others
-                    cache.attempt(partial(source.write, block.frames, window.rows, window.new))
+                    context.attempt(partial(source.write, block.frames, window.rows, window.new))
                 if block is blocks[-1]:
                     source.release()
-                if in_pairs and out is None:
-                    out = cache.attempt(partial(cache.buffers.take, shape, kind))
+                if winograd and out is None:
+                    out = context.attempt(take)
                 if out is None:
                     part = conv.fresh()
                 else:
-                    if pool:
-                        block = Block(range((block.frames.start + 1) // 2, (block.frames.stop + 1) // 2), block.rows)
                     part = out[:, :, block.frames.start : block.frames.stop, block.rows.start : block.rows.stop]
                     conv.write_to(part, onto=onto is not None)
                 if finish is not None:
@@ -267,131 +204,121 @@ class CausalConv3d(nn.Module):
         assert out is not None
         return out
 
-    def convolve(self, window: Window) -> Tensor:
+    def convolve(self, window: Window, context: ForwardContext) -> Tensor:
         """Convolve a window of whole frames whose new frames are written."""
-        x = window.input()
-        return window.attempt(lambda: self._conv(x, window.max_conv_elements))
+        x, weight = window.input(), context.weight(self.conv)
+        return context.attempt(lambda: self._convolve(x, weight, context.limits.conv_elements))
 
-    def _conv(self, x: Tensor, limit: int) -> Tensor:
-        """The convolution, without padding in time, in parts of at most ``limit`` elements where that can be.
+    def _convolve(self, x: Tensor, weight: Tensor, limit: int) -> Tensor:
+        """The convolution, without padding in time, in parts of at most ``limit`` elements where that is possible.
 
         A kernel that is flat in time or in space runs as the 2-D convolution that it is: on a CPU PyTorch's 3-D one
         is up to ten times slower for small float32 inputs (channels x frames x height up to 20,480).
         """
         kt, kh, kw = self.conv.kernel_size
-        weight, bias = self.conv.weight, self.conv.bias
+        bias = self.conv.bias
+        if (kt == 1) != (kh * kw == 1):
+            if weight.dtype == x.dtype:
+                return self._flat(x, weight, bias)
+            return self._flat(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
+        if weight is self.conv.weight:
+            return self.conv.in_parts(x, limit)
+        return convolution(x, weight, bias, padding=(0, kh // 2, kw // 2), limit=limit)
+
+    def _flat(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        kt, kh, kw = self.conv.kernel_size
         B, _, T, H, W = x.shape
-        if kt == 1 and kh * kw > 1:
+        if kt == 1:
             frames = F.conv2d(x.transpose(1, 2).flatten(0, 1), weight[:, :, 0], bias, padding=(kh // 2, kw // 2))
             return frames.view(B, T, -1, H, W).transpose(1, 2)
-        if kt > 1 and kh * kw == 1:
-            return F.conv2d(x.flatten(3), weight[..., 0], bias).view(B, -1, T - kt + 1, H, W)
-        return self.conv.in_parts(x, limit)
+        return F.conv2d(x.flatten(3), weight[..., 0], bias).view(B, -1, T - kt + 1, H, W)
 
 
 class _BlockConv:
     """The convolution of one layer's window, block by block.
 
     Args:
-        layer: whose convolution it is.
+        layer: the layer that convolves.
         window: what it reads.
-        cache: that the window is of.
-        like: what the layer's input is like.
-        banded: whether blocks are bands of rows, which have the rows above and below them in the window.
-        in_pairs: whether frames are convolved in pairs.
-        pool: whether averages over pairs of frames are computed.
+        context: of the chunk.
+        like: a tensor of the dtype and layout of the layer's input.
+        tiled: whether blocks are row tiles, which have the rows above and below them in the window.
+        winograd: whether two frames are computed at a time.
     """
 
     def __init__(
-        self,
-        layer: CausalConv3d,
-        window: Window,
-        cache: ConvCache,
-        like: Tensor,
-        *,
-        banded: bool,
-        in_pairs: bool,
-        pool: bool,
+        self, layer: CausalConv3d, window: Window, context: ForwardContext, like: Tensor, *, tiled: bool, winograd: bool
     ) -> None:
-        self._layer, self._window, self._cache, self._in_pairs, self._pool = layer, window, cache, in_pairs, pool
+        self._layer, self._window, self._context, self._winograd = layer, window, context, winograd
         conv, last = layer.conv, layout_of(like) == torch.channels_last_3d
         _, kh, kw = conv.kernel_size
-        self._padding = (0 if banded else kh // 2, kw // 2)
-        self._fuses = cache.numerics.fused_residuals and last
-        self._in_bands = cache.band_elements is not None and last and kh > 1
+        self._padding = (0 if tiled else kh // 2, kw // 2)
+        self._tiled = tiled
+        self._widens = context.widens(like.dtype)
+        self._fuses = context.numerics.fused_residuals and last and not self._widens
+        self._packs = context.limits.tile_elements is not None and last and kh > 1
         self._memory: Tensor | None = None
-        "of blocks of the output that are not dense where they belong"
+        "for blocks of the output that are not dense where they belong"
         B, C, T, H, W = window.shape
-        rows_around = kh - 1 if banded else 0
+        rows_around = kh - 1 if tiled else 0
         self._largest = (B, conv.out_channels, T - layer.context_frames, H - rows_around, W)
         self._weights: tuple[Tensor, ...] = (conv.weight,)
-        if in_pairs or pool or self._in_bands:
-            shape, padding = ((B, C, H, W), self._padding) if in_pairs else ((B, C, T, H, W), (0, *self._padding))
-            self._weights = cache.kernels(layer, partial(self._prepared, shape, padding))
-        self._is_plain = self._weights[0] is conv.weight and not banded
+        if winograd or self._packs or self._widens:
+            shape, padding = ((B, C, H, W), self._padding) if winograd else ((B, C, T, H, W), (0, *self._padding))
+            self._weights = context.prepared(layer, partial(self._prepared, shape, padding))
 
     def _prepared(self, shape: tuple[int, ...], padding: tuple[int, ...]) -> tuple[Tensor, ...]:
-        weight = self._layer.conv.weight
-        weights: tuple[Tensor, ...] = (weight,)
-        if self._in_pairs:
-            weights = filters_of_pairs(weight)
-        elif self._pool:
-            weights = (pooling_filters(weight),)
-        time_stride = 2 if self._pool else 1
-        return tuple(packed(w, padding, shape, time_stride) for w in weights) if self._in_bands else weights
+        weight: Tensor = self._layer.conv.weight
+        if self._widens:
+            weight = weight.detach().float()
+        weights = winograd_filters(weight) if self._winograd else (weight,)
+        return tuple(packed(w, padding, shape) for w in weights) if self._packs else weights
 
     def fresh(self) -> Tensor:
         """The output of the block that is in the window."""
         x = self._window.input()
-        return self._cache.attempt(lambda: self._convolve(x, self._weights[0]))
+        return self._context.attempt(lambda: self._convolve(x, self._weights[0]))
 
     def write_to(self, out: Tensor, *, onto: bool = False) -> None:
         """Write it, or add it to what is there."""
         x = self._window.input()
-        if self._pool:
-            self._write_averages(out, x, onto)
-            return
-        if not self._in_pairs:
+        if not self._winograd:
             self._write(out, x, self._weights[0], onto)
             return
         for t in range(0, out.shape[2] - 1, 2):
-            paired(
+            target = out[:, :, t : t + 2]
+            frames = two_frames(
                 x[:, :, t : t + 4],
                 self._weights,
                 self._layer.conv.bias,
-                out[:, :, t : t + 2],
+                None if onto else target,
                 padding=self._padding,
-                onto=onto,
                 fused=self._fuses,
-                attempt=self._cache.attempt,
+                attempt=self._context.attempt,
             )
+            if onto:
+                for i, frame in enumerate(frames):
+                    target[:, :, i].add_(frame)
+            del frames
         if out.shape[2] % 2:
-            self._write(out[:, :, -1:], x[:, :, -3:], self._layer.conv.weight, onto)
+            self._write(out[:, :, -1:], x[:, :, -3:], self._context.weight(self._layer.conv), onto)
 
-    def _write_averages(self, out: Tensor, x: Tensor, onto: bool) -> None:
-        lead = x.shape[2] % 2  # the window has two frames more than the block
-        if lead:
-            self._write(out[:, :, :1], x[:, :, :3], self._layer.conv.weight, onto)
-        if out.shape[2] > lead:
-            self._write(out[:, :, lead:], x[:, :, lead:], self._weights[0], onto, time_stride=2)
-
-    def _write(self, out: Tensor, x: Tensor, weight: Tensor, onto: bool, time_stride: int = 1) -> None:
+    def _write(self, out: Tensor, x: Tensor, weight: Tensor, onto: bool) -> None:
         if onto and self._fuses:
-            self._accumulate(out, x, weight, time_stride)
+            self._accumulate(out, x, weight)
             return
-        y = self._cache.attempt(lambda: self._convolve(x, weight, time_stride))
+        y = self._context.attempt(lambda: self._convolve(x, weight))
         if onto:
             out.add_(y)
         else:
             out.copy_(y)
 
-    def _accumulate(self, out: Tensor, x: Tensor, weight: Tensor, time_stride: int) -> None:
-        """In bands by way of a copy that is dense, since one call for all frames takes less than one for each."""
-        as_it_is = len(out) > 1 or out.is_contiguous(memory_format=torch.channels_last_3d) or not self._in_bands
+    def _accumulate(self, out: Tensor, x: Tensor, weight: Tensor) -> None:
+        """In tiles by way of a copy that is dense, since one call for all frames takes less than one for each."""
+        as_it_is = len(out) > 1 or out.is_contiguous(memory_format=torch.channels_last_3d) or not self._packs
         target = out if as_it_is else self._dense(out).copy_(out)
-        padding = (0, *self._padding)
-        bias, attempt = self._layer.conv.bias, self._cache.attempt
-        accumulate(target, x, weight, bias, padding=padding, time_stride=time_stride, attempt=attempt)
+        padding, bias = (0, *self._padding), self._layer.conv.bias
+        accumulate(target, x, weight, bias, padding=padding, attempt=self._context.attempt)
         if target is not out:
             out.copy_(target)
 
@@ -399,18 +326,15 @@ class _BlockConv:
         """A dense tensor of the same shape, which a kernel writes without leaps; the same memory for every block."""
         B, C, T, H, W = out.shape
         if self._memory is None:
-            take = partial(self._cache.buffers.take, self._largest, TensorKind.of(out), brief=True)
-            self._memory = self._cache.attempt(take)
+            take = partial(self._context.buffers.take, self._largest, TensorKind.of(out), brief=True)
+            self._memory = self._context.attempt(take)
         return dense_within(self._memory, (B, C, T, H, W))
 
-    def _convolve(self, x: Tensor, weight: Tensor, time_stride: int = 1) -> Tensor:
-        if self._is_plain:
-            return self._layer._conv(x, self._window.max_conv_elements)
-        # A band is within the limits of one call, and pads no rows, as parts would.
-        padding = (0, *self._padding)
-        return convolution(
-            x, weight, self._layer.conv.bias, padding=padding, time_stride=time_stride, limit=sys.maxsize
-        )
+    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        if not self._tiled and not weight.is_mkldnn:
+            return self._layer._convolve(x, weight, self._context.limits.conv_elements)
+        # A tile is within the limits of one call, and pads no rows, as parts would.
+        return convolution(x, weight, self._layer.conv.bias, padding=(0, *self._padding))
 
 
 class ResnetBlock(nn.Module):
@@ -422,8 +346,6 @@ class ResnetBlock(nn.Module):
         num_groups: groups of the norms.
         eps: epsilon of plain norms.
         latent_channels: channels of the latent that steers the norms; None for plain ones.
-        pools: whether a :class:`Downsample` follows that halves the frames. With ``fused_pooling``, this block gives
-            their averages.
     """
 
     def __init__(
@@ -434,10 +356,8 @@ class ResnetBlock(nn.Module):
         num_groups: int,
         eps: float,
         latent_channels: int | None = None,
-        pools: bool = False,
     ) -> None:
         super().__init__()
-        self.pools = pools
 
         def norm(channels: int) -> GroupNormSiLU | SpatialNormSiLU:
             if latent_channels is None:
@@ -451,59 +371,41 @@ class ResnetBlock(nn.Module):
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv3d(in_channels, out_channels, 1)
 
-    def forward(self, x_BCTHW: Tensor, cache: ConvCache, latent: Tensor | None = None) -> Tensor:
-        """(B, in, T, H, W) to (B, out, T, H, W), or (T + 1) // 2 frames.
+    def forward(self, x_BCTHW: Tensor, context: ForwardContext, latent: Tensor | None = None) -> Tensor:
+        """(B, in, T, H, W) to (B, out, T, H, W).
 
         Alive at the peak: the input, the hidden state, one window, one block.
 
-        The input is taken over: without a shortcut, the output is added to it in place, so whoever watches a layer
-        before it clones what is to outlive it. With one, the output takes the place of the hidden state.
+        The input is taken over: without a shortcut, the output is added to it in place, so a hook that
+        watches a layer before it has to clone what it wants to keep. With one, the output takes the place of the hidden
+        state.
         """
-        compiled = cache.numerics.compiled
-        pool = self.pools and _fuses_pooling(x_BCTHW, cache)
-        h = self.conv1.stream(cache.attempt(partial(self.norm1.fit, x_BCTHW, latent, compiled=compiled)), cache)
-        if pool:
-            x_BCTHW = _average_pairs(x_BCTHW)
-        normed = cache.attempt(partial(self.norm2.fit, h, latent, compiled=compiled))
+        h = self.conv1.stream(context.attempt(partial(self.norm1.fit, x_BCTHW, latent)), context)
+        normed = context.attempt(partial(self.norm2.fit, h, latent))
         del h
         if not hasattr(self, "conv_shortcut"):
-            return self.conv2.stream(normed, cache, onto=x_BCTHW, pool=pool)
-        add_shortcut = partial(self._add_shortcut, x_BCTHW, cache)
-        return self.conv2.stream(normed, cache, finish=add_shortcut, overwrite=True, pool=pool)
+            return self.conv2.stream(normed, context, onto=x_BCTHW)
+        add_shortcut = partial(self._add_shortcut, x_BCTHW, context)
+        return self.conv2.stream(normed, context, finish=add_shortcut, overwrite=True)
 
-    def _add_shortcut(self, x_BCTHW: Tensor, cache: ConvCache, block: Block, y_BCTHW: Tensor) -> None:
-        weight, bias = self.conv_shortcut.weight[:, :, 0], self.conv_shortcut.bias
+    def _add_shortcut(self, x_BCTHW: Tensor, context: ForwardContext, block: Block, y_BCTHW: Tensor) -> None:
+        weight, bias = context.weight(self.conv_shortcut)[:, :, 0], self.conv_shortcut.bias
         x_BCTRW = x_BCTHW[:, :, :, block.rows.start : block.rows.stop]
         for i, t in enumerate(block.frames):
             shortcut = partial(convolution, x_BCTRW[:, :, t], weight, bias, padding=(0, 0))
-            y_BCTHW[:, :, i].add_(cache.attempt(shortcut))
-
-
-def _fuses_pooling(x_BCTHW: Tensor, cache: ConvCache) -> bool:
-    """Whether the layer before a :class:`Downsample` halves the frames; kernels of other layouts are not for that."""
-    return cache.numerics.fused_pooling and layout_of(x_BCTHW) == torch.channels_last_3d
+            y_BCTHW[:, :, i].add_(context.attempt(shortcut))
 
 
 def _sources(num_frames: int) -> list[tuple[int, int]]:
-    """The frames that each average is of. An odd number starts with a video's first frame, which stays alone."""
+    """The two frames of each average. An odd number starts with a video's first frame, which stays alone."""
     lead = num_frames % 2
     return [(0, 0)] * lead + [(t, t + 1) for t in range(lead, num_frames, 2)]
-
-
-def _average_pairs(x_BCTHW: Tensor) -> Tensor:
-    """Averages of pairs of frames, in place of the first frames: no later frame is overwritten before it is read."""
-    sources = _sources(x_BCTHW.shape[2])
-    for t, (first, second) in enumerate(sources):
-        if second != first:
-            torch.lerp(x_BCTHW[:, :, first], x_BCTHW[:, :, second], 0.5, out=x_BCTHW[:, :, t])
-    return x_BCTHW[:, :, : len(sources)]
 
 
 class Downsample(nn.Module):
     """Half the height and width by a strided convolution, and half the frames by averaging pairs if asked.
 
-    A chunk with an odd number of frames starts with the video's first frame, which stays alone. With ``fused_pooling``
-    frames come averaged, from a :class:`ResnetBlock` that ``pools``.
+    A chunk with an odd number of frames starts with the video's first frame, which stays alone.
     """
 
     def __init__(self, channels: int, *, time: bool) -> None:
@@ -511,17 +413,17 @@ class Downsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, stride=2)
         self.time = time
 
-    def forward(self, x_BCTHW: Tensor, cache: ConvCache, latent: Tensor | None = None) -> Tensor:
+    def forward(self, x_BCTHW: Tensor, context: ForwardContext, latent: Tensor | None = None) -> Tensor:
         """(B, C, T, H, W) to (B, C, (T + 1) // 2 or T, H / 2, W / 2)."""
-        return cache.attempt(lambda: self._downsample(x_BCTHW, cache))
+        weight = context.weight(self.conv)
+        return context.attempt(lambda: self._downsample(x_BCTHW, context, weight))
 
-    def _downsample(self, x_BCTHW: Tensor, cache: ConvCache) -> Tensor:
+    def _downsample(self, x_BCTHW: Tensor, context: ForwardContext, weight: Tensor) -> Tensor:
         B, C, T, H, W = x_BCTHW.shape
-        averages = self.time and not _fuses_pooling(x_BCTHW, cache)
-        sources = _sources(T) if averages else [(t, t) for t in range(T)]
+        sources = _sources(T) if self.time else [(t, t) for t in range(T)]
         kind = TensorKind.of(x_BCTHW)
-        out = cache.buffers.take((B, C, len(sources), H // 2, W // 2), kind)
-        padded = cache.buffers.take((B, C, 1, H + 1, W + 1), kind, brief=True)[:, :, 0]
+        out = context.buffers.take((B, C, len(sources), H // 2, W // 2), kind)
+        padded = context.buffers.take((B, C, 1, H + 1, W + 1), kind, brief=True)[:, :, 0]
         padded[:, :, H:].zero_()
         padded[:, :, :H, W:].zero_()
         inner = padded[:, :, :H, :W]
@@ -530,7 +432,7 @@ class Downsample(nn.Module):
                 inner.copy_(x_BCTHW[:, :, first])
             else:
                 torch.add(x_BCTHW[:, :, first], x_BCTHW[:, :, second], out=inner).mul_(0.5)
-            out[:, :, t].copy_(self.conv(padded))
+            out[:, :, t].copy_(self.conv.with_weight(padded, weight))
         return out
 
 
@@ -538,7 +440,6 @@ class Upsample(nn.Module):
     """Double the height and width, and the frames if asked, by nearest neighbour; then a 2-D convolution.
 
     The convolution of a doubled frame is computed once and written twice. The first frame of a video stays alone.
-    Pixels that are doubled need not be read twice either: see :func:`~longvid.models.convolution.subpixel`.
     """
 
     def __init__(self, channels: int, *, time: bool) -> None:
@@ -546,40 +447,26 @@ class Upsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, padding=1)
         self.time = time
 
-    def forward(self, x_BCTHW: Tensor, cache: ConvCache, latent: Tensor | None = None) -> Tensor:
+    def forward(self, x_BCTHW: Tensor, context: ForwardContext, latent: Tensor | None = None) -> Tensor:
         """(B, C, T, H, W) to (B, C, T, 2 T - 1 or 2 T, 2 H, 2 W)."""
-        filters = None
-        if cache.numerics.subpixel_upsampling:
-            B, C, _, H, W = x_BCTHW.shape
-            (filters,) = cache.kernels(self, partial(self._filters, (B, C, H, W), cache.band_elements is not None))
-        return cache.attempt(lambda: self._upsample(x_BCTHW, cache, filters))
+        weight = context.weight(self.conv)
+        return context.attempt(lambda: self._upsample(x_BCTHW, context, weight))
 
-    def _filters(self, shape: tuple[int, ...], pack: bool) -> tuple[Tensor, ...]:
-        filters = subpixel_filters(self.conv.weight)
-        return (packed(filters, (1, 1), shape) if pack else filters,)
-
-    def _upsample(self, x_BCTHW: Tensor, cache: ConvCache, filters: Tensor | None) -> Tensor:
+    def _upsample(self, x_BCTHW: Tensor, context: ForwardContext, weight: Tensor) -> Tensor:
         B, C, T, H, W = x_BCTHW.shape
         copies = [1] * T if not self.time or T == 1 else [1] * (T % 2) + [2] * (T - T % 2)
-        out = cache.buffers.take((B, C, sum(copies), 2 * H, 2 * W), TensorKind.of(x_BCTHW))
-        # An enlarged band is four times as large as what it is made of, and as large as what comes of it.
-        limit = min(cache.max_conv_elements, cache.slice_elements, cache.band_elements or cache.max_conv_elements) // 4
-        row_elements = B * C * W
-        if filters is not None:  # whose phases are a row and a column longer, and share them
-            row_elements = B * C * (W + 1)
-            limit -= row_elements
-        parts = row_bands(H, halo=1, row=row_elements, limit=limit)
+        out = context.buffers.take((B, C, sum(copies), 2 * H, 2 * W), TensorKind.of(x_BCTHW))
+        # An enlarged tile is four times as large as its source, and as large as its result.
+        limits = context.limits
+        limit = min(limits.conv_elements, limits.slice_elements, limits.tile_elements or limits.conv_elements) // 4
+        tiles = tiles_with_halo(H, halo=1, row=B * C * W, limit=limit)
         done = 0
         for t, count in enumerate(copies):
-            for read, rows in parts:
-                x = x_BCTHW[:, :, t, read.start : read.stop]
+            for read, rows in tiles:
+                enlarged = F.interpolate(x_BCTHW[:, :, t, read.start : read.stop], scale_factor=2.0, mode="nearest")
+                tile = self.conv.with_weight(enlarged, weight)
                 first, last = rows.start - read.start, rows.stop - read.start
                 target = out[:, :, done : done + count, 2 * rows.start : 2 * rows.stop]
-                if filters is None:
-                    band = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-                    target.copy_(band[:, :, None, 2 * first : 2 * last])
-                    continue
-                for row, column, band in subpixel(x, filters, self.conv.bias):
-                    target[..., row::2, column::2].copy_(band[:, :, None, first:last])
+                target.copy_(tile[:, :, None, 2 * first : 2 * last])
             done += count
         return out

@@ -10,7 +10,7 @@ Two layouts, two ways to the same numbers:
   they give (decision 2).
 * channels last: moments of every channel in one pass without an output, joined to groups. In float32 the maps of a
   spatial norm are folded into its scale and shift at the size of the latent; narrower dtypes round between norm, maps
-  and activation, as plain modules do. To rounding.
+  and activation, as plain modules do. Results may differ in the last bits.
 
 Axes: B batch, C channels, T time, H height, W width; lower-case t h w are those of a latent.
 """
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longvid.memory.buffer_pool import layout_of
-from longvid.models import compiled_norm, triton_norms
+from longvid.models.kernels import triton_norms
 
 __all__ = ["Fitted", "GroupNormSiLU", "Producer", "SpatialNormSiLU", "group_moments"]
 
@@ -44,7 +44,7 @@ class Producer(Protocol):
 
     @property
     def row_step(self) -> int:
-        """Rows that are computed at once, counted from the first: where bands begin, so that they change no bit."""
+        """Rows that are computed at once, counted from the first: row tiles begin there, so that they change no bit."""
         ...
 
     def write(self, frames: range, rows: range, out_BCTHW: Tensor) -> None:
@@ -58,7 +58,7 @@ class Producer(Protocol):
         ...
 
     def release(self) -> Tensor:
-        """Let go of whatever it reads, which is returned; it cannot write any more."""
+        """Let go of what it reads, which is returned; it cannot write any more."""
         ...
 
 
@@ -70,7 +70,6 @@ class Fitted:
         scale_BC: float32, the norm's own weight in it.
         shift_BC: float32; the norm is x * scale + shift.
         maps: y and b at the latent's size, (B, C, t, h, w): the norm is then multiplied by y, and b added.
-        compiled: by one kernel of :mod:`longvid.models.compiled_norm`; in channels last only.
     """
 
     def __init__(
@@ -79,20 +78,13 @@ class Fitted:
         scale_BC: Tensor,
         shift_BC: Tensor,
         maps: tuple[Tensor, Tensor] | None = None,
-        *,
-        compiled: bool = False,
     ) -> None:
         self._x: Tensor | None = x_BCTHW
         self._scale, self._shift, self._maps = scale_BC, shift_BC, maps
         self._triton = triton_norms.available(x_BCTHW)
         self._folded: tuple[Tensor, Tensor] | None = None
         last = layout_of(x_BCTHW) == torch.channels_last_3d and not self._triton
-        # A side of one is a size that torch.compile makes a kernel of its own for; such frames are not worth it.
-        self._compiled = compiled and last and (maps is None or min(maps[0].shape[3:]) > 1)
-        if maps is not None and self._compiled:  # kernels are made for strides as well
-            y, b = (m.contiguous(memory_format=torch.channels_last_3d) for m in maps)
-            self._maps = y, b
-        elif maps is not None and last and x_BCTHW.dtype == torch.float32:
+        if maps is not None and last and x_BCTHW.dtype == torch.float32:
             # (x s + t) y + b = x (s y) + (t y + b)
             y, b = (m.to(torch.float32, memory_format=torch.channels_last_3d) for m in maps)
             wide = (slice(None), slice(None), None, None, None)
@@ -114,8 +106,8 @@ class Fitted:
     def row_step(self) -> int:
         """Rows of a slab: what stays in a core's cache from one operation to the next, and whole rows of the maps.
 
-        Which elements a kernel takes by vectors and which one by one, and what it gives for them, depends on where what
-        it is called for begins and ends. So that is always a slab of one frame, whatever slices and bands there are.
+        A kernel processes most elements as vectors and those at the ends one by one, which may differ in the last bits.
+        So each call is for a slab of one frame, whatever slices and row tiles there are.
         """
         _, C, _, H, W = self.like.shape
         repeat = 1 if self._maps is None else H // self._maps[0].shape[3]
@@ -126,7 +118,7 @@ class Fitted:
         """Write silu(norm(x)) of these frames and rows into ``out`` (B, C, frames, rows, W); see :class:`Producer`."""
         x = self.like[:, :, frames.start : frames.stop, rows.start : rows.stop]
         if self._triton:
-            # Its kernel wants frames that lie one behind the other: bands of them go one by one.
+            # Its kernel wants frames that lie one behind the other: row tiles go frame by frame.
             step = len(frames) if triton_norms.is_channels_last(x) and triton_norms.is_channels_last(out_BCTHW) else 1
             for i in range(0, len(frames), step):
                 part = slice(i, i + step)
@@ -135,7 +127,7 @@ class Fitted:
             self._write_frames(x, out_BCTHW, frames, rows)
         else:
             step = self.row_step if x.device.type in ("cpu", "meta") else len(rows)
-            constants = None if self._compiled else _constants(self._scale)
+            constants = _constants(self._scale)
             slabs = [range(row, min(row + step, rows.stop)) for row in range(rows.start, rows.stop, step)]
             # On meta tensors one slab is enough, since all of them allocate and free the same.
             for i, t in enumerate(_allocating(frames, x)):
@@ -174,16 +166,13 @@ class Fitted:
         x_BCHW: Tensor,
         out_BCHW: Tensor,
         maps: tuple[Tensor, Tensor] | None,
-        constants: tuple[Tensor, ...] | None,
+        constants: tuple[Tensor, ...],
     ) -> None:
-        """Rows of one frame in channels last, one operation after the other, or compiled.
+        """Rows of one frame in channels last, one operation after the other.
 
         Of a narrow dtype, batch norm with given statistics (0 and 1) is the kernel that computes x * scale + shift in
         float32 and rounds once.
         """
-        if constants is None:
-            compiled_norm.apply_silu(x_BCHW, out_BCHW, self._scale, self._shift, maps)
-            return
         if x_BCHW.is_meta:  # nothing more is allocated
             return
         for batch in range(len(x_BCHW)):
@@ -224,14 +213,14 @@ def _rows_of(map_BCthw: Tensor, rows: range, height: int) -> Tensor:
     return map_BCthw[:, :, :, rows.start // repeat : rows.stop // repeat]
 
 
-def _fit(norm: nn.GroupNorm, x: Tensor, maps: tuple[Tensor, Tensor] | None, compiled: bool) -> Fitted:
+def _fit(norm: nn.GroupNorm, x: Tensor, maps: tuple[Tensor, Tensor] | None) -> Fitted:
     """Statistics over the chunk, folded with the norm's own weight and bias, in float32."""
     mean, rstd = group_moments(x, norm.num_groups, norm.eps)
     repeats = x.shape[1] // norm.num_groups
     scale = rstd.repeat_interleave(repeats, dim=1).mul_(norm.weight.float())
     # addcmul, not a product and a sum: it rounds once, as the kernels of torch.group_norm do.
     shift = torch.addcmul(norm.bias.float(), mean.repeat_interleave(repeats, dim=1), scale, value=-1)
-    return Fitted(x, scale, shift, maps, compiled=compiled)
+    return Fitted(x, scale, shift, maps)
 
 
 def group_moments(x_BCTHW: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -321,9 +310,9 @@ def _moments_by_frame(x_BCTHW: Tensor, num_groups: int, eps: float) -> tuple[Ten
 class GroupNormSiLU(nn.GroupNorm):
     """GroupNorm over the frames of a chunk, then SiLU, written where the next convolution reads."""
 
-    def fit(self, x_BCTHW: Tensor, latent: Tensor | None = None, *, compiled: bool = False) -> Fitted:
+    def fit(self, x_BCTHW: Tensor, latent: Tensor | None = None) -> Fitted:
         """First pass: the statistics of x. Second pass: :meth:`Fitted.write`."""
-        return _fit(self, x_BCTHW, None, compiled)
+        return _fit(self, x_BCTHW, None)
 
 
 class SpatialNormSiLU(nn.Module):
@@ -341,11 +330,11 @@ class SpatialNormSiLU(nn.Module):
         self.conv_y = _Named(latent_channels, channels)
         self.conv_b = _Named(latent_channels, channels)
 
-    def fit(self, x_BCTHW: Tensor, latent: Tensor | None = None, *, compiled: bool = False) -> Fitted:
+    def fit(self, x_BCTHW: Tensor, latent: Tensor | None = None) -> Fitted:
         """First pass: the statistics of x and the maps of the latent (B, c, t, h, w), which this norm needs."""
         if latent is None:
             raise ValueError("a spatial norm is steered by a latent; none was given")
-        return _fit(self.norm_layer, x_BCTHW, (self.conv_y.conv(latent), self.conv_b.conv(latent)), compiled)
+        return _fit(self.norm_layer, x_BCTHW, (self.conv_y.conv(latent), self.conv_b.conv(latent)))
 
 
 class _Named(nn.Module):

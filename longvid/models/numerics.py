@@ -1,7 +1,8 @@
-"""Numerics: choices that decide the last bits of a result. Fixed for a video, recorded in its store.
+"""Numerics: the choices that decide the last bits of a result. They are fixed for a video and recorded in its store.
 
-None is a matter of right or wrong: kernels add the same products in another order, round less often, or compute fewer
-products that amount to the same. What never changes a bit (budgets, offloading, slices, prefetch) is not here.
+All of them are correct: kernels add the same products in another order, round less often, or compute fewer products
+whose sum is the same. Budgets, offloading and prefetch never change a bit and are not here. Row tiles are not here
+either: they may change the last bits of float32 on processors whose library picks its kernel by the number of rows.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ __all__ = ["Layout", "Numerics", "parse_layout", "parse_paired_frames"]
 
 Layout: TypeAlias = Literal["contiguous", "channels_last"]
 
-_LATER = frozenset({"fused_pooling"})
-"forms that came when stores had been recorded without them"
+_REMOVED = {"subpixel_upsampling": False, "compiled": False}
+"""forms that earlier versions had: a run without them has the fingerprint that it had there, so that it can be resumed,
+and one with them has another"""
+_LATER = frozenset({"float32_products"})
+"forms that came when stores had been recorded without them; recorded only where they are taken, for the same reason"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,48 +32,38 @@ class Numerics:
     """of activations in memory. ``contiguous``: B C T H W, in which the bfloat16 encoder of CogVideoX is diffusers' bit
     for bit on a CPU. ``channels_last``: B T H W C, in which convolutions need no reordering"""
     paired_frames: bool = False
-    "whether convolutions over three frames take two frames at a time, with a third fewer multiplications"
+    "whether convolutions over three frames use Winograd F(2,3) along time, with a third fewer multiplications"
     fused_residuals: bool = False
-    "whether a convolution adds onto its residual within the kernel, where a sum apart would round once more"
-    fused_pooling: bool = False
-    """whether a convolution whose output is averaged over pairs of frames computes the averages, with a third fewer
-    multiplications"""
-    subpixel_upsampling: bool = False
-    "whether upsampling and its convolution are a sub-pixel convolution, with 4/9 of the multiplications"
-    compiled: bool = False
-    "whether norm and activation are one kernel made by torch.compile, where PyTorch's own would round between them"
+    "whether a convolution adds onto its residual within the kernel, where a separate sum would round once more"
+    float32_products: bool = False
+    """whether convolutions of bfloat16 widen their input and weights to float32 and round the result once, for CPUs
+    whose library has no bfloat16 kernels"""
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON. Of forms that older versions did not know, those that are taken.
-
-        So a run without them has the fingerprint that it had then, and what was begun then can be continued.
-        """
-        return {name: value for name, value in asdict(self).items() if value or name not in _LATER}
+        """Ready for JSON, and part of the fingerprint by which a store knows the runs that can resume it."""
+        facts = asdict(self) | _REMOVED
+        return {name: value for name, value in facts.items() if value or name not in _LATER}
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Numerics:
-        """What :meth:`to_dict` gave, of an older version too: what it does not know was not done."""
+        """Read what :meth:`to_dict` gave, in this version or an earlier one."""
         return cls(
             layout=parse_layout(facts.get("layout", "auto")) or "contiguous",
             paired_frames=bool(facts.get("paired_frames")),
             fused_residuals=bool(facts.get("fused_residuals")),
-            fused_pooling=bool(facts.get("fused_pooling")),
-            subpixel_upsampling=bool(facts.get("subpixel_upsampling")),
-            compiled=bool(facts.get("compiled")),
+            float32_products=bool(facts.get("float32_products")),
         )
 
     @property
     def words(self) -> str:
         """In words, for people."""
-        told = f"{self.layout.replace('_', ' ')} layout"
         facts = {
-            "frames in pairs": self.paired_frames,
+            f"{self.layout.replace('_', ' ')} layout": True,
+            "Winograd along time": self.paired_frames,
             "residuals in the convolutions": self.fused_residuals,
-            "averages in the convolutions": self.fused_pooling,
-            "sub-pixel upsampling": self.subpixel_upsampling,
-            "norms compiled": self.compiled,
+            "products in float32": self.float32_products,
         }
-        return ", ".join([told, *(words for words, holds in facts.items() if holds)])
+        return ", ".join(words for words, holds in facts.items() if holds)
 
 
 def parse_layout(layout: str) -> Layout | None:

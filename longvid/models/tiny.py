@@ -21,7 +21,7 @@ Axes: B batch, C channels, T time, H height, W width; lower-case c t h w are tho
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -32,7 +32,10 @@ from torch import Tensor, nn
 from longvid.errors import ModelError, ScheduleError
 from longvid.models.base import LatentGeometry
 from longvid.models.cache import ConvCache
+from longvid.models.context import ForwardContext
+from longvid.models.kernels.convolution import run_once
 from longvid.models.layers import CausalConv3d
+from longvid.models.window import Window
 
 __all__ = ["BlockTransform", "TinyConfig", "TinyVAE"]
 
@@ -126,21 +129,16 @@ class Block(nn.Module):
         self.spatial = CausalConv3d(width, width, (1, 3, 3))
         self.temporal = CausalConv3d(width, width, (3, 1, 1))
 
-    def forward(self, x_BCTHW: Tensor, cache: ConvCache | None) -> Tensor:
+    def forward(self, x_BCTHW: Tensor, context: ForwardContext | None) -> Tensor:
         """(B, C, t, h, w) to the same; without a cache, a whole video at once and differentiable."""
-        if cache is None:
+        if context is None:
             return x_BCTHW + self.temporal.whole(F.silu(self.spatial.whole(F.silu(x_BCTHW))))
-        h = self.spatial(cache.attempt(lambda: F.silu(x_BCTHW)), cache)
-        with cache.window(self.temporal, like=h) as window:
+        h = self.spatial(context.attempt(lambda: F.silu(x_BCTHW)), context)
+        with Window(self.temporal, context, like=h) as window:
             F.silu(window.new.copy_(h), inplace=True)
             del h
-            out = self.temporal.convolve(window)
+            out = self.temporal.convolve(window, context)
         return out.add_(x_BCTHW)
-
-
-def _once(step: Callable[[], Tensor]) -> Tensor:
-    """In training nothing can be moved out of the way."""
-    return step()
 
 
 class Encoder(nn.Module):
@@ -155,12 +153,12 @@ class Encoder(nn.Module):
         self.head = CausalConv3d(width, 2 * channels, 1)
         self.linear = CausalConv3d(K, 2 * channels, 1)
 
-    def forward(self, c_BKthw: Tensor, cache: ConvCache | None, first: bool) -> Tensor:
+    def forward(self, c_BKthw: Tensor, context: ForwardContext | None, first: bool) -> Tensor:
         """One chunk, or without a cache a whole video; ``first`` if it starts with the video's first frame."""
-        attempt = _once if cache is None else cache.attempt
+        attempt = run_once if context is None else context.attempt
         h = attempt(lambda: self.stem.whole(c_BKthw))
         for block in self.blocks:
-            h = block(h, cache)
+            h = block(h, context)
         return attempt(lambda: self._join(h, c_BKthw, first))
 
     def _join(self, h: Tensor, c_BKthw: Tensor, first: bool) -> Tensor:
@@ -180,13 +178,13 @@ class Decoder(nn.Module):
         self.head = CausalConv3d(width, K, 1)
         self.linear = CausalConv3d(2 * channels, K, (1, 3, 3))
 
-    def forward(self, z_BCthw: Tensor, cache: ConvCache | None, first: bool) -> Tensor:
+    def forward(self, z_BCthw: Tensor, context: ForwardContext | None, first: bool) -> Tensor:
         """One chunk, or without a cache a whole video; ``first`` if it starts with the video's first latent."""
-        attempt = _once if cache is None else cache.attempt
+        attempt = run_once if context is None else context.attempt
         z = attempt(lambda: self._two_sets(z_BCthw, first))
         h = attempt(lambda: self.stem.whole(z))
         for block in self.blocks:
-            h = block(h, cache)
+            h = block(h, context)
         return attempt(lambda: self.head.whole(F.silu(h)) + self.linear.whole(z))
 
     def _two_sets(self, z_BCthw: Tensor, first: bool) -> Tensor:
@@ -232,7 +230,7 @@ class TinyVAE(nn.Module):
         return cls(TinyConfig.from_dict(config), origin)
 
     @torch.inference_mode()
-    def encode(self, x_BCTHW: Tensor, cache: ConvCache) -> Tensor:
+    def encode(self, x_BCTHW: Tensor, context: ForwardContext | ConvCache) -> Tensor:
         """One chunk of pixels in [-1, 1] to moments (B, 2 c, t, h, w): mean, then log variance.
 
         The first chunk of a video has 1 + 4 n frames, the others 4 n; n may differ from chunk to chunk.
@@ -241,27 +239,29 @@ class TinyVAE(nn.Module):
             ScheduleError: another number of frames, or a size that is not a multiple of 8.
             CacheError: the cache is of another module or another video.
         """
-        first = cache.num_chunks == 0
+        context = ForwardContext.of(context)
+        first = context.cache.num_chunks == 0
         _require_blocks(x_BCTHW, first)
-        with cache.chunk():
-            coefficients = cache.attempt(lambda: self.transform(x_BCTHW, first))
-            mean: Tensor = self.encoder(coefficients, cache, first)
-            return cache.attempt(lambda: self._moments(mean))
+        with context.chunk():
+            coefficients = context.attempt(lambda: self.transform(x_BCTHW, first))
+            mean: Tensor = self.encoder(coefficients, context, first)
+            return context.attempt(lambda: self._moments(mean))
 
     def _moments(self, mean: Tensor) -> Tensor:
         return torch.cat([mean, torch.full_like(mean, 2 * math.log(self.config.posterior_std))], dim=1)
 
     @torch.inference_mode()
-    def decode(self, z_BCTHW: Tensor, cache: ConvCache) -> Tensor:
+    def decode(self, z_BCTHW: Tensor, context: ForwardContext | ConvCache) -> Tensor:
         """One chunk of latents (B, c, t, h, w) to pixels (B, 3, T, H, W); the first latent of a video is one frame.
 
         Raises:
             CacheError: the cache is of another module or another video.
         """
-        first = cache.num_chunks == 0
-        with cache.chunk():
-            coefficients = self.decoder(z_BCTHW, cache, first)
-            return cache.attempt(lambda: self.transform.inverse(coefficients, first))
+        context = ForwardContext.of(context)
+        first = context.cache.num_chunks == 0
+        with context.chunk():
+            coefficients = self.decoder(z_BCTHW, context, first)
+            return context.attempt(lambda: self.transform.inverse(coefficients, first))
 
     def describe(self) -> dict[str, Any]:
         """Class, config and origin of the weights. The latents need no scaling: their spread is about 1."""

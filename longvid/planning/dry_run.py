@@ -18,8 +18,9 @@ from longvid.memory.offloader import Offloader
 from longvid.memory.tracker import AllocationTracker
 from longvid.models.base import CausalVAE
 from longvid.models.cache import ConvCache
+from longvid.models.context import ForwardContext, Limits, PreparedWeights
 from longvid.models.device import placed
-from longvid.models.forward import decode_chunk, encode_chunk, memory_format
+from longvid.models.forward import decode_chunk, encode_chunk
 from longvid.models.numerics import Numerics
 from longvid.planning.cost_model import LayerCost, Timeline
 from longvid.schedule import Chunk, ChunkSchedule
@@ -76,43 +77,40 @@ def dry_run(
 
     run = encode_chunk if direction == "encode" else decode_chunk
     probe = _Probe()
-    layout = memory_format(numerics)
-    with ConvCache(
-        model.encoder if direction == "encode" else model.decoder,
-        slice_elements=slice_elements,
-        band_elements=band_elements,
-        numerics=numerics,
-        offloader=probe,
-        keep_buffers=keep_buffers,
-        keep_kernels=keep_kernels,
-    ) as cache:
+    with ForwardContext(
+        ConvCache(model.encoder if direction == "encode" else model.decoder, offloader=probe),
+        BufferPool(keep=keep_buffers),
+        PreparedWeights(keep=keep_kernels),
+        numerics,
+        Limits(slice_elements=slice_elements, tile_elements=band_elements),
+    ) as context:
         first_host, middle_host = (
             host(schedule.full(0)),
             host(schedule.full(1)),
         )  # not the device's: outside the tracker
         with probe.tracker:
-            run(model, cache, first_host, device=_META, dtype=dtype, layout=layout)
+            run(model, context, first_host, device=_META, dtype=dtype)
         first_lead, first, _ = probe.take()
         # The tracker is the inner mode: it sees the same operations as without the counter.
         with probe.flop_counter if like is None else nullcontext(), probe.tracker:
-            run(model, cache, middle_host, device=_META, dtype=dtype, layout=layout)
+            run(model, context, middle_host, device=_META, dtype=dtype)
         steady_lead, steady, flops = probe.take()
 
         def run_another() -> None:
             nonlocal steady_lead, steady
             with probe.tracker:
-                run(model, cache, middle_host, device=_META, dtype=dtype, layout=layout)
+                run(model, context, middle_host, device=_META, dtype=dtype)
             lead, later, _ = probe.take()
             steady_lead = max(steady_lead, lead)
             steady = {layer: [*steady[layer], *later[layer]] for layer in steady}
 
         if keep_buffers:
             for _ in range(_MOST_SETTLING):
-                before = cache.buffers.sizes
+                before = context.buffers.sizes
                 run_another()
-                if cache.buffers.sizes == before:
+                if context.buffers.sizes == before:
                     break
-            cache.buffers = BufferPool(keep=True)
+            context.buffers = BufferPool(keep=True)
             run_another()
         context_bytes = probe.layer_bytes()
     if like is not None:

@@ -25,6 +25,7 @@ from longvid.planning.kernel_choice import can_compute, choose_numerics, fresh_m
 from longvid.planning.plan import DirectionPlan, Plan
 from longvid.planning.planner import Offload, make_plan
 from longvid.planning.profile import Profile, ProfileScope
+from longvid.planning.workload import Workload
 from longvid.runtime.engine import Engine
 from longvid.schedule import ChunkSchedule
 from longvid.units import format_bytes
@@ -104,7 +105,6 @@ class SessionOptions:
     slice_frames: int | None
     layout: Layout | None
     paired_frames: bool | None
-    compile: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,16 +277,14 @@ class AdmissionControl:
             return earlier
         key = (direction, height, width)
         if key not in self._numerics:
+            schedule = engine.model.geometry.schedule
+            workload = Workload(direction=direction, height=height, width=width, dtype=engine.dtype, schedule=schedule)
             self._numerics[key] = choose_numerics(
                 engine.model,
+                workload,
                 device=engine.device,
-                dtype=engine.dtype,
-                height=height,
-                width=width,
                 layout=options.layout,
                 paired_frames=options.paired_frames,
-                compile=options.compile,
-                direction=direction,
             )
         return self._numerics[key]
 

@@ -20,14 +20,16 @@ from torch import Tensor, nn
 from longvid.errors import MemoryBudgetError, ModelError, NonFiniteError, SessionStateError
 from longvid.events import Direction, Span
 from longvid.memory.budget import default_reserved_bytes
+from longvid.memory.buffer_pool import BufferPool
 from longvid.memory.copy_engine import CopyEngine
 from longvid.memory.offloader import Offloader
 from longvid.memory.tracker import DeviceMeter, is_out_of_memory
 from longvid.models.base import CausalVAE
 from longvid.models.cache import ConvCache
-from longvid.models.convolution import faithful
+from longvid.models.context import ForwardContext, Limits, PreparedWeights
 from longvid.models.device import placed, resolve_device, tensor_bytes, weights_digest
-from longvid.models.forward import decode_chunk, encode_chunk, memory_format, sample_posterior
+from longvid.models.forward import decode_chunk, encode_chunk, sample_posterior
+from longvid.models.kernels.convolution import faithful
 from longvid.planning.plan import DirectionPlan
 from longvid.schedule import Chunk
 from longvid.units import format_bytes
@@ -140,6 +142,17 @@ class Engine:
         return cast("Frames", locked)
 
 
+def context_of(part: DirectionPlan, module: nn.Module, copies: CopyEngine, *, traced: bool = False) -> ForwardContext:
+    """The context in which ``module`` runs one video as planned."""
+    return ForwardContext(
+        ConvCache(module, offloader=Offloader(part.placement, copies, host_sizes=part.host_sizes, traced=traced)),
+        BufferPool(keep=part.keeps_buffers),
+        PreparedWeights(keep=part.keeps_kernels),
+        part.numerics,
+        Limits(slice_elements=part.slicing.elements, tile_elements=part.slicing.band_elements),
+    )
+
+
 class Run:
     """One video in one direction: its cache and its meter.
 
@@ -154,28 +167,20 @@ class Run:
     def __init__(self, engine: Engine, part: DirectionPlan, *, traced: bool = False) -> None:
         self.engine = engine
         self.part = part
-        self._offloader = Offloader(part.placement, engine.copy_engine, host_sizes=part.host_sizes, traced=traced)
-        self.cache = ConvCache(
-            engine.model.encoder if self.direction == "encode" else engine.model.decoder,
-            slice_elements=part.slicing.elements,
-            band_elements=part.slicing.band_elements,
-            numerics=part.numerics,
-            offloader=self._offloader,
-            keep_buffers=part.keeps_buffers,
-            keep_kernels=part.keeps_kernels,
-        )
-        self._layout = memory_format(part.numerics)
+        module = engine.model.encoder if self.direction == "encode" else engine.model.decoder
+        self.context = context_of(part, module, engine.copy_engine, traced=traced)
+        self.cache = self.context.cache
         self.meter = DeviceMeter(engine.device, engine.weights_bytes)
         self._warned = False
 
     def __enter__(self) -> Self:
-        self.cache.__enter__()
+        self.context.__enter__()
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        self.cache.close()
+        self.context.close()
 
     @property
     def cache_bytes(self) -> int:
@@ -185,7 +190,7 @@ class Run:
     @property
     def offloaded_bytes(self) -> int:
         """Bytes of the contexts that leave the device between chunks."""
-        return self._offloader.offloaded_bytes
+        return self.cache.offloader.offloaded_bytes
 
     def restore(self, num_chunks: int, contexts: Iterable[tuple[str, Tensor]]) -> None:
         """Stand where another run of the same kind stood after ``num_chunks`` chunks; see :meth:`ConvCache.restore`."""
@@ -193,7 +198,7 @@ class Run:
 
     def spans(self, origin_seconds: float) -> tuple[Span, ...]:
         """What the lanes did since the last call, timed from ``origin_seconds`` on; empty unless traced."""
-        return self._offloader.collect_spans(origin_seconds)
+        return self.cache.offloader.collect_spans(origin_seconds)
 
     def _compute(self, step: Callable[[], T]) -> T:
         """Run one chunk under the meter.
@@ -257,9 +262,7 @@ class EncodeRun(Run):
         host, engine = torch.from_numpy(frames_THWC), self.engine
 
         def chunk() -> Tensor:
-            return encode_chunk(
-                engine.model, self.cache, host, device=engine.device, dtype=engine.dtype, layout=self._layout
-            )
+            return encode_chunk(engine.model, self.context, host, device=engine.device, dtype=engine.dtype)
 
         moments = _to_host(self._compute(chunk))
         if not bool(torch.isfinite(moments).all()):
@@ -296,9 +299,7 @@ class DecodeRun(Run):
         host, engine = torch.from_numpy(z_TCHW), self.engine
 
         def decoded() -> Tensor:
-            return decode_chunk(
-                engine.model, self.cache, host, device=engine.device, dtype=engine.dtype, layout=self._layout
-            )
+            return decode_chunk(engine.model, self.context, host, device=engine.device, dtype=engine.dtype)
 
         frames = self._compute(decoded)
         height, width = self.size or frames.shape[1:3]

@@ -71,12 +71,9 @@ class VideoSession:
         layout: of activations in memory: ``"auto"``, ``"contiguous"`` or ``"channels_last"``. Seen in the last bits of
             a result and recorded in the store. ``"auto"`` is channels last where it is not slower, except for small
             frames on a CPU, for which contiguous is bit for bit what diffusers computes in the bfloat16 encoder.
-        paired_frames: whether convolutions take frames in pairs, with a third fewer multiplications: ``"auto"`` (on a
-            CPU, in float32 and in a bfloat16 decoder, if it is faster), ``"on"`` or ``"off"``. To rounding; recorded in
-            the store.
-        compile: whether norm and activation may run as one kernel made by ``torch.compile``, on a CPU in channels last;
-            it is if it wins in a moment's race. Needs a C++ compiler, and seconds, once. To rounding; recorded in the
-            store.
+        paired_frames: whether convolutions compute two frames at a time (Winograd F(2,3) along time), with a third
+            fewer multiplications: ``"auto"`` (on a CPU, if it is faster; for a bfloat16 encoder only on a CPU without a
+            matrix unit), ``"on"`` or ``"off"``, which keeps the rounding of diffusers. Recorded in the store.
         callbacks: called with a :class:`~longvid.events.ChunkEvent` after every chunk, in the caller's thread.
     """
 
@@ -95,7 +92,6 @@ class VideoSession:
         slice_frames: int | None = None,
         layout: str = "auto",
         paired_frames: str | bool = "auto",
-        compile: bool = False,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         if slice_frames is not None and slice_frames < 1:
@@ -109,7 +105,6 @@ class VideoSession:
             slice_frames=slice_frames,
             layout=parse_layout(layout),
             paired_frames=parse_paired_frames(paired_frames),
-            compile=compile,
         )
         self._reserved_bytes = None if reserved is None else parse_reserve(reserved)
         self._source_model = load_model(model)

@@ -30,6 +30,7 @@ from longvid.planning.kernel_choice import choose_numerics, fresh_memory_is_slow
 from longvid.planning.plan import DirectionPlan
 from longvid.planning.planner import make_plan
 from longvid.planning.profile import DirectionProfile, Profile, ProfileScope
+from longvid.planning.workload import Workload
 from longvid.runtime.engine import DecodeRun, EncodeRun, Engine
 from longvid.schedule import ChunkSchedule
 from longvid.units import format_bytes
@@ -186,14 +187,14 @@ def _thresholds(
     rates = DeviceRates(link_bytes_per_second=link)
 
     padded = engine.model.geometry.padded_size(height, width)
-    numerics = choose_numerics(
-        engine.model,
-        device=engine.device,
-        dtype=engine.dtype,
+    workload = Workload(
+        direction=direction,
         height=padded[0],
         width=padded[1],
-        direction=direction,
+        dtype=engine.dtype,
+        schedule=engine.model.geometry.schedule,
     )
+    numerics = choose_numerics(engine.model, workload, device=engine.device)
 
     def planned(policy: OffloadPolicy, slice_frames: int | None = None) -> tuple[ChunkSchedule, DirectionPlan]:
         plan = make_plan(

@@ -10,7 +10,7 @@ import zarr
 
 from longvid import Durability, MemoryBudgetError, VideoSession, load_model
 from longvid.memory.offloader import Offloader
-from longvid.models.convolution import Conv2d, Conv3d
+from longvid.models.kernels.convolution import Conv2d, Conv3d
 
 EAGER = Durability(publish_seconds=0, snapshot_seconds=0)
 FRAMES = np.random.default_rng(5).integers(0, 256, (28, 32, 48, 3), dtype=np.uint8)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.contexts import forward_context
 
-from longvid import AllocationTracker, CausalConv3d, ConvCache
+from longvid import AllocationTracker, CausalConv3d
 from longvid.memory.buffer_pool import BufferPool, TensorKind, dense_within, flattened, layout_of
 
 CPU = torch.device("cpu")
@@ -152,18 +153,18 @@ def test_kept_memory_is_given_up_before_a_chunk_fails_and_is_not_kept_again():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return "done"
 
-    with ConvCache(layer, keep_buffers=True) as cache, torch.inference_mode():
-        with cache.chunk():
-            layer(x, cache)
-        assert cache.buffers.idle_bytes
-        with cache.chunk():
+    with forward_context(layer, keep_buffers=True) as context, torch.inference_mode():
+        with context.chunk():
+            layer(x, context)
+        assert context.buffers.idle_bytes
+        with context.chunk():
             with pytest.warns(UserWarning, match="ran out of memory in chunk 1; memory that the layers .* given up"):
-                assert cache.attempt(lambda: fails(1)) == "done"  # no context can leave, but this memory can
+                assert context.attempt(lambda: fails(1)) == "done"  # no context can leave, but this memory can
             assert len(calls) == 2
-            layer(x, cache)
-        assert cache.buffers.num_bytes == 0
-        with pytest.raises(torch.OutOfMemoryError), cache.chunk():
-            cache.attempt(lambda: fails(10))
+            layer(x, context)
+        assert context.buffers.num_bytes == 0
+        with pytest.raises(torch.OutOfMemoryError), context.chunk():
+            context.attempt(lambda: fails(10))
     assert len(calls) == 3
 
 
@@ -175,23 +176,23 @@ def test_kept_kernels_are_made_once_and_given_up_before_a_chunk_fails():
         return (torch.ones(5),)
 
     def fails_once():
-        if cache.kernel_bytes:
+        if context.kernels.num_bytes:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return "done"
 
-    with ConvCache(layer, keep_kernels=True) as cache:
-        kernels = cache.kernels(layer, prepare)
-        assert cache.kernels(layer, prepare) is kernels
-        assert (len(made), cache.kernel_bytes) == (1, 20)
+    with forward_context(layer, keep_kernels=True) as context:
+        kernels = context.prepared(layer, prepare)
+        assert context.prepared(layer, prepare) is kernels
+        assert (len(made), context.kernels.num_bytes) == (1, 20)
         with pytest.warns(UserWarning, match="was given up, which set 20 B free"):
-            assert cache.attempt(fails_once) == "done"
-        assert torch.equal(cache.kernels(layer, prepare)[0], kernels[0])
-        assert (len(made), cache.kernel_bytes) == (2, 0)  # there is no room for them any more
-    with ConvCache(layer, keep_kernels=True) as cache:
-        assert cache.kernels(layer, lambda: (layer.conv.weight,))[0] is layer.conv.weight
-        assert cache.kernel_bytes == 0  # it is the model's
-        cache.kernels(layer, prepare)
-    assert cache.kernel_bytes == 0
-    with ConvCache(layer) as thrifty:
-        thrifty.kernels(layer, prepare)
-        assert thrifty.kernel_bytes == 0
+            assert context.attempt(fails_once) == "done"
+        assert torch.equal(context.prepared(layer, prepare)[0], kernels[0])
+        assert (len(made), context.kernels.num_bytes) == (2, 0)  # there is no room for them any more
+    with forward_context(layer, keep_kernels=True) as context:
+        assert context.prepared(layer, lambda: (layer.conv.weight,))[0] is layer.conv.weight
+        assert context.kernels.num_bytes == 0  # it is the model's
+        context.prepared(layer, prepare)
+    assert context.kernels.num_bytes == 0
+    with forward_context(layer) as thrifty:
+        thrifty.prepared(layer, prepare)
+        assert thrifty.kernels.num_bytes == 0

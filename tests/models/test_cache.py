@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from longvid import CacheError, CausalConv3d, ConvCache
+from longvid import CacheError, CausalConv3d, ConvCache, ForwardContext
+from longvid.models.window import Window
 
 
 class Two(nn.Module):
@@ -38,7 +39,7 @@ def run(model, x, cuts):
 
 
 def contexts(cache):
-    return [home.device for home in cache._offloader._homes.values()]
+    return [home.device for home in cache.offloader._homes.values()]
 
 
 @pytest.mark.parametrize("cuts", [[1] * 21, [9, 8, 4], [2, 19], [20, 1]])
@@ -171,8 +172,8 @@ def test_one_window_at_a_time(model, x):
         torch.inference_mode(),
         pytest.raises(CacheError, match="'second' opened its window inside that of 'first'"),
         cache.chunk(),
-        cache.window(model.first, like=x),
-        cache.window(model.second, like=torch.zeros(2, 4, 21, 6, 5)),
+        Window(model.first, ForwardContext.of(cache), like=x),
+        Window(model.second, ForwardContext.of(cache), like=torch.zeros(2, 4, 21, 6, 5)),
     ):
         pass
 
@@ -185,15 +186,15 @@ def test_after_an_exception_nothing_is_held(model, x, error):
             model.first(x[:, :, 9:], cache)
             raise error
         assert cache.nbytes == 0
-        with pytest.raises(CacheError, match="mixed age"):
+        with pytest.raises(CacheError, match="inconsistent"):
             model(x[:, :, 9:], cache)
 
 
 def test_a_window_is_dead_after_its_block(model, x):
     with ConvCache(model) as cache, torch.inference_mode(), cache.chunk():
-        with cache.window(model.first, like=x) as window:
+        with Window(model.first, ForwardContext.of(cache), like=x) as window:
             window.new.copy_(x)
-            h = model.first.convolve(window)
+            h = model.first.convolve(window, ForwardContext.of(cache))
         with pytest.raises(CacheError, match="'first' is not open"):
             _ = window.new
         model.second(model.point(h, cache), cache)

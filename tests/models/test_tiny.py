@@ -62,7 +62,7 @@ def in_chunks(module, step, x, cuts, forget):
         done = []
         for piece in x.split(cuts, dim=2):
             if forget:
-                cache._offloader._homes.clear()
+                cache.offloader._homes.clear()
             done.append(step(piece, cache))
     return torch.cat(done, dim=2)
 

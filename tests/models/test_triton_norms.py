@@ -17,8 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from longvid.models import triton_norms
-from longvid.models.triton_norms import apply_silu, available, channel_moments, is_channels_last
+from longvid.models.kernels import triton_norms
+from longvid.models.kernels.triton_norms import apply_silu, available, channel_moments, is_channels_last
 
 NARROW = [torch.bfloat16, torch.float16]
 TINY_SHARE = 1e-3
@@ -368,7 +368,7 @@ COMPILE = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from longvid.models import triton_norms
+from longvid.models.kernels import triton_norms
 
 def compile_for(target, kernel, types, constants):
     names = kernel.arg_names
@@ -408,7 +408,7 @@ def test_kernels_compile_for_gpus_that_are_not_there(tmp_path):
 
 
 def test_triton_is_not_imported_before_it_is_used():
-    code = "import sys, longvid.models.triton_norms as n, torch; n.available(torch.zeros(1, 1, 1, 1, 1)); "
+    code = "import sys, longvid.models.kernels.triton_norms as n, torch; n.available(torch.zeros(1, 1, 1, 1, 1)); "
     assert run(["-c", code + "print('triton' in sys.modules)"]).strip() == "False"
 
 

@@ -1,6 +1,5 @@
 """Which numerics are chosen, that they are seen where they should be, and that they are recorded."""
 
-import json
 import math
 import time
 from dataclasses import replace
@@ -10,19 +9,17 @@ import pytest
 import torch
 from support.clock import Clock
 
-import longvid.planning.kernel_choice
-import longvid.runtime.admission
-from longvid import ModelError, VideoSession, load_model, open_store
+from longvid import ModelError, StoreError, VideoSession, load_model, open_store
 from longvid.models.cogvideox import CogVideoXConfig, CogVideoXVAE
-from longvid.models.convolution import fuses_residuals
+from longvid.models.kernels.convolution import fuses_residuals
 from longvid.models.numerics import Numerics, parse_layout, parse_paired_frames
+from longvid.planning import kernel_choice
 from longvid.planning.kernel_choice import choose_numerics, preferred_band_bytes
-from longvid.store.reader import open_frames
+from longvid.planning.workload import Workload
 
 CPU = torch.device("cpu")
 FUSES = fuses_residuals(torch.float32)
-LAST = Numerics(layout="channels_last", fused_pooling=True)
-"that every encoder has where nothing is slow"
+LAST = Numerics(layout="channels_last")
 WIDE = {"block_out_channels": (16, 16, 16, 16), "norm_num_groups": 4, "layers_per_block": 1}
 
 
@@ -32,15 +29,27 @@ def wide():
     return CogVideoXVAE(CogVideoXConfig(**WIDE)).eval()
 
 
-def chosen(model, monkeypatch=None, seconds=(1.0, 1.0), dtype=torch.float32, size=(64, 96), **asked):
+@pytest.fixture(autouse=True)
+def with_bfloat16_kernels(monkeypatch):
+    """Decisions are those of a CPU with bfloat16 kernels and a matrix unit, unless a test says otherwise."""
+    monkeypatch.setattr(kernel_choice, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(kernel_choice, "has_matrix_unit", lambda: True)
+
+
+def chosen(model, monkeypatch=None, seconds=(1.0, 1.0), dtype=torch.float32, direction="encode", **asked):
+    """What is chosen when the benchmark measures these seconds: of the plain form first."""
     if monkeypatch is not None:
-        monkeypatch.setattr(longvid.planning.kernel_choice, "_race", lambda makers, device: list(seconds))
-        monkeypatch.setattr(longvid.planning.kernel_choice, "_SMALL_BYTES", 1)
-    return choose_numerics(model, device=CPU, dtype=dtype, height=size[0], width=size[1], **asked)
+        monkeypatch.setattr(kernel_choice, "_benchmark", lambda makers, device: list(seconds))
+        monkeypatch.setattr(kernel_choice, "_SMALL_BYTES", 1)
+    size = asked.pop("size", (64, 96))
+    workload = Workload(
+        direction=direction, height=size[0], width=size[1], dtype=dtype, schedule=model.geometry.schedule
+    )
+    return choose_numerics(model, workload, device=CPU, **asked)
 
 
 def test_small_frames_on_a_cpu_stay_contiguous_and_nothing_is_measured(wide, monkeypatch):
-    monkeypatch.setattr(longvid.planning.kernel_choice, "_race", lambda makers, device: pytest.fail("measured"))
+    monkeypatch.setattr(kernel_choice, "_benchmark", lambda makers, device: pytest.fail("measured"))
     assert chosen(wide) == Numerics()
     assert chosen(load_model("tiny"), size=(720, 1280)) == Numerics()  # no kernel that the choice is about
 
@@ -58,65 +67,60 @@ def test_what_is_measured_decides_by_a_wide_margin(wide, monkeypatch, seconds, d
     assert chosen(wide, monkeypatch, seconds, dtype) == expected
 
 
-def test_what_is_asked_for_is_taken(wide, monkeypatch):
-    """What can be asked for is not measured."""
-    races = []
-    monkeypatch.setattr(
-        longvid.planning.kernel_choice, "_race", lambda makers, device: races.append(makers) or [1.0, 1.0]
-    )
+def test_what_is_asked_for_is_taken_and_not_measured(wide, monkeypatch):
+    monkeypatch.setattr(kernel_choice, "_benchmark", lambda makers, device: pytest.fail("measured"))
     for layout in ("contiguous", "channels_last"):
-        for paired in (False, True):
-            found = chosen(wide, layout=layout, paired_frames=paired)
+        for winograd in (False, True):
+            found = chosen(wide, layout=layout, paired_frames=winograd)
             base = replace(LAST, fused_residuals=FUSES) if layout == "channels_last" else Numerics()
-            assert found == replace(base, paired_frames=paired)
-    assert len(races) == 2  # of averages, of which no one is asked
+            assert found == replace(base, paired_frames=winograd)
 
 
-def test_a_bfloat16_encoder_rounds_as_others_do(wide, monkeypatch):
-    """A residual within the convolution would take it beyond 0.02 of diffusers, and nearer to float32."""
+def test_a_bfloat16_encoder_rounds_residuals_as_others_do(wide):
     asked = {"layout": "channels_last", "paired_frames": False, "dtype": torch.bfloat16}
     assert not chosen(wide, direction="encode", **asked).fused_residuals
     assert chosen(wide, direction="decode", **asked).fused_residuals == fuses_residuals(torch.bfloat16)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_subpixels_and_averages_are_taken_unless_they_are_slow(wide, monkeypatch, dtype):
-    for layout in ("channels_last", "contiguous"):
-        for direction in ("encode", "decode"):
-            for paired in (None, False):
-                asked = {"layout": layout, "direction": direction, "dtype": dtype, "paired_frames": paired}
-                found = chosen(wide, monkeypatch, (1.0, 1.2), **asked)
-                assert found.subpixel_upsampling == (layout == "channels_last" and direction == "decode")
-                assert found.fused_pooling == (layout == "channels_last" and direction == "encode")
-                found = chosen(wide, monkeypatch, (1.0, 1.3), **asked)
-                assert not found.subpixel_upsampling
-                assert not found.fused_pooling
-
-
-def test_frames_go_in_pairs_unless_that_is_slow_but_in_bfloat16_only_if_it_is_fast(wide, monkeypatch):
-    """There, pairs cost accuracy: of a decoder, and an encoder does not take them at all."""
+@pytest.mark.parametrize("matrix_unit", [True, False])
+def test_winograd_is_taken_unless_it_is_slow_but_in_bfloat16_only_if_it_is_fast(wide, monkeypatch, matrix_unit):
+    """There it rounds once more: a decoder hides that, and an encoder takes it without a matrix unit only."""
+    monkeypatch.setattr(kernel_choice, "has_matrix_unit", lambda: matrix_unit)
     for seconds, single, half in (((1.0, 1.3), False, False), ((1.0, 1.0), True, False), ((1.2, 1.0), True, True)):
         for direction in ("encode", "decode"):
             asked = {"layout": "channels_last", "direction": direction}
             assert chosen(wide, monkeypatch, seconds, **asked).paired_frames == single
             found = chosen(wide, monkeypatch, seconds, dtype=torch.bfloat16, **asked).paired_frames
-            assert found == (half and direction == "decode")
+            assert found == (half and (direction == "decode" or not matrix_unit))
+    fast = {"seconds": (2.0, 1.0), "dtype": torch.bfloat16, "layout": "channels_last"}
+    assert not chosen(wide, monkeypatch, **fast, paired_frames=False).paired_frames  # "off" is for diffusers' rounding
 
 
-def test_the_real_race_runs_in_both_forms(wide, monkeypatch):
-    monkeypatch.setattr(longvid.planning.kernel_choice, "_SMALL_BYTES", 1)
-    seen, real = [], longvid.planning.kernel_choice._race
-    monkeypatch.setattr(
-        longvid.planning.kernel_choice, "_race", lambda makers, device: seen.append(real(makers, device)) or seen[-1]
-    )
-    chosen(wide, layout=None)
-    chosen(wide, layout="channels_last")
-    chosen(wide, layout="channels_last", direction="decode", paired_frames=False)
-    assert len(seen) >= 3
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_without_bfloat16_kernels_products_are_in_float32(wide, monkeypatch, direction):
+    monkeypatch.setattr(kernel_choice, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(kernel_choice, "has_matrix_unit", lambda: False)
+    for layout in (None, "contiguous", "channels_last"):
+        found = chosen(wide, monkeypatch, (1.2, 1.0), torch.bfloat16, direction, layout=layout)
+        assert found.float32_products
+        assert not found.fused_residuals
+        assert found.paired_frames == (layout != "contiguous")
+        assert not chosen(wide, monkeypatch, (1.2, 1.0), torch.float32, direction, layout=layout).float32_products
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_every_form_can_be_measured(wide, monkeypatch, has_bfloat16):
+    monkeypatch.setattr(kernel_choice, "_SMALL_BYTES", 1)
+    monkeypatch.setattr(kernel_choice, "has_bfloat16", lambda: has_bfloat16)
+    monkeypatch.setattr(kernel_choice, "has_matrix_unit", lambda: False)
+    seen, real = [], kernel_choice._benchmark
+    monkeypatch.setattr(kernel_choice, "_benchmark", lambda *args: seen.append(real(*args)) or [1.0, 1.0])
+    chosen(wide, dtype=torch.float32 if has_bfloat16 else torch.bfloat16)
+    assert len(seen) == 2
     assert all(len(row) == 2 and min(row) > 0 for row in seen)
 
 
-def test_a_race_counts_what_one_thread_computes(monkeypatch):
+def test_a_benchmark_counts_what_one_thread_computes(monkeypatch):
     """Not the time in which another program has the core, and not on as many threads as there happen to be."""
     threads, computed = [], Clock(lambda: 0.0)
     monkeypatch.setattr(time, "thread_time", computed)
@@ -133,7 +137,7 @@ def test_a_race_counts_what_one_thread_computes(monkeypatch):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        interrupted, slower = longvid.planning.kernel_choice._race([form(1, 20), form(2, 0)], CPU)
+        interrupted, slower = kernel_choice._benchmark([form(1, 20), form(2, 0)], CPU)
         assert 2 * interrupted == slower
         assert set(threads) == {1}
         assert torch.get_num_threads() == 2
@@ -146,10 +150,10 @@ def test_what_a_device_has_no_kernel_for_takes_forever():
         raise RuntimeError("GET was unable to find an engine to execute this computation")
 
     there, absent = (lambda: lambda: None), (lambda: none)
-    first, second = longvid.planning.kernel_choice._race([there, absent], torch.device("cuda"))
+    first, second = kernel_choice._benchmark([there, absent], torch.device("cuda"))
     assert first < second == math.inf
     with pytest.raises(RuntimeError, match="unable to find an engine"):
-        longvid.planning.kernel_choice._race([there, absent], CPU)
+        kernel_choice._benchmark([there, absent], CPU)
 
 
 @pytest.mark.parametrize("parse", [parse_layout, parse_paired_frames])
@@ -159,7 +163,7 @@ def test_what_does_not_exist_is_refused(parse):
     assert parse("auto") is None
 
 
-def test_a_cpu_prefers_bands_of_rows_and_a_device_whole_frames():
+def test_a_cpu_prefers_row_tiles_and_a_device_whole_frames():
     assert preferred_band_bytes(CPU) == 24 * 2**20
     assert preferred_band_bytes(torch.device("cuda")) is None
 
@@ -170,9 +174,9 @@ def frames():
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("paired", [False, True])
-def test_a_session_computes_as_asked_and_records_it(wide, frames, tmp_path, layout, paired):
-    asked = {"layout": layout, "paired_frames": paired}
+@pytest.mark.parametrize("winograd", [False, True])
+def test_a_session_computes_as_asked_and_records_it(wide, frames, tmp_path, layout, winograd):
+    asked = {"layout": layout, "paired_frames": winograd}
     with VideoSession(wide, **asked) as session:
         session.encode(frames, tmp_path / "a.zarr", representation="moments", store_dtype="float32")
     with VideoSession(wide, **asked, slice_frames=2) as session:
@@ -181,12 +185,34 @@ def test_a_session_computes_as_asked_and_records_it(wide, frames, tmp_path, layo
         session.encode(frames, tmp_path / "c.zarr", representation="moments", store_dtype="float32")
     stores = [open_store(tmp_path / f"{name}.zarr") for name in "abc"]
     a, b, c = (store.moments[:] for store in stores)
-    assert np.array_equal(a, b)  # slices never change a bit
+    assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b)
     assert np.linalg.norm(a - c) <= 1e-5 * np.linalg.norm(c)
-    assert np.array_equal(a, c) == (layout == "contiguous")  # pairs need channels last
+    assert np.array_equal(a, c) == (layout == "contiguous")  # Winograd needs channels last
     expected = replace(LAST, fused_residuals=FUSES) if layout == "channels_last" else Numerics()
     found = Numerics.from_dict(stores[0].attrs["longvid"]["numerics"])
-    assert found == replace(expected, paired_frames=paired)
+    assert found == replace(expected, paired_frames=winograd)
+
+
+def test_numerics_of_earlier_versions_are_read_and_forms_that_are_gone_keep_another_fingerprint():
+    before = {"layout": "channels_last", "paired_frames": True, "fused_residuals": False}
+    plain = {**before, "subpixel_upsampling": False, "compiled": False}
+    assert Numerics.from_dict(plain).to_dict() == plain
+    for gone in ("subpixel_upsampling", "compiled", "fused_pooling"):
+        recorded = {**plain, gone: True}
+        assert Numerics.from_dict(recorded) == Numerics.from_dict(plain)
+        assert Numerics.from_dict(recorded).to_dict() != recorded
+
+
+def test_a_store_begun_with_a_form_that_is_gone_is_not_continued(wide, frames, tmp_path, monkeypatch):
+    """It is refused by its fingerprint, and not finished in another form."""
+    video = np.concatenate([frames] * 2)
+    real = Numerics.to_dict
+    with monkeypatch.context() as before:
+        before.setattr(Numerics, "to_dict", lambda self: real(self) | {"fused_pooling": True})
+        with VideoSession(wide, callbacks=[lambda event: session.stop()]) as session:
+            assert not session.encode(video, tmp_path / "a.zarr").complete
+    with VideoSession(wide) as session, pytest.raises(StoreError, match="fused_pooling"):
+        session.encode(video, tmp_path / "a.zarr")
 
 
 def test_what_is_overwritten_in_another_dtype_hands_down_no_numerics(wide, frames, tmp_path):
@@ -196,75 +222,6 @@ def test_what_is_overwritten_in_another_dtype_hands_down_no_numerics(wide, frame
         with VideoSession(wide, **asked, dtype=dtype) as session:
             session.encode(frames, tmp_path / "a.zarr", overwrite=True)
         assert open_store(tmp_path / "a.zarr").attrs["longvid"]["numerics"]["fused_residuals"] == fused
-
-
-def test_an_encode_that_was_begun_without_averages_goes_on_without(packable, frames, tmp_path, monkeypatch):
-    """As every store of before they were known: nothing is recorded of them there."""
-    real = longvid.runtime.admission.choose_numerics
-    video = np.concatenate([frames] * 2)
-
-    def encode(name, stop_after=None):
-        def stop(event):
-            seen.append(event)
-            if len(seen) == stop_after:
-                session.stop()
-
-        seen = []
-        asked = {"device": "cpu", "layout": "channels_last", "paired_frames": "off"}
-        with VideoSession(packable, **asked, callbacks=[stop]) as session:
-            report = session.encode(video, tmp_path / name, representation="moments", store_dtype="float32")
-        assert report.complete == (stop_after is None)
-        return report
-
-    encode("averages.zarr")
-    with monkeypatch.context() as before:
-        before.setattr(
-            longvid.runtime.admission, "choose_numerics", lambda *a, **k: replace(real(*a, **k), fused_pooling=False)
-        )
-        encode("before.zarr")
-        encode("continued.zarr", stop_after=2)
-    assert encode("continued.zarr").resumed_from_frame
-    found = {name: open_store(tmp_path / f"{name}.zarr") for name in ("averages", "before", "continued")}
-    recorded = {name: store.attrs["longvid"]["numerics"].get("fused_pooling") for name, store in found.items()}
-    assert recorded == {"averages": True, "before": None, "continued": None}
-    values = {name: store.moments[:] for name, store in found.items()}
-    assert np.array_equal(values["continued"], values["before"])
-    assert not np.array_equal(values["averages"], values["before"])
-    assert np.linalg.norm(values["averages"] - values["before"]) <= 1e-5 * np.linalg.norm(values["before"])
-
-
-def test_a_decode_upsamples_as_its_store_records_and_goes_on_alike(packable, frames, tmp_path, monkeypatch):
-    """Whatever the race says on the day on which it is continued."""
-    wins, loses = (lambda makers, device: [1.4, 1.0]), (lambda makers, device: [1.0, 1.4])
-    asked = {"device": "cpu", "layout": "channels_last", "paired_frames": "off"}
-    with VideoSession(packable, **asked) as session:
-        session.encode(np.concatenate([frames] * 2), tmp_path / "latents.zarr")
-
-    def decode(name, race, stop_after=None):
-        monkeypatch.setattr(longvid.planning.kernel_choice, "_race", race)
-        seen = []
-
-        def stop(event):
-            seen.append(event)
-            if len(seen) == stop_after:
-                session.stop()
-
-        with VideoSession(packable, **asked, callbacks=[stop]) as session:
-            report = session.decode(tmp_path / "latents.zarr", tmp_path / name)
-        assert report.complete == (stop_after is None)
-        assert report.peak_device_bytes <= report.projected_bytes
-        facts = json.loads((tmp_path / name / "zarr.json").read_text())["attributes"]["longvid"]
-        assert facts["numerics"]["subpixel_upsampling"] == (name != "plain.zarr")
-        return report
-
-    for name, race in (("subpixels.zarr", wins), ("plain.zarr", loses)):
-        report = decode(name, race)
-        assert report.peak_device_bytes == report.projected_bytes
-    decode("continued.zarr", wins, stop_after=2)
-    assert decode("continued.zarr", loses).resumed_from_frame
-    found = {name: open_frames(tmp_path / f"{name}.zarr")[:] for name in ("subpixels", "plain", "continued")}
-    assert np.array_equal(found["continued"], found["subpixels"])
-    assert np.abs(found["plain"].astype(int) - found["subpixels"]).max() <= 1
 
 
 def test_a_video_comes_back_alike_in_every_form(wide, frames, tmp_path):
@@ -279,7 +236,7 @@ def test_a_video_comes_back_alike_in_every_form(wide, frames, tmp_path):
             got = np.concatenate(pieces)
             assert got.shape == frames.shape
             key = str(asked)
-            assert np.array_equal(found.setdefault(key, got), got)
+            assert np.abs(found.setdefault(key, got).astype(int) - got).max() <= 1
     first, *others = found.values()
     for other in others:
         assert np.abs(first.astype(int) - other).max() <= 1

@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
+from support.contexts import forward_context
 
 from longvid import (
     AllocationTracker,
-    ConvCache,
     MemoryBudgetError,
     ModelError,
     OptionError,
@@ -17,7 +17,7 @@ from longvid import (
 )
 from longvid.models import norms
 from longvid.models.device import placed
-from longvid.models.forward import decode_chunk, encode_chunk, memory_format
+from longvid.models.forward import decode_chunk, encode_chunk
 from longvid.models.numerics import Numerics
 from longvid.planning.kernel_choice import can_compute
 from longvid.planning.plan import Slicing
@@ -92,8 +92,8 @@ def run_for_real(model, direction, height, width, dtype, numerics=None, slicing=
     plan, p = model.geometry.schedule, model.geometry.pixels_per_latent
     module = ready.encoder if direction == "encode" else ready.decoder
     slicing = slicing or Slicing()
-    limits = {"slice_elements": slicing.elements, "band_elements": slicing.band_elements}
-    with ConvCache(module, **limits, numerics=numerics, keep_buffers=keep, keep_kernels=kernels) as cache:
+    limits = {"slice_elements": slicing.elements, "tile_elements": slicing.band_elements}
+    with forward_context(module, **limits, numerics=numerics, keep_buffers=keep, keep_kernels=kernels) as context:
         for chunk in (plan.full(i) for i in range(5)):
             if direction == "encode":
                 host, step = (
@@ -105,11 +105,11 @@ def run_for_real(model, direction, height, width, dtype, numerics=None, slicing=
                 step = decode_chunk
             with tracker:
                 tracker.reset_peak()
-                step(ready, cache, host, device=device, dtype=dtype, layout=memory_format(numerics))
+                step(ready, context, host, device=device, dtype=dtype)
             peaks.append(tracker.peak_bytes)
-            assert tracker.live_bytes == cache.nbytes + cache.buffers.num_bytes + cache.kernel_bytes
-            assert kernels or not cache.kernel_bytes
-            assert keep == bool(cache.buffers.num_bytes)
+            assert tracker.live_bytes == context.cache.nbytes + context.buffers.num_bytes + context.kernels.num_bytes
+            assert kernels or not context.kernels.num_bytes
+            assert keep == bool(context.buffers.num_bytes)
     assert tracker.live_bytes == 0
     return peaks
 
@@ -117,16 +117,8 @@ def run_for_real(model, direction, height, width, dtype, numerics=None, slicing=
 PLAIN, LAST = Numerics(), Numerics(layout="channels_last")
 PAIRED = Numerics(layout="channels_last", paired_frames=True)
 FUSED = Numerics(layout="channels_last", fused_residuals=True)
-SUBPIXELS = Numerics(layout="channels_last", subpixel_upsampling=True)
-POOLED = Numerics(layout="channels_last", fused_pooling=True)
-ALL = Numerics(
-    layout="channels_last",
-    paired_frames=True,
-    fused_residuals=True,
-    fused_pooling=True,
-    subpixel_upsampling=True,
-    compiled=True,
-)
+WIDE = Numerics(layout="channels_last", float32_products=True)
+ALL = Numerics(layout="channels_last", paired_frames=True, fused_residuals=True, float32_products=True)
 
 
 @pytest.mark.parametrize(
@@ -142,10 +134,8 @@ ALL = Numerics(
         ((64, 40), torch.float32, PAIRED, 3),
         ((32, 48), torch.bfloat16, FUSED, None),
         ((64, 40), torch.float32, FUSED, 1),
-        ((32, 48), torch.bfloat16, SUBPIXELS, 1),
-        ((64, 40), torch.float32, SUBPIXELS, None),
-        ((32, 48), torch.bfloat16, POOLED, 1),
-        ((64, 40), torch.float32, POOLED, None),
+        ((32, 48), torch.bfloat16, WIDE, 1),
+        ((32, 48), torch.bfloat16, Numerics(float32_products=True), None),
         ((32, 48), torch.float32, ALL, 3),
         ((32, 48), torch.bfloat16, ALL, None),
     ],
@@ -177,17 +167,17 @@ def assert_planned(plan, model, direction, size, dtype, keep):
         (torch.bfloat16, FUSED, False, None),
         (torch.float32, PAIRED, True, None),
         (torch.float32, PAIRED, False, 2),
-        (torch.float32, SUBPIXELS, False, None),
-        (torch.bfloat16, SUBPIXELS, True, 2),
-        (torch.bfloat16, POOLED, False, None),
+        (torch.bfloat16, WIDE, False, None),
+        (torch.bfloat16, WIDE, True, 2),
+        (torch.bfloat16, ALL, True, 2),
         (torch.float32, ALL, True, 2),
     ],
 )
 @pytest.mark.parametrize("direction", ["encode", "decode"])
-def test_bands_and_packed_kernels_are_in_the_projection(
+def test_tiles_and_packed_kernels_are_in_the_projection(
     packable, monkeypatch, direction, dtype, numerics, keep, slice_frames
 ):
-    monkeypatch.setattr(norms, "_SLAB_BYTES", 1)  # of these frames, one slab is more than a band
+    monkeypatch.setattr(norms, "_SLAB_BYTES", 1)  # of these frames, one slab is more than a tile
     if not can_compute(numerics, dtype):
         pytest.skip("a kernel is missing here")
     setting = {"height": 72, "width": 24, "dtype": dtype, "numerics": numerics, "keep_buffers": keep}

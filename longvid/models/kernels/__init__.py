@@ -1,0 +1,1 @@
+"""What the layers compute with: convolutions, Winograd filtering along time, and norms on CUDA."""

@@ -1,0 +1,75 @@
+"""Cuts lengths, slices of frames and row tiles: what of a layer is computed at once."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+__all__ = ["even_parts", "row_tiles", "tiles_with_halo", "time_slices"]
+
+
+def even_parts(length: int, longest: int, *, multiple: int = 1) -> list[range]:
+    """Cut ``range(length)`` into the fewest parts of at most ``longest``, about equally long.
+
+    All parts but the last end at a multiple of ``multiple``, and have at least that length, whatever ``longest`` is.
+    """
+    num_units = -(-length // multiple)
+    num_parts = -(-num_units // max(1, longest // multiple))
+    edges = [*(num_units * i // num_parts * multiple for i in range(num_parts)), length]
+    return [range(a, b) for a, b in pairwise(edges)]
+
+
+def time_slices(
+    num_frames: int,
+    *,
+    context_frames: int,
+    in_frame: int,
+    out_frame: int,
+    window_limit: int,
+    slice_limit: int,
+    multiple: int = 1,
+) -> list[range]:
+    """Cut the output frames of a causal convolution into slices.
+
+    The slice for output frames ``[a, b)`` reads input frames ``[a - context_frames, b)``, so none is ever shorter than
+    the kernel, however large a frame is.
+
+    Args:
+        num_frames: output frames.
+        context_frames: kernel size in time minus 1.
+        in_frame: elements of one input frame, batch and channels included.
+        out_frame: elements of one output frame, likewise.
+        window_limit: most elements of a slice's input, context included, and of its output.
+        slice_limit: most elements of a slice's new input frames and of its output.
+        multiple: all slices but the last end with a multiple of this many frames, whatever the limits say.
+    """
+    longest = min(
+        window_limit // in_frame - context_frames,
+        window_limit // out_frame,
+        slice_limit // max(in_frame, out_frame),
+    )
+    return even_parts(num_frames, longest, multiple=multiple)
+
+
+def tiles_with_halo(height: int, *, halo: int, row: int, limit: int) -> list[tuple[range, range]]:
+    """Cut a frame into row tiles: the rows that each reads, halo included, and the rows that it gives.
+
+    Args:
+        height: rows of a frame.
+        halo: rows above and below that an output row depends on.
+        row: elements of one row.
+        limit: most elements of the rows that a tile reads; a tile gives at least one row.
+    """
+    longest = height if row * height <= limit else max(1, limit // row - 2 * halo)
+    tiles = even_parts(height, longest)
+    return [(range(max(0, rows.start - halo), min(height, rows.stop + halo)), rows) for rows in tiles]
+
+
+def row_tiles(height: int, most: int, *, halo: int, multiple: int) -> list[range]:
+    """Cut the rows of a frame into tiles of at most ``most`` rows for a window that moves down the frame.
+
+    What they read in turn, up to ``halo`` rows below each, ends at multiples of ``multiple``, or with the frame.
+    Between the first and the last all are of one height: another one costs a copy of the window.
+    """
+    rows = max(multiple, most // multiple * multiple)
+    edges = [0, *range(rows - halo, height, rows), height] if rows > halo else [*range(0, height, rows), height]
+    return [range(a, b) for a, b in pairwise(edges)]
