@@ -33,6 +33,7 @@ from longvid import ConvCache, make_plan
 from longvid.events import Direction
 from longvid.memory.budget import default_reserved_bytes
 from longvid.memory.copy_engine import CopyEngine
+from longvid.memory.offloader import Offloader
 from longvid.models.cogvideox import CogVideoXVAE
 from longvid.models.device import tensor_bytes
 from longvid.models.norms import GroupNormSiLU
