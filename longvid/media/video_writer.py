@@ -8,7 +8,6 @@ import secrets
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import av
@@ -113,9 +112,7 @@ class VideoWriter:
             undo.pop_all()
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, exc_type: object, *_: object) -> None:
         try:
             if exc_type is None:
                 self._finish()
