@@ -1,6 +1,6 @@
-"""Fingerprints: what decides the bits of a result, as one nested record ready for JSON.
+"""Owns the comparison of fingerprints: nested records, ready for JSON, of everything that decides the bits of a result.
 
-A run may only be continued by one of the same fingerprint. Names and places of files are not in it; contents are.
+A run is continued only by a run with the same fingerprint. It holds the contents of files, not their names and places.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ _ABSENT = object()
 
 
 def differences(have: Mapping[str, Any], want: Mapping[str, Any]) -> list[str]:
-    """Every field in which two fingerprints differ, as ``"source.sha256 was a and is b"``, in order of the names."""
+    """Every field in which two fingerprints differ, with both values in words; the most general fields first."""
     old, new = dict(_leaves(have)), dict(_leaves(want))
     return [
-        f"{name} was {_shown(old.get(name, _ABSENT))} and is {_shown(new.get(name, _ABSENT))}"
-        for name in sorted({*old, *new})
+        f"{name} is {_shown(old.get(name, _ABSENT))} in the store and {_shown(new.get(name, _ABSENT))} in this run"
+        for name in sorted({*old, *new}, key=lambda name: (name.count("."), name))
         if old.get(name, _ABSENT) != new.get(name, _ABSENT)
     ]
 
@@ -28,12 +28,12 @@ def _leaves(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            # as JSON gives it back
+            # JSON has lists only
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
 
 def _shown(value: Any) -> str:
     if value is _ABSENT:
-        return "not there"
+        return "missing"
     text = str(value)
     return text if len(text) <= 40 else f"{text[:12]}..."

@@ -1,63 +1,97 @@
-"""The format of a store: names, units, digests and the seal. No torch, no zarr; reads and writes no file.
+"""Owns the format of a store: names, documents of arrays, digests, the metadata checksum. It reads and writes no file.
 
-One zarr v3 group per video with sibling arrays that share a time dimension. The data come in **units**, one chunk of
-the main array with the coordinates that belong to it. The array ``digest`` holds a digest of every unit, the root
-metadata one of all digests and one of itself, the **seal**. So whatever part of a store is damaged, missing, older than
-the rest or put in another's place, it shows.
+A store is one zarr v3 group per video with sibling arrays that share a time dimension. The data come in **commit
+units**: one chunk of the main array with the coordinates that belong to it. The array ``digest`` holds a digest of
+every unit. The root metadata holds one digest of all digests and a **metadata checksum** of itself. So every part of a
+store that is damaged, missing, outdated or swapped is noticed.
 """
+
+# Keys on disk keep the spelling of their first version, so that stores stay readable: the metadata checksum is
+# `longvid.seal`, and the digest of all digests is `longvid.digests`.
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from longvid.schedule import ChunkSchedule
-
 __all__ = [
     "ARRAY_NAMES",
+    "AXES",
+    "COORDINATE_CHUNK",
+    "DATA_NAMES",
     "DIGEST_BYTES",
+    "DIGEST_CHUNK",
+    "DTYPES",
     "FORMAT_VERSION",
     "MISSING",
     "OWN_NAMES",
     "PARTIAL_ROOT",
     "PRIVATE",
-    "StoreLayout",
+    "StoreKind",
+    "array_document",
+    "checksum_is_right",
     "chunk_file",
-    "chunk_length",
+    "default_compression",
     "digest_chain",
-    "seal_is_whole",
-    "sealed",
+    "is_system_file",
     "serialized",
     "unit_digest",
+    "with_checksum",
 ]
 
+StoreKind: TypeAlias = Literal["latents", "frames"]
 FORMAT_VERSION = 2
 MISSING = -(2**63)
-"fill value of whole-number arrays, so that a missing chunk cannot pass for data"
+"fill value of integer arrays, so that a missing chunk cannot pass for data"
 PRIVATE = "digest/.longvid"
-"""folder in a store for what is not data: lock, snapshots, a copy of the root metadata. It lies in that of an array of
-ours, since readers that list the group's members would wonder about it anywhere else"""
+"""folder in a store for the lock, the snapshots and the copy of the root metadata. It lies in the folder of an array,
+because readers that list the members of the group would report it anywhere else"""
 PARTIAL_ROOT = ".zarr.json.partial"
-"what the root metadata is called while it is being written"
+"name of the root metadata while it is being written"
 DIGEST_BYTES = 16
-DATA_NAMES = {"latents": ("latents", "moments"), "frames": ("frames",)}
-"arrays of each kind of store that hold data, the main one first; the second one of latents need not be there"
-COORDINATE_NAMES = ("t", "frame_start", "frame_stop", "frame_pts", "frame_valid")
-"arrays that say what the data are of, in the order in which they are digested"
-ARRAY_NAMES = frozenset({*COORDINATE_NAMES, "digest", *(name for names in DATA_NAMES.values() for name in names)})
+COORDINATE_CHUNK = 4096
+DIGEST_CHUNK = 1024
+DATA_NAMES: dict[str, tuple[str, ...]] = {"latents": ("latents", "moments"), "frames": ("frames",)}
+"arrays of each kind of store that hold data, the main array first; moments are optional"
+_TIMES = ("t", "frame_start", "frame_stop")
+COORDINATE_NAMES = {"latents": (*_TIMES, "frame_pts", "frame_valid"), "frames": ("t", "frame_pts", "frame_valid")}
+"coordinates of each kind of store, in the order in which they are digested"
+AXES: dict[str, tuple[str, ...]] = {
+    "latents": ("t", "c", "y", "x"),
+    "moments": ("t", "c2", "y", "x"),
+    "frames": ("t", "y", "x", "rgb"),
+    **dict.fromkeys(_TIMES, ("t",)),
+    **dict.fromkeys(("frame_pts", "frame_valid"), ("frame",)),
+    "digest": ("unit", "part", "byte"),
+}
+"dimension names of every array; in a store of frames the dimension `frame` is `t`"
+DTYPES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("latents", "moments"), ("float16", "float32")),
+    **dict.fromkeys(("frames", "digest"), ("uint8",)),
+    "t": ("float64",),
+    **dict.fromkeys(("frame_start", "frame_stop", "frame_pts"), ("int64",)),
+    "frame_valid": ("bool",),
+}
+"dtypes that an array of this name can have"
+ARRAY_NAMES = frozenset(AXES)
 OWN_NAMES = frozenset({"zarr.json", PARTIAL_ROOT, *ARRAY_NAMES})
-"every name that longvid writes in a store's folder"
+"every name that longvid writes in the folder of a store"
+_SYSTEM_FILES = (".DS_Store", "._*", "Thumbs.db", "desktop.ini", "@eaDir", ".nfs*")
+
+
+def is_system_file(name: str) -> bool:
+    """Whether operating systems and network drives put files of this name into every folder."""
+    return any(fnmatchcase(name, pattern) for pattern in _SYSTEM_FILES)
 
 
 def unit_digest(parts: Iterable[npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
-    """Digest of arrays, of their values in little-endian order: uint8 of length 16."""
+    """Digest the values of arrays in little-endian order: uint8 of length 16."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for part in parts:
         digest.update(np.ascontiguousarray(part, part.dtype.newbyteorder("<")).data)
@@ -65,121 +99,73 @@ def unit_digest(parts: Iterable[npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
 
 
 def digest_chain(digests: npt.NDArray[np.uint8]) -> str:
-    """One digest of the digests of all units, in hexadecimal digits."""
+    """Digest the digests of all units, as hexadecimal digits."""
     return hashlib.blake2b(np.ascontiguousarray(digests).tobytes(), digest_size=DIGEST_BYTES).hexdigest()
 
 
-def sealed(root: dict[str, Any]) -> bytes:
-    """Root metadata as it is written, with a digest of itself in ``longvid.seal``."""
+def with_checksum(root: dict[str, Any]) -> bytes:
+    """Root metadata as it is written, with the checksum of itself in ``longvid.seal``."""
     root["attributes"]["longvid"]["seal"] = ""
     root["attributes"]["longvid"]["seal"] = hashlib.sha256(serialized(root)).hexdigest()
     return serialized(root)
 
 
 def serialized(document: Mapping[str, Any]) -> bytes:
-    """Metadata, of the root or of an array, byte for byte as they are written."""
+    """Metadata of the root or of an array, byte for byte as they are written."""
     return json.dumps(document, indent=2).encode()
 
 
-def seal_is_whole(content: bytes) -> bool:
-    """Whether root metadata is, byte for byte, what was sealed."""
+def checksum_is_right(content: bytes) -> bool:
+    """Whether root metadata are, byte for byte, what was written with its checksum."""
     try:
-        root = json.loads(content)
-        return sealed(root) == content
+        return with_checksum(json.loads(content)) == content
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
-
-
-@dataclass(frozen=True)
-class StoreLayout:
-    """What the root metadata of a store say of its arrays and their units."""
-
-    root: dict[str, Any]
-
-    @property
-    def attributes(self) -> dict[str, Any]:
-        """All attributes of the group."""
-        attributes: dict[str, Any] = self.root["attributes"]
-        return attributes
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """The attribute ``longvid``."""
-        facts: dict[str, Any] = self.attributes["longvid"]
-        return facts
-
-    @property
-    def complete(self) -> bool:
-        """Whether the whole video is in it."""
-        return bool(self.facts.get("status") == "complete")
-
-    @property
-    def members(self) -> dict[str, Any]:
-        """Metadata of every array by name; empty before the first step."""
-        members: dict[str, Any] = (self.root.get("consolidated_metadata") or {}).get("metadata", {})
-        return members
-
-    @property
-    def data_names(self) -> tuple[str, ...]:
-        """Arrays that hold data, the main one first."""
-        return tuple(name for name in DATA_NAMES[self.facts["kind"]] if name in self.members)
-
-    @property
-    def coordinate_names(self) -> tuple[str, ...]:
-        """Arrays that hold coordinates, in the order in which they are digested."""
-        return tuple(name for name in COORDINATE_NAMES if name in self.members)
-
-    @property
-    def num_units(self) -> int:
-        """Published units."""
-        return int(self.members["digest"]["shape"][0]) if self.members else 0
-
-    @cached_property
-    def unit_rows(self) -> int:
-        """Rows of the main array in a whole unit."""
-        return chunk_length(self.members[self.data_names[0]])
-
-    def rows(self, unit: int) -> tuple[int, int]:
-        """Half-open range of rows of the main array in a unit."""
-        total = int(self.members[self.data_names[0]]["shape"][0])
-        return unit * self.unit_rows, min((unit + 1) * self.unit_rows, total)
-
-    @cached_property
-    def _schedule(self) -> ChunkSchedule:
-        return ChunkSchedule.from_dict(self.facts["chunk_plan"])
-
-    def frames(self, unit: int) -> tuple[int, int]:
-        """Half-open range of frames in a unit."""
-        start, stop = self.rows(unit)
-        if self.facts["kind"] == "frames":
-            return start, stop
-        num_frames = int(self.members["frame_pts"]["shape"][0])
-        return self._schedule.frame_range(start)[0], min(self._schedule.frame_range(stop - 1)[1], num_frames)
-
-    def coordinate_rows(self, name: str, unit: int) -> tuple[int, int]:
-        """Half-open range of rows of a coordinate in a unit."""
-        dimensions = self.members[name]["dimension_names"]
-        return self.frames(unit) if dimensions == ["frame"] else self.rows(unit)
-
-    def coordinates_agree(
-        self, columns: Mapping[str, npt.NDArray[Any]], digests: npt.NDArray[np.uint8], unit: int
-    ) -> bool:
-        """Whether these coordinates, whole arrays by name, are those that were published with a unit."""
-        parts = (columns[name][slice(*self.coordinate_rows(name, unit))] for name in self.coordinate_names)
-        return np.array_equal(unit_digest(parts), digests[unit, -1])
-
-    def chunk_files(self, name: str) -> list[str]:
-        """Names of the files of an array's published chunks."""
-        document = self.members[name]
-        count = -(-int(document["shape"][0]) // chunk_length(document))
-        return [chunk_file(number, len(document["shape"])) for number in range(count)]
-
-
-def chunk_length(document: Mapping[str, Any]) -> int:
-    """Rows in a chunk of an array."""
-    return int(document["chunk_grid"]["configuration"]["chunk_shape"][0])
 
 
 def chunk_file(unit: int, ndim: int) -> str:
     """Name of the file of a chunk that spans all axes but the first."""
     return "c." + ".".join([str(unit), *["0"] * (ndim - 1)])
+
+
+def default_compression(dtype: str) -> tuple[int, str]:
+    """Level and shuffle of zstd. Bitshuffle groups the exponents of numbers; bytes such as pixels have none."""
+    return 1, "noshuffle" if np.dtype(dtype).itemsize == 1 else "bitshuffle"
+
+
+def array_document(
+    kind: StoreKind,
+    name: str,
+    shape: Sequence[int],
+    dtype: str,
+    chunk_rows: int,
+    attributes: Mapping[str, Any] | None = None,
+    compression: tuple[int, str] | None = None,
+) -> dict[str, Any]:
+    """The zarr metadata of an array, as this format has them: little-endian, zstd in blosc, crc32c over both.
+
+    All chunks of an array lie in one folder (separator ``.``), so that a new chunk needs one folder on the disk
+    instead of four. The checksum is required, since blosc reads past the end of a chunk that was cut short.
+    """
+    item = np.dtype(dtype)
+    level, shuffle = compression or default_compression(dtype)
+    fill: Any = {"f": "NaN", "i": MISSING, "b": False}.get(item.kind, 0)
+    axes = ("t",) if kind == "frames" and AXES[name] == ("frame",) else AXES[name]
+    blosc = {"typesize": item.itemsize, "cname": "zstd", "clevel": level, "shuffle": shuffle, "blocksize": 0}
+    return {
+        "shape": list(shape),
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [chunk_rows, *shape[1:]]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": fill,
+        "codecs": [
+            {"name": "bytes", "configuration": {"endian": "little"}} if item.itemsize > 1 else {"name": "bytes"},
+            {"name": "blosc", "configuration": blosc},
+            {"name": "crc32c"},
+        ],
+        "attributes": dict(attributes or {}),
+        "dimension_names": list(axes),
+        "zarr_format": 3,
+        "node_type": "array",
+        "storage_transformers": [],
+    }

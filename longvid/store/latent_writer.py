@@ -1,37 +1,42 @@
-"""Writes the latents of one video, chunk by chunk.
-
-Axes: T or t time, C or c channels, y x latent rows and columns.
-"""
+"""Owns writing the latents of one video. Axes: T or t time, C or c channels, y x rows and columns of a latent."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 
 from longvid.errors import StoreError
 from longvid.frames import SourceInfo
 from longvid.schedule import Chunk, ChunkSchedule
-from longvid.store.durability import Durability
-from longvid.store.writer import (
-    COORDINATE_CHUNK,
-    TARGET_CHUNK_BYTES,
-    StoreWriter,
-    Unit,
-    disk_errors,
-    first_facts,
-    take,
-)
+from longvid.store.durability import WriteOptions
+from longvid.store.format import COORDINATE_CHUNK
+from longvid.store.metadata import RunFacts, first_facts
+from longvid.store.staging import disk_errors
+from longvid.store.writer import TARGET_CHUNK_BYTES, StoreWriter, Unit, take
 
-__all__ = ["LatentWriter", "seconds_of_latents"]
+__all__ = ["LatentLayout", "LatentWriter", "seconds_of_latents"]
 
 _MOST_LATENTS_PER_CHUNK = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentLayout:
+    """The arrays of a store of latents.
+
+    Args:
+        shape_CYX: channels, rows and columns of a latent frame.
+        representation: what the latents are; with ``"moments"`` a second array holds mean and log variance.
+        dtype: the dtype of the stored latents.
+    """
+
+    shape_CYX: tuple[int, int, int]
+    representation: Literal["mode", "sample", "moments"]
+    dtype: Literal["float16", "float32"] = "float16"
 
 
 class LatentWriter(StoreWriter):
@@ -41,18 +46,12 @@ class LatentWriter(StoreWriter):
         path: the folder; its parent exists.
         schedule: the chunk plan, recorded in the store.
         source: where the frames are from, recorded in the store.
-        latent_shape_CYX: channels, rows and columns of a latent frame.
-        representation: what the latents are; with ``"moments"`` a second array holds mean and log variance.
-        dtype: of the stored latents.
-        vae: facts of the model, recorded as the group's attribute ``vae``.
-        extra: further facts for the attribute ``longvid``.
-        fingerprint: what decides the bits of the result.
-        durability: when results are safe.
-        overwrite: replace an existing longvid store.
-        resume: continue an unfinished store of the same fingerprint.
-        mend: published units whose data is to be written again.
+        layout: shape, dtype and representation of the latents.
+        facts: facts of the run, recorded.
+        options: what may be replaced or resumed, and when results are durable.
     """
 
+    kind: ClassVar = "latents"
     data_names: ClassVar = ("latents", "moments")
 
     def __init__(
@@ -61,72 +60,55 @@ class LatentWriter(StoreWriter):
         *,
         schedule: ChunkSchedule,
         source: SourceInfo,
-        latent_shape_CYX: tuple[int, int, int],
-        representation: Literal["mode", "sample", "moments"],
-        dtype: Literal["float16", "float32"] = "float16",
-        vae: Mapping[str, Any],
-        extra: Mapping[str, Any] | None = None,
-        fingerprint: Mapping[str, Any] | None = None,
-        durability: Durability | None = None,
-        overwrite: bool = False,
-        resume: bool = True,
-        mend: frozenset[int] = frozenset(),
+        layout: LatentLayout,
+        facts: RunFacts | None = None,
+        options: WriteOptions | None = None,
     ) -> None:
+        facts = facts or RunFacts()
         self._schedule = schedule
         self._source = source
-        self._shape = latent_shape_CYX
-        self._moments = representation == "moments"
-        self._dtype = np.dtype(dtype)
-        rate = source.frame_rate
+        self._shape = layout.shape_CYX
+        self._moments = layout.representation == "moments"
+        self._dtype = np.dtype(layout.dtype)
+        recorded = {
+            "chunk_plan": schedule.to_dict(),
+            "representation": layout.representation,
+            "scaled": False,
+            **facts.extra,
+        }
         attributes = {
             "Conventions": "CF-1.11",
-            "longvid": {
-                **first_facts("latents", rate),
-                "chunk_plan": schedule.to_dict(),
-                "representation": representation,
-                "scaled": False,
-                **(extra or {}),
-            },
-            "vae": dict(vae),
+            "longvid": first_facts("latents", source.frame_rate, recorded),
+            "vae": dict(facts.vae),
             "source": _source_facts(source),
-            "ome": _ome(latent_shape_CYX[0], schedule.frames_per_latent, rate),
+            "ome": _ome(self._shape[0], schedule.frames_per_latent, source.frame_rate),
         }
-        super().__init__(
-            path,
-            attributes,
-            fingerprint=fingerprint or {},
-            durability=durability or Durability(),
-            overwrite=overwrite,
-            resume=resume,
-            mend=mend,
-        )
-        self.unit_rows = _latents_per_chunk(latent_shape_CYX, self._dtype.itemsize, schedule.chunk_latents)
+        super().__init__(path, attributes, facts.fingerprint, options or WriteOptions())
+        self.unit_rows = _latents_per_chunk(self._shape, self._dtype.itemsize, schedule.chunk_latents)
         self._next = 0
         self._num_received = 0
         self._waiting: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in self._row_names()}
         "rows that are not a unit yet"
         self._last_pts = np.zeros(0, np.int64)
-        "of the two frames before those that wait"
+        "time stamps of the two frames before those that wait"
 
     def _row_names(self) -> tuple[str, ...]:
         return ("latents", *(("moments",) if self._moments else ()), "frame_pts", "frame_valid")
 
-    def _create_arrays(self, group: zarr.Group) -> None:
-        k, (c, y, x) = self.unit_rows, self._shape
-        name = self._dtype.name
+    def _stage_arrays(self) -> None:
+        (c, y, x), dtype, rows = self._shape, self._dtype.name, self.unit_rows
         coordinates = {"coordinates": "t frame_start frame_stop"}
-        self._array(group, "latents", (c, y, x), k, name, ("t", "c", "y", "x"), coordinates)
+        self._stage("latents", (c, y, x), dtype, rows, coordinates)
         if self._moments:
-            self._array(group, "moments", (2 * c, y, x), k, name, ("t", "c2", "y", "x"), coordinates)
+            self._stage("moments", (2 * c, y, x), dtype, rows, coordinates)
         base = f"{self._source.time_base.numerator}/{self._source.time_base.denominator}"
-        first_time = {"units": "s", "long_name": "time of first frame"}
-        self._array(group, "t", (), COORDINATE_CHUNK, "float64", ("t",), first_time)
-        self._array(group, "frame_start", (), COORDINATE_CHUNK, "int64", ("t",))
-        self._array(group, "frame_stop", (), COORDINATE_CHUNK, "int64", ("t",))
-        self._array(group, "frame_pts", (), COORDINATE_CHUNK, "int64", ("frame",), {"time_base": base})
+        self._stage("t", (), "float64", COORDINATE_CHUNK, {"units": "s", "long_name": "time of first frame"})
+        self._stage("frame_start", (), "int64", COORDINATE_CHUNK)
+        self._stage("frame_stop", (), "int64", COORDINATE_CHUNK)
+        self._stage("frame_pts", (), "int64", COORDINATE_CHUNK, {"time_base": base})
         valid = {"long_name": "false where a damaged frame was replaced by its neighbour"}
-        self._array(group, "frame_valid", (), COORDINATE_CHUNK, "bool", ("frame",), valid)
-        self._digest_array(group, 1 + self._moments)
+        self._stage("frame_valid", (), "bool", COORDINATE_CHUNK, valid)
+        self._stage_digests(1 + self._moments)
 
     def write(
         self,
@@ -136,18 +118,18 @@ class LatentWriter(StoreWriter):
         moments_TCYX: npt.NDArray[np.float32] | None = None,
         valid_T: npt.NDArray[np.bool_] | None = None,
     ) -> None:
-        """Take the latents of the next chunk, and publish what is complete if it is time.
+        """Take the latents of the next chunk, and commit whole units when it is time.
 
         Args:
-            chunk: the chunk; they come in order.
-            latents_TCYX: float32, ``chunk.num_latents`` of them.
+            chunk: the next chunk in order.
+            latents_TCYX: ``chunk.num_latents`` latent frames, float32.
             pts_T: time stamps of the chunk's true frames.
             moments_TCYX: float32 with twice the channels, for a store with moments.
             valid_T: which of the frames are the source's own; all by default.
 
         Raises:
             StoreError: kind ``"range"`` if a value is not finite or does not fit the stored dtype; nothing of the
-                chunk is published then. Kind ``"mismatch"`` if rows that are published already came out differently.
+                chunk is committed then. Kind ``"mismatch"`` if rows differ from those that are committed already.
         """
         valid = np.ones(len(pts_T), np.bool_) if valid_T is None else valid_T
         self._check(chunk, latents_TCYX, pts_T, moments_TCYX, valid)
@@ -161,7 +143,7 @@ class LatentWriter(StoreWriter):
         with disk_errors(self.path):
             while sum(map(len, self._waiting["latents"])) >= self.unit_rows:
                 self._take_unit(self._unit(self.unit_rows))
-            self._publish_if_due()
+            self._commit_if_due()
 
     def _check(
         self,
@@ -172,7 +154,7 @@ class LatentWriter(StoreWriter):
         valid: npt.NDArray[np.bool_],
     ) -> None:
         if chunk.index != self._next:
-            raise StoreError(f"chunk {chunk.index} came where chunk {self._next} was due")
+            raise StoreError(f"chunk {chunk.index} was written, chunk {self._next} is expected")
         c, y, x = self._shape
         expected = {"latents": (latents, (chunk.num_latents, c, y, x))}
         if self._moments != (moments is not None):
@@ -182,7 +164,7 @@ class LatentWriter(StoreWriter):
         for name, (array, shape) in expected.items():
             if array.shape != shape or array.dtype != np.float32:
                 raise StoreError(
-                    f"{name} of chunk {chunk.index} are {array.dtype} {array.shape}, float32 {shape} were due"
+                    f"{name} of chunk {chunk.index} are {array.dtype} {array.shape}, float32 {shape} is expected"
                 )
             self._check_range(chunk, name, array)
         if not len(pts) == len(valid) == chunk.num_frames:
@@ -198,18 +180,18 @@ class LatentWriter(StoreWriter):
         where = f"{name} {chunk.latent_start} to {chunk.latent_stop - 1}"
         if np.isfinite(size):
             raise StoreError(
-                f"{where} reach {size:.6g} and {self._dtype} holds {most:.6g}; store them as float32 "
+                f"{where} reach {size:.6g}, {self._dtype} holds up to {most:.6g}; store them as float32 "
                 "(--store-dtype float32)",
                 kind="range",
             )
         raise StoreError(
-            f"{where} hold values that are not finite; nothing of them was written. Compute in float32 or bfloat16 "
+            f"{where} hold values that are not finite, and were not written. Compute in float32 or bfloat16 "
             "(--dtype), and check the source's frames there",
             kind="range",
         )
 
     def _unit(self, count: int) -> Unit:
-        """Take ``count`` latents that wait, with what goes with them, away as a unit."""
+        """Remove ``count`` latents that wait, with their coordinates, as a unit."""
         start = self.num_units * self.unit_rows
         padded = np.array([self._schedule.frame_range(i) for i in range(start, start + count)], np.int64)
         ranges = np.minimum(padded, self._num_received)
@@ -243,7 +225,7 @@ class LatentWriter(StoreWriter):
         return {**rows, "last_pts": self._last_pts}
 
     def go_on(self, chunk: int, num_frames: int, units: int, pending: Unit) -> None:
-        """Stand where a run stood when it had handed over ``num_frames`` frames in chunks up to ``chunk``."""
+        """Restore the state of a run that had written ``num_frames`` frames in the chunks before ``chunk``."""
         self._next = chunk
         self._num_received = num_frames  # the last chunk of a video may hold fewer than others
         self.num_units = units
@@ -261,7 +243,7 @@ def seconds_of_latents(
     time_base: Fraction,
     frame_rate: Fraction | None,
 ) -> npt.NDArray[np.float64]:
-    """Seconds of each latent's first frame; those of a padded tail go on at the frame rate.
+    """Seconds of each latent's first frame; a padded tail continues at the frame rate.
 
     Args:
         first_frames: number of the first frame of each latent.

@@ -1,16 +1,17 @@
-"""One writer per store: a lock that dies with its owner, and says who that is.
+"""Owns the writer lock: one writer per store, by a lock that is released when its owner ends, and that names the owner.
 
-A record lock of POSIX (``lockf``) belongs to a process: the kernel takes it back however the process ends, and a forked
-child does not inherit it, unlike ``flock``, which lives on in the child of a dead owner. It does not tell apart two
-writers in one process, so those are listed here.
+A record lock of POSIX (``lockf``) belongs to a process: the kernel releases it however the process ends, and a forked
+child does not inherit it, unlike ``flock``, which survives in the child of a dead owner. It does not tell apart two
+writers in one process, so this module keeps a list of those.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import socket
-import sys
 import threading
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -19,21 +20,19 @@ from typing import Any
 
 from longvid.errors import StoreError
 
-if sys.platform != "win32":
-    import fcntl
-
 __all__ = ["WriterLock", "is_locked"]
 
 _held: dict[tuple[int, int], tuple[int, dict[str, Any]]] = {}
-"file (device, inode) of every lock of this process: the process that took it, for a fork holds none, and its signature"
+"""for the file (device, inode) of every lock: the process that acquired it, since a fork holds none, and the content of
+the file"""
 _guard = threading.Lock()
 
 
 class WriterLock:
     """The right to write at one place. Made by :meth:`acquire`.
 
-    The file stays while the lock is held and names host, process and time; :meth:`release` takes it away. Nothing else
-    in the owner's process may open the file: when any descriptor of it is closed, POSIX takes the lock back.
+    The file exists while the lock is held and names host, process and time; :meth:`release` deletes it. Nothing else in
+    the owner's process may open the file: POSIX releases the lock when any descriptor of it is closed.
     """
 
     def __init__(self, path: Path, fd: int, identity: tuple[int, int]) -> None:
@@ -43,14 +42,16 @@ class WriterLock:
         self._pid = os.getpid()
 
     @classmethod
-    def acquire(cls, path: Path) -> WriterLock:
-        """Take the lock at once or not at all.
+    def acquire(cls, path: Path, *, lock: bool = True) -> WriterLock:
+        """Acquire the lock now, or raise.
 
         Args:
-            path: of the lock file; its folder exists.
+            path: the lock file; its folder exists.
+            lock: whether to ask the file system for a lock. Without it only writers of this process exclude each other.
 
         Raises:
-            StoreError: kind ``"locked"``, with host, process and time of the owner.
+            StoreError: kind ``"locked"``, with host, process and time of the owner; kind ``"other"`` if the file
+                system has no locks.
             OSError: the file cannot be made.
         """
         with _guard:
@@ -58,16 +59,16 @@ class WriterLock:
                 pid, owner = _held.get(_identity_at(path), (0, {}))
                 if pid == os.getpid():
                     raise _refusal(path, owner)
-                lock = cls._try(path)
-                if lock is not None:
-                    return lock
+                acquired = cls._try(path, lock)
+                if acquired is not None:
+                    return acquired
 
     @classmethod
-    def _try(cls, path: Path) -> WriterLock | None:
-        """Take the lock, or nothing if the file's last owner has just taken it away: it guards nothing then."""
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    def _try(cls, path: Path, lock: bool) -> WriterLock | None:
+        """Acquire the lock; None if the file's last owner has just deleted it, since it guards nothing then."""
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o644)
         try:
-            if not _locked(fd):
+            if lock and not _locked(fd, path):
                 raise _refusal(path, _signature(fd))
             found = os.fstat(fd)
             identity = found.st_dev, found.st_ino
@@ -81,7 +82,7 @@ class WriterLock:
         return None
 
     def release(self) -> None:
-        """Give the lock back. Does nothing in a fork, or when called again."""
+        """Release the lock. Does nothing in a fork, or when called again."""
         fd, self._fd = self._fd, -1
         if fd < 0:
             return
@@ -94,18 +95,28 @@ class WriterLock:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock at ``path`` now."""
+    """Whether a process holds the lock at ``path`` now, as far as this process may see. Writes nothing."""
     with _guard:
         identity = _identity_at(path)
         if identity == (0, 0):
             return False
         if _held.get(identity, (0, {}))[0] == os.getpid():
             return True
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            return not _locked(fd)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # it vanished, or only its owner may read it
+            return False
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as exc:
+            return exc.errno in _TAKEN
         finally:
-            os.close(fd)  # gives back what was just taken
+            os.close(fd)  # releases what was just acquired
+        return False
+
+
+_TAKEN = (errno.EAGAIN, errno.EACCES)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
 def _identity_at(path: Path) -> tuple[int, int]:
@@ -117,13 +128,19 @@ def _identity_at(path: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _locked(fd: int) -> bool:
-    if sys.platform == "win32":  # nothing here is tested on it; two runs in one process are kept apart all the same
-        return True
+def _locked(fd: int, path: Path) -> bool:
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
+    except OSError as exc:
+        if exc.errno in _TAKEN:
+            return False
+        if exc.errno in _NO_LOCKS:
+            raise StoreError(
+                f"{path.parents[2]} cannot be locked: its file system has no locks ({exc.strerror}). Choose another "
+                "folder, or add --no-lock (Durability(lock=False)) and make sure that one run writes at a time",
+                kind="other",
+            ) from exc
+        raise
     return True
 
 
@@ -139,7 +156,7 @@ def _sign(fd: int) -> dict[str, Any]:
 
 
 def _signature(fd: int) -> dict[str, Any]:
-    """Who signed the file; nothing while that has not happened yet."""
+    """The owner as the file names it; empty if it does not yet."""
     try:
         owner = json.loads(os.pread(fd, 4096, 0))
     except (OSError, ValueError):

@@ -1,9 +1,7 @@
-"""The zarr store of one video, read side: what is at a path, and what is published in it. No torch here.
+"""Owns reading: what a store holds, compared with its metadata checksum and digests before it is given out.
 
-Whatever is read is compared with the seal first: metadata, digests and coordinates when a store is opened, data unit by
-unit as they are read. ``store_format`` tells what a store is, ``store_writer`` how it grows.
-
-Axes: t time, c channels, y x latent rows and columns; T H W of frames.
+Metadata, digests and coordinates are compared when a store is opened, data are compared unit by unit as they are read.
+No torch here. Axes: t time, c channels, y x latent rows and columns; T H W of frames.
 """
 
 from __future__ import annotations
@@ -11,409 +9,417 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import zarr
+from zarr.storage import LocalStore, StorePath
 
-from longvid.errors import ScheduleError, StoreError
+from longvid.errors import StoreError
 from longvid.schedule import ChunkSchedule
-from longvid.store.fingerprint import differences
 from longvid.store.format import (
-    FORMAT_VERSION,
-    MISSING,
-    OWN_NAMES,
-    PARTIAL_ROOT,
+    DIGEST_BYTES,
     PRIVATE,
-    StoreLayout,
+    StoreKind,
+    checksum_is_right,
+    chunk_file,
     digest_chain,
-    seal_is_whole,
     serialized,
     unit_digest,
 )
-from longvid.store.validation import check_chunk, check_group, check_tree, read_document
+from longvid.store.metadata import StoreMetadata, store_kind
+from longvid.store.validation import MAX_DOCUMENT_BYTES, check_chunk, check_tree, read_document, read_regular
 
-__all__ = ["Found", "FrameStore", "LatentStore", "Published", "check_target", "open_frames", "open_store", "read_root"]
+__all__ = ["CheckedArray", "FrameStore", "LatentStore", "StoreReader", "bytes_of", "may_stand_beside", "open_frames",
+           "open_reader", "open_store"]  # fmt: skip
 
-STORE_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, IndexError, MemoryError)
-"what zarr and its codecs raise when they meet damage"
-_REPAIR = "longvid verify tells what else is, longvid repair restores it"
-
-
-# ------------------------------------------------------------------------------------------------- before writing
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What is at the place where a store is to be written. Made by :func:`check_target`."""
-
-    path: Path
-    state: Literal["nothing", "unfinished", "complete"]
-    root: dict[str, Any] = field(default_factory=dict)
-    "root metadata of a store of ours"
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Its attribute ``longvid``; empty if there is nothing."""
-        return cast("dict[str, Any]", self.root.get("attributes", {}).get("longvid", {}))
-
-    def decide(
-        self, fingerprint: Mapping[str, Any], *, overwrite: bool, resume: bool
-    ) -> Literal["create", "replace", "resume", "done"]:
-        """What a run of this fingerprint does here. Changes nothing.
-
-        Raises:
-            StoreError: kind ``"exists"``, or ``"mismatch"`` with every field in which the store's run differs.
-        """
-        if self.state == "nothing":
-            return "create"
-        other = differences(self.facts.get("fingerprint") or {}, fingerprint)
-        if self.state == "unfinished" and resume and not other:
-            return "resume"
-        if overwrite:
-            return "replace"
-        frames = f"{self.path} exists: {_a(self.state)} store of {self.facts.get('num_frames', 0)} frames"
-        if other:
-            raise StoreError(
-                f"{frames}, made by another run: {'; '.join(other)}. Run what made it, choose another name, or replace "
-                "it with --overwrite (overwrite=True)",
-                kind="mismatch",
-            )
-        if self.state == "complete" and resume:
-            return "done"
-        raise StoreError(f"{frames}; --overwrite (overwrite=True) starts it again", kind="exists")
-
-
-def check_target(path: str | os.PathLike[str]) -> Found:
-    """Say what is at ``path``, where a store is to be written. Changes nothing.
-
-    Raises:
-        StoreError: something is there that may never be replaced, the parent folder is missing, or the root metadata
-            of a store of ours is damaged.
-    """
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise StoreError(f"{target} cannot be written: there is no folder {target.parent}", kind="missing")
-    if not target.exists() and not target.is_symlink():
-        return Found(target, "nothing")
-    if not target.is_dir() or target.is_symlink():
-        raise StoreError(f"{target} exists and is not a folder; choose another name", kind="foreign")
-    entries = sorted(entry.name for entry in target.iterdir())
-    digest = target / "digest"
-    ours = (target / PRIVATE).is_dir() or (digest.is_dir() and not digest.is_symlink() and not any(digest.iterdir()))
-    if not entries or (ours and set(entries) <= {"digest", PARTIAL_ROOT}):  # of a run that ended before it wrote
-        return Found(target, "nothing")
-    root = read_root(target)
-    if root is None:
-        if ours:
-            raise StoreError(
-                f"{target}: the root metadata is damaged or missing; longvid repair restores it", kind="corrupt"
-            )
-        raise StoreError(
-            f"{target} exists, holds {_some(entries)} and is not a longvid store; choose another name", kind="foreign"
-        )
-    foreign = [name for name in entries if name not in OWN_NAMES]
-    if foreign:
-        raise StoreError(
-            f"{target} is a longvid store that also holds {_some(foreign)}, which longvid did not write; move that "
-            "away first, or choose another name",
-            kind="foreign",
-        )
-    complete = root["attributes"]["longvid"].get("status") == "complete"
-    return Found(target, "complete" if complete else "unfinished", root)
-
-
-def read_root(path: Path) -> dict[str, Any] | None:
-    """The root metadata of the store at ``path``, or None if there is none of ours that can be read."""
-    try:
-        root = json.loads((path / "zarr.json").read_bytes())
-        return root if isinstance(root["attributes"]["longvid"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
-def _a(state: str) -> str:
-    return "a complete" if state == "complete" else "an incomplete"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-# ------------------------------------------------------------------------------------------------- what is published
+_REPAIR = "`longvid verify` lists all damage, `longvid repair` restores it"
+_DAMAGE = (OSError, ValueError, RuntimeError)
+"what zarr and its codecs raise for a damaged chunk"
 
 
 @dataclass(frozen=True)
-class Published(StoreLayout):
-    """What a store shows its readers at this moment, compared with its seal. Made by :func:`open_published`."""
+class StoreReader:
+    """The committed content of a store, as its root metadata describe it. Made by :func:`open_reader`."""
 
     path: Path
-    arrays: Mapping[str, zarr.Array[Any]]
-    columns: Mapping[str, npt.NDArray[Any]]
-    "coordinates and digests, whole arrays by name"
+    metadata: StoreMetadata
+    content: bytes = field(repr=False)
+    "the root metadata, with a checksum that is right"
+    intact: bool = True
+    "whether that is what ``zarr.json`` holds; otherwise it is the copy"
+    disputed: bool = False
+    "whether the copy has a right checksum too, contradicts the root, and fits the store as well"
     _last: dict[tuple[str, int], npt.NDArray[Any]] = field(default_factory=dict, repr=False, compare=False)
 
-    def read(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
-        """Rows ``start`` to ``stop`` of an array of data, compared with their digests.
+    @cached_property
+    def arrays(self) -> dict[str, zarr.Array[Any]]:
+        """Every array by name, by the root's metadata. Reading from these compares nothing with digests."""
+        files = LocalStore(self.path, read_only=True)
+        return {
+            name: zarr.Array(zarr.AsyncArray(metadata=array.document, store_path=StorePath(files, name)))
+            for name, array in self.metadata.arrays.items()
+        }
+
+    def stored(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows of an array as they are on the disk, not compared with digests.
 
         Raises:
-            StoreError: kind ``"corrupt"`` if a stored chunk is damaged, missing or not the one that was published.
+            StoreError: kind ``"corrupt"`` if they cannot be decoded, ``"other"`` if they may not be read.
         """
-        length = self.unit_rows
-        parts = [
-            self._unit(name, unit)[max(0, start - unit * length) : stop - unit * length]
-            for unit in range(start // length, -(-stop // length))
-        ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        array = self.metadata.arrays[name]
+        length, ndim = array.chunks[0], len(array.shape)
+        try:
+            for number in range(start // length, -(-stop // length)):
+                check_chunk(self.path / name / chunk_file(number, ndim), array.chunk_bytes)
+            return np.asarray(self.arrays[name][start:stop])
+        except _DAMAGE as exc:
+            if isinstance(exc, StoreError) and exc.kind == "other":
+                raise
+            raise StoreError(
+                f"{self.path}: {name} {start} to {stop - 1} are damaged ({exc}); {_REPAIR}", kind="corrupt"
+            ) from exc
+
+    def readable(self, name: str, start: int, stop: int) -> npt.NDArray[Any] | None:
+        """As :meth:`stored`; None for rows that are damaged."""
+        try:
+            return self.stored(name, start, stop)
+        except StoreError as exc:
+            if exc.kind != "corrupt":
+                raise
+            return None
+
+    @cached_property
+    def digests(self) -> npt.NDArray[np.uint8] | None:
+        """The digests of all units; None if they are not those that were committed."""
+        if not self.metadata.arrays:
+            return np.zeros((0, 1, DIGEST_BYTES), np.uint8)
+        digests = self.readable("digest", 0, self.metadata.num_units)
+        return digests if digests is not None and digest_chain(digests) == self.metadata.digests else None
+
+    @cached_property
+    def columns(self) -> dict[str, npt.NDArray[Any] | None]:
+        """Coordinates, whole arrays by name; None for one that cannot be read as a whole."""
+        arrays = self.metadata.arrays
+        return {name: self.readable(name, 0, arrays[name].shape[0]) for name in self.metadata.coordinate_names}
+
+    def coordinate(self, name: str, unit: int) -> npt.NDArray[Any] | None:
+        """The rows of a coordinate in a unit; None if they cannot be read."""
+        start, stop = self.metadata.coordinate_rows(name, unit)
+        column = self.columns[name]
+        return self.readable(name, start, stop) if column is None else column[start:stop]
+
+    def checked_columns(self) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.uint8]]:
+        """All coordinates, and the digests of all units, each compared with what was committed.
+
+        Raises:
+            StoreError: kind ``"corrupt"``.
+        """
+        columns = {name: column for name, column in self.columns.items() if column is not None}
+        lost = sorted(self.columns.keys() - columns)
+        if self.digests is None or lost:
+            raise StoreError(
+                f"{self.path}: {', '.join(lost) or 'the array digest'} is damaged; {_REPAIR}", kind="corrupt"
+            )
+        for unit in range(self.metadata.num_units):
+            if not self.metadata.coordinates_agree(columns, self.digests, unit):
+                raise StoreError(
+                    f"{self.path}: the coordinates of frames from {self.metadata.frames(unit)[0]} are damaged or "
+                    f"missing; {_REPAIR}",
+                    kind="corrupt",
+                )
+        return columns, self.digests
+
+    def take(self, name: str, rows: npt.NDArray[np.intp]) -> npt.NDArray[Any]:
+        """The data of rows by their numbers, in a new array, each unit compared with its digest.
+
+        Raises:
+            StoreError: kind ``"corrupt"`` if a stored chunk is damaged, missing or not the one that was committed.
+        """
+        array = self.metadata.arrays[name]
+        result = np.empty((len(rows), *array.shape[1:]), array.dtype)
+        units = rows // array.chunks[0]
+        for unit in np.unique(units).tolist():
+            here = np.flatnonzero(units == unit)
+            result[here] = self._unit(name, unit)[rows[here] - unit * array.chunks[0]]
+        return result
 
     def _unit(self, name: str, unit: int) -> npt.NDArray[Any]:
-        """One unit; the last one read is kept, since chunks of a model are shorter."""
+        """One unit. The last one is kept, since the chunks of a model are shorter."""
         if (name, unit) not in self._last:
-            begin, stop = self.rows(unit)
-            what = f"{self.path}: {name} {begin} to {stop - 1} are damaged"
-            try:
-                check_chunk(self.path / name / self.chunk_files(name)[unit], self.members[name], where=str(self.path))
-                rows = np.asarray(self.arrays[name][begin:stop])
-            except STORE_ERRORS as exc:
-                raise StoreError(f"{what} ({exc}); {_REPAIR}", kind="corrupt") from exc
-            if not np.array_equal(unit_digest([rows]), self.columns["digest"][unit, self.data_names.index(name)]):
-                raise StoreError(f"{what}, missing or not those that were published; {_REPAIR}", kind="corrupt")
+            start, stop = self.metadata.rows(unit)
+            rows = self.stored(name, start, stop)
+            part = self.metadata.data_names.index(name)
+            if self.digests is None or not np.array_equal(unit_digest([rows]), self.digests[unit, part]):
+                raise StoreError(
+                    f"{self.path}: {name} {start} to {stop - 1} are damaged, missing or not those that were committed; "
+                    f"{_REPAIR}",
+                    kind="corrupt",
+                )
             self._last.clear()
             self._last[name, unit] = rows
         return self._last[name, unit]
 
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes on disk."""
-        return sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
 
+def open_reader(path: str | os.PathLike[str], *, strict: bool = True) -> StoreReader:
+    """Open the committed content of a store.
 
-def open_published(path: str | os.PathLike[str], kind: Literal["latents", "frames"]) -> Published:
-    """Open a store for reading, and compare its metadata, digests and coordinates with its seal.
+    Args:
+        path: the folder of the store.
+        strict: whether the root metadata have to be whole, and something has to be committed. Without it, the copy
+            stands in for damaged root metadata, as verify and repair need it.
 
     Raises:
-        StoreError: nothing is there, it is not a longvid store of this kind, nothing was published, or something is
-            not what was published.
+        StoreError: there is no store of longvid, or its metadata are damaged.
     """
     where = Path(path)
-    if not where.exists():
+    try:
+        found = where.is_dir()
+    except OSError as exc:
+        raise StoreError(f"{where} cannot be read: {exc.strerror}", kind="other") from exc
+    if not found:
         raise StoreError(f"there is no store {where}", kind="missing")
-    if not (where / "zarr.json").is_file():
-        raise StoreError(f"{where} is not a zarr store; pass the folder that longvid wrote", kind="foreign")
+    return _open_strictly(where) if strict else _open_with_copy(where)
+
+
+def _open_strictly(where: Path) -> StoreReader:
     check_tree(where)
-    root = read_document(where / "zarr.json")
-    attributes = root.get("attributes")
-    facts = attributes.get("longvid") if isinstance(attributes, dict) else None
-    if not isinstance(facts, dict):
-        raise StoreError(f"{where} is a zarr store, but not of longvid", kind="foreign")
-    if facts.get("format_version") != FORMAT_VERSION:
+    try:
+        root = read_document(where / "zarr.json")
+    except StoreError as exc:
+        if exc.kind != "missing":
+            raise
+        raise StoreError(f"{where} is not a zarr store; pass the folder that longvid wrote", kind="foreign") from exc
+    store_kind(root, where=str(where))
+    content = serialized(root)  # and not the bytes: another tool may write the same metadata in another form
+    if not checksum_is_right(content):
         raise StoreError(
-            f"{where} has format {facts.get('format_version')}, this version of longvid reads {FORMAT_VERSION}",
-            kind="format",
-        )
-    if facts.get("kind") != kind:
-        raise StoreError(f"{where} holds {facts.get('kind')}, not {kind}", kind="format")
-    # Not the bytes: a tool that writes the same metadata in another form does no harm.
-    if not seal_is_whole(serialized(root)):
-        raise StoreError(
-            f"{where}: the root metadata is damaged or was changed after it was published; longvid repair restores it",
+            f"{where}: the root metadata are damaged or were changed after the commit; `longvid repair` restores them",
             kind="corrupt",
         )
     if not root.get("consolidated_metadata"):
-        raise StoreError(f"{where} is incomplete: nothing was published yet", kind="incomplete")
-    check_group(root, where=str(where))
-    try:
-        return _opened(where, StoreLayout(root))
-    except (*STORE_ERRORS, ScheduleError) as exc:
+        raise StoreError(f"{where} is incomplete: nothing was committed yet", kind="incomplete")
+    reader = StoreReader(where, StoreMetadata.parse(root, where=str(where)), content)
+    reader.checked_columns()
+    return reader
+
+
+def _open_with_copy(where: Path) -> StoreReader:
+    check_tree(where)
+    content, copy = (bytes_of(where / name) for name in ("zarr.json", f"{PRIVATE}/root.json"))
+    whole = [document for document in (content, copy) if document is not None and checksum_is_right(document)]
+    if not whole:
+        if copy is None and not is_ours(content):
+            raise StoreError(f"{where} is not a store of longvid, or of a version without checksums", kind="foreign")
         raise StoreError(
-            f"{where}: the metadata or coordinates are damaged ({exc}); {_REPAIR}", kind="corrupt"
-        ) from exc
+            f"{where}: the root metadata and its copy are both damaged; encode the video again", kind="corrupt"
+        )
+    opened = [
+        StoreReader(where, StoreMetadata.parse(json.loads(document), where=str(where)), document, document == content)
+        for document in whole
+    ]
+    if len(opened) == 1 or may_stand_beside(opened[1].metadata, opened[0].metadata):
+        return opened[0]
+    fitting = [one for one in opened if one.digests is not None]
+    if len(fitting) == 1:
+        return fitting[0]
+    if may_stand_beside(opened[0].metadata, opened[1].metadata):  # an older root was put back
+        return opened[1]
+    return replace(opened[0], disputed=len(fitting) == 2)
 
 
-def _opened(path: Path, layout: StoreLayout) -> Published:
-    group = zarr.open_group(path, mode="r", use_consolidated=True)
-    arrays = dict(group.arrays())
-    columns = {}
-    for name in (*layout.coordinate_names, "digest"):
-        for file in layout.chunk_files(name):
-            check_chunk(path / name / file, layout.members[name], where=str(path))
-        # zarr has read the root once more, and a writer may have published meanwhile
-        columns[name] = np.asarray(arrays[name][: layout.members[name]["shape"][0]])
-    if digest_chain(columns["digest"]) != layout.facts["digests"]:
-        raise ValueError("the digests are not those that were published")
-    if (columns["frame_pts"] == MISSING).any():
-        raise ValueError("time stamps of frames are missing")
-    for unit in range(layout.num_units):
-        if not layout.coordinates_agree(columns, columns["digest"], unit):
-            raise ValueError(f"the coordinates of frames from {layout.frames(unit)[0]} on are not as published")
-    return Published(root=layout.root, path=path, arrays=arrays, columns=columns)
+def bytes_of(path: Path) -> bytes | None:
+    """The content of a metadata file; None if it is missing or damaged.
+
+    Raises:
+        StoreError: kind ``"other"`` if it may not be read.
+    """
+    try:
+        return read_regular(path, MAX_DOCUMENT_BYTES)
+    except StoreError as exc:
+        if exc.kind == "other":
+            raise
+        return None
 
 
-class FrameStore:
-    """Frames of a store as an array (T, H, W, 3) of uint8 to slice. Made by :func:`open_frames`."""
+def is_ours(content: bytes | None) -> bool:
+    """Whether these are root metadata of longvid, whole or not."""
+    try:
+        return isinstance(json.loads(content or b"")["attributes"]["longvid"], dict)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
 
-    dtype = np.dtype(np.uint8)
 
-    def __init__(self, published: Published) -> None:
-        self._published = published
-        array = published.arrays["frames"]
-        self.shape, self.chunks = array.shape, array.chunks
+def may_stand_beside(copy: StoreMetadata, root: StoreMetadata) -> bool:
+    """Whether a run leaves such a copy beside such a root: equal, or older if it was killed between the two."""
+    if copy.root == root.root or (not root.fingerprint and not root.arrays):  # the store is being replaced
+        return True
+    if copy.fingerprint != root.fingerprint or copy.complete:
+        return False
+    before, now = (copy.num_frames, copy.complete), (root.num_frames, root.complete)
+    return before < now or (before == now and copy.epoch != root.epoch)
 
-    @property
-    def digests(self) -> str:
-        """One digest of everything that is published."""
-        return str(self._published.facts["digests"])
 
-    @property
-    def frame_rate(self) -> Fraction | None:
-        """Mean frames per second."""
-        rate = self._published.facts.get("frame_rate")
-        return None if rate is None else Fraction(rate)
+# ------------------------------------------------------------------------------------------------- public objects
 
-    def __getitem__(self, window: slice) -> npt.NDArray[np.uint8]:
-        """Frames of a window without steps; see :meth:`Published.read`."""
-        start, stop, _ = window.indices(self.shape[0])
-        return self._published.read("frames", start, stop)
+
+class CheckedArray:
+    """A stored array that compares every chunk with its digest when it is read. It slices like a numpy array.
+
+    ``zarr.open_array`` gives the same data without the comparison.
+    """
+
+    def __init__(self, reader: StoreReader, name: str) -> None:
+        self._reader, self._name = reader, name
+        array = reader.metadata.arrays[name]
+        self.shape, self.chunks, self.dtype, self.attrs = array.shape, array.chunks, array.dtype, array.attributes
+        self.ndim = len(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> npt.NDArray[Any]:
+        """The selected values in a new array. Only the chunks that are needed are read.
+
+        Raises:
+            StoreError: kind ``"corrupt"`` if a stored chunk is damaged, missing or not the one that was committed.
+        """
+        first, *rest = _expanded(key, self.ndim)
+        rows = np.arange(len(self))[first]
+        data = self._reader.take(self._name, rows.ravel())
+        if isinstance(first, slice):
+            return data[(slice(None), *rest)]
+        return data[(np.arange(rows.size).reshape(rows.shape)[()], *rest)]
+
+    def __array__(self, dtype: npt.DTypeLike = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        if copy is False:
+            raise ValueError("a stored array can only be copied into memory")
+        return np.asarray(self[:], dtype)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._name} {self.shape} {self.dtype} in {self._reader.path}>"
+
+
+def _expanded(key: Any, ndim: int) -> tuple[Any, ...]:
+    """An index of numpy with at least one entry and without an ellipsis."""
+    parts = list(key) if isinstance(key, tuple) else [key]
+    dots = [number for number, part in enumerate(parts) if part is Ellipsis]
+    if dots:
+        missing = ndim - sum(part is not None for part in parts) + 1
+        parts[dots[0] : dots[0] + 1] = [slice(None)] * missing
+    return tuple(parts) or (slice(None),)
+
+
+class FrameStore(CheckedArray):
+    """Frames of a store as an array (T, H, W, 3) of uint8. Made by :func:`open_frames`."""
+
+    def __init__(self, reader: StoreReader) -> None:
+        super().__init__(reader, "frames")
+        self.digests = reader.metadata.digests
+        self.frame_rate = reader.metadata.frame_rate
 
 
 def open_frames(path: str | os.PathLike[str]) -> FrameStore:
     """Open a store of frames for reading.
 
     Raises:
-        StoreError: as :func:`open_published`, and kind ``"incomplete"`` if the run that wrote it did not end.
+        StoreError: as :func:`open_reader`, and kind ``"incomplete"`` if the run that wrote it did not end.
     """
-    published = open_published(path, "frames")
-    if not published.complete:
+    reader = open_reader(path)
+    _require_kind(reader, "frames")
+    if not reader.metadata.complete:
         raise StoreError(
-            f"{path} is incomplete: {published.facts.get('num_frames', 0)} frames were published before the run that "
-            "wrote it ended; run that again, it goes on",
+            f"{path} is incomplete: {reader.metadata.num_frames} frames were committed before the run that wrote it "
+            "ended; run the same command again to resume",
             kind="incomplete",
         )
-    return FrameStore(published)
+    return FrameStore(reader)
 
 
-@dataclass(frozen=True)
 class LatentStore:
-    """A store of latents as it is published now. Made by :func:`open_store`."""
+    """The latents of one video with their coordinates, as committed when the store was opened.
 
-    published: Published
-    frame_pts: npt.NDArray[np.int64]
-    "time stamps of the published frames, in units of ``time_base``"
-    schedule: ChunkSchedule
+    Made by :func:`open_store`.
 
-    @property
-    def path(self) -> Path:
-        """Of the store's folder."""
-        return self.published.path
+    Attributes:
+        path: the folder of the store.
+        frame_pts: time stamps of the committed frames, in units of ``time_base``.
+        frame_valid: which frames are the source's own; the others repeat a good frame in place of a damaged one.
+        schedule: how the video was cut into chunks.
+        attrs: all attributes of the group.
+        arrays: all arrays by name; the data arrays compare what they read with digests.
+        latents: (t, c, y, x), float16 or float32, not scaled.
+        moments: (t, 2 c, y, x), the mean, then the log variance; None if they are not stored.
+        num_frames: committed frames of the video.
+        num_latents: committed latent frames.
+        complete: whether the whole video is in the store.
+        representation: ``mode``, ``sample`` or ``moments``.
+        vae: facts of the model that made the latents.
+        source: facts of the video.
+        height, width: size of the video's frames in pixels.
+        time_base: seconds per unit of the time stamps.
+        frame_rate: mean frames per second, or None.
+    """
 
-    @property
-    def arrays(self) -> Mapping[str, zarr.Array[Any]]:
-        """All arrays by name."""
-        return self.published.arrays
-
-    @property
-    def attrs(self) -> dict[str, Any]:
-        """All attributes of the group."""
-        return self.published.attributes
-
-    @property
-    def latents(self) -> zarr.Array[Any]:
-        """(t, c, y, x), float16 or float32, raw."""
-        return self.arrays["latents"]
-
-    @property
-    def moments(self) -> zarr.Array[Any] | None:
-        """(t, 2 c, y, x): mean, then log variance."""
-        return self.arrays.get("moments")
-
-    @property
-    def frame_valid(self) -> npt.NDArray[np.bool_]:
-        """Which published frames are those of the source; the others repeat a good one in place of a damaged one."""
-        return self.published.columns["frame_valid"]
-
-    @property
-    def num_frames(self) -> int:
-        """True frames that are published."""
-        return len(self.frame_pts)
-
-    @property
-    def num_latents(self) -> int:
-        """Latent frames that are published."""
-        return int(self.published.members["latents"]["shape"][0])
-
-    @property
-    def complete(self) -> bool:
-        """Whether the whole video is in it."""
-        return self.published.complete
-
-    @property
-    def representation(self) -> str:
-        """``mode``, ``sample`` or ``moments``."""
-        return str(self.published.facts["representation"])
-
-    @property
-    def vae(self) -> dict[str, Any]:
-        """Facts of the model that made the latents."""
-        return cast("dict[str, Any]", self.attrs["vae"])
-
-    @property
-    def source(self) -> dict[str, Any]:
-        """Facts of the video."""
-        return cast("dict[str, Any]", self.attrs["source"])
-
-    @property
-    def height(self) -> int:
-        """Of the true frames, in pixels."""
-        return int(self.source["height"])
-
-    @property
-    def width(self) -> int:
-        """Of the true frames, in pixels."""
-        return int(self.source["width"])
-
-    @property
-    def time_base(self) -> Fraction:
-        """Seconds per unit of the time stamps."""
-        return Fraction(self.source["time_base"])
-
-    @property
-    def frame_rate(self) -> Fraction | None:
-        """Mean frames per second."""
-        rate = self.source["frame_rate"]
-        return None if rate is None else Fraction(rate)
+    def __init__(self, reader: StoreReader) -> None:
+        metadata = reader.metadata
+        columns, digests = reader.checked_columns()
+        self._reader = reader
+        self.path, self.metadata = reader.path, metadata
+        self.frame_pts: npt.NDArray[np.int64] = columns["frame_pts"]
+        self.frame_valid: npt.NDArray[np.bool_] = columns["frame_valid"]
+        self.schedule = cast("ChunkSchedule", metadata.schedule)
+        self.attrs, self.vae, self.source = metadata.attributes, metadata.vae, metadata.source
+        self.latents = CheckedArray(reader, "latents")
+        self.moments = CheckedArray(reader, "moments") if "moments" in metadata.arrays else None
+        self.arrays: Mapping[str, CheckedArray | npt.NDArray[Any]] = {
+            **{name: CheckedArray(reader, name) for name in metadata.data_names},
+            **columns,
+            "digest": digests,
+        }
+        self.num_frames, self.num_latents = metadata.num_frames, self.latents.shape[0]
+        self.complete, self.representation = metadata.complete, metadata.representation
+        self.height, self.width = metadata.height, metadata.width
+        self.time_base: Fraction = metadata.time_base
+        self.frame_rate: Fraction | None = metadata.frame_rate
 
     @property
     def stored_bytes(self) -> int:
         """Bytes on disk."""
-        return self.published.stored_bytes
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Latent frames ``start`` to ``stop`` as float32 (t, c, y, x), compared with their digests.
+        """Latent frames ``start`` to ``stop``, as a slice takes them, in a new array of float32 (t, c, y, x).
 
         Raises:
-            StoreError: kind ``"corrupt"`` if a stored chunk is damaged, missing or not the one that was published.
+            StoreError: kind ``"corrupt"`` if a stored chunk is damaged, missing or not the one that was committed.
         """
-        return self.published.read("latents", start, stop).astype(np.float32)
+        return self.latents[start:stop].astype(np.float32, copy=False)
+
+    def __repr__(self) -> str:
+        state = "complete" if self.complete else "incomplete"
+        return (
+            f"<LatentStore {self.path}: {state}, {self.num_frames} frames of {self.width}x{self.height}, "
+            f"latents {self.latents.shape} {self.latents.dtype}>"
+        )
 
 
 def open_store(path: str | os.PathLike[str]) -> LatentStore:
-    """Open a store of latents for reading, as it is published at this moment.
+    """Open a store of latents for reading, as it is committed at this moment.
 
     Raises:
-        StoreError: see :func:`open_published`.
+        StoreError: see :func:`open_reader`; kind ``"format"`` for a store of frames.
     """
-    published = open_published(path, "latents")
-    try:
-        _ = published.attributes["source"]["height"], published.attributes["source"]["width"]
-        _ = published.attributes["vae"]
-        return LatentStore(
-            published=published,
-            frame_pts=published.columns["frame_pts"],
-            schedule=ChunkSchedule.from_dict(published.facts["chunk_plan"]),
-        )
-    except (KeyError, TypeError, ScheduleError) as exc:
-        raise StoreError(f"{path}: the metadata is damaged ({exc})", kind="corrupt") from exc
+    reader = open_reader(path)
+    _require_kind(reader, "latents")
+    return LatentStore(reader)
+
+
+def _require_kind(reader: StoreReader, kind: StoreKind) -> None:
+    if reader.metadata.kind != kind:
+        raise StoreError(f"{reader.path} holds {reader.metadata.kind}, not {kind}", kind="format")

@@ -1,28 +1,33 @@
-"""Files that are whole or not there, and a zarr store that shows nothing before it is published.
+"""Owns atomic files and staged zarr writes: a file is whole or missing, and nothing is visible before it is committed.
 
-zarr grows an array by writing the longer shape first and the data after it. Whoever reads in between, or after a kill,
-sees rows that do not exist. So all metadata of a :class:`StagedStore`, and all chunks that are rewritten as an array
-grows, stay in memory until :meth:`StagedStore.publish`, while chunks that are written once go to the disk at once.
+zarr grows an array by writing the longer shape first and the data after it. A reader in between, or after a kill, sees
+rows that do not exist. So all metadata of a :class:`StagedStore`, and all chunks that are rewritten as an array grows,
+stay in memory until :meth:`StagedStore.commit`, while chunks that are written once are written to the disk at once.
 """
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import re
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
-__all__ = ["StagedStore", "is_partial", "sync_file", "sync_folder", "write_durably"]
+from longvid.errors import StoreError
+from longvid.store.format import OWN_NAMES, PRIVATE
+
+__all__ = ["StagedStore", "disk_errors", "is_partial", "partial_files", "sync_file", "sync_folder", "write_durably"]
 
 _PARTIAL_SUFFIX = ".partial"
 _PARTIAL = re.compile(r"(\..+|.*\.[0-9a-f]{32})\.partial")
-"what a file is called while it is written: ours, and those of zarr's LocalStore"
+"name of a file while it is being written: ours, and those of zarr's LocalStore"
 
 
 def is_partial(name: str) -> bool:
@@ -43,17 +48,30 @@ def sync_folder(path: Path) -> None:
 def _sync(path: Path, flags: int) -> None:
     fd = os.open(path, flags | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        _fsync(fd, path)
     finally:
         os.close(fd)
 
 
+def _fsync(fd: int, path: Path) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as exc:
+        if exc.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+        raise StoreError(
+            f"{path} cannot be made durable: its file system has no fsync ({exc.strerror}). Choose another folder, or "
+            'add --durability rename (durability="rename"), which survives the death of the process only',
+            kind="other",
+        ) from exc
+
+
 def write_durably(path: Path, content: bytes | Callable[[BinaryIO], None], *, sync: bool) -> None:
-    """Write a file so that, at any moment and after any end, its name stands for the old content or for the new.
+    """Write a file so that at any moment its name stands for the old content or for the new content.
 
     Args:
-        path: where; its folder exists.
-        content: all of it, or what writes it to an open file.
+        path: the file; its folder exists.
+        content: the whole content, or a function that writes it to an open file.
         sync: whether the new content is on the disk before it takes the name. The folder is not synced here.
     """
     partial = path.with_name(f".{path.name}{_PARTIAL_SUFFIX}")
@@ -65,7 +83,7 @@ def write_durably(path: Path, content: bytes | Callable[[BinaryIO], None], *, sy
                 content(file)
             if sync:
                 file.flush()
-                os.fsync(file.fileno())
+                _fsync(file.fileno(), path)
         os.replace(partial, path)
     except BaseException:
         with suppress(OSError):
@@ -74,12 +92,12 @@ def write_durably(path: Path, content: bytes | Callable[[BinaryIO], None], *, sy
 
 
 class StagedStore(LocalStore):
-    """A local zarr store whose metadata, and whose growing chunks, appear when :meth:`publish` says so.
+    """A local zarr store whose metadata, and whose growing chunks, become visible with :meth:`commit`.
 
     Args:
         root: the folder.
         sync: whether to wait for the disk.
-        rewritten: whether the chunks of the array of this name are written again as the array grows.
+        rewritten: tells, for the name of an array, whether its chunks are written again as the array grows.
     """
 
     def __init__(self, root: Path, *, sync: bool, rewritten: Callable[[str], bool]) -> None:
@@ -88,18 +106,19 @@ class StagedStore(LocalStore):
         self._rewritten = rewritten
         self._staged: dict[str, bytes] = {}
         self._written: list[str] = []
-        "keys of the chunks that went to the disk since the last step"
+        "keys of the chunks that were written to the disk since the last commit"
 
-    def document(self, name: str) -> bytes:
-        """The metadata of the array ``name`` as it will be published."""
-        return self._staged[f"{name}/zarr.json"]
+    def documents(self) -> dict[str, dict[str, Any]]:
+        """The metadata of every array by name, as they will be committed."""
+        names = [key.removesuffix("/zarr.json") for key in self._staged if key.endswith("/zarr.json")]
+        return {name: json.loads(self._staged[f"{name}/zarr.json"]) for name in names}
 
     def stage(self, key: str, content: bytes) -> None:
-        """Put metadata in place of what is on the disk, until the next step."""
+        """Put metadata in place of what is on the disk, until the next commit."""
         self._staged[key] = content
 
     async def set(self, key: str, value: Buffer) -> None:
-        """Take one value: metadata and growing chunks into memory, others to the disk."""
+        """Set one value: metadata and growing chunks in memory, others on the disk."""
         if self._is_staged(key):
             self._staged[key] = value.to_bytes()
             return
@@ -107,14 +126,14 @@ class StagedStore(LocalStore):
         self._written.append(key)
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        """As :meth:`set`, unless there is one."""
+        """As :meth:`set`, if the key does not exist."""
         if not await self.exists(key):
             await self.set(key, value)
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        """What is staged, else what is on the disk."""
+        """The staged value, otherwise the value on the disk."""
         staged = self._staged.get(key)
         if staged is None or byte_range is not None or prototype is None:
             return await super().get(key, prototype, byte_range)
@@ -128,15 +147,15 @@ class StagedStore(LocalStore):
         folder, _, name = key.rpartition("/")
         return name == "zarr.json" or self._rewritten(folder)
 
-    def publish(self, root_document: bytes, *, settled: bool) -> None:
-        """Make everything written so far durable, then visible: by one replacement of the root metadata.
+    def commit(self, root_document: bytes, *, settled: bool) -> None:
+        """Make everything that was written durable, then visible by one replacement of the root metadata.
 
         Args:
             root_document: the new ``zarr.json`` of the group.
             settled: whether the metadata of single arrays, which follows the group's, has to be on the disk too.
 
-        The order is: chunks that are new; chunks that replace older ones, whose rows they repeat; the root; the
-        metadata of single arrays. Cut short anywhere, readers see what was published last.
+        The order is: new chunks; chunks that replace older ones, whose rows they repeat; the root; the metadata of
+        single arrays. If it is interrupted anywhere, readers see the last commit.
         """
         chunks = {key: content for key, content in self._staged.items() if not key.endswith("zarr.json")}
         if self._sync:
@@ -162,3 +181,36 @@ class StagedStore(LocalStore):
         for key in chunks:
             del self._staged[key]
         self._written.clear()
+
+
+def partial_files(path: Path) -> Iterator[str]:
+    """The files in a store that were never finished."""
+    for folder in (path, path / PRIVATE, path / PRIVATE / "snapshots", *(path / name for name in OWN_NAMES)):
+        if not folder.is_dir() or folder.is_symlink():
+            continue
+        for entry in os.scandir(folder):
+            if is_partial(entry.name) and entry.is_file(follow_symlinks=False):
+                yield entry.path
+
+
+_KINDS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "full"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "read-only"),
+}
+_HINTS = {
+    "full": "; make room and run the same command again to resume",
+    "read-only": "; choose another folder, or make this one writable",
+}
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn errors of the operating system about files into StoreError."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as exc:
+        kind = _KINDS.get(exc.errno or 0, "other")
+        message = f"{path} cannot be written: {exc.strerror or exc}{_HINTS.get(kind, '')}"
+        raise StoreError(message, kind=kind) from exc

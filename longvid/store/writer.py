@@ -1,29 +1,26 @@
-"""The zarr store of one video, write side: how it comes into being, grows, is continued and completed. No torch here.
+"""Owns writing: how a store is created, grows, is resumed and completed. No torch here.
 
-Data is appended in units of one zarr chunk and becomes visible by **one atomic replacement of the root metadata**,
-which carries the lengths of all arrays::
+Data are appended in commit units of one zarr chunk and become visible by **one atomic replacement of the root
+metadata**, which carries the lengths of all arrays::
 
     rows -> unit -> chunk files, coordinates, digest -> [on the disk] -> root metadata -> readers
 
-Readers never see a frame that is not complete and durable, also while a writer is at work or after it was killed. A
-writer that finds an unfinished store of its own fingerprint continues it. It may be given rows again that are published
-already, since a run goes on from its last snapshot: those have to be the same, bit for bit, and are not written again.
+Readers never see a frame that is not complete and durable, even while a writer is at work or after it was killed. A
+writer that finds an unfinished store with its own fingerprint resumes it. It may receive rows that are committed
+already, since a run resumes from its last snapshot: those have to be equal, bit for bit, and are not written again.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 import os
 import re
 import shutil
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from fractions import Fraction
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Literal, Self
@@ -31,34 +28,32 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 
-from longvid import __version__
 from longvid.errors import StoreError
-from longvid.store.durability import Durability
+from longvid.store.durability import WriteOptions
 from longvid.store.format import (
     DIGEST_BYTES,
-    FORMAT_VERSION,
-    MISSING,
+    DIGEST_CHUNK,
     OWN_NAMES,
     PRIVATE,
-    StoreLayout,
+    StoreKind,
+    array_document,
+    checksum_is_right,
     chunk_file,
-    seal_is_whole,
-    sealed,
+    is_system_file,
     serialized,
     unit_digest,
+    with_checksum,
 )
 from longvid.store.lock import WriterLock
-from longvid.store.reader import STORE_ERRORS, Found, check_target, read_root
-from longvid.store.staging import StagedStore, is_partial, sync_folder, write_durably
-from longvid.store.validation import check_group, check_tree
+from longvid.store.reader import StoreReader
+from longvid.store.staging import StagedStore, disk_errors, partial_files, sync_folder, write_durably
+from longvid.store.target import Found, check_target, read_root
+from longvid.store.validation import check_tree
 
-__all__ = ["TARGET_CHUNK_BYTES", "StoreWriter", "Unit", "disk_errors", "first_facts", "settle_complete", "take"]
+__all__ = ["TARGET_CHUNK_BYTES", "StoreWriter", "Unit", "take"]
 
 TARGET_CHUNK_BYTES = 2 * 2**20
-COORDINATE_CHUNK = 4096
-_DIGEST_CHUNK = 1024
 _LAST_TO_GO = {"digest": 1, "zarr.json": 2}
 _CHUNK_FILE = re.compile(r"c\.(\d+)(\.0)*")
 
@@ -67,62 +62,54 @@ Unit = dict[str, npt.NDArray[Any]]
 
 
 class StoreWriter(ABC):
-    """Life of a store that is being written. Use it in a ``with`` statement.
+    """A store that is being written. Use it in a ``with`` statement.
 
-    Entering takes the lock, then creates the store, or clears it away and creates it, or opens it to be continued. On
-    a clean exit the store is complete, unless :meth:`pause` was called. On an exception nothing more is published; if
-    nothing was published yet, the folder is removed again.
+    Entering acquires the lock, then creates, replaces or resumes the store. On a clean exit the store is complete,
+    unless :meth:`pause` was called. On an exception nothing more is committed; if nothing was committed yet, the folder
+    is removed again.
 
     Args:
         path: the folder; its parent exists.
-        attributes: of the group.
-        fingerprint: what decides the bits of the result, recorded; see :mod:`longvid.store.fingerprint`.
-        durability: when results are safe.
-        overwrite: replace an existing longvid store.
-        resume: continue an unfinished store of the same fingerprint.
-        mend: numbers of published units whose data is to be written again, in a store of the same fingerprint,
-            finished or not; nothing else is written then. What comes out other than it was published is an error.
+        attributes: the attributes of the group.
+        fingerprint: everything that decides the bits of the result; see :mod:`longvid.store.fingerprint`.
+        options: what may be replaced or resumed, and when results are durable.
 
     Raises:
         StoreError: see :func:`.check_target` and :meth:`.Found.decide`; another run writes here (kind ``"locked"``);
-            or the disk says no.
+            or the disk refuses.
     """
 
+    kind: ClassVar[StoreKind]
     data_names: ClassVar[tuple[str, ...]]
     "arrays whose chunks are written once, in units; the first one is always there"
     unit_rows: int
-    "of the data arrays in a whole unit; of a store that is continued, what it was begun with"
+    "rows of the data arrays in a whole unit; a store that is resumed keeps its own"
 
     def __init__(
         self,
         path: str | os.PathLike[str],
         attributes: dict[str, Any],
-        *,
         fingerprint: Mapping[str, Any],
-        durability: Durability,
-        overwrite: bool,
-        resume: bool,
-        mend: frozenset[int],
+        options: WriteOptions,
     ) -> None:
         self.path = Path(path)
-        self.durability = durability
-        self._overwrite = overwrite
-        self._resume = resume
-        self._mend = mend
+        self.durability = options.durability
+        self._options = options
+        self._mend = options.mend
         self._fingerprint = fingerprint
         self._epoch = uuid.uuid4().hex
         attributes["longvid"] |= {"fingerprint": dict(fingerprint), "epoch": self._epoch}
         self._attributes = attributes
         self._epoch_there: str | None = self._epoch
-        "that of the writer who wrote the root metadata last"
+        "the epoch of the writer that wrote the root metadata last"
         self._arrays: dict[str, zarr.Array[Any]] = {}
         self._chain = hashlib.blake2b(digest_size=DIGEST_BYTES)
-        "of all digests so far"
-        self._created_folder = self._published = self._paused = False
-        self._last_publish = -float("inf")
+        "the digest of all digests so far"
+        self._created_folder = self._committed = self._paused = False
+        self._last_commit = -float("inf")
         self.num_units = 0
-        "units that were taken, counted from the first of the video: written now, or found to be there already"
-        self.published_units = 0
+        "units that were received, counted from the first of the video: written now, or found in the store"
+        self.committed_units = 0
         "units that readers see"
 
     # ------------------------------------------------------------------------------------------- life
@@ -133,9 +120,9 @@ class StoreWriter(ABC):
             self._decide(found)  # before anything is made
             self._created_folder = not self.path.is_dir()
             (self.path / PRIVATE).mkdir(parents=True, exist_ok=True)
-            self._lock = WriterLock.acquire(self.path / PRIVATE / "lock")
+            self._lock = WriterLock.acquire(self.path / PRIVATE / "lock", lock=self.durability.lock)
             undo.callback(self._lock.release)
-            found = check_target(self.path)  # under the lock, which somebody else may have had until now
+            found = check_target(self.path)  # again, since another run may have held the lock until now
             decision = self._decide(found)
             self._staged = StagedStore(self.path, sync=self.durability.syncs, rewritten=self._is_rewritten)
             if decision == "resume":
@@ -143,17 +130,19 @@ class StoreWriter(ABC):
             else:
                 undo.callback(self._remove)
                 if decision == "replace":
-                    self._clear(found.root)
+                    self._clear()
                 self._create()
             undo.pop_all()
         return self
 
     def _decide(self, found: Found) -> Literal["create", "replace", "resume"]:
-        decision = found.decide(self._fingerprint, overwrite=self._overwrite, resume=self._resume)
+        decision = found.decide(self._fingerprint, overwrite=self._options.overwrite, resume=self._options.resume)
         if self._mend:
             return "resume"
         if decision == "done":
-            raise StoreError(f"{self.path} exists: a complete store of this run; nothing is left to write")
+            raise StoreError(
+                f"{self.path} exists: a complete store of this run; nothing is left to write", kind="exists"
+            )
         return decision
 
     def __exit__(
@@ -171,20 +160,20 @@ class StoreWriter(ABC):
 
     @property
     def snapshots_folder(self) -> Path:
-        """Where snapshots of this run lie."""
+        """The folder of the snapshots of this run."""
         return self.path / PRIVATE / "snapshots"
 
     @property
     def first_wanted(self) -> int:
-        """The first unit that has to be computed: a run may go on from any snapshot that lies before it."""
-        return min(self._mend, default=self.published_units)
+        """The first unit that has to be computed: a run may resume from any snapshot before it."""
+        return min(self._mend, default=self.committed_units)
 
     def wants_nothing_from(self, row: int) -> bool:
-        """Whether no row of the main array from this one on has to be computed, although the video may go on."""
+        """Whether no row of the main array from this one on has to be computed, even if the video has more."""
         return bool(self._mend) and row >= (max(self._mend) + 1) * self.unit_rows
 
     def pause(self) -> None:
-        """Leave the store unfinished on the next clean exit, with all whole units published."""
+        """Leave the store unfinished on the next clean exit, with all whole units committed."""
         self._paused = True
 
     def _finish(self) -> None:
@@ -193,24 +182,24 @@ class StoreWriter(ABC):
                 rest = None if self._paused else self._rest()
                 if rest is not None:
                     self._take_unit(rest)
-                self._staged.publish((self.path / "zarr.json").read_bytes(), settled=True)
+                self._staged.commit((self.path / "zarr.json").read_bytes(), settled=True)
                 return
             if self._paused:
-                if self.num_units > self.published_units:
-                    self.publish()
+                if self.num_units > self.committed_units:
+                    self.commit()
                 return
             rest = self._rest()
             if rest is not None:
                 self._take_unit(rest)
             if not self.num_units:
                 raise StoreError(f"{self.path} would hold no frames; it was not written")
-            if self.num_units < self.published_units:
+            if self.num_units < self.committed_units:
                 raise StoreError(
-                    f"{self.path}: the source ended after {self.num_frames} frames, before those that were published; "
+                    f"{self.path}: the source ended after {self.num_frames} frames, before those that were committed; "
                     "it has changed, or cannot be read as before",
                     kind="mismatch",
                 )
-            self.publish("complete")
+            self.commit("complete")
             if not self.durability.keep_snapshots:
                 shutil.rmtree(self.snapshots_folder, ignore_errors=True)
 
@@ -220,126 +209,108 @@ class StoreWriter(ABC):
         self._write_root(None)
         if self.durability.syncs:
             sync_folder(self.path.parent)
-        self._create_arrays(zarr.open_group(self._staged, mode="r+", zarr_format=3, use_consolidated=False))
+        self._stage_arrays()
+        self._open_arrays()
 
     def _open(self, found: Found) -> None:
-        """Continue what is there: lengths, digests and metadata as the root has them, and nothing beyond."""
-        if not seal_is_whole((self.path / "zarr.json").read_bytes()):
-            raise StoreError(f"{self.path}: the root metadata is damaged; longvid repair restores it", kind="corrupt")
+        """Resume what is there: lengths, digests and metadata as the root has them, and nothing beyond."""
+        content, metadata = (self.path / "zarr.json").read_bytes(), found.metadata
+        if metadata is None or not checksum_is_right(content):
+            raise StoreError(
+                f"{self.path}: the root metadata are damaged; `longvid repair` restores them", kind="corrupt"
+            )
         check_tree(self.path)
-        check_group(found.root, where=str(self.path))
-        self._attributes = found.root["attributes"]
+        self._attributes, self._epoch_there = metadata.attributes, metadata.epoch
         if self._mend:
-            self._epoch = self._attributes["longvid"]["epoch"]
-        self._epoch_there = self._attributes["longvid"].get("epoch")
+            self._epoch = metadata.epoch
         self._attributes["longvid"]["epoch"] = self._epoch
-        layout = StoreLayout(found.root)
-        members = layout.members
-        self._sweep(layout.num_units)
-        if not members:  # it ended before the first step
+        self._sweep(metadata.num_units)
+        if not metadata.arrays:  # the run ended before its first commit
             self._create()
             return
-        for name, document in members.items():
+        # What will be written again as the arrays grow is compared while it can still be refused.
+        _, digests = StoreReader(self.path, metadata, content).checked_columns()
+        self._chain.update(digests.tobytes())
+        documents = {name: array.document for name, array in metadata.arrays.items()}
+        for name, document in documents.items():
             self._staged.stage(f"{name}/zarr.json", serialized(document))
-        try:
-            self._take_over(layout)
-        except STORE_ERRORS as exc:
-            raise StoreError(
-                f"{self.path}: its digests or coordinates are damaged ({exc}); longvid repair restores them, then run "
-                "this once more",
-                kind="corrupt",
-            ) from exc
-        self._published = True
+        self._open_arrays()
+        self.unit_rows, self.committed_units = metadata.main.chunks[0], metadata.num_units
+        self._committed = True
         self._check_chunks()
-        if self._mend:
-            return
-        # Takes the store over: a writer of an older epoch that comes back to life sees that it lost it.
-        self._write_root(members)
+        if not self._mend:
+            # Takes the store over: a writer of an older epoch that is still alive sees that it lost it.
+            self._write_root(documents)
 
-    def _take_over(self, layout: StoreLayout) -> None:
-        """Open the arrays of a store, and read what will be written again as they grow, while it can be refused."""
-        for name in layout.members:
+    def _open_arrays(self) -> None:
+        for name in self._staged.documents():
             self._arrays[name] = zarr.open_array(
                 self._staged, path=name, mode="r+", zarr_format=3, config={"write_empty_chunks": True}
             )
-        self.unit_rows, self.published_units = layout.unit_rows, layout.num_units
-        columns = {name: np.asarray(self._arrays[name][:]) for name in (*layout.coordinate_names, "digest")}
-        self._chain.update(columns["digest"].tobytes())
-        if self._chain.hexdigest() != layout.facts.get("digests"):
-            raise ValueError("the digests are not those that were published")
-        for unit in range(self.published_units):
-            if not layout.coordinates_agree(columns, columns["digest"], unit):
-                raise ValueError(f"the coordinates of frames from {layout.frames(unit)[0]} on are not as published")
 
     def _check_chunks(self) -> None:
-        """Every published chunk is there. What is in them is compared by those who read."""
+        """Require that every committed chunk exists. Readers compare what is in them."""
         for name in self.data_names:
-            for unit in set(range(self.published_units if name in self._arrays else 0)) - self._mend:
+            for unit in set(range(self.committed_units if name in self._arrays else 0)) - self._mend:
                 path = self.path / name / chunk_file(unit, self._arrays[name].ndim)
                 if not path.is_file() or not path.stat().st_size:
                     raise StoreError(
-                        f"{self.path}: the chunk {name}/{path.name} is missing or empty; longvid repair computes it "
-                        "again, then run this once more",
+                        f"{self.path}: the chunk {name}/{path.name} is missing or empty; `longvid repair` computes "
+                        "it again, then run this once more",
                         kind="corrupt",
                     )
 
-    def _sweep(self, published: int) -> None:
-        """Remove what an earlier run did not finish: files half written, and chunks that were never published."""
+    def _sweep(self, committed: int) -> None:
+        """Remove what an earlier run did not finish: files half written, and chunks that were never committed."""
         for partial in partial_files(self.path):
             os.unlink(partial)
         for name in self.data_names:
             if (self.path / name).is_dir():
                 for entry in os.scandir(self.path / name):
                     number = _CHUNK_FILE.fullmatch(entry.name)
-                    if number is not None and int(number[1]) >= published:
+                    if number is not None and int(number[1]) >= committed:
                         os.unlink(entry.path)
 
-    def _clear(self, root: dict[str, Any]) -> None:
-        """Take away the store that is to be replaced. Cut short, it is left as one of ours that holds nothing."""
-        facts = {**root["attributes"]["longvid"], "status": "writing", "num_frames": 0, "fingerprint": {}}
+    def _clear(self) -> None:
+        """Remove the store that is to be replaced. If it is interrupted, a store of ours remains that holds nothing."""
+        facts = {**self._attributes["longvid"], "fingerprint": {}}
         emptied = {"zarr_format": 3, "node_type": "group", "attributes": {"longvid": facts}}
-        write_durably(self.path / "zarr.json", sealed(emptied), sync=self.durability.syncs)
+        write_durably(self.path / "zarr.json", with_checksum(emptied), sync=self.durability.syncs)
         private = self.path / PRIVATE
+        kept = (private.parent, private, private / "lock", self.path / "zarr.json")
         for entry in (*self.path.iterdir(), *private.parent.iterdir(), *private.iterdir()):
-            if entry in (private.parent, private, private / "lock", self.path / "zarr.json"):
-                continue
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+            if entry not in kept and not is_system_file(entry.name):
+                _delete(entry)
         (self.path / "zarr.json").unlink()
 
     def _holds_nothing(self) -> bool:
-        """Whether there is nothing to go on from, and nobody else has taken the store over."""
-        if self._published or self._paused or any(self.snapshots_folder.glob("*")):
+        """Whether there is nothing to resume from, and no other run has taken the store over."""
+        if self._committed or self._paused or any(self.snapshots_folder.glob("*")):
             return False
-        root = read_root(self.path)  # a step that failed may have been visible before it did
+        root = read_root(self.path)  # a commit that failed may have been visible before it did
         return root is None or not (
-            StoreLayout(root).members or root["attributes"]["longvid"].get("epoch") != self._epoch_there
+            root.get("consolidated_metadata") or root["attributes"]["longvid"].get("epoch") != self._epoch_there
         )
 
     def _remove(self) -> None:
-        """Take away what this writer made, unless something foreign came into it. The next run clears what stays."""
+        """Remove what this writer made, unless foreign files were added. The next run removes what stays."""
         with suppress(OSError):
-            entries = list(self.path.iterdir())
+            entries = [entry for entry in self.path.iterdir() if not is_system_file(entry.name)]
             if any(entry.name not in OWN_NAMES for entry in entries):
                 return
-            # What says that the folder is ours goes last, and stays if anything else has to.
+            # What shows that the folder is ours is removed last, and stays if anything else has to.
             for entry in sorted(entries, key=lambda entry: _LAST_TO_GO.get(entry.name, 0)):
-                if entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry)
-                else:
-                    entry.unlink(missing_ok=True)
+                _delete(entry)
             if self._created_folder:
-                self.path.rmdir()  # unless something foreign came into it just now
+                self.path.rmdir()  # fails if foreign files were added just now
 
     # ------------------------------------------------------------------------------------------- growing
 
     def _take_unit(self, unit: Unit) -> None:
-        """Append one unit, or find that it is published already, and the same."""
+        """Append one unit, or compare it with the one that is committed already."""
         number = self.num_units
         digests = self._digests(unit)
-        if number < self.published_units:
+        if number < self.committed_units:
             self._compare(number, digests)
             if number in self._mend:
                 self._write_again(number, unit)
@@ -359,9 +330,9 @@ class StoreWriter(ABC):
     def _compare(self, number: int, digests: npt.NDArray[np.uint8]) -> None:
         if not np.array_equal(np.asarray(self._arrays["digest"][number]), digests):
             raise StoreError(
-                f"{self.path}: unit {number} came out other than it was published, so this run cannot continue that "
-                "one: the source gives other frames, or the same model computes other numbers here than it did there. "
-                "longvid verify tells whether the store is damaged; --overwrite --no-resume starts over",
+                f"{self.path}: unit {number} differs from the committed one, so this run cannot resume that one: the "
+                "source has other frames, or the same model computes other values on this machine. `longvid verify` "
+                "tells whether the store is damaged; --overwrite --no-resume starts over",
                 kind="mismatch",
             )
 
@@ -380,85 +351,62 @@ class StoreWriter(ABC):
         array.resize((start + len(values), *array.shape[1:]))
         array[start:] = values
 
-    def _publish_if_due(self) -> None:
-        waiting = self.num_units - self.published_units
-        if waiting > 0 and self.durability.publish_due(seconds=time.monotonic() - self._last_publish, units=waiting):
-            self.publish()
+    def _commit_if_due(self) -> None:
+        waiting = self.num_units - self.committed_units
+        if waiting > 0 and self.durability.commit_due(seconds=time.monotonic() - self._last_commit, units=waiting):
+            self.commit()
 
-    def publish(self, status: Literal["writing", "complete"] = "writing") -> None:
-        """The one publish point: everything that was taken becomes durable, then visible."""
+    def commit(self, status: Literal["writing", "complete"] = "writing") -> None:
+        """Make everything that was received durable, then visible. Nothing else makes data visible."""
         self._attributes["longvid"] |= {"status": status, "num_frames": self.num_frames}
-        members = {name: json.loads(self._staged.document(name)) for name in self._arrays}
-        for name, document in members.items():
+        documents = self._staged.documents()
+        for name, document in documents.items():
             self._staged.stage(f"{name}/zarr.json", serialized(document))
-        self._write_root(members)
-        self._published = True
-        self.published_units = max(self.published_units, self.num_units)
-        self._last_publish = time.monotonic()
+        self._write_root(documents)
+        self._committed = True
+        self.committed_units = max(self.committed_units, self.num_units)
+        self._last_commit = time.monotonic()
 
-    def _write_root(self, members: Mapping[str, Any] | None) -> None:
+    def _write_root(self, documents: Mapping[str, Any] | None) -> None:
         root: dict[str, Any] = {"zarr_format": 3, "node_type": "group", "attributes": self._attributes}
-        if members is not None:
-            root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": members}
+        if documents is not None:
+            root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": documents}
             self._attributes["longvid"]["digests"] = self._chain.hexdigest()
-        # zarr.consolidate_metadata keeps the attributes that are stored, so status and lengths would need two writes.
-        content = sealed(root)
+        # zarr.consolidate_metadata keeps the stored attributes, so status and lengths would need two writes.
+        content = with_checksum(root)
         complete = self._attributes["longvid"]["status"] == "complete"
-        if members is None:
+        if documents is None:
             write_durably(self.path / "zarr.json", content, sync=self.durability.syncs)
             if self.durability.syncs:
                 sync_folder(self.path)
             self._epoch_there = self._epoch
         else:
             self._require_epoch()
-            self._staged.publish(content, settled=complete)
+            self._staged.commit(content, settled=complete)
         write_durably(self.path / PRIVATE / "root.json", content, sync=self.durability.syncs and complete)
 
     def _require_epoch(self) -> None:
-        """Nobody took the store over. The lock should see to that; not every file system keeps one."""
+        """Require that no run took the store over. The lock prevents it, but not every file system has locks."""
         root = read_root(self.path)
         if root is None:
             raise StoreError(
-                f"{self.path}: the root metadata has gone or was damaged while the store was being written",
+                f"{self.path}: the root metadata disappeared or were damaged while the store was being written",
                 kind="corrupt",
             )
         if root["attributes"]["longvid"].get("epoch") != self._epoch_there:
             raise StoreError(f"{self.path} was taken over by another run; this one ends", kind="locked")
         self._epoch_there = self._epoch
 
-    def _array(
-        self,
-        group: zarr.Group,
-        name: str,
-        shape: tuple[int, ...],
-        chunk: int,
-        dtype: str,
-        dimensions: tuple[str, ...],
-        attributes: Mapping[str, Any] | None = None,
+    def _stage(
+        self, name: str, row: tuple[int, ...], dtype: str, rows: int, attributes: Mapping[str, Any] | None = None
     ) -> None:
-        """An array of length 0 in time, with the codecs, names and fill of this format."""
-        item = np.dtype(dtype)
-        fill: Any = {"f": float("nan"), "i": MISSING}.get(item.kind, 0)
-        self._arrays[name] = group.create_array(
-            name,
-            shape=(0, *shape),
-            chunks=(chunk, *shape),
-            dtype=dtype,
-            fill_value=fill,
-            dimension_names=dimensions,
-            # one folder for all chunks of an array, so that a new chunk needs one folder on the disk, not four
-            chunk_key_encoding={"name": "default", "separator": "."},
-            serializer=BytesCodec(endian="little") if item.itemsize > 1 else BytesCodec(endian=None),
-            compressors=[_compressor(item.itemsize), Crc32cCodec()],
-            attributes=dict(attributes or {}),
-            config={"write_empty_chunks": True},
-        )
+        """Stage an array without rows, in chunks of ``rows`` rows."""
+        document = array_document(self.kind, name, (0, *row), dtype, rows, attributes)
+        self._staged.stage(f"{name}/zarr.json", serialized(document))
 
-    def _digest_array(self, group: zarr.Group, num_data: int) -> None:
-        self._array(
-            group, "digest", (num_data + 1, DIGEST_BYTES), _DIGEST_CHUNK, "uint8", ("unit", "part", "byte"),
-            {"long_name": "blake2b of each unit's data, then of its coordinates"},
-        )  # fmt: skip
+    def _stage_digests(self, num_data: int) -> None:
+        about = {"long_name": "blake2b of each unit's data, then of its coordinates"}
+        self._stage("digest", (num_data + 1, DIGEST_BYTES), "uint8", DIGEST_CHUNK, about)
 
     def _is_rewritten(self, name: str) -> bool:
         return name not in self.data_names
@@ -466,15 +414,15 @@ class StoreWriter(ABC):
     # what the two kinds of store add
 
     num_frames = 0
-    "true frames in what is, or is about to be, published"
+    "frames of the video in the units that were received, without padding"
 
     @abstractmethod
-    def _create_arrays(self, group: zarr.Group) -> None:
-        """Make the empty arrays."""
+    def _stage_arrays(self) -> None:
+        """Stage the empty arrays."""
 
     @abstractmethod
     def _rest(self) -> Unit | None:
-        """The rows that are still waiting, as a last unit."""
+        """The rows that still wait, as a last unit; None if there are none."""
 
     @abstractmethod
     def pending(self) -> Unit:
@@ -482,53 +430,17 @@ class StoreWriter(ABC):
 
     @abstractmethod
     def go_on(self, chunk: int, num_frames: int, units: int, pending: Unit) -> None:
-        """Stand where a run stood when it had handed over ``num_frames`` frames in chunks up to ``chunk``.
+        """Restore the state of a run that had written ``num_frames`` frames in the chunks before ``chunk``.
 
-        ``units`` of the store were full then, and ``pending`` is what :meth:`pending` gave.
+        ``units`` of the store were full then, and ``pending`` is what :meth:`pending` returned.
         """
 
 
-def _compressor(itemsize: int) -> BloscCodec:
-    """Bitshuffle brings the exponents of numbers together; single bytes, pixels above all, have none (decision 20)."""
-    return BloscCodec(cname="zstd", clevel=1, shuffle="noshuffle" if itemsize == 1 else "bitshuffle", typesize=itemsize)
-
-
-def settle_complete(found: Found, durability: Durability) -> None:
-    """Do what is left of a run that was killed after its last step: the store is complete, and tidy after this.
-
-    Raises:
-        StoreError: somebody writes to it, or the disk says no.
-    """
-    path, private = found.path, found.path / PRIVATE
-    content = (path / "zarr.json").read_bytes()
-    documents = {path / name / "zarr.json": serialized(d) for name, d in StoreLayout(found.root).members.items()}
-    documents[private / "root.json"] = content
-    stale = {file for file, expected in documents.items() if not file.is_file() or file.read_bytes() != expected}
-    snapshots = private / "snapshots"
-    left = [private / "lock"] + ([] if durability.keep_snapshots else [snapshots])
-    if not (stale or any(file.exists() for file in left) or any(partial_files(path))):
-        return
-    with disk_errors(path):
-        lock = WriterLock.acquire(private / "lock")
-        try:
-            for partial in partial_files(path):
-                os.unlink(partial)
-            for file in stale:
-                write_durably(file, documents[file], sync=durability.syncs)
-            if not durability.keep_snapshots:
-                shutil.rmtree(snapshots, ignore_errors=True)
-        finally:
-            lock.release()
-
-
-def partial_files(path: Path) -> Iterator[str]:
-    """Files in a store that were never finished."""
-    for folder in (path, path / PRIVATE, path / PRIVATE / "snapshots", *(path / name for name in OWN_NAMES)):
-        if not folder.is_dir() or folder.is_symlink():
-            continue
-        for entry in os.scandir(folder):
-            if is_partial(entry.name) and entry.is_file(follow_symlinks=False):
-                yield entry.path
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def take(pending: list[npt.NDArray[Any]], count: int) -> npt.NDArray[Any]:
@@ -536,42 +448,3 @@ def take(pending: list[npt.NDArray[Any]], count: int) -> npt.NDArray[Any]:
     joined = np.concatenate(pending) if pending else np.zeros(0, np.int64)
     pending[:] = [joined[count:].copy()] if count < len(joined) else []
     return joined[:count]
-
-
-def first_facts(kind: str, frame_rate: Fraction | None) -> dict[str, Any]:
-    """The attribute ``longvid`` of a store that holds nothing yet."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "kind": kind,
-        "status": "writing",
-        "num_frames": 0,
-        "created_by": f"longvid {__version__}",
-        "versions": {"zarr": zarr.__version__, "numpy": np.__version__},
-        "frame_rate": None if frame_rate is None else f"{frame_rate.numerator}/{frame_rate.denominator}",
-    }
-
-
-_KINDS = {
-    errno.ENOSPC: "full",
-    errno.EDQUOT: "full",
-    errno.EFBIG: "full",
-    errno.EROFS: "read-only",
-    errno.EACCES: "read-only",
-    errno.EPERM: "read-only",
-}
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about files into StoreError."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except OSError as exc:
-        kind = _KINDS.get(exc.errno or 0, "other")
-        hint = {
-            "full": "; make room and run the same command again, it goes on where it stopped",
-            "read-only": "; choose another folder, or make this one writable",
-        }.get(kind, "")
-        raise StoreError(f"{path} cannot be written: {exc.strerror or exc}{hint}", kind=kind) from exc

@@ -233,29 +233,13 @@ def test_a_path_is_a_video_file(tmp_path):
     refused(tmp_path / "none.mp4", "missing")
 
 
-@pytest.mark.parametrize("attributes", [{}, {"longvid": {"frame_rate": "30000/1001"}}])
-def test_a_zarr_group_with_frames_is_a_source(tmp_path, attributes):
-    group = zarr.open_group(tmp_path / "store.zarr", mode="w")
-    group.attrs.update(attributes)
+def test_the_path_of_a_zarr_that_longvid_did_not_write_is_refused_and_its_array_is_a_source(tmp_path):
+    group = zarr.open_group(tmp_path / "a.zarr", mode="w")
     group.create_array("frames", data=barcodes(), chunks=(5, 48, 96, 3))
-    source = open_source(tmp_path / "store.zarr", start=4)
-    assert source.info.frame_rate == (Fraction(30000, 1001) if attributes else 24)
-    assert source.info.timing_assumed is not bool(attributes)
-    frames, pts = collect(source)
+    refused(tmp_path / "a.zarr", "layout", "did not write.*zarr.open_array")
+    refused(tmp_path / "a.zarr" / "frames", "layout", "did not write.*zarr.open_array")
+    frames, pts = collect(open_source(zarr.open_array(tmp_path / "a.zarr" / "frames"), start=4))
     assert indices(frames) == pts.tolist() == list(range(4, COUNT))
-
-
-def test_other_zarr_groups_are_refused(tmp_path):
-    group = zarr.open_group(tmp_path / "latents.zarr", mode="w")
-    refused(tmp_path / "latents.zarr", "layout", "holds nothing")
-    group.create_array("latents", shape=(2,), dtype="f2")
-    refused(tmp_path / "latents.zarr", "layout", "holds latents")
-    group.create_array("frames", shape=(2, 8, 8, 3), dtype="f4")
-    refused(tmp_path / "latents.zarr", "layout", "float32")
-    zarr.create_array(tmp_path / "array.zarr", shape=(2,), dtype="u1")
-    refused(tmp_path / "array.zarr", "layout", "zarr array by itself.*zarr.open_array")
-    group.attrs["longvid"] = {"frame_rate": "fast"}
-    refused(tmp_path / "latents.zarr", "layout", "fast")
 
 
 def test_chunks_that_cannot_be_held_are_refused(tmp_path):

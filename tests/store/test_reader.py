@@ -17,15 +17,15 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import TESTS
-from support.stores import PLAN, SHAPE, files, frame_store, latents_of, source, write, writer, xr_open
+from support.stores import PLAN, SHAPE, files, frame_store, latents_of, video, write, writer, xr_open
 
 from longvid import SourceError, StoreError, open_store
 from longvid.media.sources import open_source
 from longvid.schedule import ChunkSchedule
 from longvid.store.durability import Durability
 from longvid.store.format import OWN_NAMES, PRIVATE
-from longvid.store.frame_writer import FrameStoreWriter
-from longvid.store.reader import check_target
+from longvid.store.target import check_target
+from longvid.store.validation import read_document
 
 
 def test_xarray_and_tensorstore_read_it_without_a_word(tmp_path):
@@ -107,7 +107,7 @@ def test_a_reader_in_the_middle_sees_a_consistent_prefix(tmp_path):
         for chunk in PLAN.chunks(200):
             store.write(chunk, latents_of(chunk, (16, 60, 90)), np.arange(chunk.frame_start, chunk.frame_stop))
             if chunk.index == 0:
-                with pytest.raises(StoreError, match="nothing was published yet"):
+                with pytest.raises(StoreError, match="nothing was committed yet"):
                     open_store(tmp_path / "a.zarr")
             else:
                 try:
@@ -217,14 +217,14 @@ def test_float32_holds_what_float16_does_not(tmp_path):
 def test_wrong_calls_are_refused(tmp_path):
     first, second = list(PLAN.chunks(17))
     pts = np.arange(9)
-    with pytest.raises(StoreError, match="chunk 1 came where chunk 0 was due"), writer(tmp_path / "a.zarr") as store:
+    with pytest.raises(StoreError, match="chunk 1 was written, chunk 0 is expected"), writer(tmp_path / "a.zarr") as store:
         store.write(second, latents_of(second), pts[:8])
     for z, times in (
         (latents_of(second), pts),
         (latents_of(first).astype(np.float64), pts),
         (latents_of(first), pts[:3]),
     ):
-        with pytest.raises(StoreError, match=r"were due|time stamps"), writer(tmp_path / "a.zarr") as store:
+        with pytest.raises(StoreError, match=r"is expected|time stamps"), writer(tmp_path / "a.zarr") as store:
             store.write(first, z, times)
     with pytest.raises(StoreError, match="moments are missing"):  # noqa: SIM117 - in one line too long
         with writer(tmp_path / "a.zarr", representation="moments") as store:
@@ -277,7 +277,7 @@ def test_overwrite_and_empty_folders(tmp_path):
     found, before = check_target(tmp_path / "a.zarr"), files(tmp_path)
     with pytest.raises(StoreError, match="a complete store of 30 frames; --overwrite"):
         found.decide({}, overwrite=False, resume=False)
-    with pytest.raises(StoreError, match=r"source\.sha256 was not there and is 17") as caught:
+    with pytest.raises(StoreError, match=r"source\.sha256 is missing in the store and 17 in this run") as caught:
         found.decide({"source": {"sha256": 17}}, overwrite=False, resume=True)
     assert caught.value.kind == "mismatch"
     assert found.decide({}, overwrite=False, resume=True) == "done"
@@ -327,9 +327,7 @@ def test_what_is_no_store_is_refused(tmp_path):
     half = json.loads((tmp_path / "half.zarr" / "zarr.json").read_text())
     del half["consolidated_metadata"]["metadata"]["latents"]
     (tmp_path / "half.zarr" / "zarr.json").write_text(json.dumps(half))
-    with FrameStoreWriter(
-        tmp_path / "frames.zarr", height=2, width=2, time_base=Fraction(1, 24), frame_rate=None, source={}
-    ) as store:
+    with frame_store(tmp_path / "frames.zarr", (2, 2), frame_rate=None) as store:
         store.write(np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1, np.int64))
     for name, kind in {
         "nothing.zarr": "missing", "folder": "foreign", "other.zarr": "foreign", "newer.zarr": "format",
@@ -344,14 +342,7 @@ def test_frames_come_back_black_ones_too(tmp_path):
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (300, 90, 120, 3), dtype=np.uint8)
     frames[100:200] = 0
-    with FrameStoreWriter(
-        tmp_path / "f.zarr",
-        height=90,
-        width=120,
-        time_base=Fraction(1, 50),
-        frame_rate=Fraction(25),
-        source={"name": "a"},
-    ) as store:
+    with frame_store(tmp_path / "f.zarr", time_base=Fraction(1, 50)) as store:
         for at in range(0, 300, 7):
             part = frames[at : at + 7]
             store.write(part, np.arange(at, at + len(part)) * 2)
@@ -359,12 +350,7 @@ def test_frames_come_back_black_ones_too(tmp_path):
     np.testing.assert_array_equal(data.frames, frames)
     np.testing.assert_allclose(data.t, np.arange(300) / 25)
     assert len(list((tmp_path / "f.zarr" / "frames").glob("c.*"))) == -(-300 // store.unit_rows)
-    with (
-        pytest.raises(StoreError, match="were due"),
-        FrameStoreWriter(
-            tmp_path / "g.zarr", height=90, width=120, time_base=Fraction(1, 50), frame_rate=None, source={}
-        ) as store,
-    ):
+    with pytest.raises(StoreError, match="are expected"), frame_store(tmp_path / "g.zarr", frame_rate=None) as store:
         store.write(frames[:, :50], np.arange(300))
 
 
@@ -382,7 +368,7 @@ def test_moments(tmp_path):
 def test_variable_frame_rate_times(tmp_path):
     pts = np.array([0, 10, 11, 40, 41, 42, 43, 100, 101, 102])
     plan = ChunkSchedule(chunk_frames=4, frames_per_latent=4)
-    with writer(tmp_path / "a.zarr", plan=plan, source=source(Fraction(1, 10), None)) as store:
+    with writer(tmp_path / "a.zarr", plan=plan, source=video(Fraction(1, 10), None)) as store:
         for chunk in plan.chunks(10):
             store.write(chunk, latents_of(chunk), pts[chunk.frame_start : chunk.frame_stop])
     data = xr_open(tmp_path / "a.zarr")
@@ -396,7 +382,7 @@ def test_a_store_of_frames_cut_short_is_not_a_source(tmp_path):
     frames = np.full((200, 90, 120, 3), 7, np.uint8)
     with pytest.raises(KeyboardInterrupt), frame_store(tmp_path / "f.zarr") as store:
         store.write(frames, np.arange(200))
-        assert store._published
+        assert store._committed
         raise KeyboardInterrupt
     with pytest.raises(SourceError, match="incomplete") as caught:
         open_source(tmp_path / "f.zarr")
@@ -426,18 +412,18 @@ def test_a_store_that_grows_while_it_is_opened_is_what_its_root_said(tmp_path, m
     chunks, opened = list(PLAN.chunks(1500)), []
     with writer(tmp_path / "a.zarr", durability=Durability(publish_seconds=0)) as store:
 
-        def write_until_published(count):
-            while store.published_units < count:
+        def write_until_committed(count):
+            while store.committed_units < count:
                 chunk = chunks.pop(0)
                 store.write(chunk, latents_of(chunk), np.arange(chunk.frame_start, chunk.frame_stop))
 
-        def open_group(*args, **options):
-            write_until_published(2)
-            return real(*args, **options)
+        def read_and_grow(path):
+            document = read_document(path)
+            write_until_committed(2)
+            return document
 
-        write_until_published(1)
-        real = zarr.open_group
-        monkeypatch.setattr("longvid.store.reader.zarr.open_group", open_group)
+        write_until_committed(1)
+        monkeypatch.setattr("longvid.store.reader.read_document", read_and_grow)
         opened.append(open_store(tmp_path / "a.zarr"))
         monkeypatch.undo()
         opened.append(open_store(tmp_path / "a.zarr"))
@@ -465,7 +451,7 @@ def test_replacing_cut_short_never_shows_the_old_store_as_whole(tmp_path, monkey
         pass
     monkeypatch.undo()
     if (tmp_path / "a.zarr").exists():
-        with pytest.raises(StoreError, match="nothing was published") as caught:
+        with pytest.raises(StoreError, match="nothing was committed") as caught:
             open_store(tmp_path / "a.zarr")
         assert caught.value.kind == "incomplete"
     write(tmp_path / "a.zarr", 5, overwrite=True, resume=False)
@@ -484,7 +470,7 @@ def test_what_a_failed_run_cannot_remove_the_next_one_clears(tmp_path, monkeypat
     monkeypatch.setattr("longvid.store.writer.shutil.rmtree", rmtree)
     never = Durability(publish_seconds=float("inf"))
     with pytest.raises(KeyboardInterrupt), writer(tmp_path / "a.zarr", durability=never) as store:
-        store._last_publish = float("inf")  # nor at the first unit
+        store._last_commit = float("inf")  # nor at the first unit
         for chunk in PLAN.chunks(700):
             store.write(chunk, latents_of(chunk), np.arange(chunk.frame_start, chunk.frame_stop))
         raise KeyboardInterrupt
@@ -497,7 +483,7 @@ def test_what_a_failed_run_cannot_remove_the_next_one_clears(tmp_path, monkeypat
 def test_missing_time_stamps_are_not_data(tmp_path):
     write(tmp_path / "a.zarr", 30)
     (tmp_path / "a.zarr" / "frame_pts" / "c.0").unlink()
-    with pytest.raises(StoreError, match="time stamps of frames are missing") as caught:
+    with pytest.raises(StoreError, match="coordinates of frames from 0 are damaged or missing") as caught:
         open_store(tmp_path / "a.zarr")
     assert caught.value.kind == "corrupt"
 

@@ -1,0 +1,348 @@
+"""Owns the typed metadata of a store: :class:`StoreMetadata`, parsed once from the root document.
+
+Whatever is not as this version of the format writes it raises :class:`~longvid.errors.StoreError` here, so that the
+code that uses the values needs no checks of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from longvid import __version__
+from longvid.errors import ScheduleError, StoreError
+from longvid.schedule import ChunkSchedule
+from longvid.store.format import (
+    COORDINATE_NAMES,
+    DATA_NAMES,
+    DIGEST_BYTES,
+    FORMAT_VERSION,
+    StoreKind,
+    chunk_file,
+    unit_digest,
+)
+from longvid.store.validation import check_arrays
+
+__all__ = ["ArrayMetadata", "ReadOptions", "RunFacts", "StoreMetadata", "first_facts",
+           "store_kind"]  # fmt: skip
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrayMetadata:
+    """Metadata of one array."""
+
+    document: dict[str, Any]
+    "the content of its ``zarr.json`` at the last commit"
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @classmethod
+    def parse(cls, document: dict[str, Any]) -> ArrayMetadata:
+        """Take over a document that passed :func:`.check_arrays`."""
+        chunks = document["chunk_grid"]["configuration"]["chunk_shape"]
+        return cls(
+            document=document,
+            shape=tuple(document["shape"]),
+            chunks=tuple(chunks),
+            dtype=np.dtype(document["data_type"]),
+        )
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Attributes of the array."""
+        return cast("dict[str, Any]", self.document["attributes"])
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a decoded chunk."""
+        return int(np.prod(self.chunks, dtype=np.int64)) * self.dtype.itemsize
+
+    @property
+    def chunk_files(self) -> list[str]:
+        """Names of the files of the committed chunks."""
+        return [chunk_file(number, len(self.shape)) for number in range(-(-self.shape[0] // self.chunks[0]))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadOptions:
+    """How the run read its source; a repair reads it again in the same way."""
+
+    source: str | None = None
+    start: int = 0
+    frames: int | None = None
+    size: tuple[int, int] | None = None
+    frame_rate: Fraction | None = None
+    on_error: str = "stop"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFacts:
+    """What a store records of the run that makes it."""
+
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    "everything that decides the bits of the result"
+    vae: Mapping[str, Any] = field(default_factory=dict)
+    "facts of the model"
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    "further facts for the attribute ``longvid``"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreMetadata:
+    """Everything that the root metadata of a store say. Made by :meth:`parse`."""
+
+    root: dict[str, Any]
+    "the whole document"
+    kind: StoreKind
+    complete: bool
+    "whether the whole video is in the store"
+    num_frames: int
+    "committed frames of the video, without padding"
+    arrays: Mapping[str, ArrayMetadata]
+    "empty before the first commit"
+    digests: str
+    "one digest of everything that is committed"
+    epoch: str
+    "identifies the writer that committed last"
+    fingerprint: dict[str, Any]
+    numerics: dict[str, Any] | None
+    height: int
+    width: int
+    time_base: Fraction
+    "seconds per unit of the time stamps"
+    frame_rate: Fraction | None
+    "mean frames per second"
+    schedule: ChunkSchedule | None
+    "how a store of latents was cut into chunks; None for frames"
+    representation: str
+    "``mode``, ``sample`` or ``moments``; empty for frames"
+    seed: int
+    reading: ReadOptions
+    latents: str | None
+    "path of the store that frames were decoded from"
+    window: tuple[int, int] | None
+    "range of the video's frames that a store of frames holds"
+
+    @classmethod
+    def parse(cls, root: Mapping[str, Any], *, where: str) -> StoreMetadata:
+        """Parse the root document of a store of ours.
+
+        Args:
+            root: the content of its ``zarr.json``.
+            where: the store, for messages.
+
+        Raises:
+            StoreError: kind ``"foreign"`` if longvid did not write it, ``"format"`` for another version of the format,
+                ``"refused"`` for arrays that the format does not have, ``"corrupt"`` for anything else.
+        """
+        kind, facts = store_kind(root, where=where)
+        documents = check_arrays(root, kind, where=where)
+        arrays = {name: ArrayMetadata.parse(document) for name, document in documents.items()}
+        try:
+            metadata = cls(**_facts(root, facts, kind, arrays))
+            if arrays:
+                metadata._check_lengths()
+        except (_WrongValueError, ScheduleError, ZeroDivisionError) as exc:
+            raise StoreError(f"{where}: the root metadata are damaged: {exc}", kind="corrupt") from exc
+        return metadata
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """All attributes of the group."""
+        return cast("dict[str, Any]", self.root["attributes"])
+
+    @property
+    def vae(self) -> dict[str, Any]:
+        """Facts of the model; of a store of frames, those of the model that made the latents."""
+        record = self.attributes if self.kind == "latents" else self.attributes["longvid"]
+        return cast("dict[str, Any]", record.get("vae") or {})
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Facts of the video."""
+        return cast("dict[str, Any]", self.attributes.get("source") or {})
+
+    @property
+    def compute(self) -> dict[str, Any]:
+        """The part of the fingerprint that describes the computation."""
+        return dict(self.fingerprint.get("compute") or {})
+
+    @property
+    def data_names(self) -> tuple[str, ...]:
+        """Arrays that hold data, the main array first."""
+        return tuple(name for name in DATA_NAMES[self.kind] if name in self.arrays)
+
+    @property
+    def coordinate_names(self) -> tuple[str, ...]:
+        """Arrays that hold coordinates, in the order in which they are digested."""
+        return COORDINATE_NAMES[self.kind] if self.arrays else ()
+
+    @property
+    def main(self) -> ArrayMetadata:
+        """The first data array."""
+        return self.arrays[self.data_names[0]]
+
+    @property
+    def num_units(self) -> int:
+        """Committed units."""
+        return self.arrays["digest"].shape[0] if self.arrays else 0
+
+    def rows(self, unit: int) -> tuple[int, int]:
+        """Half-open range of rows of the main array in a unit."""
+        length = self.main.chunks[0]
+        return unit * length, min((unit + 1) * length, self.main.shape[0])
+
+    def frames(self, unit: int) -> tuple[int, int]:
+        """Half-open range of frames in a unit."""
+        start, stop = self.rows(unit)
+        if self.schedule is None:
+            return start, stop
+        return self.schedule.frame_range(start)[0], min(self.schedule.frame_range(stop - 1)[1], self.num_frames)
+
+    def coordinate_rows(self, name: str, unit: int) -> tuple[int, int]:
+        """Half-open range of rows of a coordinate in a unit."""
+        return self.frames(unit) if name in ("frame_pts", "frame_valid") else self.rows(unit)
+
+    def coordinates_agree(
+        self, columns: Mapping[str, npt.NDArray[Any]], digests: npt.NDArray[np.uint8], unit: int
+    ) -> bool:
+        """Whether coordinates, whole arrays by name, agree with the digest of a unit."""
+        parts = (columns[name][slice(*self.coordinate_rows(name, unit))] for name in self.coordinate_names)
+        return np.array_equal(unit_digest(parts), digests[unit, -1])
+
+    def _check_lengths(self) -> None:
+        """The arrays of a store have lengths that follow from each other."""
+        rows, chunk, *tail = self.main.shape[0], self.main.chunks[0], *self.main.shape[1:]
+        expected = dict.fromkeys(("t", "frame_start", "frame_stop"), (rows,))
+        expected |= dict.fromkeys(("frame_pts", "frame_valid"), (self.num_frames,))
+        expected["digest"] = (-(-rows // chunk), len(self.data_names) + 1, DIGEST_BYTES)  # type: ignore[assignment]
+        if "moments" in self.arrays:
+            expected["moments"] = (rows, 2 * tail[0], *tail[1:])  # type: ignore[assignment]
+        for name, array in self.arrays.items():
+            if array.shape != expected.get(name, array.shape):
+                raise _WrongValueError(f"{name} has the shape {array.shape}, {expected[name]} follows from the others")
+            if name in self.data_names and array.chunks[0] != chunk:
+                raise _WrongValueError(f"{name} has chunks of {array.chunks[0]} rows, the main array of {chunk}")
+        most = rows if self.schedule is None else self.schedule.frame_range(rows - 1)[1] if rows else 0
+        if not 0 < self.num_frames <= most or (self.schedule is None and self.num_frames != rows):
+            raise _WrongValueError(f"it claims {self.num_frames} frames in {rows} rows")
+
+
+def store_kind(root: Mapping[str, Any], *, where: str) -> tuple[StoreKind, dict[str, Any]]:
+    """What a store of ours holds, and its attribute ``longvid``.
+
+    Raises:
+        StoreError: kind ``"foreign"`` if longvid did not write it, ``"format"`` for another version of the format.
+    """
+    attributes = root.get("attributes")
+    facts = attributes.get("longvid") if isinstance(attributes, dict) else None
+    if not isinstance(facts, dict):
+        raise StoreError(f"{where} is a zarr store that longvid did not write", kind="foreign")
+    version, kind = facts.get("format_version"), facts.get("kind")
+    if version != FORMAT_VERSION or kind not in ("latents", "frames"):
+        raise StoreError(
+            f"{where} holds {ascii(kind)[:40]} in format {ascii(version)[:40]}; this version of longvid reads latents "
+            f"and frames in format {FORMAT_VERSION}",
+            kind="format",
+        )
+    return cast("StoreKind", kind), facts
+
+
+class _WrongValueError(Exception):
+    """A value is not of the type that this version writes."""
+
+
+def _get(record: Mapping[str, Any], key: str, kind: type[T], default: T | None = None) -> T:
+    value = record.get(key, default)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise _WrongValueError(f"{key} is {ascii(value)[:60]}, a {kind.__name__} is expected")
+    return value
+
+
+def _fraction(record: Mapping[str, Any], key: str) -> Fraction | None:
+    text = record.get(key)
+    try:
+        return None if text is None else Fraction(_get(record, key, str))
+    except ValueError as exc:
+        raise _WrongValueError(f"{key} is {ascii(text)[:60]}, a fraction such as '30000/1001' is expected") from exc
+
+
+def _facts(
+    root: Mapping[str, Any], facts: dict[str, Any], kind: StoreKind, arrays: Mapping[str, ArrayMetadata]
+) -> dict[str, Any]:
+    """The fields of :class:`StoreMetadata`. A store without arrays may lack what describes them."""
+    fingerprint = _get(facts, "fingerprint", dict, {})
+    window, source = fingerprint.get("window"), _get(root["attributes"], "source", dict, None if arrays else {})
+    size, time_base, schedule = (0, 0), Fraction(1), None
+    if arrays and kind == "latents":
+        size, time_base = (_get(source, "height", int), _get(source, "width", int)), _fraction(source, "time_base")
+        _get(root["attributes"], "vae", dict)
+    elif arrays:
+        size = cast("tuple[int, int]", arrays["frames"].shape[1:3])
+        time_base = _fraction(arrays["frame_pts"].attributes, "time_base")
+    if kind == "latents":
+        schedule = ChunkSchedule.from_dict(_get(facts, "chunk_plan", dict))
+    if time_base is None or (arrays and min(*size, time_base) <= 0):
+        raise _WrongValueError(f"the size {size} or the time base {time_base} is not positive")
+    return {
+        "root": dict(root),
+        "kind": kind,
+        "complete": facts.get("status") == "complete",
+        "num_frames": _get(facts, "num_frames", int),
+        "arrays": arrays,
+        "digests": _get(facts, "digests", str, None if arrays else ""),
+        "epoch": _get(facts, "epoch", str, ""),
+        "fingerprint": fingerprint,
+        "numerics": _get(facts, "numerics", dict) if facts.get("numerics") is not None else None,
+        "height": size[0],
+        "width": size[1],
+        "time_base": time_base,
+        "frame_rate": _fraction(source if kind == "latents" else facts, "frame_rate"),
+        "schedule": schedule,
+        "representation": _get(facts, "representation", str, None if kind == "latents" else ""),
+        "seed": _get(facts, "seed", int, 0),
+        "reading": _read_options(_get(facts, "run", dict, {})),
+        "latents": facts.get("latents"),
+        "window": None if window is None else _pair(window, "window"),
+    }
+
+
+def _read_options(run: dict[str, Any]) -> ReadOptions:
+    source, frames, size = (run.get(key) for key in ("source", "frames", "size"))
+    return ReadOptions(
+        source=None if source is None else _get(run, "source", str),
+        start=_get(run, "start", int, 0),
+        frames=None if frames is None else _get(run, "frames", int),
+        size=None if size is None else _pair(size, "size"),
+        frame_rate=_fraction(run, "frame_rate"),
+        on_error=_get(run, "on_error", str, "stop"),
+    )
+
+
+def _pair(value: Any, name: str) -> tuple[int, int]:
+    if not isinstance(value, list) or [type(n) for n in value] != [int, int]:
+        raise _WrongValueError(f"{name} is {ascii(value)[:60]}, two whole numbers are expected")
+    return value[0], value[1]
+
+
+def first_facts(kind: StoreKind, frame_rate: Fraction | None, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The attribute ``longvid`` of a store that holds nothing yet."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "status": "writing",
+        "num_frames": 0,
+        "created_by": f"longvid {__version__}",
+        "versions": {"zarr": zarr.__version__, "numpy": np.__version__},
+        "frame_rate": None if frame_rate is None else f"{frame_rate.numerator}/{frame_rate.denominator}",
+        **extra,
+    }
