@@ -59,14 +59,14 @@ FRAMES_PER_MINUTE = 24 * 60
 
 
 class PublishClock:
-    """Adds up the time inside ``StoreWriter.publish``, in whose place :meth:`wrapped` stands."""
+    """Adds up the time inside ``StoreWriter.commit``, in whose place :meth:`wrapped` stands."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def wrapped(self) -> Callable[..., None]:
         """``publish`` with a clock."""
-        real = StoreWriter.publish
+        real = StoreWriter.commit
 
         def publish(writer: StoreWriter, *status: Literal["writing", "complete"]) -> None:
             started = time.perf_counter()
@@ -82,7 +82,7 @@ def cost(folder: Path, num_frames: int, size: str, rounds: int) -> dict[str, Any
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     shares: dict[str, list[float]] = {"snapshots": [], "inside publish": []}
     inside = PublishClock()
-    publish = patch.object(StoreWriter, "publish", inside.wrapped())
+    publish = patch.object(StoreWriter, "commit", inside.wrapped())
     with publish, lv.VideoSession("tiny", device="cpu", dtype="float32") as session:
         for turn in tqdm(range(rounds + 1), desc="cost"):
             for kind in KINDS if turn % 2 else reversed(KINDS):

@@ -46,8 +46,10 @@ from longvid.models.base import CausalVAE
 from longvid.planning.plan import Plan
 from longvid.runtime.engine import DecodeRun, EncodeRun, Engine, Frames, Times
 from longvid.runtime.feeds import FrameSink, LatentPiece, frame_chunks, latent_chunks, store_latents, video_sink
+from longvid.store.durability import WriteOptions
 from longvid.store.frame_writer import FrameStoreWriter
-from longvid.store.latent_writer import LatentWriter
+from longvid.store.latent_writer import LatentLayout, LatentWriter
+from longvid.store.metadata import RunFacts
 from longvid.store.reader import open_store
 from longvid.units import parse_size
 
@@ -127,11 +129,9 @@ class Bench:
             self.folder / "alone.zarr",
             schedule=self.plan.schedule,
             source=self.info,
-            latent_shape_CYX=(shape[1], shape[3], shape[4]),
-            representation="mode",
-            vae=self.engine.model.describe(),
-            overwrite=True,
-            resume=False,
+            layout=LatentLayout(shape_CYX=(shape[1], shape[3], shape[4]), representation="mode"),
+            facts=RunFacts(vae=self.engine.model.describe()),
+            options=WriteOptions(overwrite=True, resume=False),
         ) as target:
             for piece in pieces:
                 store_latents(target, piece)
@@ -172,13 +172,11 @@ class Bench:
         else:
             sink = FrameStoreWriter(
                 out,
-                height=latents.height,
-                width=latents.width,
+                size=(latents.height, latents.width),
                 time_base=latents.time_base,
                 frame_rate=latents.frame_rate,
                 source=latents.source,
-                overwrite=True,
-                resume=False,
+                options=WriteOptions(overwrite=True, resume=False),
             )
         with sink:
             for piece in pieces:

@@ -37,7 +37,7 @@ from longvid.units import format_bytes
 if TYPE_CHECKING:
     from longvid.models.base import CausalVAE
     from longvid.runtime.session import VideoSession
-    from longvid.store.reader import LatentStore, Published
+    from longvid.store.reader import LatentStore, StoreReader
 
 __all__ = ["main"]
 
@@ -99,7 +99,7 @@ def _interrupted(args: argparse.Namespace, exc: KeyboardInterrupt) -> int:
 
 def _encode(args: argparse.Namespace) -> int:
     from longvid.media.limits import Limits
-    from longvid.store.reader import check_target
+    from longvid.store.target import check_target
 
     found = check_target(args.store)  # before a model is loaded
     limits = Limits(**{name: value for name in LIMITS if (value := getattr(args, name)) is not None})
@@ -110,7 +110,8 @@ def _encode(args: argparse.Namespace) -> int:
 
 
 def _decode(args: argparse.Namespace) -> int:
-    from longvid.store.reader import check_target, open_store
+    from longvid.store.reader import open_store
+    from longvid.store.target import check_target
 
     store = open_store(args.store)
     is_complete = Path(args.out).suffix == ".zarr" and check_target(args.out).state == "complete"
@@ -121,13 +122,11 @@ def _decode(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from longvid.store.reader import open_published, open_store, read_root
+    from longvid.store.reader import LatentStore, open_reader
 
-    root = read_root(Path(args.store))
-    if root is not None and root["attributes"]["longvid"].get("kind") == "frames":
-        facts, words = _frame_facts(open_published(args.store, "frames"))
-    else:
-        facts, words = _latent_facts(open_store(args.store))
+    reader = open_reader(args.store)
+    of_frames = reader.metadata.kind == "frames"
+    facts, words = _frame_facts(reader) if of_frames else _latent_facts(LatentStore(reader))
     if args.json:
         print(json.dumps(facts))
     else:
@@ -148,7 +147,7 @@ def _latent_facts(store: LatentStore) -> tuple[dict[str, Any], str]:
         "representation": store.representation,
         "model": store.vae,
         "chunk_plan": store.schedule.to_dict(),
-        "numerics": store.attrs["longvid"].get("numerics"),
+        "numerics": store.metadata.numerics,
         "source": store.source,
         "stored_bytes": store.stored_bytes,
     }
@@ -161,20 +160,21 @@ def _latent_facts(store: LatentStore) -> tuple[dict[str, Any], str]:
     )
 
 
-def _frame_facts(store: Published) -> tuple[dict[str, Any], str]:
+def _frame_facts(reader: StoreReader) -> tuple[dict[str, Any], str]:
     """Facts of a store of frames, for JSON and in words."""
-    num_frames, height, width, _ = shape = store.arrays["frames"].shape
+    store = reader.metadata
+    num_frames, height, width, _ = shape = store.main.shape
     facts = {
         "kind": "frames",
         "frames": num_frames,
         "frame_shape": list(shape),
         "complete": store.complete,
-        "frame_rate": store.facts.get("frame_rate"),
-        "model": store.facts.get("vae") or {},
-        "latents": store.facts.get("latents"),
-        "numerics": store.facts.get("numerics"),
-        "source": store.attributes.get("source"),
-        "stored_bytes": store.stored_bytes,
+        "frame_rate": store.attributes["longvid"].get("frame_rate"),
+        "model": store.vae,
+        "latents": store.latents,
+        "numerics": store.numerics,
+        "source": store.source,
+        "stored_bytes": reader.stored_bytes,
     }
     return facts, f"decoded frames of {width}x{height}\nlatents   {facts['latents']}\n{_computed(facts)}"
 
@@ -199,16 +199,16 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _repair(args: argparse.Namespace) -> int:
     from longvid.runtime.repair import repair
-    from longvid.store.verify import open_sealed
+    from longvid.store.reader import open_reader
 
-    opened = open_sealed(args.store)
-    made_by = opened.facts.get("fingerprint", {}).get("compute", {})
-    _take_recorded_model(args, opened.facts.get("vae") or opened.attributes.get("vae"))
+    metadata = open_reader(args.store, strict=False).metadata
+    made_by = metadata.compute
+    _take_recorded_model(args, metadata.vae)
     numerics = made_by.get("numerics", {})
     args.dtype = args.dtype or made_by.get("dtype")
     args.layout = numerics.get("layout", "auto")
     args.paired_frames = numerics.get("paired_frames", "auto")
-    args.chunk_frames = opened.facts.get("fingerprint", {}).get("chunk_plan", {}).get("chunk_frames")
+    args.chunk_frames = metadata.fingerprint.get("chunk_plan", {}).get("chunk_frames")
     with _session(args) as session:
         done = repair(session, args.store, source=args.source)
     print(json.dumps(done.to_dict()) if args.json else done.explain())
@@ -397,7 +397,10 @@ def _safety(args: argparse.Namespace) -> dict[str, Any]:
         "overwrite": args.overwrite,
         "resume": not args.no_resume,
         "durability": Durability(
-            mode=args.durability, snapshot_seconds=args.snapshot_seconds, keep_snapshots=args.keep_snapshots
+            mode=args.durability,
+            snapshot_seconds=args.snapshot_seconds,
+            keep_snapshots=args.keep_snapshots,
+            lock=not args.no_lock,
         ),
     }
 

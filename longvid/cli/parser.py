@@ -325,6 +325,11 @@ def _output_options(parser: argparse.ArgumentParser) -> None:
         help="do not resume an unfinished store: refuse it, or replace it with --overwrite",
     )
     parser.add_argument(
+        "--no-lock",
+        action="store_true",
+        help="write without a lock, on a file system that has none; make sure that one run writes at a time",
+    )
+    parser.add_argument(
         "--durability",
         choices=("fsync", "rename"),
         default="fsync",

@@ -17,7 +17,8 @@ from longvid.frames import SourcePosition
 from longvid.runtime.engine import Run
 from longvid.runtime.prefetch import Writer
 from longvid.runtime.snapshot import Snapshot, newest_snapshot, write_snapshot
-from longvid.store.writer import StoreWriter, disk_errors
+from longvid.store.staging import disk_errors
+from longvid.store.writer import StoreWriter
 
 __all__ = ["Checkpoints", "fingerprint_digest"]
 
@@ -90,8 +91,8 @@ class Checkpoints:
         started = time.monotonic()
         target = self._target
         with disk_errors(target.path):
-            if target.num_units > target.published_units:
-                target.publish()
+            if target.num_units > target.committed_units:
+                target.commit()
             try:
                 write_snapshot(
                     target.snapshots_folder,

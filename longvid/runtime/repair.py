@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 
 from longvid.errors import StoreError
 from longvid.events import RunReport
@@ -27,10 +25,9 @@ from longvid.store.durability import Durability
 from longvid.store.format import PRIVATE, digest_chain, serialized
 from longvid.store.latent_writer import seconds_of_latents
 from longvid.store.lock import WriterLock
-from longvid.store.reader import open_store
-from longvid.store.staging import StagedStore, write_durably
-from longvid.store.verify import Opened, Verification, open_sealed, recomputed_digests, verify
-from longvid.store.writer import disk_errors
+from longvid.store.reader import StoreReader, open_reader, open_store
+from longvid.store.staging import StagedStore, disk_errors, open_array, write_durably
+from longvid.store.verify import Verification, recomputed_digests, verify
 
 __all__ = ["RepairReport", "repair"]
 
@@ -96,7 +93,7 @@ def repair(session: VideoSession, path: str | Path, *, source: Any = None) -> Re
         (where / PRIVATE).mkdir(exist_ok=True)
         lock = WriterLock.acquire(where / PRIVATE / "lock")
         try:
-            opened = open_sealed(where)
+            opened = open_reader(where, strict=False)
             if opened.disputed:
                 raise StoreError(
                     f"{where}: the root metadata and its copy are both whole and contradict each other, so that "
@@ -115,16 +112,16 @@ def repair(session: VideoSession, path: str | Path, *, source: Any = None) -> Re
     return RepairReport(before=before, after=verify(where), restored=tuple(restored), frames_computed=frames)
 
 
-def _metadata(opened: Opened, found: Verification) -> Iterable[str]:
+def _metadata(opened: StoreReader, found: Verification) -> Iterable[str]:
     """The root or its copy, the arrays' own metadata, and what nothing needs."""
-    complete = opened.complete
+    complete = opened.metadata.complete
     for damage in found.damages:
         path = opened.path / damage.name
         if damage.kind == "root" or damage.name == f"{PRIVATE}/root.json":
             write_durably(path, opened.content, sync=True)
         elif damage.kind == "metadata":
             path.parent.mkdir(exist_ok=True)
-            write_durably(path, serialized(opened.members[damage.name.rpartition("/")[0]]), sync=True)
+            write_durably(path, serialized(opened.metadata.arrays[damage.name.rpartition("/")[0]].document), sync=True)
         elif damage.kind == "stale" and complete:
             path.unlink(missing_ok=True)
         else:
@@ -132,11 +129,11 @@ def _metadata(opened: Opened, found: Verification) -> Iterable[str]:
         yield damage.name
 
 
-def _digests(opened: Opened, found: Verification) -> Iterable[str]:
+def _digests(opened: StoreReader, found: Verification) -> Iterable[str]:
     if not any(damage.kind == "digests" for damage in found.damages):
         return
     digests = recomputed_digests(opened)
-    if digest_chain(digests) != opened.facts.get("digests"):
+    if digest_chain(digests) != opened.metadata.digests:
         raise StoreError(
             f"{opened.path}: the digests are damaged and so is something they stand for, so that nothing tells what is "
             "right; encode the video again",
@@ -146,15 +143,17 @@ def _digests(opened: Opened, found: Verification) -> Iterable[str]:
     yield "digest"
 
 
-def _coordinates(opened: Opened, found: Verification, source: Any) -> Iterable[str]:
+def _coordinates(opened: StoreReader, found: Verification, source: Any) -> Iterable[str]:
     """All coordinates, if any is damaged: they are small, and follow from time stamps and marks of the frames."""
     if not any(damage.kind == "coordinates" for damage in found.damages):
         return
-    digests = np.asarray(opened.arrays["digest"][:])
+    digests = opened.stored("digest", 0, opened.metadata.num_units)
 
     def agree(columns: Columns) -> bool:
         """Whether these are the coordinates that were published."""
-        return all(opened.coordinates_agree(columns, digests, unit) for unit in range(opened.num_units))
+        return all(
+            opened.metadata.coordinates_agree(columns, digests, unit) for unit in range(opened.metadata.num_units)
+        )
 
     columns = next((made for made in _candidates(opened, source) if agree(made)), None)
     if columns is None:
@@ -167,28 +166,26 @@ def _coordinates(opened: Opened, found: Verification, source: Any) -> Iterable[s
     yield from sorted(columns)
 
 
-def _candidates(opened: Opened, source: Any) -> Iterator[Columns]:
+def _candidates(opened: StoreReader, source: Any) -> Iterator[Columns]:
     """What the coordinates may have been: by the time stamps that are there, then by those of the source."""
-    if opened.facts["kind"] == "frames":
+    schedule = opened.metadata.schedule
+    if schedule is None:
         yield _frame_coordinates(opened, source)
         return
-    schedule = ChunkSchedule.from_dict(opened.facts["chunk_plan"])
     pts, valid = opened.columns["frame_pts"], opened.columns["frame_valid"]
     if pts is not None and valid is not None:
         yield _latent_coordinates(opened, schedule, (pts, valid))
-    num_frames = int(opened.members["frame_pts"]["shape"][0])
+    num_frames = opened.metadata.num_frames
     yield _latent_coordinates(opened, schedule, _stamps_of_source(opened, schedule, num_frames, source))
 
 
-def _latent_coordinates(opened: Opened, schedule: ChunkSchedule, stamps: Stamps) -> Columns:
-    num_latents, num_frames = (int(opened.members[name]["shape"][0]) for name in ("t", "frame_pts"))
+def _latent_coordinates(opened: StoreReader, schedule: ChunkSchedule, stamps: Stamps) -> Columns:
+    num_latents, num_frames = opened.metadata.main.shape[0], opened.metadata.num_frames
     pts, valid = stamps
     padded = np.array([schedule.frame_range(i) for i in range(num_latents)], np.int64)
     ranges = np.minimum(padded, num_frames)
-    facts = opened.root["attributes"]["source"]
-    rate = None if facts["frame_rate"] is None else Fraction(facts["frame_rate"])
     return {
-        "t": seconds_of_latents(padded[:, 0], pts, 0, Fraction(facts["time_base"]), rate),
+        "t": seconds_of_latents(padded[:, 0], pts, 0, opened.metadata.time_base, opened.metadata.frame_rate),
         "frame_start": ranges[:, 0],
         "frame_stop": ranges[:, 1],
         "frame_pts": pts,
@@ -196,7 +193,7 @@ def _latent_coordinates(opened: Opened, schedule: ChunkSchedule, stamps: Stamps)
     }
 
 
-def _stamps_of_source(opened: Opened, schedule: ChunkSchedule, num_frames: int, source: Any) -> Stamps:
+def _stamps_of_source(opened: StoreReader, schedule: ChunkSchedule, num_frames: int, source: Any) -> Stamps:
     """Read the source again, without the model."""
     pts, valid, count = [], [], 0
     with open_source(_source_of(opened, source), **_reading(opened)) as video:
@@ -209,10 +206,10 @@ def _stamps_of_source(opened: Opened, schedule: ChunkSchedule, num_frames: int, 
     return np.concatenate(pts)[:num_frames], np.concatenate(valid)[:num_frames]
 
 
-def _frame_coordinates(opened: Opened, source: Any) -> Columns:
+def _frame_coordinates(opened: StoreReader, source: Any) -> Columns:
     latents = open_store(_source_of(opened, source))
-    first, last = opened.facts["fingerprint"]["window"]
-    num_frames = int(opened.members["frames"]["shape"][0])
+    first, last = opened.metadata.window or (0, None)
+    num_frames = opened.metadata.num_frames
     pts = latents.frame_pts[first:last][:num_frames]
     base = latents.time_base
     return {
@@ -222,42 +219,41 @@ def _frame_coordinates(opened: Opened, source: Any) -> Columns:
     }
 
 
-def _rewrite(opened: Opened, columns: Columns) -> None:
+def _rewrite(opened: StoreReader, columns: Columns) -> None:
     """Write whole arrays again; the metadata stays as it is."""
     store = StagedStore(opened.path, sync=True, rewritten=lambda _: True)
-    for name, document in opened.members.items():
-        store.stage(f"{name}/zarr.json", serialized(document))
+    for name, array in opened.metadata.arrays.items():
+        store.stage(f"{name}/zarr.json", serialized(array.document))
     for name, values in columns.items():
         for file in (opened.path / name).glob("c.*"):
             file.unlink()  # zarr may look into a chunk before it replaces it
-        array = zarr.open_array(store, path=name, mode="r+", zarr_format=3, config={"write_empty_chunks": True})
-        array[:] = values
-    store.publish(opened.content, settled=True)
+        open_array(store, name, opened.metadata.arrays[name].document)[:] = values
+    store.commit(opened.content, settled=True)
 
 
-def _data(session: VideoSession, opened: Opened, units: frozenset[int], source: Any) -> RunReport:
+def _data(session: VideoSession, opened: StoreReader, units: frozenset[int], source: Any) -> RunReport:
     durability = Durability(snapshot_seconds=float("inf"))
     where = _source_of(opened, source)
-    if opened.facts["kind"] == "frames":
-        first, last = opened.facts["fingerprint"]["window"]
+    if opened.metadata.kind == "frames":
+        first, last = opened.metadata.window or (0, opened.metadata.num_frames)
         return session.decode(where, opened.path, start=first, frames=last - first, durability=durability, mend=units)
     return session.encode(
         where,
         opened.path,
-        representation=opened.facts["representation"],
-        store_dtype=cast("Any", opened.members["latents"]["data_type"]),
-        seed=int(opened.facts.get("seed", 0)),
+        representation=cast("Any", opened.metadata.representation),
+        store_dtype=cast("Any", str(opened.metadata.main.dtype)),
+        seed=opened.metadata.seed,
         durability=durability,
         mend=units,
         **_reading(opened),
     )
 
 
-def _source_of(opened: Opened, source: Any) -> Any:
+def _source_of(opened: StoreReader, source: Any) -> Any:
     if source is not None:
         return source
-    facts = opened.facts
-    recorded = facts.get("latents") if facts["kind"] == "frames" else facts.get("run", {}).get("source")
+    metadata = opened.metadata
+    recorded = metadata.latents if metadata.kind == "frames" else metadata.reading.source
     if recorded is None:
         raise StoreError(
             f"{opened.path} does not say where its source is; pass it with source= (--source)", kind="missing"
@@ -265,14 +261,13 @@ def _source_of(opened: Opened, source: Any) -> Any:
     return recorded
 
 
-def _reading(opened: Opened) -> dict[str, Any]:
+def _reading(opened: StoreReader) -> dict[str, Any]:
     """Arguments with which the source was read."""
-    run = opened.facts.get("run", {})
-    size, rate = run.get("size"), run.get("frame_rate")
+    run = opened.metadata.reading
     return {
-        "start": run.get("start", 0),
-        "frames": run.get("frames"),
-        "size": None if size is None else tuple(size),
-        "frame_rate": None if rate is None else Fraction(rate),
-        "on_error": run.get("on_error", "stop"),
+        "start": run.start,
+        "frames": run.frames,
+        "size": run.size,
+        "frame_rate": run.frame_rate,
+        "on_error": run.on_error,
     }

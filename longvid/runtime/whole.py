@@ -51,12 +51,14 @@ from longvid.runtime.monitor import Job
 from longvid.runtime.prefetch import Prefetcher, Writer
 from longvid.runtime.snapshot import Snapshot
 from longvid.schedule import ChunkSchedule
-from longvid.store.durability import Durability
+from longvid.store.durability import Durability, WriteOptions
 from longvid.store.format import FORMAT_VERSION
 from longvid.store.frame_writer import FrameStoreWriter
-from longvid.store.latent_writer import LatentWriter
-from longvid.store.reader import Found, LatentStore, check_target
-from longvid.store.writer import StoreWriter, settle_complete
+from longvid.store.latent_writer import LatentLayout, LatentWriter
+from longvid.store.metadata import RunFacts
+from longvid.store.reader import LatentStore
+from longvid.store.target import Found, check_target, settle_complete
+from longvid.store.writer import StoreWriter
 from longvid.units import format_bytes
 
 __all__ = ["DecodeOptions", "EncodeOptions", "Host", "OnNonFinite", "decode_video", "encode_video"]
@@ -173,24 +175,25 @@ def _encode(host: Host, source: Any, store: Path, options: EncodeOptions, replac
             store,
             schedule=admission.schedule,
             source=info,
-            latent_shape_CYX=(geometry.latent_channels, height // p, width // p),
-            representation=options.representation,
-            dtype=options.store_dtype,
-            vae=engine.model.describe(),
-            extra={
-                "compute_dtype": _name(engine.dtype),
-                "compute_device": engine.device.type,
-                "numerics": admission.part.numerics.to_dict(),
-                "padded_size": [height, width],
-                "pixel_range": [-1, 1],
-                "run": _run_facts(info, options),
-                **({"seed": options.seed} if options.representation == "sample" else {}),
-            },
-            fingerprint=fingerprint,
-            durability=options.durability,
-            overwrite=options.overwrite,
-            resume=options.resume,
-            mend=options.mend,
+            layout=LatentLayout(
+                shape_CYX=(geometry.latent_channels, height // p, width // p),
+                representation=options.representation,
+                dtype=options.store_dtype,
+            ),
+            facts=RunFacts(
+                fingerprint=fingerprint,
+                vae=engine.model.describe(),
+                extra={
+                    "compute_dtype": _name(engine.dtype),
+                    "compute_device": engine.device.type,
+                    "numerics": admission.part.numerics.to_dict(),
+                    "padded_size": [height, width],
+                    "pixel_range": [-1, 1],
+                    "run": _run_facts(info, options),
+                    **({"seed": options.seed} if options.representation == "sample" else {}),
+                },
+            ),
+            options=_write_options(options),
         )
         run = stack.enter_context(
             EncodeRun(
@@ -331,17 +334,16 @@ def _sink(
         return video_sink(latents, out, options.overwrite)
     return FrameStoreWriter(
         out,
-        height=latents.height,
-        width=latents.width,
+        size=(latents.height, latents.width),
         time_base=latents.time_base,
         frame_rate=latents.frame_rate,
         source=latents.source,
-        extra={"numerics": admission.part.numerics.to_dict(), "latents": str(latents.path), "vae": latents.vae},
-        fingerprint=fingerprint,
-        durability=options.durability,
-        overwrite=options.overwrite,
-        resume=options.resume,
-        mend=options.mend,
+        facts=RunFacts(
+            fingerprint=fingerprint,
+            vae=latents.vae,
+            extra={"numerics": admission.part.numerics.to_dict(), "latents": str(latents.path)},
+        ),
+        options=_write_options(options),
     )
 
 
@@ -397,7 +399,7 @@ def _decode_fingerprint(
     return {
         "kind": "frames",
         "latents": {
-            "digests": latents.attrs["longvid"].get("digests"),
+            "digests": latents.metadata.digests,
             "num_frames": latents.num_frames,
             "dtype": str(latents.latents.dtype),
         },
@@ -442,21 +444,27 @@ def _compute_facts(engine: Engine, numerics: Numerics) -> dict[str, Any]:
 
 def _recorded(found: Found, engine: Engine, *, overwrite: bool) -> Recorded:
     """What the unfinished store that was found has chosen; nothing if it is not continued, or not with this dtype."""
-    if found.state == "nothing" or (found.state == "complete" and overwrite):
+    metadata = found.metadata
+    if metadata is None or (metadata.complete and overwrite):
         return Recorded()
-    compute = (found.facts.get("fingerprint") or {}).get("compute") or {}
+    compute = metadata.compute
     alike = (compute.get("dtype"), compute.get("kernels")) == (_name(engine.dtype), kernels_of(str(engine.device)))
-    numerics, plan = found.facts.get("numerics") if alike else None, found.facts.get("chunk_plan") or {}
+    numerics = metadata.numerics if alike else None
+    chunk_frames = None if metadata.schedule is None else metadata.schedule.chunk_frames
     try:
-        return Recorded(
-            numerics=None if numerics is None else Numerics.from_dict(numerics), chunk_frames=plan.get("chunk_frames")
-        )
+        return Recorded(numerics=None if numerics is None else Numerics.from_dict(numerics), chunk_frames=chunk_frames)
     except (KeyError, TypeError, ValueError):
         return Recorded()
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _write_options(options: EncodeOptions | DecodeOptions) -> WriteOptions:
+    return WriteOptions(
+        durability=options.durability, overwrite=options.overwrite, resume=options.resume, mend=options.mend
+    )
 
 
 def _is_done(found: Found, fingerprint: Mapping[str, Any], options: EncodeOptions | DecodeOptions) -> bool:
@@ -502,7 +510,7 @@ def _require_room(
 
 def _nothing_to_do(found: Found, direction: Direction, admission: Admission) -> RunReport:
     """The report of a run whose store is complete already."""
-    num_frames = int(found.facts["num_frames"])
+    num_frames = 0 if found.metadata is None else found.metadata.num_frames
     return RunReport(
         direction=direction,
         frames=num_frames,

@@ -282,16 +282,17 @@ def _facts(
     """The fields of :class:`StoreMetadata`. A store without arrays may lack what describes them."""
     fingerprint = _get(facts, "fingerprint", dict, {})
     window, source = fingerprint.get("window"), _get(root["attributes"], "source", dict, None if arrays else {})
-    size, time_base, schedule = (0, 0), Fraction(1), None
+    size: tuple[int, ...] = (0, 0)
+    time_base, schedule = Fraction(1) if not arrays else None, None
     if arrays and kind == "latents":
         size, time_base = (_get(source, "height", int), _get(source, "width", int)), _fraction(source, "time_base")
         _get(root["attributes"], "vae", dict)
     elif arrays:
-        size = cast("tuple[int, int]", arrays["frames"].shape[1:3])
+        size = arrays["frames"].shape[1:3]
         time_base = _fraction(arrays["frame_pts"].attributes, "time_base")
     if kind == "latents":
         schedule = ChunkSchedule.from_dict(_get(facts, "chunk_plan", dict))
-    if time_base is None or (arrays and min(*size, time_base) <= 0):
+    if time_base is None or (arrays and (min(size) <= 0 or time_base <= 0)):
         raise _WrongValueError(f"the size {size} or the time base {time_base} is not positive")
     return {
         "root": dict(root),

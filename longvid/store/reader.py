@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.storage import LocalStore, StorePath
+from zarr.storage import LocalStore
 
 from longvid.errors import StoreError
 from longvid.schedule import ChunkSchedule
@@ -33,6 +33,7 @@ from longvid.store.format import (
     unit_digest,
 )
 from longvid.store.metadata import StoreMetadata, store_kind
+from longvid.store.staging import open_array
 from longvid.store.validation import MAX_DOCUMENT_BYTES, check_chunk, check_tree, read_document, read_regular
 
 __all__ = ["CheckedArray", "FrameStore", "LatentStore", "StoreReader", "bytes_of", "may_stand_beside", "open_frames",
@@ -61,10 +62,12 @@ class StoreReader:
     def arrays(self) -> dict[str, zarr.Array[Any]]:
         """Every array by name, by the root's metadata. Reading from these compares nothing with digests."""
         files = LocalStore(self.path, read_only=True)
-        return {
-            name: zarr.Array(zarr.AsyncArray(metadata=array.document, store_path=StorePath(files, name)))
-            for name, array in self.metadata.arrays.items()
-        }
+        return {name: open_array(files, name, array.document) for name, array in self.metadata.arrays.items()}
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes on disk."""
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
     def stored(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows of an array as they are on the disk, not compared with digests.
@@ -294,9 +297,10 @@ class CheckedArray:
         data = self._reader.take(self._name, rows.ravel())
         if isinstance(first, slice):
             return data[(slice(None), *rest)]
-        return data[(np.arange(rows.size).reshape(rows.shape)[()], *rest)]
+        selected: npt.NDArray[Any] = data[(np.arange(rows.size).reshape(rows.shape)[()], *rest)]
+        return selected
 
-    def __array__(self, dtype: npt.DTypeLike = None, copy: bool | None = None) -> npt.NDArray[Any]:
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
         if copy is False:
             raise ValueError("a stored array can only be copied into memory")
         return np.asarray(self[:], dtype)
@@ -391,7 +395,7 @@ class LatentStore:
     @property
     def stored_bytes(self) -> int:
         """Bytes on disk."""
-        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        return self._reader.stored_bytes
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Latent frames ``start`` to ``stop``, as a slice takes them, in a new array of float32 (t, c, y, x).

@@ -14,16 +14,26 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
+import zarr
 from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import LocalStore
+from zarr.storage import LocalStore, StorePath
 
 from longvid.errors import StoreError
 from longvid.store.format import OWN_NAMES, PRIVATE
 
-__all__ = ["StagedStore", "disk_errors", "is_partial", "partial_files", "sync_file", "sync_folder", "write_durably"]
+__all__ = [
+    "StagedStore",
+    "disk_errors",
+    "is_partial",
+    "open_array",
+    "partial_files",
+    "sync_file",
+    "sync_folder",
+    "write_durably",
+]
 
 _PARTIAL_SUFFIX = ".partial"
 _PARTIAL = re.compile(r"(\..+|.*\.[0-9a-f]{32})\.partial")
@@ -191,6 +201,12 @@ def partial_files(path: Path) -> Iterator[str]:
         for entry in os.scandir(folder):
             if is_partial(entry.name) and entry.is_file(follow_symlinks=False):
                 yield entry.path
+
+
+def open_array(files: LocalStore, name: str, document: dict[str, Any]) -> zarr.Array[Any]:
+    """The array of these metadata, without a look at its ``zarr.json``. Chunks of fill values are written as well."""
+    place = StorePath(files, name)
+    return zarr.Array(zarr.AsyncArray(cast("Any", document), place, config={"write_empty_chunks": True}))
 
 
 _KINDS = {

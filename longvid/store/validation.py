@@ -258,4 +258,4 @@ def _shown(value: Any) -> str:
     if isinstance(value, int) and abs(value) >= 10**30:
         return f"a number of {value.bit_length()} bits"
     text = ascii(value[:6] if isinstance(value, list) else value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
+    return text if len(text) <= 300 else f"{text[:297]}..."

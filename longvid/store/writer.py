@@ -47,7 +47,7 @@ from longvid.store.format import (
 )
 from longvid.store.lock import WriterLock
 from longvid.store.reader import StoreReader
-from longvid.store.staging import StagedStore, disk_errors, partial_files, sync_folder, write_durably
+from longvid.store.staging import StagedStore, disk_errors, open_array, partial_files, sync_folder, write_durably
 from longvid.store.target import Found, check_target, read_root
 from longvid.store.validation import check_tree
 
@@ -243,10 +243,8 @@ class StoreWriter(ABC):
             self._write_root(documents)
 
     def _open_arrays(self) -> None:
-        for name in self._staged.documents():
-            self._arrays[name] = zarr.open_array(
-                self._staged, path=name, mode="r+", zarr_format=3, config={"write_empty_chunks": True}
-            )
+        documents = self._staged.documents()
+        self._arrays = {name: open_array(self._staged, name, document) for name, document in documents.items()}
 
     def _check_chunks(self) -> None:
         """Require that every committed chunk exists. Readers compare what is in them."""

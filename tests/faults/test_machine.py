@@ -35,8 +35,10 @@ from longvid.runtime.checkpoint import Checkpoints
 from longvid.runtime.repair import repair
 from longvid.runtime.snapshot import snapshots_in
 from longvid.schedule import ChunkSchedule
+from longvid.store.durability import WriteOptions
 from longvid.store.format import COORDINATE_NAMES, PRIVATE
-from longvid.store.latent_writer import LatentWriter
+from longvid.store.latent_writer import LatentLayout, LatentWriter
+from longvid.store.metadata import RunFacts
 from longvid.store.verify import verify
 
 SHAPE, UNIT, NUM_FRAMES = (4, 2, 3), 3, 59
@@ -82,8 +84,9 @@ class Attempt:
         info = SourceInfo(kind="array", name="a", height=16, width=24, num_frames=None, time_base=Fraction(1, 24),
                           frame_rate=Fraction(24), color=None, details={})  # fmt: skip
         self.target = LatentWriter(
-            path, schedule=PLAN, source=info, latent_shape_CYX=SHAPE, representation="mode", vae={"class_name": "X"},
-            fingerprint=FINGERPRINT, durability=durability, mend=mend,
+            path, schedule=PLAN, source=info, layout=LatentLayout(shape_CYX=SHAPE, representation="mode"),
+            facts=RunFacts(fingerprint=FINGERPRINT, vae={"class_name": "X"}),
+            options=WriteOptions(durability=durability, mend=mend),
         )  # fmt: skip
         self.target.__enter__()
         self.run = Recurrence()
@@ -233,8 +236,8 @@ class StoreMachine(RuleBasedStateMachine):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "replace", replace)
             try:
-                if target.num_units > target.published_units:
-                    target.publish()
+                if target.num_units > target.committed_units:
+                    target.commit()
             except KeyboardInterrupt:
                 pass
             except StoreError as exc:

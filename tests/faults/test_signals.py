@@ -8,17 +8,16 @@ import socket
 import subprocess
 import sys
 import time
-from fractions import Fraction
 
 import numpy as np
 import pytest
 from support.fault_commands import OPTIONS, Bench, Trial
 from support.fault_runs import explain, published_frames, read_arrays, same, spread
+from support.stores import frame_store
 
 from longvid import StoreError, VideoSession
 from longvid.store.durability import Durability
-from longvid.store.format import PRIVATE, sealed
-from longvid.store.frame_writer import FrameStoreWriter
+from longvid.store.format import PRIVATE, with_checksum
 from longvid.store.lock import WriterLock
 from longvid.store.verify import verify
 
@@ -117,10 +116,7 @@ def test_signals_to_a_real_process(bench, tmp_path, ledger, all_faults):
 
 
 def frame_writer(path, **options):
-    return FrameStoreWriter(
-        path, height=8, width=8, time_base=Fraction(1, 25), frame_rate=Fraction(25), source={"name": "a"},
-        durability=Durability(publish_seconds=0), **options,
-    )  # fmt: skip
+    return frame_store(path, (8, 8), durability=Durability(publish_seconds=0), **options)
 
 
 def frames(value, count=64):
@@ -201,7 +197,7 @@ def test_a_zombie_publishes_nothing_in_a_store_that_was_taken_over(published, tm
             zombie.write(*frames(1))
         content = json.loads(root.read_bytes())
         content["attributes"]["longvid"]["epoch"] = "of another run"
-        root.write_bytes(taken := sealed(content))
+        root.write_bytes(taken := with_checksum(content))
         zombie.write(*frames(2))
     assert caught.value.kind == "locked"
     assert root.read_bytes() == taken

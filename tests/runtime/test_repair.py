@@ -11,7 +11,7 @@ from support.media import barcodes, write_media
 from longvid import Durability, StoreError, VideoSession, load_model
 from longvid.runtime.repair import repair
 from longvid.runtime.snapshot import snapshots_in
-from longvid.store.format import PRIVATE, sealed
+from longvid.store.format import PRIVATE, with_checksum
 from longvid.store.lock import WriterLock
 from longvid.store.verify import verify
 
@@ -187,7 +187,7 @@ def test_an_iterable_that_gives_other_frames_after_the_first_changes_nothing(ses
     whole = contents(store)
     damage(store, "latents/c.1.0.0.0")
     before = contents(store)
-    with pytest.raises(StoreError, match="came out other than it was published"):
+    with pytest.raises(StoreError, match="differs from the committed one"):
         repair(session, store, source=iter(np.split(other, 5)))
     assert contents(store) == before
     assert repair(session, store, source=iter(np.split(video, 5))).ok
@@ -230,7 +230,7 @@ def test_an_older_root_is_replaced_by_its_copy_and_a_disputed_one_is_not(session
     assert contents(store) == whole
     root = json.loads(whole["zarr.json"])
     root["attributes"]["longvid"]["created_by"] = "somebody"
-    (store / "zarr.json").write_bytes(sealed(root))
+    (store / "zarr.json").write_bytes(with_checksum(root))
     before = contents(store)
     with pytest.raises(StoreError, match="contradict each other") as caught:
         repair(session, store, source=video)

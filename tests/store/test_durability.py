@@ -28,10 +28,10 @@ def test_a_name_is_enough():
     assert not Durability(mode="rename").syncs
 
 
-def test_publishing_by_time_and_by_count():
-    assert Durability(publish_seconds=0).publish_due(seconds=0, units=1)
-    assert not Durability(publish_seconds=2).publish_due(seconds=1.9, units=99)
-    assert Durability(publish_seconds=2, publish_units=4).publish_due(seconds=0, units=4)
+def test_commits_by_time_and_by_count():
+    assert Durability(publish_seconds=0).commit_due(seconds=0, units=1)
+    assert not Durability(publish_seconds=2).commit_due(seconds=1.9, units=99)
+    assert Durability(publish_seconds=2, publish_units=4).commit_due(seconds=0, units=4)
 
 
 @given(st.floats(1e-4, 600))

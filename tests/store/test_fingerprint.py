@@ -38,18 +38,21 @@ def test_a_record_is_as_json_gives_it_back(record):
 def test_every_field_that_differs_is_named_once_and_no_other(a, b):
     old, new = dict(leaves(a)), dict(leaves(b))
     absent = object()
-    expected = sorted(n for n in {*old, *new} if old.get(n, absent) != new.get(n, absent))
+    expected = {n for n in {*old, *new} if old.get(n, absent) != new.get(n, absent)}
     told = differences(a, b)
-    assert [line.split(" was ")[0] for line in told] == expected
-    assert [line.split(" was ")[0] for line in differences(b, a)] == expected
-    for line, name in zip(told, expected, strict=True):
-        assert line.endswith("is not there") == (name not in new)
-        assert (" was not there and is " in line) == (name not in old)
+    names = [line.split(" is ")[0] for line in told]
+    assert len(names) == len(expected)
+    assert set(names) == expected
+    assert [name.count(".") for name in names] == sorted(name.count(".") for name in names)
+    assert [line.split(" is ")[0] for line in differences(b, a)] == names
+    for line, name in zip(told, names, strict=True):
+        assert line.endswith("missing in this run") == (name not in new)
+        assert (" is missing in the store and " in line) == (name not in old)
 
 
 def test_long_values_are_cut_short():
     (line,) = differences({"sha256": "a" * 64}, {"sha256": "b" * 64})
-    assert line == f"sha256 was {'a' * 12}... and is {'b' * 12}..."
+    assert line == f"sha256 is {'a' * 12}... in the store and {'b' * 12}... in this run"
 
 
 # ------------------------------------------------------------------------------------------- runs
@@ -79,7 +82,7 @@ def other_weights(part):
 
 def refused(folder, field, *arguments, **options):
     before = contents(folder)
-    with pytest.raises(StoreError, match=field.replace(".", r"\.") + " was ") as caught:
+    with pytest.raises(StoreError, match=field.replace(".", r"\.") + " is ") as caught:
         attempt(*arguments, **options)
     assert caught.value.kind == "mismatch"
     assert contents(folder) == before

@@ -217,7 +217,10 @@ def test_float32_holds_what_float16_does_not(tmp_path):
 def test_wrong_calls_are_refused(tmp_path):
     first, second = list(PLAN.chunks(17))
     pts = np.arange(9)
-    with pytest.raises(StoreError, match="chunk 1 was written, chunk 0 is expected"), writer(tmp_path / "a.zarr") as store:
+    with (
+        pytest.raises(StoreError, match="chunk 1 was written, chunk 0 is expected"),
+        writer(tmp_path / "a.zarr") as store,
+    ):
         store.write(second, latents_of(second), pts[:8])
     for z, times in (
         (latents_of(second), pts),

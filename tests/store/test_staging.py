@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and a store that shows nothing before it is published."""
+"""Files that are whole or not there, and a store that shows nothing before it is committed."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def length_on_disk(folder):
     return tensorstore.open(spec, open=True).result().shape[0]
 
 
-def test_readers_of_a_single_array_never_run_ahead_of_what_is_published(tmp_path):
+def test_readers_of_a_single_array_never_run_ahead_of_what_is_committed(tmp_path):
     store = StagedStore(tmp_path / "a.zarr", sync=True, rewritten=lambda name: name == "t")
     group = zarr.create_group(store, zarr_format=3)
     options = {"chunk_key_encoding": {"name": "default", "separator": "."}, "fill_value": np.nan}
@@ -56,12 +56,12 @@ def test_readers_of_a_single_array_never_run_ahead_of_what_is_published(tmp_path
             start = array.shape[0]
             array.resize((start + 4, *array.shape[1:]))
             array[start:] = rows
-        if step > 1:  # written, not published: direct readers see the step before
+        if step > 1:  # written, not committed: direct readers see the commit before
             assert length_on_disk(tmp_path / "a.zarr" / "data") == 4 * (step - 1)
             seen = zarr.open_array(tmp_path / "a.zarr" / "t", mode="r")
             assert seen.shape == (4 * (step - 1),)
             np.testing.assert_array_equal(seen[:], np.arange(4, 4 * step))
-        documents = {name: json.loads(store.document(name)) for name in ("data", "t")}
+        documents = store.documents()
         root = {"zarr_format": 3, "node_type": "group", "attributes": {"documents": len(documents)}}
-        store.publish(json.dumps(root).encode(), settled=True)
+        store.commit(json.dumps(root).encode(), settled=True)
         assert length_on_disk(tmp_path / "a.zarr" / "data") == 4 * step
