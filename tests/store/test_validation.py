@@ -23,7 +23,7 @@ from longvid.store.reader import open_reader
 from longvid.store.validation import MAX_DOCUMENT_BYTES, MAX_ROWS, check_arrays, check_chunk, check_tree, read_document
 
 MIB = 2**20
-EXAMPLES = 400
+EXAMPLES = 150
 "of fuzzed metadata"
 
 
@@ -293,7 +293,7 @@ def test_fuzzed_metadata_with_a_right_checksum_open_in_bounds_or_are_a_store_err
         fuzz()
     finally:
         (ours / "zarr.json").write_bytes(original)
-    assert min(outcomes.values()) > 20, outcomes
+    assert min(outcomes.values()) > 8, outcomes
 
 
 def test_fuzzed_bytes_are_a_document_or_a_store_error(ours, tmp_path):
