@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from longvid.errors import LongvidError, ModelError
+from longvid.models.kernels.cpu import has_bfloat16
 from longvid.models.tiny import BLOCK, FRAMES, TinyConfig, TinyVAE
 from longvid.train.fit import LinearCoder, fit
 from longvid.train.footage import VIDEOS, Footage, HoldOut, find_files, read_middle
@@ -225,7 +226,7 @@ class _Run:
             # What the transform drops cannot be learned, but it belongs to the error.
             dropped = self._energy(x_BCTHW) - coefficients.square().sum((1, 3, 4))
             linear = (coefficients[:, config.latent_channels :].square().sum((1, 3, 4)) + dropped)[:, 1:]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
             z = self.model.encoder(coefficients, None, True)
             z = z + config.posterior_std * torch.randn(z.shape, generator=noise)
             decoded = self.model.decoder(z, None, True)

@@ -93,6 +93,20 @@ def test_killed_and_continued_it_ends_with_the_same_bits(folder, trained, tmp_pa
     assert weights(out) == weights(trained)
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+def test_training_computes_in_bfloat16_only_where_the_library_has_kernels(folder, tmp_path, monkeypatch, kernels):
+    monkeypatch.setattr("longvid.train.__main__.has_bfloat16", lambda: kernels)
+    narrow, autocast = [], torch.autocast
+
+    def recorded(device, dtype, *, enabled=True):
+        narrow.append(enabled)
+        return autocast(device, dtype, enabled=False)
+
+    monkeypatch.setattr(torch, "autocast", recorded)
+    assert main(command(folder, tmp_path / "out")) == 0
+    assert set(narrow) == {kernels}
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
