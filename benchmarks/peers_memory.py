@@ -345,10 +345,12 @@ def run_here(contestant: str, direction: str, size: str, dtype: torch.dtype, num
             encoder = stack.enter_context(session.encoder())
             for index in range(num_chunks):
                 encoder.push(np.full((8 + (index == 0), height, width, 3), 9 * index, np.uint8))
+            encoder.finish()
         else:
             decoder = stack.enter_context(session.decoder())
             for x in chunks:
                 decoder.push(x)
+            decoder.finish()
     return peak_rss_bytes()
 
 

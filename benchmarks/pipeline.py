@@ -41,11 +41,14 @@ import longvid as lv
 from longvid.demo.__main__ import CLIP
 from longvid.environment import describe_machine
 from longvid.events import Direction
+from longvid.frames import Frames, Times
 from longvid.media.sources import open_source
 from longvid.models.base import CausalVAE
 from longvid.planning.plan import Plan
-from longvid.runtime.engine import DecodeRun, EncodeRun, Engine, Frames, Times
-from longvid.runtime.feeds import FrameSink, LatentPiece, frame_chunks, latent_chunks, store_latents, video_sink
+from longvid.runtime.decode import FrameSink, latent_chunks, video_sink
+from longvid.runtime.encode import LatentPiece, frame_chunks, store_latents
+from longvid.runtime.engine import Engine
+from longvid.runtime.run import DecodeRun, EncodeRun
 from longvid.store.durability import WriteOptions
 from longvid.store.frame_writer import FrameStoreWriter
 from longvid.store.latent_writer import LatentLayout, LatentWriter

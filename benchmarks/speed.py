@@ -60,7 +60,7 @@ from longvid.planning.dry_run import skeleton_of
 from longvid.planning.kernel_choice import choose_numerics, fresh_memory_is_slow, preferred_band_bytes
 from longvid.planning.planner import make_plan
 from longvid.planning.workload import Workload
-from longvid.runtime.engine import context_of
+from longvid.runtime.run import context_of
 from longvid.units import parse_size
 
 Shape: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]

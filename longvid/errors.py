@@ -1,13 +1,13 @@
-"""Every exception that longvid raises on purpose.
+"""Errors: every exception that longvid raises on purpose.
 
-Each one is also the builtin that a caller would expect, so that code which knows nothing of longvid still
-handles it:
+Each one is also the builtin that a caller would expect, so that code without knowledge of longvid handles it too,
+and can be pickled with its attributes:
 
 * LongvidError
     * OptionError         ValueError    a size, a policy or a name that was given cannot be read
     * ScheduleError       ValueError    the video cannot be cut as asked
     * ModelError          ValueError    weights, config, class or profile cannot be used
-        * NonFiniteError                it computes values that are not finite
+        * NonFiniteError                values that are not finite, computed or given
     * MemoryBudgetError   MemoryError   projected > allowed
     * CacheError          RuntimeError  cache and input disagree: other video, batch, size, dtype, device, layer
     * SessionStateError   RuntimeError  not open, closed, busy, wrong thread, forked
@@ -77,19 +77,19 @@ class MemoryBudgetError(LongvidError, MemoryError):
 
 
 class NonFiniteError(ModelError):
-    """A chunk came out of the model with values that are not finite.
+    """The model computed values that are not finite, or was given latents with such values.
 
     Attributes:
-        chunk: its number.
+        chunk: number of the chunk.
     """
 
-    def __init__(self, message: str, *, chunk: int) -> None:
+    def __init__(self, message: str, *, chunk: int = 0) -> None:
         super().__init__(message)
         self.chunk = chunk
 
 
 class CacheError(LongvidError, RuntimeError):
-    """A ConvCache and the tensor that meets it disagree, or the cache is used out of its life."""
+    """A ConvCache does not fit the tensor or the layer that it is used with, or is not open."""
 
 
 class SessionStateError(LongvidError, RuntimeError):
@@ -117,8 +117,8 @@ class StoreError(LongvidError, OSError):
 
     Attributes:
         kind: ``"missing"``, ``"exists"``, ``"foreign"`` (not written by longvid), ``"incomplete"``, ``"corrupt"``,
-            ``"mismatch"`` (of another source, model or setting), ``"locked"`` (somebody else writes), ``"full"``,
-            ``"read-only"``, ``"refused"`` (metadata that a store of a stranger should not have), ``"range"`` (a value
+            ``"mismatch"`` (of another source, model or setting), ``"locked"`` (another run writes), ``"full"``,
+            ``"read-only"``, ``"refused"`` (metadata that is not safe to read, or an address), ``"range"`` (a value
             that the stored dtype cannot hold), ``"format"`` or ``"other"``.
     """
 

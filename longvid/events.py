@@ -1,4 +1,4 @@
-"""What the engine reports while it runs: numbers and the names of layers, no tensors.
+"""Events: what the engine reports while it runs, in numbers and names of layers, without tensors.
 
 The engine prints nothing and logs nothing per chunk. A progress bar, a recorder or a report page is a callback that
 takes a :class:`ChunkEvent`. A callback may also have the methods of :class:`RunObserver`.
@@ -126,40 +126,40 @@ class ChunkEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
-    """What one encode or decode did."""
+    """What one encode or decode did; a run that found its output complete reports zeros for what it did not do."""
 
     direction: Direction
     frames: int
     "video frames that went in (encode) or came out (decode), those of earlier runs that this one continued included"
     latent_frames: int
-    seconds: float
-    frames_per_second: float
+    seconds: float = 0.0
+    frames_per_second: float = 0.0
     "of this run's own frames"
-    compute_seconds: float
+    compute_seconds: float = 0.0
     "time in the model, transfers of its input and output included"
-    wait_seconds: float
+    wait_seconds: float = 0.0
     "time in which compute waited for the reader or for the writer, at the end of the run too"
-    read_seconds: float
+    read_seconds: float = 0.0
     "time in which the reading thread was at work, beside all else"
-    write_seconds: float
+    write_seconds: float = 0.0
     "time in which the writing thread was at work, beside all else"
-    snapshot_seconds: float
+    snapshot_seconds: float = 0.0
     "time spent on snapshots, between chunks"
-    peak_device_bytes: int
+    peak_device_bytes: int = 0
     """highest number of device bytes, weights included: exact tensor bytes on a CPU (of the first three chunks and
     every 32nd), the allocator's peak elsewhere"""
-    projected_bytes: int
+    projected_bytes: int = 0
     "what the plan said that peak would be"
-    peak_rss_bytes: int
+    peak_rss_bytes: int = 0
     "highest resident set size of the process since it started, as the OS counts it"
-    cache_bytes: int
+    cache_bytes: int = 0
     "bytes of all contexts of the video"
-    offloaded_bytes: int
+    offloaded_bytes: int = 0
     "bytes of the contexts that were kept off the device between chunks"
-    resumed_from_frame: int
+    resumed_from_frame: int = 0
     "frames that were done before this run; 0 if it started at the beginning"
     complete: bool
-    "whether the whole video is done; if not, the run was stopped, and the same call goes on with it"
+    "whether the whole video is done; if not, the run was stopped, and the same call resumes it"
 
     @property
     def compute_share(self) -> float:

@@ -1,4 +1,4 @@
-"""What flows between a source of frames and the engine.
+"""Frames: the types and the protocol that sources of frames and the engine share.
 
 Axes: T time, H height, W width. Frames are always uint8 RGB, ``frames_THWC`` with three channels.
 """
@@ -15,7 +15,20 @@ from typing import Any, Literal, Protocol, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ColorInfo", "FrameBlock", "FrameSource", "OnError", "SourceInfo", "SourcePosition", "frame_digest"]
+__all__ = [
+    "ColorInfo",
+    "FrameBlock",
+    "FrameSource",
+    "Frames",
+    "OnError",
+    "SourceInfo",
+    "SourcePosition",
+    "Times",
+    "frame_digest",
+]
+
+Frames: TypeAlias = npt.NDArray[np.uint8]
+Times: TypeAlias = npt.NDArray[np.int64]
 
 OnError: TypeAlias = Literal["stop", "keep", "conceal"]
 "what happens where a file is damaged: an error, the end, or the last good frame in place of the damage"

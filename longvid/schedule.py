@@ -169,6 +169,11 @@ class ChunkSchedule:
         stop = 1 + latent * self.frames_per_latent
         return stop - self.frames_per_latent, stop
 
+    def __str__(self) -> str:
+        return f"chunks of {1 + self.chunk_frames}, {self.chunk_frames}, {self.chunk_frames}, ... frames with " + (
+            f"{self.frames_per_latent} frames per latent"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as it is recorded in a store."""
         return {

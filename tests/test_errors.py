@@ -1,4 +1,5 @@
 import builtins
+import multiprocessing
 import pickle
 
 import pytest
@@ -32,8 +33,41 @@ def test_the_tree_is_the_one_in_the_docstring():
     }
 
 
-def test_kind_and_numbers_travel():
-    assert errors.SourceError("x", kind="truncated").kind == "truncated"
-    error = errors.MemoryBudgetError("x", projected_bytes=9, allowed_bytes=5, parts={"weights": 9})
-    assert (error.projected_bytes, error.allowed_bytes, error.parts) == (9, 5, {"weights": 9})
-    assert str(pickle.loads(pickle.dumps(errors.StoreError("gone", kind="missing")))) == "gone"
+def every_error():
+    """One of each class, with all that it can carry."""
+    carried = {
+        "MemoryBudgetError": {"projected_bytes": 9, "allowed_bytes": 5, "parts": {"weights": 9}},
+        "NonFiniteError": {"chunk": 3},
+        "SourceError": {"kind": "truncated"},
+        "StoreError": {"kind": "missing"},
+    }
+    for name in errors.__all__:
+        error = getattr(errors, name)("what was asked", **carried.get(name, {}))
+        error.add_note("what to do")
+        yield name, error, carried.get(name, {})
+
+
+def check(error, kind, carried):
+    assert type(error) is kind
+    assert str(error) == "what was asked"
+    assert error.__notes__ == ["what to do"]
+    assert {name: getattr(error, name) for name in carried} == carried
+
+
+def test_every_error_survives_pickling():
+    for name, error, carried in every_error():
+        check(pickle.loads(pickle.dumps(error)), getattr(errors, name), carried)
+
+
+def fail_with(name):
+    raise next(error for found, error, _ in every_error() if found == name)
+
+
+@pytest.mark.timeout(120)
+def test_every_error_comes_out_of_a_worker():
+    """A worker whose error cannot be read again would hang its pool."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        for name, _, carried in every_error():
+            with pytest.raises(getattr(errors, name)) as caught:
+                pool.apply(fail_with, (name,))
+            check(caught.value, getattr(errors, name), carried)

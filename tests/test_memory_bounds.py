@@ -28,6 +28,7 @@ def test_cache_bytes_are_constant_from_the_second_chunk_on(vae):
         for _ in range(12):
             enc.push(np.random.default_rng(0).integers(0, 256, (8, 32, 40, 3), dtype=np.uint8))
             seen.append(enc.cache_bytes)
+        enc.close()
     for hook in hooks:
         hook.remove()
     assert seen[0] == 0  # eight frames are no first chunk yet

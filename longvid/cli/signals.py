@@ -33,7 +33,8 @@ class StopRequest:
         if self.session is None or self.signum is not None:
             raise Ended(signum)
         self.signum = signum
-        self.session.stop()
+        if not self.session.stop():  # no run has begun, or it has ended
+            raise Ended(signum)
 
 
 @contextmanager

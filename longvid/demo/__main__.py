@@ -12,7 +12,7 @@ from longvid.reporting.progress import ProgressBar
 from longvid.units import format_bytes
 
 if TYPE_CHECKING:
-    from longvid.runtime.engine import Frames
+    from longvid.frames import Frames
 
 CLIP = Path(__file__).with_name("clip.mp4")
 

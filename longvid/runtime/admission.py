@@ -7,15 +7,18 @@ computes, and the budget. Push mode and whole videos take these two and know not
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
-from longvid.errors import MemoryBudgetError, SessionStateError
-from longvid.events import Direction
+from longvid.environment import kernels_of
+from longvid.errors import MemoryBudgetError, SessionStateError, StoreError
+from longvid.events import Callback, Direction
 from longvid.memory.budget import MemoryBudget
 from longvid.memory.host import host_available_bytes
 from longvid.memory.host_buffer import HostBuffer
@@ -27,10 +30,24 @@ from longvid.planning.planner import Offload, make_plan
 from longvid.planning.profile import Profile, ProfileScope
 from longvid.planning.workload import Workload
 from longvid.runtime.engine import Engine
+from longvid.runtime.prefetch import StopRequest
 from longvid.schedule import ChunkSchedule
+from longvid.store.durability import WriteOptions
+from longvid.store.target import Found, settle_complete
 from longvid.units import format_bytes
 
-__all__ = ["Admission", "AdmissionControl", "Recorded", "SessionGuard", "SessionOptions"]
+__all__ = [
+    "Admission",
+    "AdmissionControl",
+    "Job",
+    "Recorded",
+    "RunOptions",
+    "SessionGuard",
+    "SessionOptions",
+]
+
+_SHORT_RUN_ROWS = 256
+"a shorter run ends before a snapshot is worth its cost"
 
 
 class _State(Enum):
@@ -114,6 +131,21 @@ class Recorded:
     numerics: Numerics | None = None
     chunk_frames: int | None = None
 
+    @classmethod
+    def of(cls, found: Found, engine: Engine, *, overwrite: bool) -> Recorded:
+        """The choices in the store that was found; none if it is not continued, or computes in another dtype."""
+        metadata = found.metadata
+        if metadata is None or (metadata.complete and overwrite):
+            return cls()
+        compute = metadata.compute
+        alike = (compute.get("dtype"), compute.get("kernels")) == (engine.dtype_name, kernels_of(str(engine.device)))
+        numerics = metadata.numerics if alike else None
+        chunk_frames = None if metadata.schedule is None else metadata.schedule.chunk_frames
+        try:
+            return cls(numerics=None if numerics is None else Numerics.from_dict(numerics), chunk_frames=chunk_frames)
+        except (KeyError, TypeError, ValueError):
+            return cls()
+
 
 _NOTHING_RECORDED = Recorded()
 
@@ -134,6 +166,50 @@ class Admission:
     def part(self) -> DirectionPlan:
         """What the video was planned to need."""
         return self.plan.direction(self.direction)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions(WriteOptions):
+    """What a run may replace, continue and lose; see :meth:`longvid.VideoSession.encode`."""
+
+    def is_done(self, found: Found, fingerprint: Mapping[str, Any]) -> bool:
+        """Whether the store that was found is what the run would write; it is tidied then.
+
+        Raises:
+            StoreError: the store forbids the run.
+        """
+        decision = found.decide(fingerprint, overwrite=self.overwrite, resume=self.resume)
+        if decision != "done" or self.mend:
+            return False
+        settle_complete(found, self.durability)
+        return True
+
+    def check_disk(self, found: Found, part: DirectionPlan, num_rows: int | None, row_bytes: float) -> None:
+        """Fail early if the estimated output does not fit on the disk.
+
+        Args:
+            found: what is there; its bytes count as written.
+            part: the plan of the run.
+            num_rows: rows of the store, None if unknown.
+            row_bytes: a low estimate of the bytes of a row on the disk.
+
+        Raises:
+            StoreError: kind ``"full"``.
+        """
+        if num_rows is None or self.mend:
+            return
+        parts = {"results": int(num_rows * row_bytes)}
+        if num_rows > _SHORT_RUN_ROWS and self.durability.snapshot_seconds != float("inf"):
+            parts["three snapshots, one of them being written"] = 3 * part.cache_bytes
+        there = sum(f.stat().st_size for f in found.path.rglob("*") if f.is_file()) if found.state != "nothing" else 0
+        free, needed = shutil.disk_usage(found.path.parent).free, sum(parts.values()) - there
+        if needed > free:
+            listing = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+            raise StoreError(
+                f"{found.path} needs at least {format_bytes(needed)} of disk ({listing}), and {format_bytes(free)} are "
+                "free; make room or choose another folder (snapshots can be left out: --snapshot-seconds off)",
+                kind="full",
+            )
 
 
 class AdmissionControl:
@@ -306,3 +382,22 @@ class AdmissionControl:
                 allowed_bytes=available,
                 parts=parts,
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What a session hands to the run of a whole video."""
+
+    control: AdmissionControl
+    callbacks: tuple[Callback, ...]
+    stop: StopRequest
+
+    @property
+    def engine(self) -> Engine:
+        """The model where it computes."""
+        return self.control.engine
+
+    @property
+    def traced(self) -> bool:
+        """Whether a callback wants copies and layers to be timed."""
+        return any(getattr(callback, "wants_spans", False) for callback in self.callbacks)

@@ -1,4 +1,4 @@
-"""Clock and counters of one run: what events and the report are made of."""
+"""Monitor: clock and counters of one run, from which its events and its report are made."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from longvid.environment import describe_machine
 from longvid.events import Callback, ChunkEvent, LayerContext, RunReport, RunStart
 from longvid.memory.host import peak_rss_bytes, rss_bytes
 from longvid.planning.plan import Plan
-from longvid.runtime.engine import Run
+from longvid.runtime.admission import Admission
 from longvid.runtime.prefetch import Prefetcher, Writer
+from longvid.runtime.run import Run
+from longvid.runtime.snapshot import Snapshot
+from longvid.schedule import ChunkSchedule
+from longvid.store.target import Found
 
-__all__ = ["Job"]
+__all__ = ["Monitor", "nothing_done"]
 
 
-class Job:
-    """Clock and counters of one run. Use it in a ``with`` statement: entering and leaving tell the callbacks.
+class Monitor:
+    """Times and counts one run, and tells the callbacks. Use it in a ``with`` statement, which tells start and end.
 
     Args:
         callbacks: see :class:`~longvid.events.RunObserver`.
-        run: what is measured.
-        plan: what it was planned with.
+        run: the run, entered.
+        plan: its plan.
         total: frames of the whole run, None while unknown.
     """
 
@@ -44,11 +48,6 @@ class Job:
         self._spent = (0.0, 0.0, 0.0)
         "what :func:`_thread_seconds` said at the last chunk"
         self._report: RunReport | None = None
-
-    @staticmethod
-    def wants_spans(callbacks: tuple[Callback, ...]) -> bool:
-        """Whether any callback wants to know what the lanes do."""
-        return any(getattr(callback, "wants_spans", False) for callback in callbacks)
 
     def __enter__(self) -> Self:
         observers = [callback for callback in self._callbacks if hasattr(callback, "run_started")]
@@ -71,7 +70,7 @@ class Job:
             warnings.warn(f"a callback failed after the run did: {failure}", stacklevel=2)
 
     def _tell_end(self, callbacks: Sequence[Any]) -> list[Exception]:
-        """Tell everybody, whoever of them fails."""
+        """Tell all callbacks, also after one of them has failed."""
         failures: list[Exception] = []
         for callback in callbacks:
             try:
@@ -103,10 +102,17 @@ class Job:
             machine=describe_machine(str(run.engine.device)),
         )
 
-    def skip(self, *, chunks: int, frames: int, latents: int) -> None:
-        """Count what an earlier run has done, before the first chunk of this one."""
-        self._chunks, self._frames, self._latents = chunks, frames, latents
-        self._resumed_from_frame = frames
+    def skip(self, snapshot: Snapshot | None, schedule: ChunkSchedule, window: tuple[int, int] | None = None) -> None:
+        """Count the chunks of an earlier run, before the first chunk of this one; frames in ``window`` only."""
+        if snapshot is None or snapshot.chunk == 0:
+            return
+        last = schedule.full(snapshot.chunk - 1)
+        # the last chunk of a video may hold fewer frames than others
+        frames = last.frame_stop if snapshot.position is None else snapshot.position.num_frames
+        if window is not None:
+            frames = max(0, min(frames, window[1]) - window[0])
+        self._chunks, self._latents = snapshot.chunk, last.latent_stop
+        self._frames = self._resumed_from_frame = frames
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -180,3 +186,17 @@ class Job:
 def _thread_seconds(reader: Prefetcher[Any], writer: Writer[Any]) -> tuple[float, float, float]:
     """Seconds so far in which compute waited for either, in which the reader worked, and in which the writer did."""
     return reader.wait_seconds + writer.wait_seconds, reader.busy_seconds, writer.busy_seconds
+
+
+def nothing_done(admission: Admission, found: Found) -> RunReport:
+    """The report of a run whose store is complete already."""
+    num_frames = 0 if found.metadata is None else found.metadata.num_frames
+    return RunReport(
+        direction=admission.direction,
+        frames=num_frames,
+        latent_frames=admission.schedule.num_latents(num_frames),
+        projected_bytes=admission.part.projected_bytes,
+        peak_rss_bytes=peak_rss_bytes(),
+        resumed_from_frame=num_frames,
+        complete=True,
+    )

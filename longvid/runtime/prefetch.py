@@ -1,32 +1,52 @@
-"""Threads beside the compute loop: one reads ahead, one writes behind, each through a bounded queue.
+"""Prefetch: one thread reads ahead of the compute loop, one writes behind it, a bounded number of items each.
 
-A full queue makes its producer wait, so memory is bounded whichever side is slow. Errors of a thread appear in the
-compute loop with their own traceback. The compute loop itself stays a plain ``for`` in the caller's thread.
-
-Who waits for an item or for room is woken by it; nobody waits for the next look of a poll, neither while the items flow
-nor when they end or are to stop. The poll is for what a queue cannot tell: that the other thread has failed.
+Whichever side is slow, the others wait for it, so memory is bounded. An error of a thread is raised in the compute loop
+with its own traceback. The loop itself is a plain ``for`` in the caller's thread. Nothing polls: what is waited for
+rings.
 """
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Generic, Self, TypeVar
 
-__all__ = ["Prefetcher", "Writer"]
+__all__ = ["Prefetcher", "StopRequest", "Writer"]
 
 T = TypeVar("T")
 
-_POLL_SECONDS = 0.05
-"how often a waiting thread looks whether the other one has failed"
+
+class StopRequest:
+    """Asks a run to end between two chunks, and wakes its compute loop.
+
+    A signal handler may call :meth:`make`: it takes no lock, since ``SimpleQueue.put`` may interrupt itself.
+    """
+
+    def __init__(self) -> None:
+        self.made = False
+        self._bell: SimpleQueue[None] = SimpleQueue()
+
+    def make(self) -> None:
+        """Ask the run to end."""
+        self.made = True
+        self.ring()
+
+    def ring(self, _: object = None) -> None:
+        """Wake the loop, so that it looks at what it waits for."""
+        self._bell.put(None)
+
+    def wait(self) -> None:
+        """Wait for a ring, one that came earlier included."""
+        self._bell.get()
 
 
 class _Stopwatch:
-    """Adds up the time for which one thread is inside it. Any thread may read it, at any moment."""
+    """Adds up the time that one thread spends inside it. Any thread may read it, at any moment."""
 
     def __init__(self) -> None:
         self._state: tuple[float, float | None] = (0.0, None)
@@ -44,38 +64,25 @@ class _Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """Time inside so far; never less than it was."""
+        """Time inside so far; it never decreases."""
         now = time.perf_counter()  # read before the state: read after it, it could count what came after an exit
         seconds, entered = self._state
         return seconds if entered is None else seconds + max(0.0, now - entered)
 
 
-class _Failure:
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-
-
-class _End:
-    """No more items."""
-
-
-class _Settled(threading.Event):
-    """Set by the thread that comes to it: everything before it is done."""
-
-
 class Prefetcher(Generic[T]):
-    """Runs an iterator in a thread, at most ``depth`` items ahead of the consumer.
+    """Runs an iterator in a thread, at most ``depth`` items and the one in hand ahead of the consumer.
 
     Use it in a ``with`` statement and iterate over it. Leaving stops the thread and waits for it; the iterator is
     then free to be closed.
 
     Args:
-        items: what is read ahead.
-        depth: items that may wait.
-        name: of the thread.
-        check: called now and then while the consumer waits; what it raises ends the wait. So a writer that failed is
-            heard of although the source is slow.
-        stop: asked before every item, and now and then while the consumer waits; if true, iteration ends.
+        items: the iterator.
+        depth: number of items that may wait.
+        name: prefix of the thread's name.
+        check: called when the consumer is woken while it waits; an exception of it ends the wait. So the error of a
+            writer is raised although the source is slow.
+        stop: ends the iteration once it is made, also while the consumer waits.
     """
 
     def __init__(
@@ -85,133 +92,136 @@ class Prefetcher(Generic[T]):
         depth: int = 2,
         name: str = "longvid-read",
         check: Callable[[], None] = lambda: None,
-        stop: Callable[[], bool] = lambda: False,
+        stop: StopRequest | None = None,
     ) -> None:
         self._items = items
+        self._depth = depth
         self._check = check
-        self._asked_to_stop = stop
+        self._stop = stop or StopRequest()
+        self._pool = ThreadPoolExecutor(1, name)
+        self._ahead: deque[Future[list[T]]] = deque()
+        self._work, self._wait = _Stopwatch(), _Stopwatch()
         self.ended = False
         "whether iteration ended because there are no more items"
-        self._queue: queue.Queue[T | _Failure | type[_End]] = queue.Queue(maxsize=depth)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._work = _Stopwatch()
-        self.wait_seconds = 0.0
-        "time for which the consumer waited"
 
     @property
     def busy_seconds(self) -> float:
-        """Time for which the thread has been making items, the one in hand included; not that for which it waited."""
+        """Time in which the thread made items, the one in hand included; waiting for room does not count."""
         return self._work.seconds
 
-    def _run(self) -> None:
-        try:
-            while True:
-                with self._work:
-                    item = next(self._items, _End)
-                if not self._put(item) or item is _End:
-                    return
-                del item  # it is the consumer's; the next one may be as large
-        except BaseException as exc:  # carried to the consumer
-            self._put(_Failure(exc))
+    @property
+    def wait_seconds(self) -> float:
+        """Time in which the consumer waited."""
+        return self._wait.seconds
 
-    def _put(self, item: T | _Failure | type[_End]) -> bool:
-        """Wait for room; False if there is no need to go on."""
-        while not self._stop.is_set():
-            with contextlib.suppress(queue.Full):
-                self._queue.put(item, timeout=_POLL_SECONDS)
-                return not self._stop.is_set()
-        return False
+    def _read(self) -> list[T]:
+        """The next item in a list, or an empty list at the end."""
+        with self._work:
+            return list(islice(self._items, 1))
+
+    def _submit(self) -> None:
+        future = self._pool.submit(self._read)
+        future.add_done_callback(self._stop.ring)
+        self._ahead.append(future)
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        for _ in range(self._depth + 1):
+            self._submit()
         return self
 
     def __iter__(self) -> Iterator[T]:
         while True:
-            started = time.perf_counter()
-            item = self._get()
-            self.wait_seconds += time.perf_counter() - started
-            if item is None:
+            with self._wait:
+                found = self._next()
+            if not found:
                 return
-            if item is _End:
-                self.ended = True
-                return
-            if isinstance(item, _Failure):
-                raise item.error
-            yield item  # type: ignore[misc]
+            [item] = found
+            del found  # the consumer alone holds the item
+            yield item
             del item
 
-    def _get(self) -> T | _Failure | type[_End] | None:
-        """The next item; None if there is no need to go on."""
-        while not self._asked_to_stop():
-            with contextlib.suppress(queue.Empty):
-                return self._queue.get(timeout=_POLL_SECONDS)
+    def _next(self) -> list[T]:
+        while not (self._stop.made or self._ahead[0].done()):
             self._check()
-        return None
+            self._stop.wait()
+        if self._stop.made:
+            return []
+        future = self._ahead.popleft()
+        self._submit()
+        found = future.result()
+        self.ended = not found
+        return found
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        self._stop.set()
-        _empty(self._queue)  # wakes the thread if it waits for room
-        self._thread.join()
+        self._pool.shutdown(cancel_futures=True)
+        self._ahead.clear()
 
 
 class Writer(Generic[T]):
     """Calls ``consume(item)`` in a thread for every item that is put, in order.
 
     Use it in a ``with`` statement. Leaving it cleanly waits until all is consumed; leaving it by an exception drops
-    what still waits. An error of ``consume`` is raised at the next :meth:`put` or on leaving.
+    the items that wait. An error of ``consume`` is raised at the next :meth:`put` or on leaving; items after it are
+    dropped.
+
+    Args:
+        consume: called with every item.
+        depth: number of items that may wait, beside the one in hand.
+        name: prefix of the thread's name.
+        stop: rung when ``consume`` has failed, so that a loop that waits for its source looks.
     """
 
-    def __init__(self, consume: Callable[[T], None], *, depth: int = 2, name: str = "longvid-write") -> None:
+    def __init__(
+        self,
+        consume: Callable[[T], None],
+        *,
+        depth: int = 2,
+        name: str = "longvid-write",
+        stop: StopRequest | None = None,
+    ) -> None:
         self._consume = consume
-        self._queue: queue.Queue[T | _Settled | type[_End]] = queue.Queue(maxsize=depth)
-        self._stop = threading.Event()
+        self._depth = depth
+        self._stop = stop or StopRequest()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._work = _Stopwatch()
-        self.wait_seconds = 0.0
-        "time for which the producer waited, also for the last items when it left"
+        self._pool = ThreadPoolExecutor(1, name)
+        self._pending: deque[Future[None]] = deque()
+        self._work, self._wait = _Stopwatch(), _Stopwatch()
 
     @property
     def busy_seconds(self) -> float:
-        """Time for which the thread has been consuming items, the one in hand included."""
+        """Time in which the thread consumed items, the one in hand included."""
         return self._work.seconds
 
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            try:
-                item = self._queue.get(timeout=_POLL_SECONDS)
-            except queue.Empty:
-                continue
-            if item is _End or self._stop.is_set():
-                return
-            if isinstance(item, _Settled):
-                item.set()
-                continue
+    @property
+    def wait_seconds(self) -> float:
+        """Time in which the producer waited, also for the last items when it left."""
+        return self._wait.seconds
+
+    def _write(self, item: T) -> None:
+        if self._error is None:
             try:
                 with self._work:
-                    self._consume(item)  # type: ignore[arg-type]
-            except BaseException as exc:  # carried to the producer
+                    self._consume(item)
+            except BaseException as exc:  # raised in the producer's thread
                 self._error = exc
-                self._stop.set()
-                _empty(self._queue)  # wakes the producer if it waits for room
-            del item
+                self._stop.ring()
 
     def put(self, item: T) -> None:
-        """Hand over an item; waits while ``depth`` items are pending."""
-        self._put(item)
+        """Hand over an item; waits while ``depth`` items are waiting behind the one in hand."""
+        self._wait_for(self._depth)
+        self._pending.append(self._pool.submit(self._write, item))
 
     def settle(self) -> None:
-        """Wait until all that was put is consumed, and raise the error of ``consume``, if there was one."""
-        mark = _Settled()
-        self._put(mark)
-        started = time.perf_counter()
-        while not (mark.wait(_POLL_SECONDS) or self._stop.is_set()):
-            pass
-        self.wait_seconds += time.perf_counter() - started
+        """Wait until every item is consumed, and raise the error of ``consume``, if there was one."""
+        self._wait_for(0)
+
+    def _wait_for(self, most: int) -> None:
+        with self._wait:
+            while len(self._pending) > most:
+                self._pending[0].result()
+                self._pending.popleft()
         self.check()
 
     def check(self) -> None:
@@ -219,17 +229,7 @@ class Writer(Generic[T]):
         if self._error is not None:
             raise self._error
 
-    def _put(self, item: T | _Settled | type[_End]) -> None:
-        started = time.perf_counter()
-        while not self._stop.is_set():
-            with contextlib.suppress(queue.Full):
-                self._queue.put(item, timeout=_POLL_SECONDS)
-                break
-        self.wait_seconds += time.perf_counter() - started
-        self.check()
-
     def __enter__(self) -> Self:
-        self._thread.start()
         return self
 
     def __exit__(
@@ -237,20 +237,6 @@ class Writer(Generic[T]):
     ) -> None:
         try:
             if exc_type is None:
-                self._put(_End)
-                started = time.perf_counter()
-                self._thread.join()
-                self.wait_seconds += time.perf_counter() - started
+                self.settle()
         finally:
-            self._stop.set()
-            with contextlib.suppress(queue.Full):
-                self._queue.put_nowait(_End)  # wakes the thread if it waits for an item
-            self._thread.join()
-        if exc_type is None and self._error is not None:
-            raise self._error
-
-
-def _empty(items: queue.Queue[Any]) -> None:
-    with contextlib.suppress(queue.Empty):
-        while True:
-            items.get_nowait()
+            self._pool.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Push mode: one video whose frames, or latents, come in slices of any length from the caller.
+"""Push: one video whose frames, or latents, the caller hands over in slices of any length.
 
 Axes: B batch (1), C channels, T time, H height, W width; lower-case c t h w are those of a latent.
 """
@@ -18,17 +18,23 @@ from torch import Tensor
 
 from longvid.errors import ScheduleError, SessionStateError, SourceError
 from longvid.events import Direction
+from longvid.frames import Frames
 from longvid.planning.plan import DirectionPlan
 from longvid.runtime.admission import Admission, AdmissionControl, SessionGuard
-from longvid.runtime.engine import DecodeRun, EncodeRun, Engine, Frames, Representation, Run
+from longvid.runtime.engine import Engine
 from longvid.runtime.reblock import Reblocker, pad_frames
+from longvid.runtime.run import DecodeRun, EncodeRun, Representation, Run
 from longvid.schedule import Chunk
 
 __all__ = ["PushDecoder", "PushEncoder", "Scope"]
 
 
 class Scope(ABC):
-    """Life of a push-mode video: open in a ``with`` block, until finished, failed or left."""
+    """Life of a push-mode video: open in a ``with`` block, until it is finished, fails or is closed.
+
+    Leaving the block without an exception, with something pushed and neither :meth:`finish` nor :meth:`close` called,
+    is an error, since the tail of the video would be lost.
+    """
 
     direction: ClassVar[Direction]
     kind: ClassVar[str]
@@ -53,7 +59,13 @@ class Scope(ABC):
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
+        forgotten = exc_type is None and self.admission is not None
         self.close()
+        if forgotten:
+            raise SessionStateError(
+                f"the {self.kind} was left without finish(), so the tail of its video is missing; call finish() in the "
+                "with block and keep what it returns, or close() to drop the video"
+            )
 
     def close(self) -> None:
         """Drop the video and free its contexts. May be called again."""
@@ -282,7 +294,12 @@ class PushDecoder(Scope):
 
 
 def _as_frames(frames: Any) -> Frames:
-    array = frames.detach().cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames)
+    try:
+        array = frames.detach().cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames)
+    except (TypeError, ValueError) as exc:
+        raise SourceError(
+            f"frames are uint8 with axes (T, H, W, 3); {type(frames).__name__} is not an array: {exc}", kind="layout"
+        ) from exc
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape[1:3]:
         raise SourceError(
             f"frames are uint8 with axes (T, H, W, 3); {array.dtype} {array.shape} was given", kind="layout"

@@ -18,7 +18,8 @@ import numpy.typing as npt
 from longvid.errors import StoreError
 from longvid.events import RunReport
 from longvid.media.sources import open_source
-from longvid.runtime.feeds import frame_chunks
+from longvid.runtime.decode import DecodeOptions, decode_video
+from longvid.runtime.encode import EncodeOptions, encode_video, frame_chunks
 from longvid.runtime.session import VideoSession
 from longvid.schedule import ChunkSchedule
 from longvid.store.durability import Durability
@@ -232,21 +233,23 @@ def _rewrite(opened: StoreReader, columns: Columns) -> None:
 
 
 def _data(session: VideoSession, opened: StoreReader, units: frozenset[int], source: Any) -> RunReport:
+    where, path, metadata = _source_of(opened, source), opened.path, opened.metadata
     durability = Durability(snapshot_seconds=float("inf"))
-    where = _source_of(opened, source)
-    if opened.metadata.kind == "frames":
-        first, last = opened.metadata.window or (0, opened.metadata.num_frames)
-        return session.decode(where, opened.path, start=first, frames=last - first, durability=durability, mend=units)
-    return session.encode(
-        where,
-        opened.path,
-        representation=cast("Any", opened.metadata.representation),
-        store_dtype=cast("Any", str(opened.metadata.main.dtype)),
-        seed=opened.metadata.seed,
+    if metadata.kind == "frames":
+        first, last = metadata.window or (0, metadata.num_frames)
+        decoding = DecodeOptions(start=first, frames=last - first, durability=durability, mend=units)
+        with session.running("repair") as job:
+            return decode_video(job, session.decodable(where, path), path, decoding)
+    encoding = EncodeOptions(
+        representation=cast("Any", metadata.representation),
+        store_dtype=cast("Any", str(metadata.main.dtype)),
+        seed=metadata.seed,
         durability=durability,
         mend=units,
         **_reading(opened),
     )
+    with session.running("repair") as job:
+        return encode_video(job, where, path, encoding)
 
 
 def _source_of(opened: StoreReader, source: Any) -> Any:

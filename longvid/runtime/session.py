@@ -1,15 +1,17 @@
-"""VideoSession: one model on one device, and the life of every video that goes through it.
+"""Session: one model on one device, through which whole videos and push-mode videos run.
 
-What a whole video goes through is told in :mod:`longvid.runtime.whole`; push mode runs the middle part of it alone.
-Every video and direction gets a :class:`~longvid.models.cache.ConvCache` of its own that dies with it.
+It composes: :mod:`longvid.runtime.admission` guards it and plans, :mod:`longvid.runtime.encode` and
+:mod:`longvid.runtime.decode` run whole videos, :mod:`longvid.runtime.push` runs videos in slices. Every video and
+direction has a :class:`~longvid.models.cache.ConvCache` of its own, freed at its end.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -20,19 +22,22 @@ import torch
 
 from longvid.errors import ModelError, ScheduleError, SourceError, StoreError
 from longvid.events import Callback, RunReport
-from longvid.frames import OnError
+from longvid.frames import Frames, OnError
 from longvid.media.limits import Limits
 from longvid.memory.offload import OffloadPolicy
-from longvid.models.base import CausalVAE
+from longvid.models.base import CausalVAE, model_name
 from longvid.models.loading import load_model
 from longvid.models.numerics import parse_layout, parse_paired_frames
 from longvid.planning.plan import Plan
 from longvid.planning.planner import Offload, parse_dtype
 from longvid.planning.profile import Profile
-from longvid.runtime.admission import AdmissionControl, SessionGuard, SessionOptions
-from longvid.runtime.engine import Engine, Frames, Representation
+from longvid.runtime.admission import AdmissionControl, Job, SessionGuard, SessionOptions
+from longvid.runtime.decode import DecodeOptions, decode_video
+from longvid.runtime.encode import EncodeOptions, OnNonFinite, encode_video
+from longvid.runtime.engine import Engine
+from longvid.runtime.prefetch import StopRequest
 from longvid.runtime.push import PushDecoder, PushEncoder, Scope
-from longvid.runtime.whole import DecodeOptions, EncodeOptions, Host, OnNonFinite, decode_video, encode_video
+from longvid.runtime.run import Representation
 from longvid.store.durability import Durability, parse_durability
 from longvid.store.reader import LatentStore, open_store
 from longvid.units import parse_bytes, parse_reserve
@@ -115,7 +120,7 @@ class VideoSession:
         self._guard = SessionGuard()
         self._admission_control: AdmissionControl | None = None
         self._scopes: list[Scope] = []
-        self._stopping = False
+        self._stop: StopRequest | None = None
 
     # ------------------------------------------------------------------------------------------- lifecycle
 
@@ -179,7 +184,6 @@ class VideoSession:
         overwrite: bool = False,
         resume: bool = True,
         durability: str | Durability = "fsync",
-        mend: Iterable[int] = (),
     ) -> RunReport:
         """Encode a video into a zarr store of latents, or go on with one that was not finished.
 
@@ -203,8 +207,6 @@ class VideoSession:
             resume: continue such a store. If it is complete already, nothing is done.
             durability: ``"fsync"`` survives power loss, ``"rename"`` the death of the process; or all of it, see
                 :class:`~longvid.Durability`.
-            mend: units of a store of this very run that are to be computed and written again, and nothing else; for
-                :func:`longvid.runtime.repair.repair`.
 
         Returns:
             What was done; ``complete`` is False if :meth:`stop` ended it.
@@ -238,11 +240,11 @@ class VideoSession:
             overwrite=overwrite,
             resume=resume,
             durability=parse_durability(durability),
-            mend=frozenset(mend),
         )
-        with self._running("encode") as host:
-            _require_apart(_path_of(source), Path(store))
-            return encode_video(host, source, Path(store), options)
+        target = _target(store)
+        with self.running("encode") as job:
+            _require_apart(_path_of(source), target)
+            return encode_video(job, source, target, options)
 
     def decode(
         self,
@@ -254,7 +256,6 @@ class VideoSession:
         overwrite: bool = False,
         resume: bool = True,
         durability: str | Durability = "fsync",
-        mend: Iterable[int] = (),
     ) -> RunReport:
         """Decode a store of latents into exactly the frames that were encoded.
 
@@ -267,7 +268,6 @@ class VideoSession:
             overwrite: replace what is there, unless it is an unfinished store of this very run, which is continued.
             resume: continue such a store. A video file cannot be continued and starts over.
             durability: of a store of frames, as for :meth:`encode`.
-            mend: units of a store of frames, as for :meth:`encode`.
 
         Returns:
             What was done; ``complete`` is False if :meth:`stop` ended it. An unfinished video file is removed then.
@@ -285,31 +285,48 @@ class VideoSession:
             overwrite=overwrite,
             resume=resume,
             durability=parse_durability(durability),
-            mend=frozenset(mend),
         )
-        with self._running("decode") as host:
-            latents = store if isinstance(store, LatentStore) else open_store(store)
-            _require_decodable(latents, host.engine.model)
-            target = out if callable(out) else Path(out)
-            if isinstance(target, Path):
-                _require_apart(latents.path, target)
-            return decode_video(host, latents, target, options)
+        target = out if callable(out) else _target(out)
+        with self.running("decode") as job:
+            return decode_video(job, self.decodable(store, target), target, options)
 
-    def stop(self) -> None:
-        """Ask the :meth:`encode` or :meth:`decode` that runs to end at the next boundary between chunks.
+    def stop(self) -> bool:
+        """Ask the :meth:`encode` or :meth:`decode` that is running to end at the next boundary between chunks.
 
-        It saves a snapshot, publishes what is whole, and returns its report with ``complete=False``. If none runs, the
-        next one ends so at once. May be called from a signal handler, a callback or another thread.
+        That run saves a snapshot, publishes what is whole, and returns its report with ``complete=False``. If none is
+        running, nothing happens, and later runs are not affected. May be called from a signal handler, a callback or
+        another thread.
+
+        Returns:
+            Whether a run was asked.
         """
-        self._stopping = True
+        stop = self._stop
+        if stop is not None:
+            stop.make()
+        return stop is not None
 
     @contextmanager
-    def _running(self, what: str) -> Iterator[Host]:
+    def running(self, what: str) -> Iterator[Job]:
+        """The session is busy with the run of one whole video, which :meth:`stop` reaches."""
         with self._guard.busy(what):
+            self._stop = StopRequest()
             try:
-                yield Host(control=self._control, callbacks=self._callbacks, stopping=lambda: self._stopping)
+                yield Job(control=self._control, callbacks=self._callbacks, stop=self._stop)
             finally:
-                self._stopping = False
+                self._stop = None
+
+    def decodable(self, store: Any, out: Any) -> LatentStore:
+        """Open a store of latents that the session's model can decode to ``out``.
+
+        Raises:
+            StoreError: it cannot be opened, is incomplete or of another model, or ``out`` lies in it.
+            ScheduleError: it was made with another chunk plan.
+        """
+        latents = store if isinstance(store, LatentStore) else open_store(store)
+        _require_decodable(latents, self._control.engine.model)
+        if isinstance(out, Path):
+            _require_apart(latents.path, out)
+        return latents
 
     # ------------------------------------------------------------------------------------------- push mode
 
@@ -339,36 +356,57 @@ def _require_decodable(store: LatentStore, model: CausalVAE) -> None:
     if not store.complete:
         raise StoreError(
             f"{store.path} is incomplete: {store.num_frames} frames were published before its encode ended early; "
-            "encode it again with --overwrite (overwrite=True)",
+            "run the encode again to resume it",
             kind="incomplete",
         )
-    geometry = model.geometry
+    geometry, theirs = model.geometry, store.vae.get("name_or_path") or store.vae.get("class_name") or "another model"
+
+    def differs(found: str, expected: str) -> str:
+        return (
+            f"{store.path} was encoded with the model {theirs}, in {found}; the model of this session, "
+            f"{model_name(model)}, works in {expected}. Decode with the model of the store (--model {theirs})"
+        )
+
     channels = store.latents.shape[1]
     if channels != geometry.latent_channels:
         raise StoreError(
-            f"{store.path} holds latents of {channels} channels, the model decodes {geometry.latent_channels}; use the "
-            f"model that encoded it: {store.vae.get('name_or_path') or store.vae.get('class_name')}",
-            kind="format",
+            differs(f"latents of {channels} channels", f"latents of {geometry.latent_channels} channels"), kind="format"
         )
     p, size = geometry.pixels_per_latent, geometry.padded_size(store.height, store.width)
     if store.latents.shape[2:] != (size[0] // p, size[1] // p):
-        raise StoreError(
-            f"{store.path} holds latents of {store.latents.shape[3]}x{store.latents.shape[2]} for frames of "
-            f"{store.width}x{store.height}, the model makes {size[1] // p}x{size[0] // p} of them; use the model that "
-            "encoded it",
-            kind="format",
+        found = (
+            f"latents of {store.latents.shape[3]}x{store.latents.shape[2]} for frames of {store.width}x{store.height}"
         )
+        raise StoreError(differs(found, f"latents of {size[1] // p}x{size[0] // p} for such frames"), kind="format")
     if not geometry.schedule.same_latents(store.schedule):
-        raise ScheduleError(
-            f"{store.path} was encoded in chunks {store.schedule.to_dict()}, "
-            f"the model runs {geometry.schedule.to_dict()}"
-        )
+        raise ScheduleError(differs(str(store.schedule), str(geometry.schedule)))
     have, want = model.describe().get("weights_sha256"), store.vae.get("weights_sha256")
     if have and want and have != want:
         warnings.warn(
-            f"{store.path} was encoded with other weights ({store.vae.get('name_or_path')}); frames may look wrong",
-            stacklevel=4,
+            f"{store.path} was encoded with other weights ({theirs}) than this session has; frames may look wrong",
+            stacklevel=5,
         )
+
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def _target(out: Any) -> Path:
+    """The path of an output."""
+    if not isinstance(out, (str, os.PathLike)):
+        raise StoreError(
+            f"a {type(out).__name__} was given as the place to write to; give the path of a folder or file, as a "
+            "string or a Path",
+            kind="missing",
+        )
+    path = os.fspath(out)
+    if _ADDRESS.match(path):
+        raise StoreError(
+            f"{path} is an address (a Path drops one of its slashes); only files of this machine are written, so write "
+            "to a folder and upload that",
+            kind="refused",
+        )
+    return Path(path)
 
 
 def _require_representation(representation: str, seed: int) -> None:

@@ -31,7 +31,8 @@ from longvid.planning.plan import DirectionPlan
 from longvid.planning.planner import make_plan
 from longvid.planning.profile import DirectionProfile, Profile, ProfileScope
 from longvid.planning.workload import Workload
-from longvid.runtime.engine import DecodeRun, EncodeRun, Engine
+from longvid.runtime.engine import Engine
+from longvid.runtime.run import DecodeRun, EncodeRun
 from longvid.schedule import ChunkSchedule
 from longvid.units import format_bytes
 

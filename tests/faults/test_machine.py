@@ -31,9 +31,8 @@ from hypothesis.stateful import (
 import longvid.store.lock
 from longvid import Durability, StoreError, open_store
 from longvid.frames import SourceInfo, SourcePosition
-from longvid.runtime.checkpoint import Checkpoints
 from longvid.runtime.repair import repair
-from longvid.runtime.snapshot import snapshots_in
+from longvid.runtime.snapshot import Checkpoints, snapshots_in
 from longvid.schedule import ChunkSchedule
 from longvid.store.durability import WriteOptions
 from longvid.store.format import COORDINATE_NAMES, PRIVATE

@@ -213,6 +213,8 @@ def test_a_second_video_makes_room_by_offloading(vae, plan, frames):
         assert b.admission.part.placement.offloaded
         assert a.admission.part.projected_bytes + b.admission.part.idle_bytes <= memory
         assert b.admission.part.projected_bytes + a.admission.part.idle_bytes <= memory
+        a.close()
+        b.close()
 
 
 def test_a_chunk_invariant_model_shortens_its_chunks_before_it_offloads():

@@ -5,7 +5,7 @@ import pytest
 import zarr
 
 from longvid import Durability, StoreError, VideoSession, load_model
-from longvid.runtime.checkpoint import fingerprint_digest
+from longvid.runtime.snapshot import fingerprint_digest
 from longvid.store.fingerprint import differences
 
 HEIGHT, WIDTH, NUM_FRAMES = 32, 48, 44

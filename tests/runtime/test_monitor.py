@@ -1,13 +1,15 @@
 """Where the time of a run went: what events and the report say of it."""
 
-import queue
 import threading
+from concurrent.futures import Future
 
+import numpy as np
 import pytest
 from support.clock import PATIENCE, Clock, wait_until_blocked
 
 from longvid import VideoSession
 from longvid.events import RunReport
+from longvid.runtime.prefetch import StopRequest
 
 
 def test_a_report_adds_up_what_the_chunks_took(vae, frames, tmp_path):
@@ -40,7 +42,7 @@ def slices(frames, before=lambda number: None):
 def test_a_slow_source_shows_as_reading_and_waiting(vae, frames, tmp_path, clock):
     def before(number):
         if number:  # the first part is read before the run, to know the size
-            wait_until_blocked(queue.Queue.get)
+            wait_until_blocked(StopRequest.wait)
             clock.jump()
 
     with VideoSession(vae) as session:
@@ -55,11 +57,8 @@ def test_a_slow_sink_shows_as_writing_and_waiting_also_at_the_end(vae, frames, t
 
     def sink(part):
         parts.append(part)
-        if len(parts) == 1:
-            wait_until_blocked(queue.Queue.put)
-            clock.jump()
-        elif len(parts) == 4:
-            wait_until_blocked(threading.Thread.join)
+        if len(parts) == 1 or len(parts) == 4:
+            wait_until_blocked(Future.result)
             clock.jump()
 
     with VideoSession(vae, callbacks=[events.append]) as session:
@@ -97,3 +96,30 @@ def test_reading_and_writing_go_on_while_chunks_are_computed(vae, frames, tmp_pa
     busy = report.read_seconds if direction == "encode" else report.write_seconds
     assert 1 <= busy / Clock.JUMP < 2
     assert report.wait_seconds < Clock.JUMP
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_events_of_a_resumed_run_count_on(vae, frames, tmp_path, direction):
+    """Also after another video in the same session, and for a part of a store."""
+    video, window = np.concatenate([frames] * 2), {} if direction == "encode" else {"start": 5, "frames": 40}
+    events, stops = [], []
+
+    def watch(event):
+        events.append(event)
+        if len(events) in stops:
+            session.stop()
+
+    with VideoSession(vae, callbacks=[watch]) as session:
+        session.encode(video, tmp_path / "latents.zarr")
+        run, source = getattr(session, direction), video if direction == "encode" else tmp_path / "latents.zarr"
+        events.clear()
+        whole = run(source, tmp_path / "whole.zarr", **window)
+        expected = [(e.index, e.num_frames, e.frames_done, e.frames_total) for e in events]
+        events.clear()
+        stops.append(3)
+        first = run(source, tmp_path / "parts.zarr", **window)
+        second = run(source, tmp_path / "parts.zarr", **window)
+    assert [(e.index, e.num_frames, e.frames_done, e.frames_total) for e in events] == expected
+    assert expected[-1][2:] == (whole.frames, whole.frames)
+    assert (first.complete, second.complete) == (False, True)
+    assert second.resumed_from_frame == first.frames == expected[2][2]

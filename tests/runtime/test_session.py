@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -342,6 +343,7 @@ def test_several_open_videos_share_the_budget(vae, frames):
         first.push(frames)
         with pytest.raises(MemoryBudgetError, match="contexts of other open videos"):
             second.push(frames)
+        first.close()
 
 
 def test_the_device_that_auto_finds_is_tried_like_any_other(vae, monkeypatch):
@@ -458,8 +460,11 @@ def test_videos_that_have_not_started_count_as_planned(vae, frames):
             assert a.cache_bytes == b.cache_bytes == 0
             with pytest.raises(MemoryBudgetError, match="contexts of other open videos"):
                 c.push(first)
+            a.close()
+            b.close()
         with session.encoder() as d:  # the others have ended
             d.push(first)
+            d.close()
 
 
 def test_a_small_video_beside_a_large_one_is_checked_for_both(vae, frames):
@@ -476,6 +481,8 @@ def test_a_small_video_beside_a_large_one_is_checked_for_both(vae, frames):
             else:
                 with pytest.raises(MemoryBudgetError, match="beside a larger video"):
                     b.push(frames[:1, :8, :8])
+            a.close()
+            b.close()
 
 
 def test_chunks_get_shorter_for_a_second_video():
@@ -487,6 +494,8 @@ def test_chunks_get_shorter_for_a_second_video():
         b.push(torch.zeros(1, 16, 1, 8, 8))
         assert a.admission.schedule.chunk_frames == 16
         assert b.admission.schedule.chunk_frames == 4
+        a.close()
+        b.close()
 
 
 def test_samples_do_not_depend_on_the_cut(frames):
@@ -510,6 +519,80 @@ def test_a_store_of_another_spatial_compression_is_refused(vae, frames, tmp_path
     other.geometry = dataclasses.replace(vae.geometry, pixels_per_latent=4)
     with VideoSession(other) as session, pytest.raises(StoreError, match="latents of 5x3 for frames of 40x24"):
         session.decode(tmp_path / "a.zarr", tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_a_forgotten_finish_is_an_error_that_says_what_to_do(vae, frames, kind):
+    some = frames if kind == "encoder" else torch.zeros(1, 16, 2, 2, 2)
+    with VideoSession(vae) as session:
+        with pytest.raises(SessionStateError, match=rf"the {kind} was left without finish\(\)"):  # noqa: SIM117
+            with getattr(session, kind)() as scope:
+                scope.push(some)
+        assert scope.closed
+        with getattr(session, kind)() as scope:  # dropped on purpose
+            scope.push(some)
+            scope.close()
+        with getattr(session, kind)():  # nothing was pushed
+            pass
+        with pytest.raises(KeyError):  # the error of the block is the one that matters # noqa: SIM117
+            with getattr(session, kind)() as scope:
+                scope.push(some)
+                raise KeyError
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_latents_that_are_not_finite_are_named_before_they_are_decoded(vae, frames, tmp_path, dtype):
+    z = torch.zeros(1, 16, 5, 2, 3)
+    z[0, 4, 3, 1, 2] = float("nan")
+    with VideoSession(vae, dtype=dtype) as session:
+        with (
+            session.decoder() as dec,
+            pytest.raises(NonFiniteError, match="latent frame 3, in chunk 1,") as caught,
+        ):
+            dec.push(z)
+        assert caught.value.chunk == 1
+        assert "float32" not in str(caught.value)
+        session.encode(frames, tmp_path / "a.zarr")
+        store = open_store(tmp_path / "a.zarr")
+        read = type(store).read
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(store), "read", lambda self, *window: read(self, *window) * float("inf"))
+            with pytest.raises(NonFiniteError, match="latent frame 0, in chunk 0"):
+                session.decode(store, lambda _: None)
+
+
+def test_places_that_cannot_be_written_are_named(vae, frames, tmp_path):
+    with VideoSession(vae) as session:
+        for out, said in (
+            ("s3://a/b.zarr", "s3://a/b.zarr is an address"),
+            (Path("s3://a/b.zarr"), "a Path drops one of its slashes"),
+            (zarr.storage.MemoryStore(), "a MemoryStore was given as the place to write to"),
+            (None, "a NoneType was given"),
+        ):
+            with pytest.raises(StoreError, match=said):
+                session.encode(frames, out)
+        session.encode(frames, tmp_path / "a.zarr")
+        with pytest.raises(StoreError, match="is an address"):
+            session.decode(tmp_path / "a.zarr", "s3://a/b.mp4")
+        with session.encoder() as enc, pytest.raises(SourceError, match="list is not an array"):
+            enc.push([[1], [1, 2]])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zarr"]
+
+
+def test_the_store_of_another_model_is_told_in_words(vae, frames, tmp_path):
+    with VideoSession("tiny", device="cpu") as session:
+        session.encode(frames, tmp_path / "a.zarr")
+    other = copy.deepcopy(vae)
+    other.geometry = dataclasses.replace(vae.geometry, latent_channels=4)
+    for model, error, said in (
+        (vae, ScheduleError, "chunks of 9, 8, 8, ..."),
+        (other, StoreError, "4 channels"),
+    ):
+        with VideoSession(model) as session, pytest.raises(error) as caught:
+            session.decode(tmp_path / "a.zarr", tmp_path / "a.mp4")
+        for words in (str(tmp_path / "a.zarr"), "was encoded with the model tiny", "--model tiny", said):
+            assert words in str(caught.value)
+        assert "{" not in str(caught.value)
 
 
 def test_odd_calls_get_our_errors(vae, frames, tmp_path):

@@ -41,11 +41,11 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 def wait_until_blocked(function: Callable, thread: threading.Thread | None = None) -> None:
     """Wait until a thread, by default the main one, is inside of this function and cannot leave it by itself.
 
-    A method of a queue counts when it waits for an item or for room.
+    A method of a queue counts when it waits for an item or for room, one of a future when it waits for the result.
     """
     ident = (thread or threading.main_thread()).ident
     needed = {function.__code__}
-    if function.__module__ == "queue":
+    if function.__module__ in ("queue", "concurrent.futures._base"):
         needed.add(threading.Condition.wait.__code__)
 
     def is_inside() -> bool:

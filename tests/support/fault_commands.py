@@ -74,7 +74,7 @@ def _watch_steps(answer: dict) -> None:
 
 def _in_chunk(chunk: int, signals: Iterable[int], lasts: bool) -> None:
     """Send signals while a chunk is computed, which may never end by itself."""
-    from longvid.runtime.engine import EncodeRun
+    from longvid.runtime.run import EncodeRun
 
     real = EncodeRun.latents
 
@@ -127,7 +127,7 @@ def _main() -> None:
     import zarr  # noqa: F401 - for the children
 
     import longvid.cli.commands
-    import longvid.runtime.whole  # noqa: F401 - for the children
+    import longvid.runtime.session  # noqa: F401 - for the children
     from longvid import load_model
     from longvid.store import latent_writer
 

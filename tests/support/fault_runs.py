@@ -223,7 +223,7 @@ def _main() -> None:
     import torch
     import zarr  # noqa: F401 - for the children
 
-    import longvid.runtime.whole  # noqa: F401 - for the children
+    import longvid.runtime.session  # noqa: F401 - for the children
     from longvid import load_model
     from longvid.store import frame_writer, latent_writer
 

@@ -1,0 +1,220 @@
+"""Decode: a whole store of latents to a video file, a store of frames or a callable.
+
+Axes: T time, H height, W width, C channels; lower-case c t h w are those of a latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from longvid.errors import ScheduleError
+from longvid.events import RunReport
+from longvid.frames import ColorInfo, Frames, Times
+from longvid.media.video_writer import VideoWriter
+from longvid.runtime.admission import Admission, Job, Recorded, RunOptions
+from longvid.runtime.monitor import Monitor, nothing_done
+from longvid.runtime.prefetch import Prefetcher, Writer
+from longvid.runtime.run import DecodeRun
+from longvid.runtime.snapshot import Checkpoints
+from longvid.schedule import Chunk, ChunkSchedule
+from longvid.store.frame_writer import FrameStoreWriter
+from longvid.store.metadata import RunFacts
+from longvid.store.reader import LatentStore
+from longvid.store.target import check_target
+from longvid.store.writer import StoreWriter
+
+__all__ = ["CallSink", "DecodeOptions", "FrameSink", "decode_video", "latent_chunks", "video_sink"]
+
+_SHRINK = 0.05
+"least share of their bytes that frames take on the disk: drawings compress well, film to about 0.4"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeOptions(RunOptions):
+    """How a store is decoded; see :meth:`longvid.VideoSession.decode`."""
+
+    start: int = 0
+    frames: int | None = None
+
+
+class _Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """The run was stopped, and what it writes cannot be continued: leave its sink by an exception."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One store that is decoded."""
+
+    job: Job
+    options: DecodeOptions
+    latents: LatentStore
+    admission: Admission
+    window: tuple[int, int]
+    "frames that are written, half-open"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that decides the bits of the frames."""
+        latents = self.latents
+        return {
+            "kind": "frames",
+            "latents": {
+                "digests": latents.metadata.digests,
+                "num_frames": latents.num_frames,
+                "dtype": str(latents.latents.dtype),
+            },
+            "window": list(self.window),
+            "size": [latents.height, latents.width],
+            **self.job.engine.fingerprint(self.admission.part.numerics),
+            "chunk_plan": self.admission.schedule.to_dict(),
+        }
+
+
+def decode_video(
+    job: Job, latents: LatentStore, out: Path | Callable[[Frames], None], options: DecodeOptions
+) -> RunReport:
+    """Decode a store, or resume it. Arguments and errors are those of ``VideoSession.decode``."""
+    window = _frame_window(latents.num_frames, options.start, options.frames)
+    found = check_target(out) if isinstance(out, Path) and out.suffix == ".zarr" else None
+    engine, recorded = job.engine, Recorded()
+    if found is not None:
+        recorded = Recorded(numerics=Recorded.of(found, engine, overwrite=options.overwrite).numerics)
+    admission = job.control.admit("decode", latents.height, latents.width, recorded=recorded, whole=True)
+    task = _Task(job, options, latents, admission, window)
+    fingerprint = task.fingerprint()
+    if found is not None:
+        if options.is_done(found, fingerprint):
+            return nothing_done(admission, found)
+        frame_bytes = latents.height * latents.width * 3
+        options.check_disk(found, admission.part, window[1] - window[0], frame_bytes * _SHRINK)
+    sink = _sink(task, out, fingerprint)
+    with ExitStack() as stack:
+        run = stack.enter_context(DecodeRun(engine, admission.part, (latents.height, latents.width), traced=job.traced))
+        monitor = stack.enter_context(Monitor(job.callbacks, run, admission.plan, window[1] - window[0]))
+        ended = False
+        with suppress(_Stopped), sink:
+            checkpoints = Checkpoints(sink, run, fingerprint) if isinstance(sink, StoreWriter) else None
+            ended = _decode_chunks(task, sink, run, monitor, checkpoints)
+        return monitor.finish(complete=ended)
+
+
+def _sink(task: _Task, out: Path | Callable[[Frames], None], fingerprint: Mapping[str, Any]) -> FrameSink:
+    """Where the frames are written. Nothing is created yet."""
+    latents, options = task.latents, task.options
+    if not isinstance(out, Path):
+        return CallSink(out)
+    if out.suffix != ".zarr":
+        return video_sink(latents, out, options.overwrite)
+    return FrameStoreWriter(
+        out,
+        size=(latents.height, latents.width),
+        time_base=latents.time_base,
+        frame_rate=latents.frame_rate,
+        source=latents.source,
+        facts=RunFacts(
+            fingerprint=fingerprint,
+            vae=latents.vae,
+            extra={"numerics": task.admission.part.numerics.to_dict(), "latents": str(latents.path)},
+        ),
+        options=options,
+    )
+
+
+def _decode_chunks(
+    task: _Task, sink: FrameSink, run: DecodeRun, monitor: Monitor, checkpoints: Checkpoints | None
+) -> bool:
+    """The loop; returns whether it came to the end of the window."""
+    latents, schedule, stop, (first, last) = task.latents, task.admission.schedule, task.job.stop, task.window
+    store = sink if isinstance(sink, StoreWriter) else None
+    pts, valid = latents.frame_pts, latents.frame_valid
+    snapshot = None if store is None or checkpoints is None else checkpoints.restore(units=store.first_wanted)
+    monitor.skip(snapshot, schedule, task.window)
+    chunks = latent_chunks(latents, schedule, last, first=0 if snapshot is None else snapshot.chunk)
+    with (
+        Writer[tuple[Frames, Times, Any]](lambda piece: sink.write(*piece), stop=stop) as writer,
+        Prefetcher(chunks, check=writer.check, stop=stop) as reader,
+    ):
+        chunk = None
+        for chunk, z_TCHW in reader:
+            with monitor.timed():
+                pixels = run.frames(chunk, z_TCHW)
+            a, b = (min(max(edge, first), last) for edge in (chunk.frame_start, chunk.frame_stop))
+            if b > a:
+                writer.put((pixels[a - chunk.frame_start : b - chunk.frame_start], pts[a:b], valid[a:b]))
+            monitor.emit(b - a, chunk.num_latents, reader, writer)
+            if store is not None and store.wants_nothing_from(b - first):
+                break
+            if checkpoints is not None and checkpoints.due:
+                checkpoints.take(chunk.index + 1, None, writer)
+        if not reader.ended:
+            if checkpoints is None or store is None:
+                raise _Stopped
+            if chunk is not None:
+                checkpoints.take(chunk.index + 1, None, writer)
+            store.pause()
+    if checkpoints is not None:
+        monitor.snapshot_seconds = checkpoints.seconds
+    return reader.ended
+
+
+def _frame_window(num_frames: int, start: int, frames: int | None) -> tuple[int, int]:
+    if start < 0 or start >= num_frames or (frames is not None and frames < 1):
+        raise ScheduleError(
+            f"frames from {start}{'' if frames is None else f', {frames} of them,'} were asked for; the video has "
+            f"{num_frames} frames, 0 to {num_frames - 1}"
+        )
+    return start, num_frames if frames is None else min(num_frames, start + frames)
+
+
+def latent_chunks(
+    store: LatentStore, plan: ChunkSchedule, stop_frame: int, *, first: int = 0
+) -> Iterator[tuple[Chunk, npt.NDArray[np.float32]]]:
+    """Latents (t, c, h, w) of every chunk from ``first`` up to ``stop_frame``; runs in the reader thread."""
+    for chunk in plan.chunks(store.num_frames):
+        if chunk.frame_start >= stop_frame:
+            return
+        if chunk.index >= first:
+            yield chunk, store.read(chunk.latent_start, chunk.latent_stop)
+
+
+class CallSink:
+    """Hands frames to a function of the caller's."""
+
+    def __init__(self, out: Callable[[Frames], None]) -> None:
+        self._out = out
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        pass
+
+    def write(self, frames_THWC: Frames, pts_T: Times, valid_T: npt.NDArray[np.bool_] | None = None) -> None:
+        """Pass the frames on."""
+        self._out(frames_THWC)
+
+
+FrameSink: TypeAlias = CallSink | VideoWriter | FrameStoreWriter
+"a context manager with ``write(frames, pts, valid)``"
+
+
+def video_sink(store: LatentStore, out: Path, overwrite: bool) -> VideoWriter:
+    """What writes the frames of ``store`` to a video file. Nothing is created yet."""
+    color = store.source.get("color")
+    return VideoWriter(
+        out,
+        size=(store.height, store.width),
+        time_base=store.time_base,
+        frame_rate=store.frame_rate,
+        color=None if color is None else ColorInfo(**color),
+        overwrite=overwrite,
+    )

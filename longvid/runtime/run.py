@@ -1,0 +1,231 @@
+"""Run: one video in one direction, with its contexts and the meter of its memory.
+
+Axes: B batch (1), C channels, T time, H height, W width; lower-case c t h w are those of a latent.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import ClassVar, Literal, Self, TypeAlias, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from longvid.errors import MemoryBudgetError, NonFiniteError
+from longvid.events import Direction, Span
+from longvid.frames import Frames
+from longvid.memory.buffer_pool import BufferPool
+from longvid.memory.copy_engine import CopyEngine
+from longvid.memory.offloader import Offloader
+from longvid.memory.tracker import DeviceMeter, is_out_of_memory
+from longvid.models.cache import ConvCache
+from longvid.models.context import ForwardContext, Limits, PreparedWeights
+from longvid.models.forward import decode_chunk, encode_chunk, sample_posterior
+from longvid.models.kernels.convolution import faithful
+from longvid.planning.plan import DirectionPlan
+from longvid.runtime.engine import Engine
+from longvid.schedule import Chunk
+from longvid.units import format_bytes
+
+__all__ = ["DecodeRun", "EncodeRun", "Representation", "Run", "context_of"]
+
+T = TypeVar("T")
+
+Representation: TypeAlias = Literal["mode", "moments", "sample"]
+
+
+def context_of(part: DirectionPlan, module: nn.Module, copies: CopyEngine, *, traced: bool = False) -> ForwardContext:
+    """The context in which ``module`` runs one video as planned."""
+    return ForwardContext(
+        ConvCache(module, offloader=Offloader(part.placement, copies, host_sizes=part.host_sizes, traced=traced)),
+        BufferPool(keep=part.keeps_buffers),
+        PreparedWeights(keep=part.keeps_kernels),
+        part.numerics,
+        Limits(slice_elements=part.slicing.elements, tile_elements=part.slicing.band_elements),
+    )
+
+
+class Run:
+    """One video in one direction: its cache and its meter.
+
+    Args:
+        engine: the model where it computes.
+        part: the plan of this direction.
+        traced: whether copies and layers are timed, for :meth:`spans`.
+    """
+
+    direction: ClassVar[Direction]
+
+    def __init__(self, engine: Engine, part: DirectionPlan, *, traced: bool = False) -> None:
+        self.engine = engine
+        self.part = part
+        module = engine.model.encoder if self.direction == "encode" else engine.model.decoder
+        self.context = context_of(part, module, engine.copy_engine, traced=traced)
+        self.cache = self.context.cache
+        self.meter = DeviceMeter(engine.device, engine.weights_bytes)
+        self._warned = False
+
+    def __enter__(self) -> Self:
+        self.context.__enter__()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.context.close()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the video's contexts now, wherever they are."""
+        return self.cache.nbytes
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """Bytes of the contexts that leave the device between chunks."""
+        return self.cache.offloader.offloaded_bytes
+
+    def restore(self, num_chunks: int, contexts: Iterable[tuple[str, Tensor]]) -> None:
+        """Take the contexts that another run had after ``num_chunks`` chunks; see :meth:`ConvCache.restore`."""
+        self.cache.restore(num_chunks, contexts, self.engine.device)
+
+    def spans(self, origin_seconds: float) -> tuple[Span, ...]:
+        """Copies and layers since the last call, timed from ``origin_seconds`` on; empty unless traced."""
+        return self.cache.offloader.collect_spans(origin_seconds)
+
+    def _compute(self, step: Callable[[], T]) -> T:
+        """Run one chunk under the meter.
+
+        Raises:
+            MemoryBudgetError: the device ran out of memory, also with every context on the host.
+        """
+        index = self.cache.num_chunks
+        self.engine.guard.check(f"chunk {index} of {self.direction}")
+        try:
+            with self.meter.measure(self.cache.device_bytes), faithful(self.engine.device):
+                result = step()
+        except RuntimeError as exc:
+            if not is_out_of_memory(exc):
+                raise
+            said = str(exc).splitlines()[0]
+        else:
+            self._compare_with_plan()
+            return result
+        # Raised out here, since the frames of the error's traceback hold the chunk's tensors.
+        raise MemoryBudgetError(
+            f"the device ran out of memory in chunk {index} of {self.direction}: {format_bytes(self._expected_bytes)} "
+            f"were planned, {format_bytes(self.meter.peak_bytes)} measured until then{_device_numbers(self.engine)}; "
+            f"free memory on the device, or run again with a smaller memory= (--memory) or offload='all' ({said})",
+            projected_bytes=self.part.projected_bytes,
+            parts=self.part.parts,
+        )
+
+    @property
+    def _expected_bytes(self) -> int:
+        return self.part.projected_bytes + self.engine.reserved_bytes
+
+    def _compare_with_plan(self) -> None:
+        measured = self.meter.chunk_peak_bytes or 0
+        excess = measured - self._expected_bytes
+        if excess > 0 and not self._warned:
+            self._warned = True
+            planned, reserved = format_bytes(self.part.projected_bytes), format_bytes(self.engine.reserved_bytes)
+            warnings.warn(
+                f"the measured peak of {format_bytes(measured)} is {format_bytes(excess)} above the plan of {planned} "
+                f"and the {reserved} that are reserved for workspaces; lower the budget by that much, or let longvid "
+                "tune measure the reserve",
+                stacklevel=2,
+            )
+
+
+class EncodeRun(Run):
+    """Encodes one video, chunk by chunk."""
+
+    direction = "encode"
+
+    def __init__(
+        self, engine: Engine, part: DirectionPlan, representation: Representation, seed: int, *, traced: bool = False
+    ) -> None:
+        super().__init__(engine, part, traced=traced)
+        self.representation = representation
+        self.seed = seed
+
+    def moments(self, frames_THWC: Frames) -> Tensor:
+        """Padded frames of one chunk to moments (1, 2 c, t, h, w) on the host."""
+        host, engine = torch.from_numpy(frames_THWC), self.engine
+
+        def chunk() -> Tensor:
+            return encode_chunk(engine.model, self.context, host, device=engine.device, dtype=engine.dtype)
+
+        moments = _to_host(self._compute(chunk))
+        if not bool(torch.isfinite(moments).all()):
+            index = self.cache.num_chunks - 1
+            dtype = "" if engine.dtype == torch.float32 else "; compute in float32 (--dtype float32)"
+            raise NonFiniteError(
+                f"chunk {index} was encoded to values that are not finite in {engine.dtype}, and so are its contexts; "
+                f"nothing of it was kept{dtype}",
+                chunk=index,
+            )
+        return moments
+
+    def latents(self, chunk: Chunk, frames_THWC: Frames) -> tuple[Tensor, Tensor | None]:
+        """Padded frames to latents (1, c, t, h, w) and, if asked for, moments (1, 2 c, t, h, w), on the host."""
+        moments = self.moments(frames_THWC)
+        if self.representation == "sample":
+            return sample_posterior(moments, seed=self.seed, first_latent=chunk.latent_start), None
+        mean = moments.chunk(2, dim=1)[0]
+        return mean, moments if self.representation == "moments" else None
+
+
+class DecodeRun(Run):
+    """Decodes one video, chunk by chunk."""
+
+    direction = "decode"
+
+    def __init__(
+        self, engine: Engine, part: DirectionPlan, size: tuple[int, int] | None, *, traced: bool = False
+    ) -> None:
+        super().__init__(engine, part, traced=traced)
+        self.size = size
+
+    def frames(self, chunk: Chunk, z_TCHW: npt.NDArray[np.float32]) -> Frames:
+        """Latents of one chunk to its true frames (T, H, W, 3) on the host, cropped to size.
+
+        Raises:
+            NonFiniteError: a latent is NaN or infinite.
+            ModelError: the model computes a frame that is not finite.
+        """
+        bad = np.flatnonzero(~np.isfinite(z_TCHW).all(axis=(1, 2, 3)))
+        if len(bad):
+            raise NonFiniteError(
+                f"latent frame {chunk.latent_start + bad[0]}, in chunk {chunk.index}, holds values that are not finite "
+                "(NaN or infinity) before it is decoded; correct the latents, or encode the video again",
+                chunk=chunk.index,
+            )
+        host, engine = torch.from_numpy(z_TCHW), self.engine
+
+        def decoded() -> Tensor:
+            return decode_chunk(engine.model, self.context, host, device=engine.device, dtype=engine.dtype)
+
+        frames = self._compute(decoded)
+        height, width = self.size or frames.shape[1:3]
+        return cast("Frames", _to_host(frames).numpy()[: chunk.num_frames, :height, :width])
+
+
+def _device_numbers(engine: Engine) -> str:
+    if engine.device.type in ("cpu", "meta"):
+        return ""
+    free, total = torch.accelerator.get_memory_info(engine.device)
+    return f", {format_bytes(free)} of the device's {format_bytes(total)} are free now"
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in host memory, also from the CPU: results wait for the writer and must not count as device memory."""
+    if tensor.device.type != "cuda":
+        return tensor.to("cpu", copy=True)
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    torch.accelerator.current_stream(tensor.device).synchronize()
+    return host
