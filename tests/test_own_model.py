@@ -15,7 +15,7 @@ def test_the_page_runs_as_printed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
     for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S):
-        exec(compile(block, PAGE.name, "exec"), names)  # noqa: S102 - our own page
+        exec(compile(block, PAGE.name, "exec"), names)
     store = lv.open_store("mine.zarr")
     assert store.complete
     assert store.latents.shape == (40, 4, 16, 24)

@@ -21,8 +21,9 @@ from longvid.errors import ModelError
 from longvid.models.base import LatentGeometry
 from longvid.models.cache import ConvCache
 from longvid.models.context import ForwardContext
-from longvid.models.layers import CausalConv3d, Downsample, ResnetBlock, Upsample
+from longvid.models.layers import CausalConv3d, ResnetBlock
 from longvid.models.norms import GroupNormSiLU, SpatialNormSiLU
+from longvid.models.resampling import Downsample, Upsample
 
 __all__ = ["CogVideoXConfig", "CogVideoXVAE"]
 

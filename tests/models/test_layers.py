@@ -14,8 +14,9 @@ from longvid.models.kernels import convolution
 from longvid.models.kernels.convolution import fuses_residuals
 from longvid.models.kernels.cpu import has_bfloat16
 from longvid.models.kernels.cuts import row_tiles, time_slices
-from longvid.models.layers import Downsample, ResnetBlock, Upsample, _Copied
+from longvid.models.layers import ResnetBlock, _Copied
 from longvid.models.numerics import Numerics
+from longvid.models.resampling import Downsample, Upsample
 from longvid.models.window import Window
 
 DTYPES = [torch.float32, torch.bfloat16]
