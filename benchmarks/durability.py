@@ -1,4 +1,4 @@
-"""What durability costs, and how soon a killed run goes on: the embedded clip in a loop through `tiny` on the CPU.
+"""What durability costs, and how soon a killed run resumes: the embedded clip in a loop through `tiny` on the CPU.
 
     python benchmarks/durability.py [--frames 12000] [--size 320x176] [--rounds 5]
         [--out benchmarks/results/durability.json]

@@ -2,8 +2,8 @@
 
 Memory that is fresh from the system costs a page fault for every 4 KiB, which is more time than a norm takes to fill
 it. So windows and outputs come from here: a tensor's memory is handed out again once nothing refers to it any more.
-Whoever still holds the tensor, or a view of it, keeps the memory; there is no call to give it back and nothing that
-could be given back too early.
+A caller that still holds the tensor, or a view of it, keeps the memory; no call returns memory, so none can be returned
+too early.
 
 There are two ways to deal with memory that no one holds:
 
@@ -152,7 +152,7 @@ class BufferPool:
         return gone
 
     def clear(self) -> None:
-        """Forget everything; memory that is in use lives on with whoever uses it. May be called at any time."""
+        """Forget everything; memory that is in use is freed by its last user. May be called at any time."""
         self._storages.clear()
         self._asked_bytes.clear()
 

@@ -113,7 +113,7 @@ def _map_memory(num_bytes: int) -> mmap.mmap:
         return mmap.mmap(-1, num_bytes, flags=flags)
     except OSError as exc:
         raise MemoryBudgetError(
-            f"{format_bytes(num_bytes)} of host memory for offloaded contexts cannot be had ({exc.strerror}); "
+            f"{format_bytes(num_bytes)} of host memory for offloaded contexts could not be allocated ({exc.strerror}); "
             "offload less, or to a folder with offload_dir (--offload-dir)",
             projected_bytes=num_bytes,
         ) from exc

@@ -33,7 +33,7 @@ _MOST_SETTLING = 8
 
 
 def skeleton_of(model: CausalVAE, dtype: torch.dtype) -> CausalVAE:
-    """The model without its weights, and without hooks: whoever hooked into it wants to hear of real chunks."""
+    """The model without its weights, and without hooks, which are meant for real chunks."""
     module = cast("nn.Module", model)
     skeleton = placed(module, _META, dtype)
     if skeleton is not module:

@@ -39,7 +39,7 @@ def disk(tmp_path):
 @needs_mounts
 @pytest.mark.timeout(3600)
 def test_a_disk_that_fills_up(bench, disk, ledger, all_faults):
-    """Of every size from nothing to enough, by bytes and by files; then it grows, and the run goes on."""
+    """Of every size from nothing to enough, by bytes and by files; then it grows, and the run resumes."""
     sizes = range(8, 600, 4) if all_faults else (64, 112, 168, 216, 600)
     nodes = range(4, 48, 1) if all_faults else (12, 30)
     bad, in_snapshot = [], 0
@@ -108,7 +108,7 @@ def test_files_that_may_not_grow(bench, tmp_path, ledger, all_faults):
 
 @needs_mounts
 def test_a_disk_that_cannot_be_written(bench, disk, ledger):
-    """Before the first run, after one that was cut short, and when all is done; reading goes on."""
+    """Before the first run, after one that was cut short, and when all is done; reading still works."""
     store = disk.path / "a.zarr"
     disk.fresh("size=16m,ro")
     fresh = Trial(bench, store)

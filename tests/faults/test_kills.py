@@ -1,4 +1,4 @@
-"""Killed at any file operation, and again while going on: readers see a true prefix, and the end is the same bits."""
+"""Killed at any file operation, and again during the resumed run: readers see a true prefix, and the end is the same bits."""
 
 import random
 
@@ -28,7 +28,7 @@ def truths(forker, tmp_path_factory):
 
 
 def killed_at(forker, job, path, store, truth, points):
-    """Kill a run at each of ``points`` in turn, each one going on from the one before, then let one finish."""
+    """Kill a run at each of ``points`` in turn, each one resuming the one before, then let one finish."""
     outcome, frames, num_killed = Outcome(), 0, 0
     for point in points:
         ending = forker.run(job, path, store=store, kill_at=point)
@@ -72,7 +72,7 @@ def test_a_run_that_is_killed_while_it_goes_on_after_a_kill(forker, truths, tmp_
     for number in range(200 if all_faults else 6):
         job = JOBS[number % 3 == 2]
         total = found[job].points
-        # What goes on does less the later the first kill was; early points are its opening, sweep and restore.
+        # A resumed run does less the later the first kill was; early points are its opening, sweep and restore.
         trials.append((number, job, [rng.randrange(total), rng.randrange(rng.choice((60, total)))]))
 
     def tried(trial):

@@ -1,4 +1,4 @@
-"""The device runs out of memory in any layer: the same bits after recovery, or a clean error and a run that goes on."""
+"""The device runs out of memory in any layer: the same bits after recovery, or a clean error and a run that can be resumed."""
 
 import gc
 import warnings

@@ -1,4 +1,4 @@
-"""The power fails at any file operation: what was synced is there, and going on from the rest gives the same bits."""
+"""The power fails at any file operation: what was synced is there, and a run resumed from it gives the same bits."""
 
 import random
 

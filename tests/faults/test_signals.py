@@ -202,7 +202,7 @@ def test_a_zombie_publishes_nothing_in_a_store_that_was_taken_over(published, tm
     assert caught.value.kind == "locked"
     assert root.read_bytes() == taken
     assert published_frames(store) == 64 * published
-    with frame_writer(store) as writer:  # goes on as the other one would
+    with frame_writer(store) as writer:  # continues as the other one would
         writer.write(*frames(1))
         writer.write(*frames(3))
     shown = read_arrays(store)["frames"]

@@ -1,4 +1,4 @@
-"""Going on behind a frame that was read before: the same frames as without the break, in every container."""
+"""Resuming after a frame that was read before: the same frames as without the break, in every container."""
 
 import av
 import numpy as np

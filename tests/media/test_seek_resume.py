@@ -1,4 +1,4 @@
-"""Going on behind any frame, in the containers and for the pictures that mislead a seek."""
+"""Resuming after any frame, in the containers and for the pictures that mislead a seek."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Host buffers and lanes: what is copied arrives, nothing is left behind, and limits are told in words."""
+"""Host buffers and lanes: what is copied arrives, nothing is left behind, and limits are reported in words."""
 
 import os
 import re
@@ -152,7 +152,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 
 def test_more_than_there_is():
-    with pytest.raises(MemoryBudgetError, match="cannot be had"):
+    with pytest.raises(MemoryBudgetError, match="could not be allocated"):
         CopyEngine(CPU).host_buffer([2**60])
 
 

@@ -67,7 +67,7 @@ class _LazyLanes(_InlineLanes):
         return ticket
 
     def to_device(self, source, target, after):
-        target.fill_(torch.nan)  # whoever reads too early sees this
+        target.fill_(torch.nan)  # a layer that reads too early sees this
         ticket = self._copy(target, source.tensor, source)
         ticket.after = after
         return ticket

@@ -1,4 +1,4 @@
-"""Parity with diffusers: same weights, same chunks, the same numbers to rounding."""
+"""Parity with diffusers: same weights, same chunks, the same numbers but for the last bits."""
 
 import logging
 

@@ -207,7 +207,7 @@ def test_one_frame_through_a_loaded_model(folder):
         assert model.encode(torch.zeros(1, 3, 1, 16, 16), cache).shape == (1, 32, 1, 2, 2)
 
 
-# ------------------------------------------------------------------------------------------------- of strangers
+# --------------------------------------------------------------------------------------------------- untrusted
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

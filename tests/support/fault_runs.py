@@ -24,8 +24,8 @@ import numpy as np
 from support.forking import Forkers, serve
 
 NUM_FRAMES, HEIGHT, WIDTH = 54, 32, 48
-"""One more than fill their latent frames, so that the tail is padded, and units that do not come out even: what goes on
-behind the last chunk has to know how many frames there were."""
+"""One more than fill their latent frames, so that the tail is padded, and units that do not come out even: a run resumed
+after the last chunk has to know how many frames there were."""
 _LATENT_UNIT_BYTES = 4 * 16 * (HEIGHT // 8) * (WIDTH // 8) * 2
 _FRAME_UNIT_BYTES = 8 * HEIGHT * WIDTH * 3
 "of a frame store's unit this is half"
@@ -353,14 +353,14 @@ class Outcome:
         if not is_prefix(arrays, truth):
             self.wrong.append(f"the {frames} frames that are published are not those of an undisturbed run")
         if len(arrays.get("frame_pts", ())) != frames:
-            self.failed.append(f"{len(arrays.get('frame_pts', ()))} rows, {frames} frames are told")
+            self.failed.append(f"{len(arrays.get('frame_pts', ()))} rows, {frames} frames are recorded")
         self.lost_frames += max(0, least - frames)
         return frames
 
     def see_end(self, path: Path, truth: Truth, ending: Ending) -> None:
         """Look at the store after the run that had to finish it."""
         if not ending.finished:
-            self.failed.append(ending.error or "the run that goes on was killed")
+            self.failed.append(ending.error or "the resumed run was killed")
             return
         self.see(path, truth, least=len(truth.arrays["frame_pts"]))
         self.failed += _faults_of(path)

@@ -54,11 +54,11 @@ _PACKED_CHANNELS = 64
 
 @contextmanager
 def faithful(device: torch.device) -> Iterator[None]:
-    """Within, convolutions on ``device`` give float32 what it is due, and the same bits every time.
+    """Within this context, float32 convolutions on ``device`` are computed in float32, with the same bits every time.
 
-    PyTorch lets cuDNN round the inputs of float32 convolutions to the 10 bits of TF32 unless it is told otherwise, and
-    programs like to have it try its kernels on the spot. The settings are the process's. They come back as they were
-    when the last thread that needs them has left.
+    By default PyTorch lets cuDNN round the inputs of float32 convolutions to the 10 bits of TF32, and programs often let
+    it benchmark its kernels at run time. The settings belong to the process. They are restored when the last thread
+    that needs them has left.
     """
     if device.type != "cuda":
         yield
