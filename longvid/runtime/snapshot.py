@@ -1,4 +1,4 @@
-"""Snapshots: the state between two chunks, on disk, so that a run that ended early goes on with the same bits.
+"""Snapshots: the state between two chunks, on disk, so that a run that ended early resumes with the same bits.
 
 A snapshot is a safetensors file with the context of every layer, the rows that wait to become a unit of the store, and
 where the source stands. Every tensor goes to the file on its own, so that a snapshot takes no memory to speak of beside
@@ -100,8 +100,8 @@ def write_snapshot(
         keep_all: keep older ones too.
 
     Raises:
-        ValueError: a context is not finite, so that going on from it would spoil the rest of the video.
-        OSError: the disk says no. Older snapshots are untouched.
+        ValueError: a context is not finite, so that resuming from it would spoil the rest of the video.
+        OSError: the file cannot be written. Older snapshots are untouched.
     """
     folder.mkdir(exist_ok=True)
     listed = list(contexts)
@@ -127,7 +127,7 @@ def write_snapshot(
 
 
 def newest_snapshot(folder: Path, *, fingerprint: str, units: int, chunk: int | None = None) -> Snapshot | None:
-    """The newest snapshot that is whole, of this run, and leans on published units only; None if there is none.
+    """The newest snapshot of this run that is whole and depends on committed units only; None if there is none.
 
     Args:
         folder: of the snapshots.
@@ -267,7 +267,7 @@ class Checkpoints:
 
         Args:
             units: of the store that are not needed from this run.
-            latest: the latest chunk to go on with; any by default.
+            latest: the latest chunk to resume from; any by default.
         """
         snapshot = newest_snapshot(
             self._target.snapshots_folder,
@@ -292,7 +292,7 @@ class Checkpoints:
         """Save the state before ``chunk``. Called between two chunks.
 
         Raises:
-            StoreError: the disk says no.
+            StoreError: the snapshot cannot be written.
             ModelError: a context is not finite.
         """
         if chunk == self._at_chunk or self._target.durability.snapshot_seconds == float("inf"):

@@ -1,4 +1,4 @@
-"""Killed at any file operation, and again during the resumed run: readers see a true prefix, and the end is the same bits."""
+"""Killed at any file operation, and again while it resumes: readers see a true prefix, and the end is the same bits."""
 
 import random
 

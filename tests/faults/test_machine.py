@@ -1,7 +1,7 @@
 """A store in all orders of events: open, write, snapshot, die, go on, corrupt, verify, repair, read, close.
 
-What readers see is always the beginning of the same video. In place of a model stands a recurrence: each chunk depends on
-the state that those before it left, so that a run resumed from a wrong state, or from none, computes others.
+What readers see is always the beginning of the same video. In place of a model stands a recurrence: each chunk depends
+on the state that those before it left, so that a run resumed from a wrong state, or from none, computes others.
 """
 
 # ruff: noqa: PT017 - whether a step may fail depends on what happened before it

@@ -1,4 +1,4 @@
-"""The device runs out of memory in any layer: the same bits after recovery, or a clean error and a run that can be resumed."""
+"""The device runs out of memory in any layer: the same bits after recovery, or a clean error; then the run resumes."""
 
 import gc
 import warnings

@@ -1,4 +1,4 @@
-"""Going on: stopped after any chunk, with any placement, in either direction, the bits are those of one run."""
+"""Resuming: stopped after any chunk, with any placement, in either direction, the bits are those of one run."""
 
 import numpy as np
 import pytest

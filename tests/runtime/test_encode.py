@@ -58,7 +58,7 @@ def test_a_chunk_that_is_not_finite_is_never_published_nor_snapshotted(nano, vid
     assert caught.value.chunk == 3
     snapshots = sorted((tmp_path / "a.zarr").rglob("*.safetensors"))
     assert [path.stem for path in snapshots] == ["000000002", "000000003"]
-    # the weights are as they were: without the fault the same call goes on, to the bits of a run that never had one
+    # the weights are as they were: without the fault the same call resumes, to the bits of a run that never had one
     with VideoSession(load_model("cogvideox-nano", random_weights=1), layout="contiguous") as session:
         report = session.encode(video, tmp_path / "a.zarr")
         session.encode(video, tmp_path / "b.zarr")

@@ -51,7 +51,7 @@ def damage(store, name):
 
 
 def latest_snapshot(store, unit):
-    """Frames behind which the newest snapshot stands that leans on nothing from ``unit`` on."""
+    """Frames before the newest snapshot that depends on no unit from ``unit`` on."""
     frames = 0
     for path in snapshots_in(store / PRIVATE / "snapshots"):
         with safe_open(path, framework="np") as file:

@@ -308,7 +308,7 @@ def test_a_run_that_is_continued_needs_no_more_than_was_planned(vae, frames, tmp
         assert 0 < report.peak_device_bytes <= report.projected_bytes
 
 
-def test_the_measured_peak_is_the_planned_one_whoever_is_slow(vae, frames, tmp_path):
+def test_the_measured_peak_is_the_planned_one_whichever_thread_is_slow(vae, frames, tmp_path):
     """Results that wait for a slow writer are host memory and do not count."""
     long = np.concatenate([frames] * 3)
     plan, held = make_plan(vae, height=24, width=40, keep_buffers=True), []
@@ -636,7 +636,7 @@ class Observer:
         self._hear("failed" if report is None else "finished")
 
 
-def test_every_observer_hears_the_end_whoever_fails(vae, frames, tmp_path):
+def test_every_observer_hears_the_end_even_if_one_fails(vae, frames, tmp_path):
     first, second = Observer(["finished"]), Observer()
     with VideoSession(vae, callbacks=[first, second]) as session:
         with pytest.raises(ValueError, match="finished"):

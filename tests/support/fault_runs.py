@@ -24,8 +24,8 @@ import numpy as np
 from support.forking import Forkers, serve
 
 NUM_FRAMES, HEIGHT, WIDTH = 54, 32, 48
-"""One more than fill their latent frames, so that the tail is padded, and units that do not come out even: a run resumed
-after the last chunk has to know how many frames there were."""
+"""One more than fill their latent frames, so that the tail is padded, and units that do not come out even: a run
+resumed after the last chunk has to know how many frames there were."""
 _LATENT_UNIT_BYTES = 4 * 16 * (HEIGHT // 8) * (WIDTH // 8) * 2
 _FRAME_UNIT_BYTES = 8 * HEIGHT * WIDTH * 3
 "of a frame store's unit this is half"

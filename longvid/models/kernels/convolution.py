@@ -56,9 +56,9 @@ _PACKED_CHANNELS = 64
 def faithful(device: torch.device) -> Iterator[None]:
     """Within this context, float32 convolutions on ``device`` are computed in float32, with the same bits every time.
 
-    By default PyTorch lets cuDNN round the inputs of float32 convolutions to the 10 bits of TF32, and programs often let
-    it benchmark its kernels at run time. The settings belong to the process. They are restored when the last thread
-    that needs them has left.
+    By default PyTorch lets cuDNN round the inputs of float32 convolutions to the 10 bits of TF32, and programs often
+    let it benchmark its kernels at run time. The settings belong to the process. They are restored when the last
+    thread that needs them has left.
     """
     if device.type != "cuda":
         yield
