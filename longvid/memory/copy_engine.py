@@ -1,14 +1,14 @@
-"""CopyEngine: copies of contexts between a device and the host, on one lane for each direction.
+"""CopyEngine: copies of contexts between a device and the host, on one copy stream for each direction.
 
-On an accelerator a lane is a stream of its own, ordered by events against the stream that computes; host buffers are
-page-locked, so that copies run while kernels do. On a CPU a lane is a thread and the host buffer is other memory, or
-a file: the same order of the same steps, so that everything is tested there. On ``meta`` nothing moves.
+On an accelerator a copy stream is a device stream, ordered by events against the stream that computes; host buffers are
+page-locked, so that copies run while kernels do. On a CPU a copy stream is a thread, and the host buffer is other
+memory or a file: the order of operations is the same, so everything is tested there. On ``meta`` nothing moves.
 
-Nobody waits for a copy but the work that needs it: :meth:`Ticket.wait` orders what is computed next behind it.
+Only the work that needs a copy waits for it: :meth:`Ticket.wait` orders what is computed next behind it.
 
-Memory rules on an accelerator. A device tensor is taken from the pool of the computing stream. Before a lane writes
-to it, the lane waits for that stream; before its last reference is dropped, that stream waits for the lane. So no
-``record_stream`` is needed, and every byte is freed at a point that the plan knows.
+Memory rules on an accelerator. A device tensor is taken from the pool of the computing stream. A copy stream waits for
+that stream before it writes to the tensor; that stream waits for the copy stream before the last reference is dropped.
+So no ``record_stream`` is needed, and every byte is freed at a point that the plan knows.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PORTABLE = 1
 
 
 class Mark(Protocol):
-    """A moment on a lane or in the computation."""
+    """A moment on a copy stream or in the computation."""
 
     def seconds(self) -> float | None:
         """On the clock of ``time.perf_counter``; None while it has not happened yet."""
@@ -71,13 +71,13 @@ class CopyEngine:
     def __init__(self, device: torch.device, *, directory: Path | None = None) -> None:
         self.device = device
         self.directory = directory
-        self._made: _Lanes | None = None
+        self._made: _Streams | None = None
         self._spare: HostBuffer | None = None
 
     @property
-    def _lanes(self) -> _Lanes:
+    def _streams(self) -> _Streams:
         if self._made is None:
-            self._made = _lanes_of(self.device)
+            self._made = _streams_of(self.device)
         return self._made
 
     @property
@@ -99,7 +99,7 @@ class CopyEngine:
         self.close()
 
     def close(self) -> None:
-        """Wait for all copies, end the lanes and give the host memory back. May be called again."""
+        """Wait for all copies, end the copy streams and give the host memory back. May be called again."""
         if self._made is not None:
             self._made.close()
         self._made = self._spare = None
@@ -115,8 +115,8 @@ class CopyEngine:
         if spare is not None and num_bytes <= spare.num_bytes <= 2 * num_bytes:
             return spare
         del spare  # given back before more is taken
-        buffer = HostBuffer(num_bytes, self.directory, self._lanes.pin)
-        if self._lanes.wants_pinned and self.directory is None and not buffer.pinned:
+        buffer = HostBuffer(num_bytes, self.directory, self._streams.pin)
+        if self._streams.wants_pinned and self.directory is None and not buffer.pinned:
             warnings.warn(
                 f"{format_bytes(buffer.num_bytes)} of host memory could not be page-locked; contexts are copied "
                 "through pageable memory, which makes the device wait (raise the limit of locked memory, ulimit -l, "
@@ -126,32 +126,32 @@ class CopyEngine:
         return buffer
 
     def drain(self) -> None:
-        """Block until no copy is under way on any lane."""
+        """Block until no copy is under way on any stream."""
         if self._made is not None:
             self._made.drain()
 
     def release(self, buffer: HostBuffer) -> None:
-        """Take an buffer back whose slots nobody uses any more, the lanes included: see :meth:`drain`."""
+        """Take a buffer back whose slots are not used any more, by copies neither: see :meth:`drain`."""
         buffer.clear()
         self._spare = buffer
 
     def to_host(self, source: Tensor, target: HostSlot) -> Ticket:
         """Copy a dense device tensor out, once all that was computed so far is done."""
-        return self._lanes.to_host(source, target)
+        return self._streams.to_host(source, target)
 
     def to_device(self, source: HostSlot, target: Tensor, after: Ticket | None) -> Ticket:
         """Copy into a new tensor of the slot's layout, once ``after``, the copy that filled the slot, is done."""
-        return self._lanes.to_device(source, target, after)
+        return self._streams.to_device(source, target, after)
 
     def mark(self) -> Mark:
         """This moment in the computation."""
-        return self._lanes.mark()
+        return self._streams.mark()
 
 
-# --------------------------------------------------------------------------------------------------- lanes
+# --------------------------------------------------------------------------------------------------- copy streams
 
 
-class _Lanes(ABC):
+class _Streams(ABC):
     wants_pinned = False
 
     def pin(self, buffer: Tensor) -> Callable[[], None] | None:
@@ -172,18 +172,18 @@ class _Lanes(ABC):
         """Block until no copy is under way."""
 
     def close(self) -> None:
-        """Wait for what is under way and end the lanes."""
+        """Wait for what is under way and end the copy streams."""
         self.drain()
 
 
-def _lanes_of(device: torch.device) -> _Lanes:
+def _streams_of(device: torch.device) -> _Streams:
     if device.type == "cpu":
-        return _ThreadLanes()
+        return _ThreadStreams()
     if device.type == "meta":
-        return _MetaLanes()
+        return _MetaStreams()
     if device.type in ("cuda", "xpu"):
-        return _StreamLanes(device)
-    return _InlineLanes()
+        return _DeviceStreams(device)
+    return _InlineStreams()
 
 
 class _Instant:
@@ -206,7 +206,7 @@ class _InlineTicket:
     def synchronize(self) -> None: ...
 
 
-class _InlineLanes(_Lanes):
+class _InlineStreams(_Streams):
     """Copies at once, for devices without streams of their own to copy on."""
 
     def to_host(self, source: Tensor, target: HostSlot) -> Ticket:
@@ -227,7 +227,7 @@ class _InlineLanes(_Lanes):
     def drain(self) -> None: ...
 
 
-class _MetaLanes(_Lanes):
+class _MetaStreams(_Streams):
     def to_host(self, source: Tensor, target: HostSlot) -> Ticket:
         return _InlineTicket(0.0, 0.0)
 
@@ -260,7 +260,7 @@ class _FutureMark:
         return self._future.result()[self._which] if self._future.done() else None
 
 
-class _ThreadLanes(_Lanes):
+class _ThreadStreams(_Streams):
     """One thread for each direction. They start with the first copy.
 
     Bytes are copied by numpy: it lets go of the interpreter and stays in its thread, where a torch copy would open a
@@ -285,14 +285,14 @@ class _ThreadLanes(_Lanes):
         return _Instant(time.perf_counter())
 
     def drain(self) -> None:
-        for lane in (self._out, self._in):
-            if lane is not None:
-                lane.submit(lambda: None).result()  # one thread each, in order
+        for stream in (self._out, self._in):
+            if stream is not None:
+                stream.submit(lambda: None).result()  # one thread each, in order
 
     def close(self) -> None:
-        for lane in (self._in, self._out):
-            if lane is not None:
-                lane.shutdown(wait=True)
+        for stream in (self._in, self._out):
+            if stream is not None:
+                stream.shutdown(wait=True)
         self._in = self._out = None
 
 
@@ -337,7 +337,7 @@ class _EventMark:
         return self._origin_seconds + self._origin.elapsed_time(self._event) / 1000.0
 
 
-class _StreamLanes(_Lanes):
+class _DeviceStreams(_Streams):
     """One stream for each direction; an accelerator copies both ways at once while it computes."""
 
     def __init__(self, device: torch.device) -> None:
@@ -372,12 +372,12 @@ class _StreamLanes(_Lanes):
             self._in.wait_event(after.event)
         return self._copy(self._in, target, source.tensor, source)
 
-    def _copy(self, lane: torch.Stream, target: Tensor, source: Tensor, slot: HostSlot) -> Ticket:
-        lane.wait_stream(torch.accelerator.current_stream(self._device))
-        with lane:
-            started = self._record(lane)
+    def _copy(self, stream: torch.Stream, target: Tensor, source: Tensor, slot: HostSlot) -> Ticket:
+        stream.wait_stream(torch.accelerator.current_stream(self._device))
+        with stream:
+            started = self._record(stream)
             target.copy_(source, non_blocking=True)
-            stopped = self._record(lane)
+            stopped = self._record(stream)
         slot.settle()  # of a file, which is pageable: it was copied by the time the call came back
         return _StreamTicket(self._device, self._as_mark(started), self._as_mark(stopped), stopped)
 

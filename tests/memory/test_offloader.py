@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from longvid import AllocationTracker, CausalConv3d, ConvCache
-from longvid.memory.copy_engine import CopyEngine, _InlineLanes
+from longvid.memory.copy_engine import CopyEngine, _InlineStreams
 from longvid.memory.offload import Placement
 from longvid.memory.offloader import Offloader
 
@@ -55,7 +55,7 @@ def run(model, video, placement=None, copies=None, **options):
     return out
 
 
-class _LazyLanes(_InlineLanes):
+class _LazyStreams(_InlineStreams):
     """The worst lanes that are allowed: a copy happens when somebody waits for it, and not a moment sooner."""
 
     def __init__(self):
@@ -107,14 +107,14 @@ def test_every_placement_gives_the_same_bits(model, video, lanes):
     for placement in placements(model):
         with CopyEngine(CPU) as copies:
             if lanes == "lazy":
-                copies._made = _LazyLanes()
+                copies._made = _LazyStreams()
             assert torch.equal(run(model, video, placement, copies), expected), placement
 
 
 def test_negative_control_a_copy_that_nobody_waits_for_is_seen(model, video, monkeypatch):
     monkeypatch.setattr(_LazyTicket, "wait", lambda self: None)
     with CopyEngine(CPU) as copies:
-        copies._made = lanes = _LazyLanes()
+        copies._made = lanes = _LazyStreams()
         got = run(model, video, Placement(offloaded=frozenset(sizes(model))), copies)
         lanes.pending.clear()
     assert not torch.equal(got, run(model, video))
@@ -170,7 +170,7 @@ def test_offloading_without_anything_to_move_with_is_refused():
         Offloader(Placement(offloaded=frozenset("a")))
 
 
-class _OrderingLanes(_InlineLanes):
+class _OrderingStreams(_InlineStreams):
     """As on a stream: to wait orders what is computed next; only draining knows that a copy is done."""
 
     def __init__(self):
@@ -200,7 +200,7 @@ def test_no_arena_is_given_back_while_a_copy_may_be_under_way(model, video, monk
     handle = None if fails_in is None else model.layers[fails_in].conv.register_forward_pre_hook(fail)
     placement = Placement(offloaded=frozenset(sizes(model)), prefetch_bytes=3000)
     with CopyEngine(CPU) as copies, contextlib.suppress(ZeroDivisionError):
-        copies._made = _OrderingLanes()
+        copies._made = _OrderingStreams()
         run(model, video, placement, copies, host_sizes=tuple(sizes(model).values()))
     if handle is not None:
         handle.remove()
