@@ -293,6 +293,8 @@ class CheckedArray:
             StoreError: kind ``"corrupt"`` if a stored chunk is damaged, missing or not the one that was committed.
         """
         first, *rest = _expanded(key, self.ndim)
+        if first is None:
+            return self[tuple(rest)][None]
         rows = np.arange(len(self))[first]
         data = self._reader.take(self._name, rows.ravel())
         if isinstance(first, slice):
