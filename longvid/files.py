@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 from longvid.errors import StoreError
 
-__all__ = ["check_file_target", "write_whole"]
+__all__ = ["check_file_target", "local_path", "write_whole"]
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """The path of a file or folder of this machine.
+
+    Raises:
+        StoreError: it is an address, such as ``s3://bucket/a.zarr``.
+    """
+    text = os.fspath(path)
+    if _ADDRESS.match(text):
+        raise StoreError(
+            f"{text} is an address (a Path drops one of its slashes); stores and videos are written to and read from "
+            "folders of this machine, so copy it from or to there",
+            kind="refused",
+        )
+    return Path(text)
 
 
 def check_file_target(path: str | os.PathLike[str], *, overwrite: bool, what: str) -> None:

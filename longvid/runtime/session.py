@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +21,7 @@ import torch
 
 from longvid.errors import ModelError, ScheduleError, SourceError, StoreError
 from longvid.events import Callback, RunReport
+from longvid.files import local_path
 from longvid.frames import Frames, OnError
 from longvid.media.limits import Limits
 from longvid.memory.offload import OffloadPolicy
@@ -388,9 +388,6 @@ def _require_decodable(store: LatentStore, model: CausalVAE) -> None:
         )
 
 
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-
-
 def _target(out: Any) -> Path:
     """The path of an output."""
     if not isinstance(out, (str, os.PathLike)):
@@ -399,14 +396,7 @@ def _target(out: Any) -> Path:
             "string or a Path",
             kind="missing",
         )
-    path = os.fspath(out)
-    if _ADDRESS.match(path):
-        raise StoreError(
-            f"{path} is an address (a Path drops one of its slashes); only files of this machine are written, so write "
-            "to a folder and upload that",
-            kind="refused",
-        )
-    return Path(path)
+    return local_path(out)
 
 
 def _require_representation(representation: str, seed: int) -> None:

@@ -21,6 +21,7 @@ import zarr
 from zarr.storage import LocalStore
 
 from longvid.errors import StoreError
+from longvid.files import local_path
 from longvid.schedule import ChunkSchedule
 from longvid.store.format import (
     DIGEST_BYTES,
@@ -180,13 +181,16 @@ def open_reader(path: str | os.PathLike[str], *, strict: bool = True) -> StoreRe
     Raises:
         StoreError: there is no store of longvid, or its metadata are damaged.
     """
-    where = Path(path)
+    where = local_path(path)
     try:
         found = where.is_dir()
     except OSError as exc:
         raise StoreError(f"{where} cannot be read: {exc.strerror}", kind="other") from exc
     if not found:
-        raise StoreError(f"there is no store {where}", kind="missing")
+        is_file = where.is_file()
+        raise StoreError(
+            f"{where} is a file and not a store" if is_file else f"there is no store {where}", kind="missing"
+        )
     return _open_strictly(where) if strict else _open_with_copy(where)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longvid.errors import StoreError
+from longvid.files import local_path
 from longvid.store.durability import Durability
 from longvid.store.fingerprint import differences
 from longvid.store.format import OWN_NAMES, PARTIAL_ROOT, PRIVATE, is_system_file, serialized
@@ -85,9 +86,9 @@ def check_target(path: str | os.PathLike[str]) -> Found:
         StoreError: something is there that may never be replaced, the parent folder is missing, or the root metadata
             of a store of ours are damaged.
     """
-    target = Path(path)
+    target = local_path(path)
     if not target.parent.is_dir():
-        raise StoreError(f"{target} cannot be written: there is no folder {target.parent}", kind="missing")
+        raise StoreError(f"{target} cannot be written: there is no folder {target.parent}; make it", kind="missing")
     if not target.exists() and not target.is_symlink():
         return Found(target)
     if not target.is_dir() or target.is_symlink():

@@ -275,6 +275,15 @@ def test_nothing_foreign_is_touched(tmp_path):
     assert files(tmp_path) == before
 
 
+def test_files_and_addresses_are_not_stores(tmp_path):
+    (tmp_path / "clip.mp4").write_bytes(b"video")
+    with pytest.raises(StoreError, match="is a file and not a store"):
+        open_store(tmp_path / "clip.mp4")
+    for look in (open_store, check_target):
+        with pytest.raises(StoreError, match=r"^s3://bucket/a\.zarr is an address"):
+            look("s3://bucket/a.zarr")
+
+
 def test_overwrite_and_empty_folders(tmp_path):
     write(tmp_path / "a.zarr", 30)
     found, before = check_target(tmp_path / "a.zarr"), files(tmp_path)
