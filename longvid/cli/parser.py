@@ -291,8 +291,8 @@ def _budget_options(parser: argparse.ArgumentParser) -> None:
         "--slice-frames",
         type=_at_least(1),
         metavar="N",
-        help="frames computed at a time in the layers with the largest frames; results do not change (default: whole "
-        "chunks, or fewer if --memory requires it)",
+        help="frames computed at a time in the layers with the largest frames; the last bits of results may "
+        "differ on some processors (default: whole chunks, or fewer if --memory requires it)",
     )
     parser.add_argument(
         "--layout",
@@ -304,9 +304,9 @@ def _budget_options(parser: argparse.ArgumentParser) -> None:
         "--paired-frames",
         choices=("auto", "on", "off"),
         default="auto",
-        help="compute convolutions for two frames at once, with a third fewer multiplications; results may differ in "
-        "the last bits, and in bfloat16 rounding errors double (default: %(default)s, which is on for a CPU in float32 "
-        "and for a bfloat16 decoder)",
+        help="Winograd convolutions for two frames at once, with a third fewer multiplications; results may differ in "
+        "the last bits, and in bfloat16 rounding errors double (default: %(default)s: on a CPU where it is faster, but "
+        "for a bfloat16 encoder only on a CPU without a matrix unit)",
     )
 
 
