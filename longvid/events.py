@@ -39,7 +39,7 @@ class Span:
     "since the start of the run"
     stop_seconds: float
     num_bytes: int
-    "of the context"
+    "size of the context"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +134,7 @@ class RunReport:
     latent_frames: int
     seconds: float = 0.0
     frames_per_second: float = 0.0
-    "of this run's own frames"
+    "rate of the frames that this run computed itself"
     compute_seconds: float = 0.0
     "time in the model, transfers of its input and output included"
     wait_seconds: float = 0.0

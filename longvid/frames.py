@@ -101,7 +101,7 @@ class SourcePosition:
     pts: int
     "time stamp of the last of them"
     digest: str
-    "of its pixels as they were delivered; see :func:`frame_digest`"
+    "digest of the pixels as they were delivered; see :func:`frame_digest`"
 
 
 def frame_digest(frame_HWC: npt.NDArray[np.uint8]) -> str:

@@ -27,7 +27,7 @@ Pin: TypeAlias = Callable[[Tensor], Callable[[], None] | None]
 "page-locks a buffer and returns what undoes it, or None if it cannot"
 
 _ALIGNMENT = mmap.PAGESIZE
-"of a slot: files are dropped from memory page by page"
+"slots begin at multiples of this: files are dropped from memory page by page"
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 

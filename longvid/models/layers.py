@@ -42,7 +42,7 @@ __all__ = ["CausalConv3d", "ResnetBlock"]
 
 _LEAST_WINOGRAD_CHANNELS = 16
 _LEAST_TILE_ROWS = 16
-"of a tile that is meant to save time; calls of fewer rows cost more than a cache gives back"
+"a tile that is meant to save time has at least this many rows; calls of fewer rows cost more than a cache gives back"
 
 Finish: TypeAlias = Callable[[Block, Tensor], None]
 """Changes a block of the output in place."""

@@ -29,7 +29,7 @@ from longvid.models.kernels import triton_norms
 __all__ = ["Fitted", "GroupNormSiLU", "Producer", "SpatialNormSiLU", "group_moments"]
 
 _SLAB_BYTES = 2**20
-"of a slab, on a CPU: what stays in a core's cache from one operation on it to the next"
+"size of a slab, on a CPU: what stays in a core's cache from one operation on it to the next"
 _NORM_CALLS = 4
 "in how many parts moments are gathered where the kernel writes a copy that nobody needs"
 

@@ -53,7 +53,7 @@ class TinyConfig:
 
     latent_channels: int = 16
     coefficients: int = 192
-    "of the 768 of a block, those that are kept at all"
+    "how many of the 768 coefficients of a block are kept"
     encoder_width: int = 128
     encoder_blocks: int = 3
     decoder_width: int = 192

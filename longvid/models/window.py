@@ -84,17 +84,17 @@ class Window:
         "rows of it in the window"
         frames = max(len(block.frames) for block in self._blocks)
         self.shape = (B, C, layer.context_frames + frames, rows + 2 * self._halo, W)
-        "of the largest block with everything that it depends on"
+        "shape of the largest block with everything that it depends on"
         self._context_shape = (B, C, layer.context_frames, self._height, W)
         self._kind = TensorKind.of(like)
         self._block = self._blocks[0]
         "what is in the window now"
         self.rows = range(0)
-        "of the frame, that are to be written into ``new``; those before them are in the window already"
+        "rows of the frame to be written into ``new``; those before them are in the window already"
         self._first_row = 0
         "where in the window they begin"
         self._memory: Tensor | None = None
-        "of the largest block"
+        "memory of the largest block"
         self._tensor: Tensor | None = None
         "that of the block, in this memory"
         self._context: Tensor | None = None

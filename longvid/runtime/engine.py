@@ -71,7 +71,7 @@ class Engine:
     weights_bytes: int
     copy_engine: CopyEngine
     reserved_bytes: int
-    "of the budget, for what a plan cannot see on this device"
+    "part of the budget that is kept for memory which a plan cannot see on this device"
     guard: ModelGuard
 
     @classmethod

@@ -59,7 +59,7 @@ class ThresholdPoint:
     peak_bytes: int
     "measured, weights included"
     seconds: float
-    "of a chunk in the middle, median over the rounds"
+    "time of a middle chunk, median over the rounds"
     spread: float
     "largest over smallest time of the rounds"
     slowdown: float

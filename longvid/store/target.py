@@ -29,7 +29,7 @@ class Found:
 
     path: Path
     metadata: StoreMetadata | None = None
-    "of a store of ours; None if there is nothing, or if this version cannot read it"
+    "root metadata of a store of ours; None if there is nothing, or if this version cannot read it"
     problem: StoreError | None = None
     "why the store that is there can only be replaced"
 

@@ -40,11 +40,11 @@ __all__ = ["MAX_CHUNK_BYTES", "MAX_DOCUMENT_BYTES", "MAX_ROWS", "check_arrays", 
            "read_document", "read_regular"]  # fmt: skip
 
 MAX_DOCUMENT_BYTES = 16 * 2**20
-"of one ``zarr.json``"
+"largest ``zarr.json``"
 MAX_ROWS = 2**25
-"of one array: a week of video at 50 frames per second has 30 million, and its time stamps take 256 MiB"
+"longest array: a week of video at 50 frames per second has 30 million, and its time stamps take 256 MiB"
 MAX_CHUNK_BYTES = 128 * 2**20
-"of one chunk, decoded: an 8K frame of 8-bit RGB has 95 MiB"
+"largest decoded chunk: an 8K frame of 8-bit RGB has 95 MiB"
 _MAX_DEPTH = 64
 _SHUFFLES = ("noshuffle", "shuffle", "bitshuffle")
 _GROUP_KEYS = {"zarr_format", "node_type", "attributes", "consolidated_metadata"}
