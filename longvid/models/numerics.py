@@ -29,7 +29,7 @@ class Numerics:
     """How a model is computed, as far as it can be seen in the result."""
 
     layout: Layout = "contiguous"
-    """of activations in memory. ``contiguous``: B C T H W, in which the bfloat16 encoder of CogVideoX is diffusers' bit
+    """order of axes in memory. ``contiguous``: B C T H W, in which the bfloat16 encoder of CogVideoX is diffusers' bit
     for bit on a CPU. ``channels_last``: B T H W C, in which convolutions need no reordering"""
     paired_frames: bool = False
     "whether convolutions over three frames use Winograd F(2,3) along time, with a third fewer multiplications"
