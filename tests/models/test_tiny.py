@@ -267,7 +267,7 @@ class TestLoading:
             lv.load_model("./tiny")
 
     def test_random_weights_are_refused(self):
-        with pytest.raises(ModelError, match="weights of its own"):
+        with pytest.raises(ModelError, match="'tiny' cannot have random_weights"):
             lv.load_model("tiny", random_weights=0)
 
     @pytest.mark.parametrize(
