@@ -43,10 +43,11 @@ from longvid.environment import describe_machine
 from longvid.events import Direction
 from longvid.frames import Frames, Times
 from longvid.media.sources import open_source
+from longvid.media.video_writer import VideoWriter
 from longvid.models.base import CausalVAE
 from longvid.planning.plan import Plan
-from longvid.runtime.decode import FrameSink, latent_chunks, video_sink
-from longvid.runtime.encode import LatentPiece, frame_chunks, store_latents
+from longvid.runtime.decode import latent_chunks, video_sink
+from longvid.runtime.encode import EncodedChunk, frame_chunks, store_latents
 from longvid.runtime.engine import Engine
 from longvid.runtime.run import DecodeRun, EncodeRun
 from longvid.store.durability import WriteOptions
@@ -119,15 +120,15 @@ class Bench:
             for piece in frame_chunks(source, self.plan.schedule, self.padded):
                 keep(piece)
 
-    def encode_chunks(self, pieces: list[Any], keep: Callable[[LatentPiece], object] = lambda _: None) -> None:
+    def encode_chunks(self, pieces: list[Any], keep: Callable[[EncodedChunk], object] = lambda _: None) -> None:
         """Frames in memory to latents on the host, as the session computes them."""
         with EncodeRun(self.engine, self.plan.encode, "mode", 0) as run:
             for piece in pieces:
-                keep(LatentPiece(piece.chunk, piece.pts, piece.valid, *run.latents(piece.chunk, piece.frames)))
+                keep((piece.chunk, piece.pts, piece.valid, *run.latents(piece.chunk, piece.frames)))
 
-    def write_latents(self, pieces: list[LatentPiece]) -> None:
+    def write_latents(self, pieces: list[EncodedChunk]) -> None:
         """Latents in memory to a store, as the writing thread does, with its beginning and its end."""
-        shape = pieces[0].latents.shape
+        shape = pieces[0][3].shape
         with LatentWriter(
             self.folder / "alone.zarr",
             schedule=self.plan.schedule,
@@ -137,13 +138,13 @@ class Bench:
             options=WriteOptions(overwrite=True, resume=False),
         ) as target:
             for piece in pieces:
-                store_latents(target, piece)
+                store_latents(target, *piece)
 
     def encode_stages(self) -> dict[str, Stage]:
         """What is timed, by name. Frames and latents of the stretch are held in memory."""
         frames: list[Any] = []
         self.read_frames(frames.append)
-        latents: list[LatentPiece] = []
+        latents: list[EncodedChunk] = []
         self.encode_chunks(frames, latents.append)
         return {
             "read": self.read_frames,
@@ -169,7 +170,7 @@ class Bench:
         """Frames in memory to a file or a store, as the writing thread does, with its beginning and its end."""
         latents = open_store(self.store)
         out = self.folder / f"alone{suffix}"
-        sink: FrameSink
+        sink: VideoWriter | FrameStoreWriter
         if suffix != ".zarr":
             sink = video_sink(latents, out, True)
         else:

@@ -6,11 +6,10 @@ Axes: T time, H height, W width, C channels; lower-case c t h w are those of a l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +30,9 @@ from longvid.store.reader import LatentStore
 from longvid.store.target import check_target
 from longvid.store.writer import StoreWriter
 
-__all__ = ["CallSink", "DecodeOptions", "FrameSink", "decode_video", "latent_chunks", "video_sink"]
+__all__ = ["DecodeOptions", "decode_video", "latent_chunks", "video_sink"]
 
+_Write: TypeAlias = Callable[[Frames, Times, npt.NDArray[np.bool_]], None]
 _SHRINK = 0.05
 "least share of their bytes that frames take on the disk: drawings compress well, film to about 0.4"
 
@@ -94,25 +94,28 @@ def decode_video(
             return nothing_done(admission, found)
         frame_bytes = latents.height * latents.width * 3
         options.check_disk(found, admission.part, window[1] - window[0], frame_bytes * _SHRINK)
-    sink = _sink(task, out, fingerprint)
+    sink, write = _sink(task, out, fingerprint)
     with ExitStack() as stack:
         run = stack.enter_context(DecodeRun(engine, admission.part, (latents.height, latents.width), traced=job.traced))
         monitor = stack.enter_context(Monitor(job.callbacks, run, admission.plan, window[1] - window[0]))
-        ended = False
+        checkpoints, ended = None, False
         with suppress(_Stopped), sink:
             checkpoints = Checkpoints(sink, run, fingerprint) if isinstance(sink, StoreWriter) else None
-            ended = _decode_chunks(task, sink, run, monitor, checkpoints)
-        return monitor.finish(complete=ended)
+            ended = _decode_chunks(task, write, run, monitor, checkpoints)
+        return monitor.finish(complete=ended, snapshot_seconds=checkpoints.seconds if checkpoints else 0.0)
 
 
-def _sink(task: _Task, out: Path | Callable[[Frames], None], fingerprint: Mapping[str, Any]) -> FrameSink:
-    """Where the frames are written. Nothing is created yet."""
+def _sink(
+    task: _Task, out: Path | Callable[[Frames], None], fingerprint: Mapping[str, Any]
+) -> tuple[AbstractContextManager[Any], _Write]:
+    """Where the frames are written, and what writes them. Nothing is created yet."""
     latents, options = task.latents, task.options
     if not isinstance(out, Path):
-        return CallSink(out)
+        return nullcontext(), lambda frames, *_: out(frames)
     if out.suffix != ".zarr":
-        return video_sink(latents, out, options.overwrite)
-    return FrameStoreWriter(
+        video = video_sink(latents, out, options.overwrite)
+        return video, video.write
+    store = FrameStoreWriter(
         out,
         size=(latents.height, latents.width),
         time_base=latents.time_base,
@@ -125,20 +128,20 @@ def _sink(task: _Task, out: Path | Callable[[Frames], None], fingerprint: Mappin
         ),
         options=options,
     )
+    return store, store.write
 
 
 def _decode_chunks(
-    task: _Task, sink: FrameSink, run: DecodeRun, monitor: Monitor, checkpoints: Checkpoints | None
+    task: _Task, write: _Write, run: DecodeRun, monitor: Monitor, checkpoints: Checkpoints | None
 ) -> bool:
     """The loop; returns whether it came to the end of the window."""
     latents, schedule, stop, (first, last) = task.latents, task.admission.schedule, task.job.stop, task.window
-    store = sink if isinstance(sink, StoreWriter) else None
     pts, valid = latents.frame_pts, latents.frame_valid
-    snapshot = None if store is None or checkpoints is None else checkpoints.restore(units=store.first_wanted)
+    snapshot = None if checkpoints is None else checkpoints.restore()
     monitor.skip(snapshot, schedule, task.window)
     chunks = latent_chunks(latents, schedule, last, first=0 if snapshot is None else snapshot.chunk)
     with (
-        Writer[tuple[Frames, Times, Any]](lambda piece: sink.write(*piece), stop=stop) as writer,
+        Writer[tuple[Frames, Times, Any]](lambda piece: write(*piece), stop=stop) as writer,
         Prefetcher(chunks, check=writer.check, stop=stop) as reader,
     ):
         chunk = None
@@ -149,18 +152,18 @@ def _decode_chunks(
             if b > a:
                 writer.put((pixels[a - chunk.frame_start : b - chunk.frame_start], pts[a:b], valid[a:b]))
             monitor.emit(b - a, chunk.num_latents, reader, writer)
-            if store is not None and store.wants_nothing_from(b - first):
+            if checkpoints is None:
+                continue
+            if checkpoints.target.wants_nothing_from(b - first):
                 break
-            if checkpoints is not None and checkpoints.due:
+            if checkpoints.due:
                 checkpoints.take(chunk.index + 1, None, writer)
         if not reader.ended:
-            if checkpoints is None or store is None:
+            if checkpoints is None:
                 raise _Stopped
             if chunk is not None:
                 checkpoints.take(chunk.index + 1, None, writer)
-            store.pause()
-    if checkpoints is not None:
-        monitor.snapshot_seconds = checkpoints.seconds
+            checkpoints.target.pause()
     return reader.ended
 
 
@@ -182,29 +185,6 @@ def latent_chunks(
             return
         if chunk.index >= first:
             yield chunk, store.read(chunk.latent_start, chunk.latent_stop)
-
-
-class CallSink:
-    """Hands frames to a function of the caller's."""
-
-    def __init__(self, out: Callable[[Frames], None]) -> None:
-        self._out = out
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        pass
-
-    def write(self, frames_THWC: Frames, pts_T: Times, valid_T: npt.NDArray[np.bool_] | None = None) -> None:
-        """Pass the frames on."""
-        self._out(frames_THWC)
-
-
-FrameSink: TypeAlias = CallSink | VideoWriter | FrameStoreWriter
-"a context manager with ``write(frames, pts, valid)``"
 
 
 def video_sink(store: LatentStore, out: Path, overwrite: bool) -> VideoWriter:

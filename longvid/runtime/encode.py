@@ -44,9 +44,15 @@ from longvid.store.latent_writer import LatentLayout, LatentWriter
 from longvid.store.metadata import RunFacts
 from longvid.store.target import check_target
 
-__all__ = ["EncodeOptions", "FramePiece", "LatentPiece", "OnNonFinite", "encode_video", "frame_chunks", "store_latents"]
+__all__ = ["READING", "EncodeOptions", "EncodedChunk", "OnNonFinite", "encode_video", "frame_chunks", "store_latents"]
 
 OnNonFinite: TypeAlias = Literal["stop", "quarantine"]
+Marks: TypeAlias = npt.NDArray[np.bool_]
+"False for a true frame that repeats the last good one"
+EncodedChunk: TypeAlias = tuple[Chunk, Times, Marks, Tensor, Tensor | None]
+"a chunk with the time stamps and marks of its true frames, its latents, and its moments if they are stored"
+READING = ("start", "frames", "size", "frame_rate", "on_error")
+"what decides how a source is read: names of options, which a store records for its repair"
 _SHRINK = 0.8
 "least share of their bytes that latents take on the disk; 0.9 is usual"
 
@@ -150,17 +156,8 @@ def _encode(job: Job, source: Any, store: Path, options: EncodeOptions, replaced
     engine = job.engine
     found = check_target(store)
     with ExitStack() as stack:
-        video = stack.enter_context(
-            open_source(
-                source,
-                start=options.start,
-                frames=options.frames,
-                size=options.size,
-                frame_rate=options.frame_rate,
-                on_error=options.on_error,
-                limits=options.limits,
-            )
-        )
+        reading = {name: getattr(options, name) for name in (*READING, "limits")}
+        video = stack.enter_context(open_source(source, **reading))
         info = video.info
         recorded = Recorded.of(found, engine, overwrite=options.overwrite)
         admission = job.control.admit("encode", info.height, info.width, recorded=recorded, whole=True)
@@ -171,13 +168,13 @@ def _encode(job: Job, source: Any, store: Path, options: EncodeOptions, replaced
         num_latents = None if info.num_frames is None else admission.schedule.num_latents(info.num_frames)
         options.check_disk(found, admission.part, num_latents, task.stored_bytes * _SHRINK)
         target = _writer(task, store, fingerprint)
-        run = stack.enter_context(
-            EncodeRun(engine, admission.part, options.representation, options.seed, traced=job.traced)
-        )
+        run = EncodeRun(engine, admission.part, options.representation, options.seed, traced=job.traced)
+        stack.enter_context(run)
         monitor = stack.enter_context(Monitor(job.callbacks, run, admission.plan, info.num_frames))
         with target:
-            ended = _encode_chunks(task, target, run, monitor, Checkpoints(target, run, fingerprint))
-        return monitor.finish(complete=ended)
+            checkpoints = Checkpoints(target, run, fingerprint)
+            ended = _encode_chunks(task, target, run, monitor, checkpoints)
+        return monitor.finish(complete=ended, snapshot_seconds=checkpoints.seconds)
 
 
 def _writer(task: _Task, store: Path, fingerprint: dict[str, Any]) -> LatentWriter:
@@ -211,21 +208,21 @@ def _encode_chunks(
 ) -> bool:
     """The loop; returns whether it came to the end of the video."""
     schedule, replaced, stop = task.admission.schedule, task.replaced, task.job.stop
-    snapshot = checkpoints.restore(latest=min(replaced) - 1 if replaced else None, units=target.first_wanted)
+    snapshot = checkpoints.restore(latest=min(replaced) - 1 if replaced else None)
     monitor.skip(snapshot, schedule)
     first, after = (0, None) if snapshot is None else (snapshot.chunk, snapshot.position)
     frames = frame_chunks(
         task.video, schedule, task.size, first=first, after=after, replaced=replaced, stage=task.job.engine.staged
     )
     with (
-        Writer[LatentPiece](lambda item: store_latents(target, item), stop=stop) as writer,
+        Writer[EncodedChunk](lambda item: store_latents(target, *item), stop=stop) as writer,
         Prefetcher(frames, check=writer.check, stop=stop) as reader,
     ):
         piece = None
         for piece in reader:
             with monitor.timed():
                 latents, moments = run.latents(piece.chunk, piece.frames)
-            writer.put(LatentPiece(piece.chunk, piece.pts, piece.valid, latents, moments))
+            writer.put((piece.chunk, piece.pts, piece.valid, latents, moments))
             monitor.emit(piece.chunk.num_frames, piece.chunk.num_latents, reader, writer)
             if target.wants_nothing_from(piece.chunk.latent_stop):
                 break
@@ -235,7 +232,6 @@ def _encode_chunks(
             if piece is not None:
                 checkpoints.take(piece.chunk.index + 1, piece.position, writer)
             target.pause()
-    monitor.snapshot_seconds = checkpoints.seconds
     return reader.ended
 
 
@@ -243,11 +239,8 @@ def _run_facts(info: SourceInfo, options: EncodeOptions) -> dict[str, Any]:
     """What a repair needs to read the source as this run does."""
     rate = options.frame_rate
     return {
-        "start": options.start,
-        "frames": options.frames,
-        "size": None if options.size is None else list(options.size),
+        **{name: getattr(options, name) for name in READING},
         "frame_rate": None if rate is None else f"{rate.numerator}/{rate.denominator}",
-        "on_error": options.on_error,
         "source": info.name if info.kind == "video" else None,
     }
 
@@ -259,8 +252,7 @@ class FramePiece:
     chunk: Chunk
     frames: Frames
     pts: Times
-    valid: npt.NDArray[np.bool_]
-    "False for a true frame that repeats the last good one"
+    valid: Marks
     last_frame: Frames
     "(1, H, W, 3), a copy of the last true frame as the source gave it"
 
@@ -270,17 +262,6 @@ class FramePiece:
         return SourcePosition(
             num_frames=self.chunk.frame_stop, pts=int(self.pts[-1]), digest=frame_digest(self.last_frame[0])
         )
-
-
-@dataclass(frozen=True, slots=True)
-class LatentPiece:
-    """Latents of one chunk, on the host."""
-
-    chunk: Chunk
-    pts: Times
-    valid: npt.NDArray[np.bool_]
-    latents: Tensor
-    moments: Tensor | None
 
 
 def frame_chunks(
@@ -295,19 +276,12 @@ def frame_chunks(
 ) -> Iterator[FramePiece]:
     """Decode, re-block, pad to ``size`` and stage the frames of every chunk; runs in the reader thread.
 
-    Args:
-        video: the source of frames.
-        plan: the chunk plan.
-        size: (height, width) to pad to.
-        first: number of the first chunk.
-        after: position of the source before it.
-        replaced: chunks whose frames repeat the last one before them.
-        stage: copies padded frames to memory that the device reads fast; see :meth:`.Engine.staged`.
+    The video starts with chunk ``first`` behind ``after``. Chunks in ``replaced`` repeat the last frame before them.
     """
     reblock = Reblocker(plan.capacity, first=first)
     before: Frames | None = None
 
-    def piece(chunk: Chunk, frames: Frames, pts: Times, valid: npt.NDArray[np.bool_]) -> FramePiece:
+    def piece(chunk: Chunk, frames: Frames, pts: Times, valid: Marks) -> FramePiece:
         nonlocal before
         last_frame = frames[-1:].copy(order="K")
         if chunk.index in replaced and before is not None:
@@ -326,11 +300,12 @@ def frame_chunks(
         yield piece(plan.tail(index, len(frames)), frames, pts, valid)
 
 
-def store_latents(target: LatentWriter, piece: LatentPiece) -> None:
-    """Write the latents of one chunk; runs in the writer thread."""
+def store_latents(
+    target: LatentWriter, chunk: Chunk, pts: Times, valid: Marks, latents: Tensor, moments: Tensor | None
+) -> None:
+    """Write the latents of one chunk, which are on the host; runs in the writer thread."""
 
-    def host(z_BCTHW: Tensor) -> npt.NDArray[np.float32]:
+    def rows(z_BCTHW: Tensor) -> npt.NDArray[np.float32]:
         return cast("npt.NDArray[np.float32]", z_BCTHW[0].movedim(1, 0).float().contiguous().numpy())
 
-    moments = None if piece.moments is None else host(piece.moments)
-    target.write(piece.chunk, host(piece.latents), piece.pts, moments, piece.valid)
+    target.write(chunk, rows(latents), pts, None if moments is None else rows(moments), valid)

@@ -6,7 +6,6 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any, Self
 
 from longvid.environment import describe_machine
@@ -35,14 +34,10 @@ class Monitor:
 
     def __init__(self, callbacks: tuple[Callback, ...], run: Run, plan: Plan, total: int | None) -> None:
         self._callbacks = callbacks
-        self._run = run
-        self._plan = plan
-        self._total = total
+        self._run, self._plan, self._total = run, plan, total
         self._started = time.perf_counter()
         self._chunks = self._frames = self._latents = 0
         self._resumed_from_frame = 0
-        self.snapshot_seconds = 0.0
-        "time spent on snapshots, which the run sets"
         self._compute_seconds = self._computed = 0.0
         self._threads: tuple[Prefetcher[Any], Writer[Any]] | None = None
         self._spent = (0.0, 0.0, 0.0)
@@ -60,11 +55,9 @@ class Monitor:
                 raise
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, exc_type: object, *_: object) -> None:
         failures = self._tell_end(self._callbacks)
-        if failures and exc is None:
+        if failures and exc_type is None:
             raise failures[0]
         for failure in failures:  # the run's own error is what the caller must see
             warnings.warn(f"a callback failed after the run did: {failure}", stacklevel=2)
@@ -142,23 +135,19 @@ class Monitor:
             wait_seconds=wait_seconds,
             read_seconds=read_seconds,
             write_seconds=write_seconds,
-            cache_bytes=run.cache_bytes,
-            offloaded_bytes=run.cache_bytes - run.cache.device_bytes,
+            cache_bytes=run.cache.nbytes,
+            offloaded_bytes=run.cache.nbytes - run.cache.device_bytes,
             chunk_peak_bytes=run.meter.chunk_peak_bytes,
             peak_device_bytes=run.meter.peak_bytes,
             rss_bytes=rss_bytes(),
-            spans=run.spans(self._started),
+            spans=run.cache.offloader.collect_spans(self._started),
         )
         self._chunks, self._spent = self._chunks + 1, spent
         for callback in self._callbacks:
             callback(event)
 
-    def finish(self, *, complete: bool = True) -> RunReport:
-        """The whole run. Called when its threads are done, and while its contexts are still there.
-
-        Args:
-            complete: whether it came to the end of the video.
-        """
+    def finish(self, *, complete: bool, snapshot_seconds: float) -> RunReport:
+        """The whole run. Called when its threads are done, and while its contexts are still there."""
         seconds, run = time.perf_counter() - self._started, self._run
         wait_seconds, read_seconds, write_seconds = _thread_seconds(*self._threads) if self._threads else self._spent
         self._report = RunReport(
@@ -171,12 +160,12 @@ class Monitor:
             wait_seconds=wait_seconds,
             read_seconds=read_seconds,
             write_seconds=write_seconds,
-            snapshot_seconds=self.snapshot_seconds,
+            snapshot_seconds=snapshot_seconds,
             peak_device_bytes=run.meter.peak_bytes,
             projected_bytes=run.part.projected_bytes,
             peak_rss_bytes=peak_rss_bytes(),
-            cache_bytes=run.cache_bytes,
-            offloaded_bytes=run.offloaded_bytes,
+            cache_bytes=run.cache.nbytes,
+            offloaded_bytes=run.cache.offloader.offloaded_bytes,
             resumed_from_frame=self._resumed_from_frame,
             complete=complete,
         )

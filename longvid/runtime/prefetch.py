@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from queue import SimpleQueue
-from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 __all__ = ["Prefetcher", "StopRequest", "Writer"]
 
@@ -55,12 +54,8 @@ class _Stopwatch:
     def __enter__(self) -> None:
         self._state = (self._state[0], time.perf_counter())
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        seconds, entered = self._state
-        assert entered is not None
-        self._state = (seconds + (time.perf_counter() - entered), None)
+    def __exit__(self, *_: object) -> None:
+        self._state = (self.seconds, None)
 
     @property
     def seconds(self) -> float:
@@ -70,7 +65,28 @@ class _Stopwatch:
         return seconds if entered is None else seconds + max(0.0, now - entered)
 
 
-class Prefetcher(Generic[T]):
+class _Worker:
+    """One thread, the items that it was given, and the time on both sides."""
+
+    def __init__(self, name: str, depth: int, stop: StopRequest | None) -> None:
+        self._depth = depth
+        self._stop = stop or StopRequest()
+        self._pool = ThreadPoolExecutor(1, name)
+        self._items: deque[Future[Any]] = deque()
+        self._work, self._wait = _Stopwatch(), _Stopwatch()
+
+    @property
+    def busy_seconds(self) -> float:
+        """Time in which the thread worked, on the item in hand too; waiting for items or room does not count."""
+        return self._work.seconds
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time in which the caller waited for the thread, also for the last items when it left."""
+        return self._wait.seconds
+
+
+class Prefetcher(_Worker, Generic[T]):
     """Runs an iterator in a thread, at most ``depth`` items and the one in hand ahead of the consumer.
 
     Use it in a ``with`` statement and iterate over it. Leaving stops the thread and waits for it; the iterator is
@@ -79,7 +95,6 @@ class Prefetcher(Generic[T]):
     Args:
         items: the iterator.
         depth: number of items that may wait.
-        name: prefix of the thread's name.
         check: called when the consumer is woken while it waits; an exception of it ends the wait. So the error of a
             writer is raised although the source is slow.
         stop: ends the iteration once it is made, also while the consumer waits.
@@ -90,39 +105,24 @@ class Prefetcher(Generic[T]):
         items: Iterator[T],
         *,
         depth: int = 2,
-        name: str = "longvid-read",
         check: Callable[[], None] = lambda: None,
         stop: StopRequest | None = None,
     ) -> None:
-        self._items = items
-        self._depth = depth
+        super().__init__("longvid-read", depth, stop)
+        self._source = items
         self._check = check
-        self._stop = stop or StopRequest()
-        self._pool = ThreadPoolExecutor(1, name)
-        self._ahead: deque[Future[list[T]]] = deque()
-        self._work, self._wait = _Stopwatch(), _Stopwatch()
         self.ended = False
         "whether iteration ended because there are no more items"
-
-    @property
-    def busy_seconds(self) -> float:
-        """Time in which the thread made items, the one in hand included; waiting for room does not count."""
-        return self._work.seconds
-
-    @property
-    def wait_seconds(self) -> float:
-        """Time in which the consumer waited."""
-        return self._wait.seconds
 
     def _read(self) -> list[T]:
         """The next item in a list, or an empty list at the end."""
         with self._work:
-            return list(islice(self._items, 1))
+            return list(islice(self._source, 1))
 
     def _submit(self) -> None:
         future = self._pool.submit(self._read)
         future.add_done_callback(self._stop.ring)
-        self._ahead.append(future)
+        self._items.append(future)
 
     def __enter__(self) -> Self:
         for _ in range(self._depth + 1):
@@ -130,36 +130,28 @@ class Prefetcher(Generic[T]):
         return self
 
     def __iter__(self) -> Iterator[T]:
-        while True:
-            with self._wait:
-                found = self._next()
-            if not found:
-                return
-            [item] = found
-            del found  # the consumer alone holds the item
-            yield item
-            del item
+        while found := self._next():
+            yield found.pop()  # the consumer alone holds the item
 
     def _next(self) -> list[T]:
-        while not (self._stop.made or self._ahead[0].done()):
-            self._check()
-            self._stop.wait()
-        if self._stop.made:
-            return []
-        future = self._ahead.popleft()
-        self._submit()
-        found = future.result()
-        self.ended = not found
-        return found
+        with self._wait:
+            while not (self._stop.made or self._items[0].done()):
+                self._check()
+                self._stop.wait()
+            if self._stop.made:
+                return []
+            future = self._items.popleft()
+            self._submit()
+            found: list[T] = future.result()
+            self.ended = not found
+            return found
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
-        self._ahead.clear()
+        self._items.clear()
 
 
-class Writer(Generic[T]):
+class Writer(_Worker, Generic[T]):
     """Calls ``consume(item)`` in a thread for every item that is put, in order.
 
     Use it in a ``with`` statement. Leaving it cleanly waits until all is consumed; leaving it by an exception drops
@@ -169,35 +161,13 @@ class Writer(Generic[T]):
     Args:
         consume: called with every item.
         depth: number of items that may wait, beside the one in hand.
-        name: prefix of the thread's name.
         stop: rung when ``consume`` has failed, so that a loop that waits for its source looks.
     """
 
-    def __init__(
-        self,
-        consume: Callable[[T], None],
-        *,
-        depth: int = 2,
-        name: str = "longvid-write",
-        stop: StopRequest | None = None,
-    ) -> None:
+    def __init__(self, consume: Callable[[T], None], *, depth: int = 2, stop: StopRequest | None = None) -> None:
+        super().__init__("longvid-write", depth, stop)
         self._consume = consume
-        self._depth = depth
-        self._stop = stop or StopRequest()
         self._error: BaseException | None = None
-        self._pool = ThreadPoolExecutor(1, name)
-        self._pending: deque[Future[None]] = deque()
-        self._work, self._wait = _Stopwatch(), _Stopwatch()
-
-    @property
-    def busy_seconds(self) -> float:
-        """Time in which the thread consumed items, the one in hand included."""
-        return self._work.seconds
-
-    @property
-    def wait_seconds(self) -> float:
-        """Time in which the producer waited, also for the last items when it left."""
-        return self._wait.seconds
 
     def _write(self, item: T) -> None:
         if self._error is None:
@@ -210,18 +180,15 @@ class Writer(Generic[T]):
 
     def put(self, item: T) -> None:
         """Hand over an item; waits while ``depth`` items are waiting behind the one in hand."""
-        self._wait_for(self._depth)
-        self._pending.append(self._pool.submit(self._write, item))
+        self.settle(self._depth)
+        self._items.append(self._pool.submit(self._write, item))
 
-    def settle(self) -> None:
-        """Wait until every item is consumed, and raise the error of ``consume``, if there was one."""
-        self._wait_for(0)
-
-    def _wait_for(self, most: int) -> None:
+    def settle(self, most: int = 0) -> None:
+        """Wait until at most so many items are not consumed, and raise the error of ``consume``, if there was one."""
         with self._wait:
-            while len(self._pending) > most:
-                self._pending[0].result()
-                self._pending.popleft()
+            while len(self._items) > most:
+                self._items[0].result()
+                self._items.popleft()
         self.check()
 
     def check(self) -> None:
@@ -232,9 +199,7 @@ class Writer(Generic[T]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, exc_type: object, *_: object) -> None:
         try:
             if exc_type is None:
                 self.settle()

@@ -79,7 +79,7 @@ class Scope(ABC):
     @property
     def cache_bytes(self) -> int:
         """Bytes of the video's contexts now, wherever they are."""
-        return 0 if self._run is None else self._run.cache_bytes
+        return 0 if self._run is None else self._run.cache.nbytes
 
     def _end(self, why: str) -> None:
         if self._run is not None:

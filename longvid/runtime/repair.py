@@ -19,7 +19,7 @@ from longvid.errors import StoreError
 from longvid.events import RunReport
 from longvid.media.sources import open_source
 from longvid.runtime.decode import DecodeOptions, decode_video
-from longvid.runtime.encode import EncodeOptions, encode_video, frame_chunks
+from longvid.runtime.encode import READING, EncodeOptions, encode_video, frame_chunks
 from longvid.runtime.session import VideoSession
 from longvid.schedule import ChunkSchedule
 from longvid.store.durability import Durability
@@ -266,11 +266,4 @@ def _source_of(opened: StoreReader, source: Any) -> Any:
 
 def _reading(opened: StoreReader) -> dict[str, Any]:
     """Arguments with which the source was read."""
-    run = opened.metadata.reading
-    return {
-        "start": run.start,
-        "frames": run.frames,
-        "size": run.size,
-        "frame_rate": run.frame_rate,
-        "on_error": run.on_error,
-    }
+    return {name: getattr(opened.metadata.reading, name) for name in READING}

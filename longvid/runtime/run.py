@@ -6,9 +6,7 @@ Axes: B batch (1), C channels, T time, H height, W width; lower-case c t h w are
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
-from types import TracebackType
-from typing import ClassVar, Literal, Self, TypeAlias, TypeVar, cast
+from typing import Any, ClassVar, Literal, Self, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from longvid.errors import MemoryBudgetError, NonFiniteError
-from longvid.events import Direction, Span
+from longvid.events import Direction
 from longvid.frames import Frames
 from longvid.memory.buffer_pool import BufferPool
 from longvid.memory.copy_engine import CopyEngine
@@ -32,8 +30,6 @@ from longvid.schedule import Chunk
 from longvid.units import format_bytes
 
 __all__ = ["DecodeRun", "EncodeRun", "Representation", "Run", "context_of"]
-
-T = TypeVar("T")
 
 Representation: TypeAlias = Literal["mode", "moments", "sample"]
 
@@ -67,46 +63,29 @@ class Run:
         self.context = context_of(part, module, engine.copy_engine, traced=traced)
         self.cache = self.context.cache
         self.meter = DeviceMeter(engine.device, engine.weights_bytes)
+        self._expected_bytes = part.projected_bytes + engine.reserved_bytes
         self._warned = False
 
     def __enter__(self) -> Self:
         self.context.__enter__()
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.context.close()
 
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of the video's contexts now, wherever they are."""
-        return self.cache.nbytes
-
-    @property
-    def offloaded_bytes(self) -> int:
-        """Bytes of the contexts that leave the device between chunks."""
-        return self.cache.offloader.offloaded_bytes
-
-    def restore(self, num_chunks: int, contexts: Iterable[tuple[str, Tensor]]) -> None:
-        """Take the contexts that another run had after ``num_chunks`` chunks; see :meth:`ConvCache.restore`."""
-        self.cache.restore(num_chunks, contexts, self.engine.device)
-
-    def spans(self, origin_seconds: float) -> tuple[Span, ...]:
-        """Copies and layers since the last call, timed from ``origin_seconds`` on; empty unless traced."""
-        return self.cache.offloader.collect_spans(origin_seconds)
-
-    def _compute(self, step: Callable[[], T]) -> T:
+    def _compute(self, chunk: npt.NDArray[Any]) -> Tensor:
         """Run one chunk under the meter.
 
         Raises:
             MemoryBudgetError: the device ran out of memory, also with every context on the host.
         """
-        index = self.cache.num_chunks
-        self.engine.guard.check(f"chunk {index} of {self.direction}")
+        index, engine = self.cache.num_chunks, self.engine
+        engine.guard.check(f"chunk {index} of {self.direction}")
+        forward = encode_chunk if self.direction == "encode" else decode_chunk
         try:
-            with self.meter.measure(self.cache.device_bytes), faithful(self.engine.device):
-                result = step()
+            with self.meter.measure(self.cache.device_bytes), faithful(engine.device):
+                host = torch.from_numpy(chunk)
+                result = forward(engine.model, self.context, host, device=engine.device, dtype=engine.dtype)
         except RuntimeError as exc:
             if not is_out_of_memory(exc):
                 raise
@@ -117,15 +96,11 @@ class Run:
         # Raised out here, since the frames of the error's traceback hold the chunk's tensors.
         raise MemoryBudgetError(
             f"the device ran out of memory in chunk {index} of {self.direction}: {format_bytes(self._expected_bytes)} "
-            f"were planned, {format_bytes(self.meter.peak_bytes)} measured until then{_device_numbers(self.engine)}; "
+            f"were planned, {format_bytes(self.meter.peak_bytes)} measured until then{_device_numbers(engine)}; "
             f"free memory on the device, or run again with a smaller memory= (--memory) or offload='all' ({said})",
             projected_bytes=self.part.projected_bytes,
             parts=self.part.parts,
         )
-
-    @property
-    def _expected_bytes(self) -> int:
-        return self.part.projected_bytes + self.engine.reserved_bytes
 
     def _compare_with_plan(self) -> None:
         measured = self.meter.chunk_peak_bytes or 0
@@ -155,18 +130,13 @@ class EncodeRun(Run):
 
     def moments(self, frames_THWC: Frames) -> Tensor:
         """Padded frames of one chunk to moments (1, 2 c, t, h, w) on the host."""
-        host, engine = torch.from_numpy(frames_THWC), self.engine
-
-        def chunk() -> Tensor:
-            return encode_chunk(engine.model, self.context, host, device=engine.device, dtype=engine.dtype)
-
-        moments = _to_host(self._compute(chunk))
+        moments = _to_host(self._compute(frames_THWC))
         if not bool(torch.isfinite(moments).all()):
-            index = self.cache.num_chunks - 1
-            dtype = "" if engine.dtype == torch.float32 else "; compute in float32 (--dtype float32)"
+            index, dtype = self.cache.num_chunks - 1, self.engine.dtype
+            advice = "" if dtype == torch.float32 else "; compute in float32 (--dtype float32)"
             raise NonFiniteError(
-                f"chunk {index} was encoded to values that are not finite in {engine.dtype}, and so are its contexts; "
-                f"nothing of it was kept{dtype}",
+                f"chunk {index} was encoded to values that are not finite in {dtype}, and so are its contexts; "
+                f"nothing of it was kept{advice}",
                 chunk=index,
             )
         return moments
@@ -205,12 +175,7 @@ class DecodeRun(Run):
                 "(NaN or infinity) before it is decoded; correct the latents, or encode the video again",
                 chunk=chunk.index,
             )
-        host, engine = torch.from_numpy(z_TCHW), self.engine
-
-        def decoded() -> Tensor:
-            return decode_chunk(engine.model, self.context, host, device=engine.device, dtype=engine.dtype)
-
-        frames = self._compute(decoded)
+        frames = self._compute(z_TCHW)
         height, width = self.size or frames.shape[1:3]
         return cast("Frames", _to_host(frames).numpy()[: chunk.num_frames, :height, :width])
 

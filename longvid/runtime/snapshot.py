@@ -248,7 +248,7 @@ class Checkpoints:
     """
 
     def __init__(self, target: StoreWriter, run: Run, fingerprint: Mapping[str, Any]) -> None:
-        self._target = target
+        self.target = target
         self._run = run
         self._fingerprint = fingerprint_digest(fingerprint)
         self._cost_seconds: float | None = None
@@ -258,28 +258,23 @@ class Checkpoints:
         "time spent on snapshots"
 
     def _due_at(self) -> float:
-        return time.monotonic() + self._target.durability.snapshot_interval(self._cost_seconds)
+        return time.monotonic() + self.target.durability.snapshot_interval(self._cost_seconds)
 
-    def restore(self, *, units: int, latest: int | None = None) -> Snapshot | None:
+    def restore(self, *, latest: int | None = None) -> Snapshot | None:
         """Go on from the newest snapshot that can be used; None if there is none and the run starts at the beginning.
 
         What is published beyond the snapshot will be computed again and has to come out the same.
 
         Args:
-            units: of the store that are not needed from this run.
             latest: the latest chunk to resume from; any by default.
         """
-        snapshot = newest_snapshot(
-            self._target.snapshots_folder,
-            fingerprint=self._fingerprint,
-            units=units,
-            chunk=latest,
-        )
+        folder, units = self.target.snapshots_folder, self.target.first_wanted
+        snapshot = newest_snapshot(folder, fingerprint=self._fingerprint, units=units, chunk=latest)
         if snapshot is None:
             return None
-        self._run.restore(snapshot.chunk, snapshot.contexts())
+        self._run.cache.restore(snapshot.chunk, snapshot.contexts(), self._run.engine.device)
         num_frames = 0 if snapshot.position is None else snapshot.position.num_frames
-        self._target.go_on(snapshot.chunk, num_frames, snapshot.units, snapshot.rows)
+        self.target.go_on(snapshot.chunk, num_frames, snapshot.units, snapshot.rows)
         self._at_chunk = snapshot.chunk
         return snapshot
 
@@ -295,11 +290,11 @@ class Checkpoints:
             StoreError: the snapshot cannot be written.
             ModelError: a context is not finite.
         """
-        if chunk == self._at_chunk or self._target.durability.snapshot_seconds == float("inf"):
+        if chunk == self._at_chunk or self.target.durability.snapshot_seconds == float("inf"):
             return
         writer.settle()
         started = time.monotonic()
-        target = self._target
+        target = self.target
         with disk_errors(target.path):
             if target.num_units > target.committed_units:
                 target.commit()

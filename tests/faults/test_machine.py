@@ -54,9 +54,10 @@ class Recurrence:
 
     def __init__(self):
         self.states = {layer: torch.zeros(1, 4, 1, 2, 3) for layer in LAYERS}
-        self.cache = SimpleNamespace(contexts=self.states.items)
+        self.cache = SimpleNamespace(contexts=self.states.items, restore=self._restore)
+        self.engine = SimpleNamespace(device="cpu")
 
-    def restore(self, _, contexts):
+    def _restore(self, _, contexts, device):
         self.states.update((layer, context.clone()) for layer, context in contexts)
 
     def latents(self, chunk):
@@ -90,7 +91,7 @@ class Attempt:
         self.target.__enter__()
         self.run = Recurrence()
         self.checkpoints = Checkpoints(self.target, self.run, FINGERPRINT)
-        snapshot = self.checkpoints.restore(units=self.target.first_wanted)
+        snapshot = self.checkpoints.restore()
         self.first = self.next = 0 if snapshot is None else snapshot.chunk
         if snapshot is not None and snapshot.chunk:
             assert snapshot.position == self.position(snapshot.chunk)

@@ -9,9 +9,9 @@ from longvid.runtime.prefetch import Prefetcher, StopRequest, Writer
 
 
 def test_items_arrive_in_order_and_the_thread_ends():
-    with Prefetcher(iter(range(50)), name="order") as items:
+    with Prefetcher(iter(range(50))) as items:
         assert list(items) == list(range(50))
-    assert not any(t.name.startswith("order") for t in threading.enumerate())
+    assert not any(t.name.startswith("longvid-read") for t in threading.enumerate())
 
 
 def test_the_reader_is_never_more_than_its_queue_ahead():
@@ -43,9 +43,9 @@ def test_leaving_early_stops_an_endless_reader():
         while True:
             yield 0
 
-    with Prefetcher(source(), name="endless") as items:
+    with Prefetcher(source()) as items:
         next(iter(items))
-    assert not any(t.name.startswith("endless") for t in threading.enumerate())
+    assert not any(t.name.startswith("longvid-read") for t in threading.enumerate())
 
 
 def test_the_writer_consumes_everything_before_it_leaves():
@@ -88,12 +88,12 @@ def test_an_error_of_the_producer_drops_what_waits():
         wait_until_blocked(threading.Thread.join)  # until the producer leaves
         got.append(item)
 
-    with pytest.raises(KeyError), Writer(slow, depth=5, name="dropped") as writer:
+    with pytest.raises(KeyError), Writer(slow, depth=5) as writer:
         for i in range(5):
             writer.put(i)
         raise KeyError
     assert len(got) <= 1  # the one in hand
-    assert not any(t.name.startswith("dropped") for t in threading.enumerate())
+    assert not any(t.name.startswith("longvid-write") for t in threading.enumerate())
 
 
 def test_a_failed_writer_is_heard_of_while_the_source_is_silent():
@@ -179,10 +179,10 @@ def test_leaving_wakes_a_reader_that_waits_for_room():
 
 @pytest.mark.timeout(120)
 def test_an_error_of_the_producer_wakes_an_idle_writer():
-    with pytest.raises(KeyError), Writer(lambda _: None, name="idle"):
+    with pytest.raises(KeyError), Writer(lambda _: None):
         time.sleep(0.01)
         raise KeyError
-    assert not any(t.name.startswith("idle") for t in threading.enumerate())
+    assert not any(t.name.startswith("longvid-write") for t in threading.enumerate())
 
 
 @pytest.mark.timeout(120)
