@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,11 @@ def kernels_of(device: str) -> str:
 
 def _cpu_model() -> str:
     """Name of the processor, or its architecture where the name is unknown."""
-    try:
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")
             if key.strip() == "model name" and value.strip():
                 return value.strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()
 
 

@@ -80,7 +80,7 @@ class ChunkSchedule:
 
     def full(self, index: int) -> Chunk:
         """Chunk ``index`` with no padding: what runs as soon as that many frames have arrived."""
-        return self._chunk(index, self.capacity(index))
+        return self.tail(index, self.capacity(index))
 
     def tail(self, index: int, num_frames: int) -> Chunk:
         """The last chunk of a video, number ``index``, with ``num_frames`` true frames in it.
@@ -92,9 +92,6 @@ class ChunkSchedule:
             raise ScheduleError(
                 f"chunk {index} holds 1 to {self.capacity(index)} frames, {num_frames} were given as its tail"
             )
-        return self._chunk(index, num_frames)
-
-    def _chunk(self, index: int, num_frames: int) -> Chunk:
         first = index == 0
         start = 0 if first else 1 + index * self.chunk_frames
         latent_start = 0 if first else 1 + index * self.chunk_latents

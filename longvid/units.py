@@ -8,17 +8,9 @@ from longvid.errors import OptionError
 
 __all__ = ["format_bytes", "parse_bytes", "parse_reserve", "parse_size"]
 
-_FACTORS = {
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
+_FACTORS = {"b": 1}
+for _power, _prefix in enumerate("kmgt", 1):
+    _FACTORS |= {f"{_prefix}b": 1000**_power, f"{_prefix}ib": 1024**_power}
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 _SIZE = re.compile(r"(\d+)[xX](\d+)")
 

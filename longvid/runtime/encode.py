@@ -294,9 +294,7 @@ def frame_chunks(
     for block in video.blocks(after=after):
         for index, (frames, pts, valid) in reblock.push(block.frames_THWC, block.pts_T, block.valid_T):
             yield piece(plan.full(index), frames, pts, valid)
-    rest = reblock.rest()
-    if rest is not None:
-        index, (frames, pts, valid) = rest
+    for index, (frames, pts, valid) in reblock.rest():
         yield piece(plan.tail(index, len(frames)), frames, pts, valid)
 
 

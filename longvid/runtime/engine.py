@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +35,6 @@ class ModelGuard:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._state = self._now()
-        self._digest: str | None = None
 
     def _now(self) -> list[tuple[object, ...]]:
         return [
@@ -53,12 +53,10 @@ class ModelGuard:
                 "models. Open a new session"
             )
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 over name, dtype, shape and values of all parameters and buffers, as the model computes."""
-        if self._digest is None:
-            self._digest = weights_digest(self._module)
-        return self._digest
+        return weights_digest(self._module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +96,7 @@ class Engine:
                 f"{model.describe().get('name_or_path')!r} is an architecture without weights, good for plans only; "
                 "load a folder or a hub id, or pass random_weights=SEED (--random-weights SEED) to try the engine"
             )
-        compute = dtype or first.dtype
-        where = resolve_device(device)
+        compute, where = dtype or first.dtype, resolve_device(device)
         ready = placed(module, where, compute)
         return cls(
             model=cast("CausalVAE", ready),
@@ -120,11 +117,7 @@ class Engine:
         """The part of a run's fingerprint that the model and the way it computes decide."""
         facts = self.model.describe()
         return {
-            "model": {
-                "class_name": facts.get("class_name"),
-                "config": facts.get("config"),
-                "weights": self.guard.digest,
-            },
+            "model": {name: facts.get(name) for name in ("class_name", "config")} | {"weights": self.guard.digest},
             "compute": {
                 "dtype": self.dtype_name,
                 "kernels": kernels_of(str(self.device)),

@@ -5,10 +5,8 @@ Axes: B batch (1), C channels, T time, H height, W width; lower-case c t h w are
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any, ClassVar, Self, cast
 
 import numpy as np
@@ -24,12 +22,12 @@ from longvid.runtime.admission import Admission, AdmissionControl, SessionGuard
 from longvid.runtime.engine import Engine
 from longvid.runtime.reblock import Reblocker, pad_frames
 from longvid.runtime.run import DecodeRun, EncodeRun, Representation, Run
-from longvid.schedule import Chunk
+from longvid.schedule import Chunk, ChunkSchedule
 
 __all__ = ["PushDecoder", "PushEncoder", "Scope"]
 
 
-class Scope(ABC):
+class Scope:
     """Life of a push-mode video: open in a ``with`` block, until it is finished, fails or is closed.
 
     Leaving the block without an exception, with something pushed and neither :meth:`finish` nor :meth:`close` called,
@@ -39,14 +37,18 @@ class Scope(ABC):
     direction: ClassVar[Direction]
     kind: ClassVar[str]
 
-    def __init__(self, guard: SessionGuard, control: AdmissionControl) -> None:
-        self._guard = guard
-        self._control = control
+    def __init__(
+        self, guard: SessionGuard, control: AdmissionControl, make_run: Callable[[Engine, DirectionPlan], Run]
+    ) -> None:
+        self._guard, self._control, self._make_run = guard, control, make_run
         self._entered = False
         self._run: Run | None = None
-        "made with the admission"
+        self._reblock: Reblocker | None = None
+        "both are made with the admission"
         self.admission: Admission | None = None
         "set when the size of the frames is known, until the video ends"
+        self._size = (0, 0)
+        "height and width of the frames, as they are pushed or decoded"
         self._ended = ""
 
     def __enter__(self) -> Self:
@@ -56,9 +58,7 @@ class Scope(ABC):
         self._entered = True
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, exc_type: object, *_: object) -> None:
         forgotten = exc_type is None and self.admission is not None
         self.close()
         if forgotten:
@@ -86,7 +86,7 @@ class Scope(ABC):
             self._run.__exit__(None, None, None)
         if self.admission is not None:
             self._control.release(self.admission)
-        self._run = self.admission = None
+        self._run = self._reblock = self.admission = None
         self._ended = self._ended or why
 
     @contextmanager
@@ -103,17 +103,19 @@ class Scope(ABC):
                 self._end("failed in an earlier call; start it again with a new one")
                 raise
 
-    def _admitted(self, size: tuple[int, int]) -> Admission:
-        """The video's place, asked for when its size is first known; its run is made with it."""
-        if self.admission is None:
+    def _admitted(self, size: tuple[int, int]) -> tuple[ChunkSchedule, Reblocker]:
+        """How the video is cut. Its place is asked for, and its run is made, when its size is first known."""
+        if self.admission is None or self._reblock is None:
+            self._size = size
             self.admission = self._control.admit(self.direction, *size)
             self._control.hold(self.admission)
+            schedule = self.admission.schedule
+            if self.direction == "encode":
+                self._reblock = Reblocker(schedule.capacity)
+            else:
+                self._reblock = Reblocker(lambda index: schedule.full(index).num_latents)
             self._run = self._make_run(self._control.engine, self.admission.part).__enter__()
-        return self.admission
-
-    @abstractmethod
-    def _make_run(self, engine: Engine, part: DirectionPlan) -> Run:
-        """The cache and meter of this direction."""
+        return self.admission.schedule, self._reblock
 
 
 class PushEncoder(Scope):
@@ -128,16 +130,10 @@ class PushEncoder(Scope):
     def __init__(
         self, guard: SessionGuard, control: AdmissionControl, representation: Representation, seed: int
     ) -> None:
-        super().__init__(guard, control)
-        self._representation: Representation = representation
-        self._seed = seed
-        self._reblock: Reblocker | None = None
-        self._size = (0, 0)
+        super().__init__(guard, control, lambda engine, part: EncodeRun(engine, part, representation, seed))
+        self._representation = representation
         self.num_frames = 0
         "frames pushed so far"
-
-    def _make_run(self, engine: Engine, part: DirectionPlan) -> Run:
-        return EncodeRun(engine, part, self._representation, self._seed)
 
     def push(self, frames_THWC: Any) -> Tensor:
         """Take uint8 frames (T, H, W, 3), numpy or torch, any number; return the latents finished so far.
@@ -151,9 +147,7 @@ class PushEncoder(Scope):
         """
         with self._working("push") as engine:
             frames = _as_frames(frames_THWC)
-            if self._reblock is None:
-                self._size = (frames.shape[1], frames.shape[2])
-                self._reblock = Reblocker(self._admitted(self._size).schedule.capacity)
+            plan, reblock = self._admitted((frames.shape[1], frames.shape[2]))
             if frames.shape[1:3] != self._size:
                 raise SourceError(
                     f"frames of {frames.shape[2]}x{frames.shape[1]} came after frames of "
@@ -161,10 +155,7 @@ class PushEncoder(Scope):
                     kind="geometry-changed",
                 )
             self.num_frames += len(frames)
-            plan = self._admitted(self._size).schedule
-            return self._joined(
-                engine, [self._encode(plan.full(i), block) for i, (block,) in self._reblock.push(frames)]
-            )
+            return self._joined(engine, [self._encode(plan.full(i), block) for i, (block,) in reblock.push(frames)])
 
     def finish(self) -> Tensor:
         """Encode what is left, the tail padded by repeating the last frame; the video is then complete.
@@ -173,14 +164,11 @@ class PushEncoder(Scope):
             SourceError: no frame was pushed.
         """
         with self._working("finish") as engine:
-            if self._reblock is None or self.admission is None or not self.num_frames:
+            if not self.num_frames:
                 raise SourceError("the video has no frames; push at least one before finish()", kind="no-frames")
-            rest = self._reblock.rest()
-            done = []
-            if rest is not None:
-                index, (block,) = rest
-                done.append(self._encode(self.admission.schedule.tail(index, len(block)), block))
-            latents = self._joined(engine, done)
+            plan, reblock = self._admitted(self._size)
+            rest = [self._encode(plan.tail(i, len(block)), block) for i, (block,) in reblock.rest()]
+            latents = self._joined(engine, rest)
             self._end("is finished")
             return latents
 
@@ -211,17 +199,12 @@ class PushDecoder(Scope):
     def __init__(
         self, guard: SessionGuard, control: AdmissionControl, num_frames: int | None, size: tuple[int, int] | None
     ) -> None:
-        super().__init__(guard, control)
+        super().__init__(guard, control, lambda engine, part: DecodeRun(engine, part, size))
         if num_frames is not None and num_frames < 1:
             raise ScheduleError(f"a video has at least one frame, num_frames={num_frames} was given")
         self._num_frames = num_frames
         self._crop = size
-        self._reblock: Reblocker | None = None
         self._num_latents = 0
-        self._frame_size = (0, 0)
-
-    def _make_run(self, engine: Engine, part: DirectionPlan) -> Run:
-        return DecodeRun(engine, part, self._crop)
 
     def push(self, z_BCTHW: Tensor) -> Frames:
         """Take raw latents (1, c, t, h, w), any number; return the frames finished so far.
@@ -235,17 +218,19 @@ class PushDecoder(Scope):
         """
         with self._working("push") as engine:
             z_TCHW = self._as_latents(engine, z_BCTHW)
-            if self._reblock is None:
-                p = engine.model.geometry.pixels_per_latent
-                self._frame_size = (z_TCHW.shape[2] * p, z_TCHW.shape[3] * p)
-                self._check_crop()
-                self._reblock = Reblocker(lambda i: plan.full(i).num_latents)
-            plan = self._admitted(self._frame_size).schedule
+            p = engine.model.geometry.pixels_per_latent
+            size = (z_TCHW.shape[2] * p, z_TCHW.shape[3] * p)
+            crop = self._crop or size
+            if self.admission is None and not all(0 < c <= f for c, f in zip(crop, size, strict=True)):
+                raise ScheduleError(
+                    f"a crop to {crop[1]}x{crop[0]} was asked for, the latents decode to frames of {size[1]}x{size[0]}"
+                )
+            plan, reblock = self._admitted(size)
             self._num_latents += len(z_TCHW)
             if self._num_frames is not None and self._num_latents > plan.num_latents(self._num_frames):
                 plan.check_length(self._num_frames, self._num_latents)
             try:
-                blocks = list(self._reblock.push(z_TCHW))
+                blocks = list(reblock.push(z_TCHW))
             except ValueError as exc:
                 raise ScheduleError(f"the latents changed within a video: {exc}") from exc
             return self._joined([self._decode(plan.full(i), block) for i, (block,) in blocks])
@@ -260,18 +245,10 @@ class PushDecoder(Scope):
             plan = self.admission.schedule if self.admission else engine.model.geometry.schedule
             most = plan.max_frames(self._num_latents)
             plan.check_length(self._num_frames or most, self._num_latents)
-            rest = self._reblock.rest() if self._reblock is not None else None
-            done = [] if rest is None else [self._decode(plan.tail_of_latents(rest[0], len(rest[1][0])), rest[1][0])]
-            frames = self._joined(done)
+            rest = [] if self._reblock is None else self._reblock.rest()
+            frames = self._joined([self._decode(plan.tail_of_latents(i, len(block)), block) for i, (block,) in rest])
             self._end("is finished")
             return frames
-
-    def _check_crop(self) -> None:
-        if self._crop is not None and not all(0 < c <= f for c, f in zip(self._crop, self._frame_size, strict=True)):
-            raise ScheduleError(
-                f"a crop to {self._crop[1]}x{self._crop[0]} was asked for, the latents decode to frames of "
-                f"{self._frame_size[1]}x{self._frame_size[0]}"
-            )
 
     def _as_latents(self, engine: Engine, z: Any) -> npt.NDArray[np.float32]:
         channels = engine.model.geometry.latent_channels
@@ -281,15 +258,14 @@ class PushDecoder(Scope):
         return cast("npt.NDArray[np.float32]", z[0].detach().movedim(1, 0).to("cpu", torch.float32).numpy())
 
     def _decode(self, chunk: Chunk, z_TCHW: npt.NDArray[np.float32]) -> Frames:
-        run = self._run
-        assert isinstance(run, DecodeRun)
-        frames = run.frames(chunk, z_TCHW)
+        assert isinstance(self._run, DecodeRun)
+        frames = self._run.frames(chunk, z_TCHW)
         return frames if self._num_frames is None else frames[: max(0, self._num_frames - chunk.frame_start)]
 
     def _joined(self, done: list[Frames]) -> Frames:
         if done:
             return np.concatenate(done)
-        height, width = self._crop or self._frame_size
+        height, width = self._crop or self._size
         return np.empty((0, height, width, 3), np.uint8)
 
 

@@ -66,11 +66,9 @@ class Reblocker:
                 )
         return self._block
 
-    def rest(self) -> tuple[int, Arrays] | None:
-        """The unfinished block at the end, or None if everything came out in whole blocks."""
-        if self._block is None:
-            return None
-        return self._index, tuple(array[: self._filled] for array in self._block)
+    def rest(self) -> list[tuple[int, Arrays]]:
+        """The unfinished block at the end, or nothing if everything came out in whole blocks."""
+        return [] if self._block is None else [(self._index, tuple(array[: self._filled] for array in self._block))]
 
 
 def pad_frames(frames_THWC: npt.NDArray[np.uint8], num_frames: int, height: int, width: int) -> npt.NDArray[np.uint8]:

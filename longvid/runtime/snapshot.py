@@ -86,18 +86,7 @@ def write_snapshot(
     sync: bool,
     keep_all: bool = False,
 ) -> Path:
-    """Write the state before ``chunk``, and remove all but the last two of a run.
-
-    Args:
-        folder: of the snapshots; made if need be.
-        chunk: the next chunk.
-        units: full units of the store; they are published.
-        position: where the source stands.
-        rows: rows after the last full unit, by name.
-        contexts: path and context of every layer, in the order in which they run, on any device.
-        fingerprint: of the run.
-        sync: whether to wait for the disk.
-        keep_all: keep older ones too.
+    """Write the state before ``chunk``, as :class:`Snapshot` describes it, and remove all but the last two of a run.
 
     Raises:
         ValueError: a context is not finite, so that resuming from it would spoil the rest of the video.
@@ -127,14 +116,7 @@ def write_snapshot(
 
 
 def newest_snapshot(folder: Path, *, fingerprint: str, units: int, chunk: int | None = None) -> Snapshot | None:
-    """The newest snapshot of this run that is whole and depends on committed units only; None if there is none.
-
-    Args:
-        folder: of the snapshots.
-        fingerprint: of the run.
-        units: how many units are published.
-        chunk: the latest next chunk that is wanted; any by default.
-    """
+    """The newest snapshot of this run that is whole and stands at ``units``, and at ``chunk``, at the latest."""
     for path in reversed(snapshots_in(folder)):
         snapshot = _read(path, fingerprint)
         if snapshot is not None and snapshot.units <= units and (chunk is None or snapshot.chunk <= chunk):

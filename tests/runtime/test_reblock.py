@@ -17,10 +17,10 @@ def test_blocks_do_not_depend_on_the_slices(lengths, first):
     rest = reblock.rest()
     assert all(len(b) == (first if i == 0 else 4) for i, b, _ in blocks)
     assert [i for i, _, _ in blocks] == list(range(len(blocks)))
-    pieces = [b for _, b, _ in blocks] + ([] if rest is None else [rest[1][0]])
+    pieces = [b for _, b, _ in blocks] + [b for _, (b, _) in rest]
     joined = np.concatenate(pieces) if pieces else data[:0]
     np.testing.assert_array_equal(joined, data)
-    assert rest is None or (rest[0] == len(blocks) and len(rest[1][0]) > 0)
+    assert [i for i, (b, _) in rest if len(b)] == [len(blocks)][: len(rest)]
 
 
 def test_a_caller_may_reuse_its_buffer():
@@ -64,8 +64,7 @@ def test_the_order_in_memory_is_that_of_the_slices_and_changes_nothing(order, le
     for n in lengths:
         blocks += [block for _, (block,) in reblock.push(ordered[at : at + n])]
         at += n
-    rest = reblock.rest()
-    blocks += [] if rest is None else [rest[1][0]]
+    blocks += [block for _, (block,) in reblock.rest()]
     np.testing.assert_array_equal(np.concatenate(blocks), data)
     for block in blocks:
         assert block.transpose(axes).flags.c_contiguous
