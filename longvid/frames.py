@@ -19,6 +19,7 @@ __all__ = [
     "FrameBlock",
     "FrameSource",
     "Frames",
+    "Marks",
     "OnError",
     "SourceInfo",
     "SourcePosition",
@@ -28,6 +29,8 @@ __all__ = [
 
 Frames: TypeAlias = npt.NDArray[np.uint8]
 Times: TypeAlias = npt.NDArray[np.int64]
+Marks: TypeAlias = npt.NDArray[np.bool_]
+"False for a frame whose pixels are not those of the source: it repeats the last good one"
 
 OnError: TypeAlias = Literal["stop", "keep", "conceal"]
 "what happens where a file is damaged: an error, the end, or the last good frame in place of the damage"
@@ -75,14 +78,13 @@ class SourceInfo:
 class FrameBlock:
     """Some consecutive frames."""
 
-    frames_THWC: npt.NDArray[np.uint8]
-    pts_T: npt.NDArray[np.int64]
+    frames_THWC: Frames
+    pts_T: Times
     "time stamps in units of the source's time base, in decoder order"
-    valid_T: npt.NDArray[np.bool_]
-    "False for a frame whose pixels are not those of the source: it repeats the last good one"
+    valid_T: Marks
 
     @classmethod
-    def whole(cls, frames_THWC: npt.NDArray[np.uint8], pts_T: npt.NDArray[np.int64]) -> FrameBlock:
+    def whole(cls, frames_THWC: Frames, pts_T: Times) -> FrameBlock:
         """A block of frames that are all the source's own."""
         return cls(frames_THWC, pts_T, np.ones(len(pts_T), np.bool_))
 

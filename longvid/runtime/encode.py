@@ -30,7 +30,7 @@ from torch import Tensor
 
 from longvid.errors import NonFiniteError
 from longvid.events import RunReport
-from longvid.frames import Frames, FrameSource, OnError, SourceInfo, SourcePosition, Times, frame_digest
+from longvid.frames import Frames, FrameSource, Marks, OnError, SourceInfo, SourcePosition, Times, frame_digest
 from longvid.media.limits import Limits
 from longvid.media.sources import open_source
 from longvid.runtime.admission import Admission, Job, Recorded, RunOptions
@@ -47,8 +47,6 @@ from longvid.store.target import check_target
 __all__ = ["READING", "EncodeOptions", "EncodedChunk", "OnNonFinite", "encode_video", "frame_chunks", "store_latents"]
 
 OnNonFinite: TypeAlias = Literal["stop", "quarantine"]
-Marks: TypeAlias = npt.NDArray[np.bool_]
-"False for a true frame that repeats the last good one"
 EncodedChunk: TypeAlias = tuple[Chunk, Times, Marks, Tensor, Tensor | None]
 "a chunk with the time stamps and marks of its true frames, its latents, and its moments if they are stored"
 READING = ("start", "frames", "size", "frame_rate", "on_error")

@@ -8,7 +8,9 @@ with the digests of what was published before it takes a place, so a repair rest
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -16,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from longvid.errors import StoreError
-from longvid.events import RunReport
+from longvid.frames import Marks, Times
 from longvid.media.sources import open_source
 from longvid.runtime.decode import DecodeOptions, decode_video
 from longvid.runtime.encode import READING, EncodeOptions, encode_video, frame_chunks
@@ -34,8 +36,6 @@ __all__ = ["RepairReport", "repair"]
 
 Columns: TypeAlias = dict[str, npt.NDArray[Any]]
 "whole arrays by name"
-Stamps: TypeAlias = tuple[npt.NDArray[Any], npt.NDArray[Any]]
-"time stamps of all frames, and which are the source's own"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,26 +90,22 @@ def repair(session: VideoSession, path: str | Path, *, source: Any = None) -> Re
     if before.ok:
         return RepairReport(before=before, after=before, restored=(), frames_computed=0)
     restored: list[str] = []
-    with disk_errors(where):
+    with disk_errors(where), ExitStack() as stack:
         (where / PRIVATE).mkdir(exist_ok=True)
-        lock = WriterLock.acquire(where / PRIVATE / "lock")
-        try:
-            opened = open_reader(where, strict=False)
-            if opened.disputed:
-                raise StoreError(
-                    f"{where}: the root metadata and its copy are both whole and contradict each other, so that "
-                    "nothing tells which is right; put the right one in both places, or encode the video again",
-                    kind="corrupt",
-                )
-            restored += _metadata(opened, before)
-            restored += _digests(opened, before)
-            restored += _coordinates(opened, before, source)
-        finally:
-            lock.release()
+        stack.callback(WriterLock.acquire(where / PRIVATE / "lock").release)
+        opened = open_reader(where, strict=False)
+        if opened.disputed:
+            raise StoreError(
+                f"{where}: the root metadata and its copy are both whole and contradict each other, so that nothing "
+                "tells which is right; put the right one in both places, or encode the video again",
+                kind="corrupt",
+            )
+        restored += _metadata(opened, before)
+        restored += _digests(opened, before)
+        restored += _coordinates(opened, before, source)
     units = frozenset(d.unit for d in before.damages if d.kind == "data" and d.unit is not None)
-    report = _data(session, opened, units, source) if units else None
+    frames = _data(session, opened, units, source) if units else 0
     restored += sorted(d.name for d in before.damages if d.kind == "data")
-    frames = 0 if report is None else report.frames - report.resumed_from_frame
     return RepairReport(before=before, after=verify(where), restored=tuple(restored), frames_computed=frames)
 
 
@@ -169,55 +165,37 @@ def _coordinates(opened: StoreReader, found: Verification, source: Any) -> Itera
 
 def _candidates(opened: StoreReader, source: Any) -> Iterator[Columns]:
     """What the coordinates may have been: by the time stamps that are there, then by those of the source."""
-    schedule = opened.metadata.schedule
+    metadata = opened.metadata
+    schedule, base, num_frames = metadata.schedule, metadata.time_base, metadata.num_frames
     if schedule is None:
-        yield _frame_coordinates(opened, source)
+        latents = open_store(_source_of(opened, source))
+        first, last = metadata.window or (0, None)
+        pts, valid = (stamps[first:last][:num_frames] for stamps in (latents.frame_pts, latents.frame_valid))
+        base = latents.time_base
+        yield {"t": pts * base.numerator / base.denominator, "frame_pts": pts, "frame_valid": valid}
         return
-    pts, valid = opened.columns["frame_pts"], opened.columns["frame_valid"]
-    if pts is not None and valid is not None:
-        yield _latent_coordinates(opened, schedule, (pts, valid))
-    num_frames = opened.metadata.num_frames
-    yield _latent_coordinates(opened, schedule, _stamps_of_source(opened, schedule, num_frames, source))
-
-
-def _latent_coordinates(opened: StoreReader, schedule: ChunkSchedule, stamps: Stamps) -> Columns:
-    num_latents, num_frames = opened.metadata.main.shape[0], opened.metadata.num_frames
-    pts, valid = stamps
-    padded = np.array([schedule.frame_range(i) for i in range(num_latents)], np.int64)
+    padded = np.array([schedule.frame_range(i) for i in range(metadata.main.shape[0])], np.int64)
     ranges = np.minimum(padded, num_frames)
-    return {
-        "t": seconds_of_latents(padded[:, 0], pts, 0, opened.metadata.time_base, opened.metadata.frame_rate),
-        "frame_start": ranges[:, 0],
-        "frame_stop": ranges[:, 1],
-        "frame_pts": pts,
-        "frame_valid": valid,
-    }
+    for pts, valid in _stamps(opened, schedule, source):
+        yield {
+            "t": seconds_of_latents(padded[:, 0], pts, 0, base, metadata.frame_rate),
+            "frame_start": ranges[:, 0],
+            "frame_stop": ranges[:, 1],
+            "frame_pts": pts,
+            "frame_valid": valid,
+        }
 
 
-def _stamps_of_source(opened: StoreReader, schedule: ChunkSchedule, num_frames: int, source: Any) -> Stamps:
-    """Read the source again, without the model."""
-    pts, valid, count = [], [], 0
-    with open_source(_source_of(opened, source), **_reading(opened)) as video:
-        for piece in frame_chunks(video, schedule, (video.info.height, video.info.width)):
-            pts.append(piece.pts)
-            valid.append(piece.valid)
-            count += len(piece.pts)
-            if count >= num_frames:
-                break
-    return np.concatenate(pts)[:num_frames], np.concatenate(valid)[:num_frames]
-
-
-def _frame_coordinates(opened: StoreReader, source: Any) -> Columns:
-    latents = open_store(_source_of(opened, source))
-    first, last = opened.metadata.window or (0, None)
+def _stamps(opened: StoreReader, schedule: ChunkSchedule, source: Any) -> Iterator[tuple[Times, Marks]]:
+    """Time stamps and marks of all frames: those that are there, then those of the source, read without the model."""
+    there = opened.columns["frame_pts"], opened.columns["frame_valid"]
+    if there[0] is not None and there[1] is not None:
+        yield there[0], there[1]
     num_frames = opened.metadata.num_frames
-    pts = latents.frame_pts[first:last][:num_frames]
-    base = latents.time_base
-    return {
-        "t": pts * base.numerator / base.denominator,
-        "frame_pts": pts,
-        "frame_valid": latents.frame_valid[first:last][:num_frames],
-    }
+    with open_source(_source_of(opened, source), **_reading(opened)) as video:
+        pieces = frame_chunks(video, schedule, (video.info.height, video.info.width))
+        read = [(piece.pts, piece.valid) for piece in islice(pieces, schedule.num_chunks(num_frames))]
+    yield np.concatenate([pts for pts, _ in read])[:num_frames], np.concatenate([v for _, v in read])[:num_frames]
 
 
 def _rewrite(opened: StoreReader, columns: Columns) -> None:
@@ -232,24 +210,26 @@ def _rewrite(opened: StoreReader, columns: Columns) -> None:
     store.commit(opened.content, settled=True)
 
 
-def _data(session: VideoSession, opened: StoreReader, units: frozenset[int], source: Any) -> RunReport:
+def _data(session: VideoSession, opened: StoreReader, units: frozenset[int], source: Any) -> int:
+    """Compute units again; returns how many frames went through the model."""
     where, path, metadata = _source_of(opened, source), opened.path, opened.metadata
     durability = Durability(snapshot_seconds=float("inf"))
-    if metadata.kind == "frames":
-        first, last = metadata.window or (0, metadata.num_frames)
-        decoding = DecodeOptions(start=first, frames=last - first, durability=durability, mend=units)
-        with session.running("repair") as job:
-            return decode_video(job, session.decodable(where, path), path, decoding)
-    encoding = EncodeOptions(
-        representation=cast("Any", metadata.representation),
-        store_dtype=cast("Any", str(metadata.main.dtype)),
-        seed=metadata.seed,
-        durability=durability,
-        mend=units,
-        **_reading(opened),
-    )
     with session.running("repair") as job:
-        return encode_video(job, where, path, encoding)
+        if metadata.kind == "frames":
+            first, last = metadata.window or (0, metadata.num_frames)
+            decoding = DecodeOptions(start=first, frames=last - first, durability=durability, mend=units)
+            report = decode_video(job, session.decodable(where, path), path, decoding)
+        else:
+            encoding = EncodeOptions(
+                representation=cast("Any", metadata.representation),
+                store_dtype=cast("Any", str(metadata.main.dtype)),
+                seed=metadata.seed,
+                durability=durability,
+                mend=units,
+                **_reading(opened),
+            )
+            report = encode_video(job, where, path, encoding)
+    return report.frames - report.resumed_from_frame
 
 
 def _source_of(opened: StoreReader, source: Any) -> Any:

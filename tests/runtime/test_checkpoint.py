@@ -144,6 +144,9 @@ def test_what_decides_the_bits_may_not_change_and_nothing_is_written(video, tmp_
 def test_fingerprints():
     a = {"x": {"y": 1, "z": [1, 2]}, "w": "a"}
     assert differences(a, {"x": {"y": 1, "z": (1, 2)}, "w": "a"}) == []
-    assert differences(a, {"x": {"y": 2}, "w": "a"}) == ["x.y was 1 and is 2", "x.z was [1, 2] and is not there"]
+    assert differences(a, {"x": {"y": 2}, "w": "a"}) == [
+        "x.y is 1 in the store and 2 in this run",
+        "x.z is [1, 2] in the store and missing in this run",
+    ]
     assert fingerprint_digest({"a": 1, "b": 2}) == fingerprint_digest({"b": 2, "a": 1})
     assert fingerprint_digest({"a": 1}) != fingerprint_digest({"a": 2})
