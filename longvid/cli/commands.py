@@ -15,11 +15,12 @@ import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longvid.cli.parser import LIMITS, Command, make_parser
+from longvid.cli.parser import Command, make_parser
 from longvid.cli.signals import Ended, StopRequest, handle_signals
 from longvid.environment import map_large_allocations
 from longvid.errors import (
@@ -41,14 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_EXIT_CODES: tuple[tuple[type[LongvidError], int], ...] = (
-    (OptionError, 2),
-    (ScheduleError, 2),
-    (SourceError, 3),
-    (StoreError, 4),
-    (MemoryBudgetError, 5),
-    (ModelError, 6),
-)
+_EXIT_CODES = {OptionError: 2, ScheduleError: 2, SourceError: 3, StoreError: 4, MemoryBudgetError: 5, ModelError: 6}
 _SESSION_OPTIONS = (
     "device", "memory", "offload", "offload_dir", "reserved", "profile", "chunk_frames", "slice_frames", "layout",
     "paired_frames",
@@ -66,32 +60,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # here, where a reader that has gone can still be handled
             return code
         except LongvidError as exc:
-            return _failed(args, exc, next((code for kind, code in _EXIT_CODES if isinstance(exc, kind)), 1))
+            return _failed(
+                args, f"{exc}", next((code for kind, code in _EXIT_CODES.items() if isinstance(exc, kind)), 1)
+            )
         except KeyboardInterrupt as exc:
-            return _interrupted(args, exc)
+            return _failed(args, _left_behind(args), exc.exit_code if isinstance(exc, Ended) else 130)
         except BrokenPipeError:  # the reader of the output, such as head, has closed it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141  # as if SIGPIPE had ended it
 
 
-def _failed(args: argparse.Namespace, exc: BaseException, code: int) -> int:
+def _failed(args: argparse.Namespace, message: str, code: int) -> int:
     if args.debug:
         traceback.print_exc()
-    print(f"longvid: {exc}", file=sys.stderr)
+    print(f"longvid: {message}", file=sys.stderr)
     return code
 
 
-def _interrupted(args: argparse.Namespace, exc: KeyboardInterrupt) -> int:
-    if args.debug:
-        traceback.print_exc()
+def _left_behind(args: argparse.Namespace) -> str:
     out = getattr(args, "store" if args.command == "encode" else "out", None)
     left = "nothing was written"
     if out is not None and Path(out).is_dir():
         left = f"{out} holds what was finished; run the same command again to resume"
     elif args.command == "decode":
         left = "an unfinished video file cannot be resumed and was removed; decode to .zarr to be able to resume"
-    print(f"longvid: interrupted; {left}", file=sys.stderr)
-    return exc.exit_code if isinstance(exc, Ended) else 130
+    return f"interrupted; {left}"
 
 
 # ------------------------------------------------------------------------------------------------- commands
@@ -102,7 +95,7 @@ def _encode(args: argparse.Namespace) -> int:
     from longvid.store.target import check_target
 
     found = check_target(args.store)  # before a model is loaded
-    limits = Limits(**{name: value for name in LIMITS if (value := getattr(args, name)) is not None})
+    limits = Limits(**{f.name: value for f in fields(Limits) if (value := getattr(args, f.name, None)) is not None})
     names = ("representation", "start", "frames", "size", "store_dtype", "seed", "on_error", "on_non_finite")
     with _session(args, output_complete=found.state == "complete") as session:
         report = session.encode(args.source, args.store, limits=limits, **_options(args, names), **_safety(args))
@@ -205,6 +198,7 @@ def _repair(args: argparse.Namespace) -> int:
     made_by = metadata.compute
     _take_recorded_model(args, metadata.vae)
     numerics = made_by.get("numerics", {})
+    vars(args).update(offload="auto", reserved=None, profile=None, slice_frames=None, report=None, record=None)
     args.dtype = args.dtype or made_by.get("dtype")
     args.layout = numerics.get("layout", "auto")
     args.paired_frames = numerics.get("paired_frames", "auto")
@@ -409,23 +403,18 @@ def _show(args: argparse.Namespace, report: RunReport, out: str) -> int:
     """Print what a run did and return the exit code; a run that was stopped ends as its signal asks."""
     if args.json:
         print(json.dumps(report.to_dict()))
-    elif not args.quiet:
-        _print_report(report, out)
-    if report.complete:
-        return 0
-    raise Ended(args.stop.signum or signal.SIGINT)
-
-
-def _print_report(report: RunReport, out: str) -> None:
-    if report.complete and report.resumed_from_frame == report.frames:
+    elif not args.quiet and report.complete and report.resumed_from_frame == report.frames:
         print(f"{out}: complete already, {report.frames} frames; nothing to do")
-    else:
+    elif not args.quiet:
         resumed = f" (the first {report.resumed_from_frame} by an earlier run)" if report.resumed_from_frame else ""
         print(
             f"{out}: {report.frames} frames{resumed}, {report.latent_frames} latent frames, in {report.seconds:.1f} s "
             f"({report.frames_per_second:.1f} frames/s); peak memory: device {format_bytes(report.peak_device_bytes)} "
             f"(contexts {format_bytes(report.cache_bytes)}), process {format_bytes(report.peak_rss_bytes)}"
         )
+    if report.complete:
+        return 0
+    raise Ended(args.stop.signum or signal.SIGINT)
 
 
 @contextmanager
