@@ -64,10 +64,14 @@ def _time_unit(seconds: float) -> tuple[float, str]:
 
 
 def _byte_unit(num_bytes: float) -> tuple[float, str]:
-    for factor, unit in ((2**30, "GiB"), (2**20, "MiB")):
-        if num_bytes >= factor:
-            return float(factor), unit
-    return 1024.0, "KiB"
+    if num_bytes < 2**20:
+        return 2.0**10, "KiB"
+    return (2.0**20, "MiB") if num_bytes < 2**30 else (2.0**30, "GiB")
+
+
+def _hover(chart: figure, drawn: Any, *tooltips: tuple[str, str], mode: Any = "mouse") -> None:
+    """Show values at the pointer."""
+    chart.add_tools(HoverTool(visible=False, renderers=[drawn], mode=mode, tooltips=list(tooltips)))
 
 
 def _blank(
@@ -114,9 +118,7 @@ def _line(chart: figure, x: Iterable[float], y: Iterable[float], color: str, lab
     line = chart.line("x", "y", source=source, color=color, line_width=2)
     if len(source.data["x"]) <= 60:
         chart.scatter("x", "y", source=source, color=color, size=5)
-    chart.add_tools(
-        HoverTool(visible=False, renderers=[line], mode="vline", tooltips=[(label, f"@y{{0,0.00}} {unit}")])
-    )
+    _hover(chart, line, (label, f"@y{{0,0.00}} {unit}"), mode="vline")
 
 
 def _draw_memory(history: RunHistory) -> figure:
@@ -159,7 +161,7 @@ def _draw_throughput(history: RunHistory) -> figure:
     )
     x = np.repeat([windows[0].start_seconds, *(p.stop_seconds for p in windows)], 2)[1:-1] / factor
     chart.line(x, np.repeat(rates, 2), color=COLORS["throughput"], line_width=2)
-    chart.add_tools(HoverTool(visible=False, renderers=[bars], tooltips=[("frames/s", "@rate{0,0.00}")]))
+    _hover(chart, bars, ("frames/s", "@rate{0,0.00}"))
     return chart
 
 
@@ -168,15 +170,13 @@ def _draw_stages(history: RunHistory) -> figure:
     windows = history.windows
     factor, x_range, x_label = _run_axis(history)
     chart = _blank(210, x_range, x_label, (len(_STAGES), 0), None)
-    read, compute, write = np.array([p.stage_shares for p in windows]).T
-    shares = {"read": read, "compute": compute, "write": write, "wait": np.array([p.time_shares[1] for p in windows])}
     for row, (stage, label) in enumerate(_STAGES.items()):
-        top, share = row + 1 - 0.8 * shares[stage], shares[stage] * 100
-        source = ColumnDataSource({**_edges(windows, factor), "top": top, "share": share})
+        share = np.array([p.stage_shares[stage] for p in windows])
+        source = ColumnDataSource({**_edges(windows, factor), "top": row + 1 - 0.8 * share, "share": share * 100})
         style: dict[str, Any] = {"source": source, "color": COLORS[stage], "line_color": None}
         whole = chart.quad("left", "right", row + 0.2, row + 1.0, alpha=0.12, **style)
         chart.quad("left", "right", "top", row + 1.0, **style)
-        chart.add_tools(HoverTool(visible=False, renderers=[whole], tooltips=[(label, "@share{0.0} %")]))
+        _hover(chart, whole, (label, "@share{0.0} %"))
     chart.yaxis.major_tick_in = chart.yaxis.major_tick_out = 0  # room for the labels, so that charts are aligned
     chart.yaxis.major_label_standoff = 4
     _label_rows(chart, list(_STAGES.values()), 0.6)
@@ -209,9 +209,6 @@ class _Clock:
     def __call__(self, seconds: float) -> float:
         return (seconds - self._begin) / self._factor
 
-    def length(self, bar: Span | Stay) -> float:
-        return (bar.stop_seconds - bar.start_seconds) / self._factor
-
 
 def _bars(chart: figure, clock: _Clock, bars: Sequence[tuple[int, Span | Stay]], **style: Any) -> None:
     """Bars in numbered rows, with their layer at the pointer."""
@@ -223,13 +220,14 @@ def _bars(chart: figure, clock: _Clock, bars: Sequence[tuple[int, Span | Stay]],
             "left": left,
             "right": np.maximum(left, right),
             "layer": [bar.layer for _, bar in bars],
-            "duration": np.array([clock.length(bar) for _, bar in bars], np.float32),
+            "duration": np.array([clock(bar.stop_seconds) - clock(bar.start_seconds) for _, bar in bars], np.float32),
         }
     )
     drawn = chart.hbar(y="row", left="left", right="right", source=source, **style)
     unit = clock.unit
-    times = [("from", f"@left{{0,0.00}} {unit}"), ("for", f"@duration{{0,0.00}} {unit}")]
-    chart.add_tools(HoverTool(visible=False, renderers=[drawn], tooltips=[("layer", "@layer"), *times]))
+    _hover(
+        chart, drawn, ("layer", "@layer"), ("from", f"@left{{0,0.00}} {unit}"), ("for", f"@duration{{0,0.00}} {unit}")
+    )
 
 
 def _mark_chunks(chart: figure, clock: _Clock, views: Sequence[ChunkView]) -> None:
@@ -243,24 +241,18 @@ def _draw_residency(history: RunHistory) -> figure:
     layers, views = history.start.layers, list(history.views)
     clock = _Clock(views)
     row_of = {layer.name: row for row, layer in enumerate(layers)}
-    row_height = _row_height(history)
+    # Rows are low where no context moves, and where there are many layers.
+    row_height = 8 if len(layers) > 60 or all(layer.resident for layer in layers) else 15
     chart = _blank(len(layers) * row_height + 90, (0, clock.stop), clock.label, (len(layers), 0), None, _LEFT_OF_VIEWS)
     _label_groups(chart, layers, row_height)
-    stays = stays_on_device(layers, views)
-    resident = {layer.name for layer in layers if layer.resident}
     for kind, is_resident in (("resident", True), ("offloaded", False)):
-        bars = [(row_of[stay.layer], stay) for stay in stays if (stay.layer in resident) == is_resident]
+        stays = stays_on_device([layer for layer in layers if layer.resident == is_resident], views)
+        bars = [(row_of[stay.layer], stay) for stay in stays]
         _bars(chart, clock, bars, height=0.78, fill_color=COLORS[kind], line_color=None)
     computed = [s for view in views for s in view.spans if s.lane == "compute" and s.layer in row_of]
     _bars(chart, clock, [(row_of[s.layer], s) for s in computed], height=0.78, color=COLORS["compute"], line_width=1)
     _mark_chunks(chart, clock, views)
     return chart
-
-
-def _row_height(history: RunHistory) -> int:
-    """Pixels of a row: fewer where no context moves, and where there are many layers."""
-    layers = history.start.layers
-    return 8 if len(layers) > 60 or all(layer.resident for layer in layers) else 15
 
 
 def _group_of(layer: str) -> str:

@@ -15,6 +15,7 @@ MAX_POINTS = 1500
 _MAX_WINDOWS = 120
 _MAX_VIEWS = 4
 _MAX_SPANS = 4000
+_TIMES = ("compute_seconds", "wait_seconds", "read_seconds", "write_seconds")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,13 +48,11 @@ class Point:
         return self.compute_seconds / total, self.wait_seconds / total
 
     @property
-    def stage_shares(self) -> tuple[float, float, float]:
-        """Shares of the time in which reading, computing and writing were at work; they overlap."""
+    def stage_shares(self) -> dict[str, float]:
+        """Shares of the time in which each stage was at work, and in which compute waited; stages overlap."""
         total = self.stop_seconds - self.start_seconds or 1.0
-        read, compute, write = (
-            min(1.0, seconds / total) for seconds in (self.read_seconds, self.compute_seconds, self.write_seconds)
-        )
-        return read, compute, write
+        shares = {name: min(1.0, getattr(self, f"{name}_seconds") / total) for name in ("read", "compute", "write")}
+        return {**shares, "wait": self.time_shares[1]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +76,8 @@ class Stay:
 
 def merged(points: Sequence[Point]) -> Point:
     """Neighbouring points as one."""
-    sums = ("num_chunks", "num_frames", "compute_seconds", "wait_seconds", "read_seconds", "write_seconds")
-    totals = {name: sum(getattr(point, name) for point in points) for name in sums}
     return Point(
-        **totals,
+        **{name: sum(getattr(point, name) for point in points) for name in ("num_chunks", "num_frames", *_TIMES)},
         start_seconds=points[0].start_seconds,
         stop_seconds=points[-1].stop_seconds,
         peak_bytes=max((p.peak_bytes for p in points if p.peak_bytes is not None), default=None),
@@ -118,9 +115,8 @@ class RunHistory:
     @property
     def num_frames(self) -> int:
         """Video frames that are done."""
-        if self.report is not None:
-            return self.report.frames
-        return self.last_event.frames_done if self.last_event is not None else 0
+        done = self.last_event.frames_done if self.last_event is not None else 0
+        return done if self.report is None else self.report.frames
 
     @property
     def frames_per_second(self) -> float:
@@ -141,15 +137,10 @@ class RunHistory:
         self.last_event = event
         point = Point(
             num_chunks=1,
-            num_frames=event.num_frames,
             start_seconds=started,
             stop_seconds=event.seconds,
-            compute_seconds=event.compute_seconds,
-            wait_seconds=event.wait_seconds,
-            read_seconds=event.read_seconds,
-            write_seconds=event.write_seconds,
             peak_bytes=event.chunk_peak_bytes,
-            rss_bytes=event.rss_bytes,
+            **{name: getattr(event, name) for name in ("num_frames", "rss_bytes", *_TIMES)},
         )
         self._add_point(point)
         if event.spans:
@@ -173,9 +164,7 @@ class RunHistory:
         whole = merged(self.points)
         if self.report is None:
             return whole
-        spent = ("compute_seconds", "wait_seconds", "read_seconds", "write_seconds")
-        times = {name: getattr(self.report, name) for name in spent}
-        return replace(whole, stop_seconds=self.report.seconds, **times)
+        return replace(whole, stop_seconds=self.report.seconds, **{name: getattr(self.report, name) for name in _TIMES})
 
     @property
     def windows(self) -> list[Point]:

@@ -65,13 +65,15 @@ class ReportPage:
         """
         run = self._running()
         self._run, run.report = None, report
-        self._sections.append(_Section.of(len(self._sections) + 1, run))
+        from longvid.reporting import charts
+
+        script, places = charts.draw(run)
+        number = len(self._sections) + 1
+        self._sections.append(_Section(headline(run), section(number, run, places), short_section(number, run), script))
         for old in self._sections[:-_MAX_DRAWN_RUNS]:
             old.html, old.script = old.short_html, ""
         scripts = [section.script for section in self._sections if section.script]
         if scripts:
-            from longvid.reporting import charts
-
             scripts.insert(0, charts.library_script())
         sections, titles = [section.html for section in self._sections], [section.title for section in self._sections]
         html = page(sections, titles, scripts, completed=run.completed)
@@ -110,10 +112,3 @@ class _Section:
     html: str
     short_html: str
     script: str
-
-    @classmethod
-    def of(cls, number: int, run: RunHistory) -> _Section:
-        from longvid.reporting import charts
-
-        script, places = charts.draw(run)
-        return cls(headline(run), section(number, run, places), short_section(number, run), script)

@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import TypeAlias
 
 from longvid import __version__
-from longvid.events import LayerContext, RunStart, Span
+from longvid.events import LayerContext, RunStart
 from longvid.reporting.history import RunHistory
 from longvid.units import format_bytes
 
@@ -20,19 +20,11 @@ UNFINISHED = '<meta name="longvid-run" content="unfinished">'
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 _OPEN_TABLE_ROWS = 12
 COLORS = {
-    "measured": "#1f83c7",
-    "projected": "#e69f00",
-    "allowed": "#d55e00",
-    "process": "#009e73",
-    "throughput": "#1f83c7",
+    **dict.fromkeys(("measured", "throughput", "compute"), "#1f83c7"),
+    **dict.fromkeys(("projected", "offloaded", "wait"), "#e69f00"),
+    **dict.fromkeys(("allowed", "to_host", "write"), "#d55e00"),
+    **dict.fromkeys(("process", "to_device", "read"), "#009e73"),
     "resident": "#9aa5b170",
-    "offloaded": "#e69f00",
-    "compute": "#1f83c7",
-    "to_device": "#009e73",
-    "to_host": "#d55e00",
-    "wait": "#e69f00",
-    "read": "#009e73",
-    "write": "#d55e00",
 }
 """Colours of lines and bars in charts and legends, distinct for colour-blind readers too, on light and dark pages."""
 
@@ -214,40 +206,30 @@ def _per_point(history: RunHistory) -> str:
 
 
 def _residency_caption(history: RunHistory) -> _Caption:
-    num_resident = sum(layer.resident for layer in history.start.layers)
-    num_offloaded = len(history.start.layers) - num_resident
     legend = [_key("compute", "layer computes")]
-    if num_resident:
-        legend.append(_key("resident", f"resident context ({_layers(num_resident)})"))
-    if num_offloaded:
-        legend.append(_key("offloaded", f"offloaded context while it is on the device ({_layers(num_offloaded)})"))
+    for is_resident, kind in ((True, "resident context"), (False, "offloaded context while it is on the device")):
+        if count := sum(layer.resident == is_resident for layer in history.start.layers):
+            legend.append(_key(kind.split()[0], f"{kind} ({_layers(count)})"))
     text = f"One row per layer, in the order in which they run, in {_view_words(history)}."
     return "Contexts on the device", text, legend
 
 
 def _view_words(history: RunHistory) -> str:
     first, last = history.views[0].index, history.views[-1].index
-    if first == last:
-        return f"chunk {first:,}"
-    return f"chunks {first:,} to {last:,}; dotted lines separate chunks"
+    return f"chunk {first:,}" if first == last else f"chunks {first:,} to {last:,}; dotted lines separate chunks"
 
 
 def _lanes_caption(history: RunHistory) -> _Caption:
-    spans: dict[str, list[Span]] = {"compute": [], "to_device": [], "to_host": []}
-    for span in (span for view in history.views for span in view.spans):
-        spans[span.lane].append(span)
-    seconds = {lane: format_seconds(sum(s.stop_seconds - s.start_seconds for s in spans[lane])) for lane in spans}
-    legend = [_key("compute", f"compute, {seconds['compute']}")]
-    for lane in ("to_device", "to_host"):
-        if spans[lane]:
-            moved = format_bytes(sum(span.num_bytes for span in spans[lane]))
-            legend.append(_key(lane, f"{lane.replace('_', ' ')}, {moved} in {seconds[lane]}"))
+    legend = []
+    for lane in ("compute", "to_device", "to_host"):
+        spans = [span for view in history.views for span in view.spans if span.lane == lane]
+        seconds = format_seconds(sum(s.stop_seconds - s.start_seconds for s in spans))
+        moved = "" if lane == "compute" else f"{format_bytes(sum(span.num_bytes for span in spans))} in "
+        if spans or lane == "compute":
+            legend.append(_key(lane, f"{lane.replace('_', ' ')}, {moved}{seconds}"))
     nothing = " No context was moved." if len(legend) == 1 else ""
-    return (
-        "Transfers beside computation",
-        f"Compute and transfers over time, in {_view_words(history)}.{nothing}",
-        legend,
-    )
+    text = f"Compute and transfers over time, in {_view_words(history)}.{nothing}"
+    return "Transfers beside computation", text, legend
 
 
 def _throughput_caption(history: RunHistory) -> _Caption:
@@ -261,13 +243,8 @@ def _per_step(history: RunHistory) -> str:
 
 
 def _stages_caption(history: RunHistory) -> _Caption:
-    read, compute, write = history.whole.stage_shares
-    legend = [
-        _key("read", f"reading {read:.1%}"),
-        _key("compute", f"computing {compute:.1%}"),
-        _key("write", f"writing {write:.1%}"),
-        _key("wait", f"compute waits {history.whole.time_shares[1]:.1%}"),
-    ]
+    words = {"read": "reading", "compute": "computing", "write": "writing", "wait": "compute waits"}
+    legend = [_key(stage, f"{words[stage]} {share:.1%}") for stage, share in history.whole.stage_shares.items()]
     text = (
         f"{_per_step(history)} A full row means that the stage was at work all the time. Stages run at the same time, "
         "so their shares need not add up to 100 %. The numbers are those of the whole run."
@@ -309,13 +286,9 @@ def _layer_table(layers: Sequence[LayerContext]) -> str:
 
 
 def _machine(facts: Mapping[str, object]) -> str:
-    rows = "".join(
-        f"<dt>{escape(key.replace('_', ' '))}</dt><dd>{escape(_fact(key, value))}</dd>"
-        for key, value in facts.items()
-        if value is not None
-    )
+    rows = ""
+    for key, value in facts.items():
+        words = format_bytes(value) if key.endswith("_bytes") and isinstance(value, int) else str(value)
+        if value is not None:
+            rows += f"<dt>{escape(key.replace('_', ' '))}</dt><dd>{escape(words)}</dd>"
     return f'<div class="block"><h3>Machine</h3><dl>{rows}</dl></div>' if rows else ""
-
-
-def _fact(key: str, value: object) -> str:
-    return format_bytes(value) if key.endswith("_bytes") and isinstance(value, int) else str(value)

@@ -119,9 +119,14 @@ def test_the_share_of_time_in_which_compute_ran_is_that_of_the_whole_run(tmp_pat
 def test_shares_of_a_clock_that_did_not_move_are_no_error(tmp_path):
     history = RunHistory(run_start())
     history.add(chunk_event(seconds=0.0))
-    assert history.whole.stage_shares == (0.2, 0.42, 0.1)
+    assert history.whole.stage_shares == {
+        "read": 0.2,
+        "compute": 0.42,
+        "write": 0.1,
+        "wait": history.whole.time_shares[1],
+    }
     history.add(chunk_event(1, seconds=0.1, read_seconds=7.0))
-    assert history.points[-1].stage_shares[0] == 1.0
+    assert history.points[-1].stage_shares["read"] == 1.0
 
 
 def test_several_runs_have_a_section_each(tmp_path):
