@@ -22,7 +22,6 @@ __all__ = [
     "IterableFrames",
     "OnePass",
     "check_position",
-    "check_window",
     "is_array",
 ]
 
@@ -41,7 +40,12 @@ class OnePass:
     "facts known in advance"
 
     def __init__(self, name: str, start: int, frames: int | None, limits: Limits | None) -> None:
-        check_window(start, frames)
+        if start < 0:
+            raise SourceError(
+                f"start={start} is before the first frame; give the index of a frame, from 0", kind="range"
+            )
+        if frames is not None and frames < 1:
+            raise SourceError(f"frames={frames} asks for no frame; ask for at least 1, or None for all", kind="range")
         self._name = name
         self._begin = start
         self._end = None if frames is None else start + frames
@@ -64,25 +68,50 @@ class OnePass:
             raise SourceError(f"the frames of {self._name} were already read once; open the source again")
         self._started = True
 
-    def _check_known_length(self, info: SourceInfo) -> None:
+    def _set_info(
+        self,
+        kind: str,
+        frame_size: tuple[int, ...],
+        size: tuple[int, int] | None,
+        num_frames: int | None,
+        frame_rate: Fraction | int | None,
+    ) -> None:
+        """Set ``info`` of frames without time stamps, for which ``size`` and ``frame_rate`` were asked."""
+        height, width = frame_size
+        if size is not None and tuple(size) != (height, width):
+            raise SourceError(
+                f"{self._name} has frames of {width}x{height} pixels and {size[1]}x{size[0]} were asked for; "
+                f"arrays are not resized here, resize them beforehand",
+                kind="layout",
+            )
+        if frame_rate is not None and frame_rate <= 0:
+            raise SourceError(f"frame_rate={frame_rate} is not a number of frames per second above 0", kind="range")
+        rate = DEFAULT_FRAME_RATE if frame_rate is None else Fraction(frame_rate)
+        self.info = SourceInfo(
+            kind=kind,
+            name=self._name,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            time_base=1 / rate,
+            frame_rate=rate,
+            timing_assumed=frame_rate is None,
+        )
+        self._check_known_length()
+
+    def _check_known_length(self) -> None:
         """Refuse a source whose declared size or length exceeds the limits."""
-        self._limits.check_pixels(self._name, info.height, info.width)
-        if info.num_frames is not None:
-            self._limits.check_frames(self._name, info.num_frames)
+        self._limits.check_pixels(self._name, self.info.height, self.info.width)
+        self._limits.check_frames(self._name, self.info.num_frames or 0)
 
     def _within_limits(self, blocks: Iterator[FrameBlock], *, done: int, first_pts: int = 0) -> Iterator[FrameBlock]:
-        """Pass frames on until they exceed the limits, whatever the source declared.
-
-        Args:
-            blocks: the frames.
-            done: how many were delivered before these.
-            first_pts: time stamp of the first frame of the source.
-        """
+        """Pass frames on until they, and the ``done`` frames before them, exceed the limits, whatever was declared."""
         for block in blocks:
             for count, pts in enumerate(block.pts_T.tolist()):
                 try:
                     self._limits.check_frames(self._name, done + count + 1)
-                    self._limits.check_seconds(self._name, float((pts - first_pts) * self.info.time_base))
+                    seconds = float((pts - first_pts) * self.info.time_base)
+                    self._limits.check("max_seconds", seconds, f"{self._name} has a frame at {seconds:g} s")
                 except SourceError:
                     if count:
                         yield block.first(count)
@@ -135,8 +164,7 @@ class ArrayFrames(OnePass):
             raise self._beyond_end(count)
         self._array = array
         self._stop = count if self._end is None else min(count, self._end)
-        self.info = _info(self._name, "array", (height, width), size, self._stop - start, frame_rate)
-        self._check_known_length(self.info)
+        self._set_info("array", (height, width), size, self._stop - start, frame_rate)
         self._step = _aligned_step(array, height, width, self._name)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -145,20 +173,19 @@ class ArrayFrames(OnePass):
         A longvid store has a digest already. Any other array is read once more for it, which takes little time
         compared with encoding.
         """
-        stored = getattr(self._array, "digests", None)
+        content = getattr(self._array, "digests", None)
+        if not isinstance(content, str):
+            digest = hashlib.sha256()
+            for block in self._slices():
+                digest.update(np.ascontiguousarray(block.frames_THWC).data)
+            content = digest.hexdigest()
         return {
             "kind": self.info.kind,
             "shape": [int(length) for length in self._array.shape],
             "start": self._begin,
             "end": self._stop,
-            "content": stored if isinstance(stored, str) else self._content(),
+            "content": content,
         }
-
-    def _content(self) -> str:
-        digest = hashlib.sha256()
-        for block in self._slices():
-            digest.update(np.ascontiguousarray(block.frames_THWC).data)
-        return digest.hexdigest()
 
     def blocks(self, *, after: SourcePosition | None = None) -> Iterator[FrameBlock]:
         """Yield the frames in bounded blocks that begin where the array's chunks begin."""
@@ -217,8 +244,7 @@ class IterableFrames(OnePass):
         if first is None:
             raise SourceError(f"{self._name} gave no frames", kind="no-frames")
         self._first: npt.NDArray[np.uint8] | None = first
-        self.info = _info(self._name, "iterable", first.shape[1:3], size, None, frame_rate)
-        self._check_known_length(self.info)
+        self._set_info("iterable", first.shape[1:3], size, None, frame_rate)
 
     def fingerprint(self) -> dict[str, Any]:
         """Size, window and first frame; later frames are compared when a run resumes."""
@@ -240,16 +266,15 @@ class IterableFrames(OnePass):
 
     def _behind(self, after: SourcePosition) -> Iterator[FrameBlock]:
         """The blocks without the first ``after.num_frames`` frames, the last of which must be unchanged."""
-        seen, checked = 0, False
+        left = after.num_frames
         for block in self._cut_pieces():
-            skip = min(len(block.pts_T), max(0, after.num_frames - seen))
-            seen += len(block.pts_T)
-            if not checked and seen >= after.num_frames:
-                checked = True
-                check_position(self._name, after, block.frames_THWC[skip - 1])
+            if 0 < left <= len(block.pts_T):
+                check_position(self._name, after, block.frames_THWC[left - 1])
+            skip = max(0, left)
             if skip < len(block.pts_T):
                 yield FrameBlock.whole(block.frames_THWC[skip:], block.pts_T[skip:])
-        if not checked:
+            left -= len(block.pts_T)
+        if left > 0:
             check_position(self._name, after, None)
 
     def close(self) -> None:
@@ -286,20 +311,16 @@ class IterableFrames(OnePass):
             self._num_pieces += 1
             _check_layout(piece, name, ranks=(3, 4))
             frames_THWC = np.array(_to_numpy(piece), dtype=np.uint8, ndmin=4)
-            self._check_geometry(frames_THWC, name)
+            (height, width), before = frames_THWC.shape[1:3], getattr(self, "info", None)
+            if before is not None and (height, width) != (before.height, before.width):
+                raise SourceError(
+                    f"{name} has frames of {width}x{height} pixels where {before.width}x{before.height} came before; "
+                    f"bring all pieces to one size first",
+                    kind="geometry-changed",
+                )
             if len(frames_THWC):
                 return frames_THWC
         return None
-
-    def _check_geometry(self, frames_THWC: npt.NDArray[np.uint8], name: str) -> None:
-        info: SourceInfo | None = getattr(self, "info", None)
-        if info is not None and frames_THWC.shape[1:3] != (info.height, info.width):
-            height, width = frames_THWC.shape[1:3]
-            raise SourceError(
-                f"{name} has frames of {width}x{height} pixels where {info.width}x{info.height} came before; "
-                f"bring all pieces to one size first",
-                kind="geometry-changed",
-            )
 
 
 def check_position(name: str, position: SourcePosition, frame_HWC: npt.NDArray[np.uint8] | None) -> None:
@@ -318,14 +339,6 @@ def is_array(value: Any) -> bool:
     return all(hasattr(value, name) for name in ("shape", "dtype", "__getitem__"))
 
 
-def check_window(start: int, frames: int | None) -> None:
-    """Refuse a first frame or a number of frames that no video has."""
-    if start < 0:
-        raise SourceError(f"start={start} is before the first frame; give the index of a frame, from 0", kind="range")
-    if frames is not None and frames < 1:
-        raise SourceError(f"frames={frames} asks for no frame; ask for at least 1, or None for all", kind="range")
-
-
 def _aligned_step(array: Any, height: int, width: int, name: str) -> int:
     """Frames per block: whole chunks where the array has chunks, since a part of one costs as much as all of it."""
     step = max(1, min(_BLOCK_FRAMES, _BLOCK_BYTES // max(1, height * width * 3)))
@@ -341,36 +354,6 @@ def _aligned_step(array: Any, height: int, width: int, name: str) -> int:
             kind="layout",
         )
     return max(chunk, step // chunk * chunk)
-
-
-def _info(
-    name: str,
-    kind: str,
-    frame_size: tuple[int, int],
-    size: tuple[int, int] | None,
-    num_frames: int | None,
-    frame_rate: Fraction | int | None,
-) -> SourceInfo:
-    height, width = frame_size
-    if size is not None and tuple(size) != (height, width):
-        raise SourceError(
-            f"{name} has frames of {width}x{height} pixels and {size[1]}x{size[0]} were asked for; "
-            f"arrays are not resized here, resize them beforehand",
-            kind="layout",
-        )
-    if frame_rate is not None and frame_rate <= 0:
-        raise SourceError(f"frame_rate={frame_rate} is not a number of frames per second above 0", kind="range")
-    rate = DEFAULT_FRAME_RATE if frame_rate is None else Fraction(frame_rate)
-    return SourceInfo(
-        kind=kind,
-        name=name,
-        height=height,
-        width=width,
-        num_frames=num_frames,
-        time_base=1 / rate,
-        frame_rate=rate,
-        timing_assumed=frame_rate is None,
-    )
 
 
 def _check_layout(array: Any, name: str, *, ranks: tuple[int, ...]) -> None:

@@ -61,7 +61,7 @@ def resolve_color(frame: VideoFrame, stream: VideoStream, name: str) -> Conversi
     tag = _first_tag(frame.colorspace, context.colorspace)
     primaries = PRIMARIES.get(_first_tag(frame.color_primaries, context.color_primaries))
     transfer = TRANSFERS.get(_first_tag(frame.color_trc, context.color_trc))
-    if _is_rgb(frame):
+    if frame.format.is_rgb or frame.format.has_palette:
         info = ColorInfo(matrix="rgb", range="full", primaries=primaries, transfer=transfer)
         return Conversion(info, None, tag, False)
     matrix, coefficients = _resolve_matrix(frame, tag, name)
@@ -96,7 +96,3 @@ def _resolve_range(frame: VideoFrame, declared: int, gray: bool) -> tuple[str, b
 
 def _first_tag(*tags: int) -> int:
     return next((int(tag) for tag in tags if tag != _UNSPECIFIED), _UNSPECIFIED)
-
-
-def _is_rgb(frame: VideoFrame) -> bool:
-    return frame.format.is_rgb or frame.format.has_palette

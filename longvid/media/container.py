@@ -9,7 +9,6 @@ import os
 import re
 import stat
 from collections.abc import Callable
-from typing import Any, BinaryIO
 
 import av
 from av.container import InputContainer
@@ -57,7 +56,7 @@ class MediaFile:
             self.num_bytes = os.fstat(self.file.fileno()).st_size
             if not self.num_bytes:
                 raise SourceError(f"{path} is empty (0 bytes), not a video", kind="not-video")
-            limits.check_bytes(path, self.num_bytes)
+            limits.check("max_bytes", self.num_bytes, f"{path} has {self.num_bytes} bytes")
         except BaseException:
             self.file.close()
             raise
@@ -166,7 +165,8 @@ def _unopened(path: str, exc: OSError | ValueError) -> SourceError:
 
 def pick_stream(container: InputContainer, name: str) -> VideoStream:
     """The stream that players show; cover pictures of audio files do not count."""
-    moving = [stream for stream in container.streams.video if not _is_cover(stream)]
+    cover = av.stream.Disposition.attached_pic
+    moving = [stream for stream in container.streams.video if not stream.disposition & cover]
     best = container.streams.best("video")
     stream = best if best in moving else next(iter(moving), None)
     if stream is None:
@@ -179,24 +179,15 @@ def pick_stream(container: InputContainer, name: str) -> VideoStream:
     return stream
 
 
-def _is_cover(stream: Any) -> bool:
-    return bool(stream.disposition & av.stream.Disposition.attached_pic)
-
-
-def declared_end(file: BinaryIO | io.FileIO, container: InputContainer, stream: VideoStream) -> int | None:
+def declared_end(file: io.FileIO, container: InputContainer, stream: VideoStream) -> int | None:
     """The least size of the whole file, where its header declares it."""
     names = container.format.name.split(",")
     file.seek(0)
     if "mp4" in names:
         samples_end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
         return max(samples_end, _boxes_end(file))
-    if "matroska" in names:
-        return _matroska_end(file)
-    if "avi" in names:
-        return _riff_end(file)
-    if "gif" in names:
-        return _gif_end(file)
-    return None
+    ends = {"matroska": _matroska_end, "avi": _riff_end, "gif": _gif_end}
+    return next((ends[name](file) for name in names if name in ends), None)
 
 
 def lost_samples(container: InputContainer, stream: VideoStream) -> int:
@@ -212,7 +203,7 @@ def lost_samples(container: InputContainer, stream: VideoStream) -> int:
     return count - len(entries) if is_short else 0
 
 
-def _boxes_end(file: BinaryIO | io.FileIO) -> int:
+def _boxes_end(file: io.FileIO) -> int:
     """Where the index of an mp4 file ends, or its last fragment if it is written in fragments."""
     position = end = 0
     fragmented = False
@@ -230,7 +221,7 @@ def _boxes_end(file: BinaryIO | io.FileIO) -> int:
     return end
 
 
-def _riff_end(file: BinaryIO | io.FileIO) -> int | None:
+def _riff_end(file: io.FileIO) -> int | None:
     """End of the last of the RIFF lists that an AVI file is made of; None if a recorder left the size at 0."""
     end = None
     while (head := file.read(8))[:4] == b"RIFF" and len(head) == 8:
@@ -242,7 +233,7 @@ def _riff_end(file: BinaryIO | io.FileIO) -> int | None:
     return end
 
 
-def _gif_end(file: BinaryIO | io.FileIO) -> int:
+def _gif_end(file: io.FileIO) -> int:
     """Size of a GIF file, or more if its last byte is not where it should be."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 1024))
@@ -252,7 +243,7 @@ def _gif_end(file: BinaryIO | io.FileIO) -> int:
 _EBML, _SEGMENT = 0x1A45DFA3, 0x18538067
 
 
-def _matroska_end(file: BinaryIO | io.FileIO) -> int | None:
+def _matroska_end(file: io.FileIO) -> int | None:
     """End of the first segment of a Matroska file; None if its size is left open, and those of its parts too."""
     for _ in range(4):  # the EBML header, perhaps padding, then the segment
         identifier = _variable_int(file, keep_marker=True)
@@ -267,7 +258,7 @@ def _matroska_end(file: BinaryIO | io.FileIO) -> int | None:
     return None
 
 
-def _parts_end(file: BinaryIO | io.FileIO) -> int | None:
+def _parts_end(file: io.FileIO) -> int | None:
     """End of the last part of a segment without a size, as a live recording has it."""
     while True:
         begin = file.tell()
@@ -280,7 +271,7 @@ def _parts_end(file: BinaryIO | io.FileIO) -> int | None:
         file.seek(size, os.SEEK_CUR)
 
 
-def _variable_int(file: BinaryIO | io.FileIO, *, keep_marker: bool) -> int | None:
+def _variable_int(file: io.FileIO, *, keep_marker: bool) -> int | None:
     """An EBML number, whose leading zero bits give its length; None if it means unknown, or at the end of the file."""
     first = file.read(1)
     if not first or not first[0]:

@@ -11,7 +11,7 @@ from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from longvid.errors import SourceError
-from longvid.media.color import Conversion, resolve_color
+from longvid.media.color import resolve_color
 from longvid.media.container import reason
 
 __all__ = ["REVISION", "Converter"]
@@ -50,7 +50,10 @@ class Converter:
         Channels are stored as planes, as swscale gives them and models need them.
         """
         height, width = self._target
-        color = self._color_of(frame)
+        pixel_format = frame.format.name
+        if pixel_format not in self._colors:  # it may change within a file
+            self._colors[pixel_format] = resolve_color(frame, self._stream, self._name)
+        color = self._colors[pixel_format]
         is_rgb = color.matrix is None
         try:
             rgb = self._scaler.reformat(
@@ -66,7 +69,7 @@ class Converter:
             )
         except (av.FFmpegError, ValueError) as exc:
             raise SourceError(
-                f"frame {index} of {self._name} cannot be converted from {frame.format.name} to RGB: {reason(exc)}"
+                f"frame {index} of {self._name} cannot be converted from {pixel_format} to RGB: {reason(exc)}"
             ) from exc
         image = np.empty((3, self.height, self.width), np.uint8).transpose(1, 2, 0)
         if is_rgb:
@@ -78,12 +81,6 @@ class Converter:
         if color.expand_gray:
             image[:] = _LIMITED_TO_FULL[image]
         return image
-
-    def _color_of(self, frame: VideoFrame) -> Conversion:
-        pixel_format = frame.format.name
-        if pixel_format not in self._colors:  # it may change within a file
-            self._colors[pixel_format] = resolve_color(frame, self._stream, self._name)
-        return self._colors[pixel_format]
 
 
 _LIMITED_TO_FULL = ((np.arange(256) - 16) * 255 / 219).round().clip(0, 255).astype(np.uint8)

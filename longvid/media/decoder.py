@@ -45,6 +45,11 @@ class Fault:
     "without its traceback, which would keep the decoder and all its frames alive"
 
 
+_CUT_BEGINNING = Fault(
+    "damaged", "cannot be decoded: frames that it is predicted from lie before the beginning of the file"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Picture:
     """A frame, or the place of a frame that is missing."""
@@ -147,7 +152,7 @@ class Decoder:
     def _missing_before(self, frame: VideoFrame) -> Iterator[Picture]:
         if frame.pts is None:
             if not self._begun and self._from_start and frame.key_frame and self._leading:
-                self._zone = self._cut_beginning()
+                self._zone = _CUT_BEGINNING
                 for _ in range(self._leading):
                     yield Picture(None, None, self._zone)
             return
@@ -158,14 +163,15 @@ class Decoder:
     def _missing(self, before: int | None) -> Iterator[Picture]:
         """Places of packets whose time has passed without a frame; they count only where a fault is known, since whole
         files have such packets too."""
-        after = self._shown
+        after, codec = self._shown, self._stream.codec_context.name
         stamps = sorted(p for p in self._waiting if (after is None or p > after) and (before is None or p < before))
         if not self._begun and stamps and before is not None:
             if not self._from_start:
                 self._waiting = {p: order for p, order in self._waiting.items() if p not in stamps}
                 return
-            self._zone = self._failure or self._cut_beginning()
-        elif before is None and stamps and self._loses_its_end():
+            self._zone = self._failure or _CUT_BEGINNING
+        elif before is None and stamps and self._begun and not self._one_by_one and codec not in _SILENT_PACKETS:
+            # frame threads that fail while they are flushed end without an error
             self._zone = self._zone or Fault(self._kind(), "and what follows gave no picture: the data are damaged")
         elif len(stamps) > _MOST_SILENT:
             self._blame()
@@ -173,10 +179,6 @@ class Decoder:
             order = self._waiting.pop(stamp)
             if self._zone is not None or self._failure is not None:
                 yield Picture(None, stamp, self._blame(), order)
-
-    def _loses_its_end(self) -> bool:
-        # frame threads that fail while they are flushed end without an error
-        return not self._one_by_one and self._begun and self._stream.codec_context.name not in _SILENT_PACKETS
 
     def _blame(self) -> Fault:
         """The fault of a missing picture, which holds for all pictures from here on."""
@@ -198,13 +200,8 @@ class Decoder:
         elif self._zone is not None and frame.key_frame:
             self._zone = self._failure = None
         elif not self._begun and self._from_start and not self._key_seen and not frame.key_frame:
-            self._zone = self._cut_beginning()
+            self._zone = _CUT_BEGINNING
         return Picture(frame, frame.pts, self._zone, order)
-
-    def _cut_beginning(self) -> Fault:
-        return Fault(
-            "damaged", "cannot be decoded: frames that it is predicted from lie before the beginning of the file"
-        )
 
     def _kind(self) -> str:
         return "truncated" if self._reached >= self._num_bytes else "damaged"

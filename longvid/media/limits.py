@@ -38,29 +38,19 @@ class Limits:
         """The limit given to FFmpeg, which counts lines padded to a multiple of 64 pixels."""
         return self.max_pixels + 64 * 2**14
 
-    def allows(self, height: int, width: int) -> bool:
-        """Whether frames may have this size; one without pixels is refused."""
-        return 0 < height * width <= self.max_pixels
+    def check(self, limit: str, value: float, found: str) -> None:
+        """Refuse a source whose ``value`` exceeds the limit of this name; ``found`` describes it."""
+        most = getattr(self, limit)
+        if most is not None and value > most:
+            raise self.exceeded(limit, found)
 
     def check_pixels(self, name: str, height: int, width: int) -> None:
         """Refuse frames of this size if they are too large."""
-        if height * width > self.max_pixels:
-            raise self.exceeded("max_pixels", f"{name} has frames of {width}x{height}, {height * width} pixels")
-
-    def check_bytes(self, name: str, num_bytes: int) -> None:
-        """Refuse a file that is too large."""
-        if self.max_bytes is not None and num_bytes > self.max_bytes:
-            raise self.exceeded("max_bytes", f"{name} has {num_bytes} bytes")
+        self.check("max_pixels", height * width, f"{name} has frames of {width}x{height}, {height * width} pixels")
 
     def check_frames(self, name: str, num_frames: int) -> None:
         """Refuse to deliver so many frames."""
-        if self.max_frames is not None and num_frames > self.max_frames:
-            raise self.exceeded("max_frames", f"{name} has {num_frames} frames or more from where reading starts")
-
-    def check_seconds(self, name: str, seconds: float) -> None:
-        """Refuse a frame that is shown so late."""
-        if self.max_seconds is not None and seconds > self.max_seconds:
-            raise self.exceeded("max_seconds", f"{name} has a frame at {float(seconds):g} s")
+        self.check("max_frames", num_frames, f"{name} has {num_frames} frames or more from where reading starts")
 
     def exceeded(self, limit: str, found: str) -> SourceError:
         """The error for exceeding ``limit``; ``found`` describes the source."""

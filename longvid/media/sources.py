@@ -10,18 +10,13 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from longvid.errors import SourceError, StoreError
 from longvid.frames import FrameSource, OnError
-from longvid.media.arrays import ArrayFrames, IterableFrames, check_window, is_array
+from longvid.media.arrays import ArrayFrames, IterableFrames, is_array
 from longvid.media.limits import Limits
 
 if TYPE_CHECKING:
     from longvid.store.reader import FrameStore
 
 __all__ = ["open_source"]
-
-_ACCEPTED = (
-    "the path of a video file, the path of a store of frames, a numpy array, a torch tensor or a "
-    "zarr array, uint8 with axes (T, H, W, 3), or an iterable of such arrays"
-)
 
 
 def open_source(
@@ -50,7 +45,6 @@ def open_source(
     Raises:
         SourceError: the source cannot be read, or is of a kind that has no frames.
     """
-    check_window(start, frames)
     if on_error not in get_args(OnError):
         raise SourceError(f"on_error {on_error!r} is not known; choose {', '.join(get_args(OnError))}", kind="range")
     window: dict[str, Any] = {"start": start, "frames": frames, "size": size, "limits": limits}
@@ -79,7 +73,11 @@ def open_source(
         )
     if isinstance(source, Iterable) and not isinstance(source, (bytes, bytearray, Mapping)):
         return IterableFrames(source, frame_rate=frame_rate, **window)
-    raise SourceError(f"a {kind.__name__} was given as the source; give {_ACCEPTED}", kind="layout")
+    raise SourceError(
+        f"a {kind.__name__} was given as the source; give the path of a video file or of a store of frames, a numpy "
+        "array, a torch tensor or a zarr array, uint8 with axes (T, H, W, 3), or an iterable of such arrays",
+        kind="layout",
+    )
 
 
 def _open_store(path: Path) -> FrameStore:

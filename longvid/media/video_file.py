@@ -12,7 +12,6 @@ from typing import Any
 
 import av
 import numpy as np
-import numpy.typing as npt
 from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
@@ -139,18 +138,27 @@ class VideoFile(OnePass):
 
     def _describe_all(self, size: tuple[int, int] | None) -> None:
         assert self._container is not None
+        self._formats = self._container.format.name.split(",")
         self._shortfall = self._find_shortfall(self._container)
         if self._shortfall is not None and self._on_error == "stop":
             raise self._cut_short(self._shortfall)
-        self._check_start(self._stream)
+        # frames of mp4 are read by its sample table; the counts of other formats are not reliable
+        if "mp4" in self._formats and 0 < self._stream.frames <= self._begin:
+            raise self._beyond_end(self._stream.frames)
         first = self._first_frame()
         self._limits.check_pixels(self._name, first.height, first.width)
         self._frame_size = (first.height, first.width)
         self._first_pts = self._ahead[0].pts or 0
         self._converter = Converter(first, self._stream, size, self._name)
         self.info = self._describe(self._stream, first)
-        self._check_known_length(self.info)
-        self._warn_of_hdr()
+        self._check_known_length()
+        transfer = self._converter.color.info.transfer
+        if transfer in _HDR:
+            warnings.warn(
+                f"{self._name} is HDR ({transfer}) and is read without tone mapping, so that it looks pale; convert it "
+                "to SDR first if that matters",
+                stacklevel=3,
+            )
 
     def _first_frame(self) -> VideoFrame:
         """Decode up to the first frame, good or damaged; it is delivered later."""
@@ -172,8 +180,8 @@ class VideoFile(OnePass):
 
     def _error(self, fault: Fault, index: int) -> SourceError:
         """The error for a picture with a fault."""
-        context = self._stream.codec_context
-        if isinstance(fault.cause, av.ArgumentError) and not self._limits.allows(context.height, context.width):
+        num_pixels = self._stream.codec_context.height * self._stream.codec_context.width
+        if isinstance(fault.cause, av.ArgumentError) and not 0 < num_pixels <= self._limits.max_pixels:
             return self._limits.exceeded("max_pixels", f"{self._name} has frames of more pixels, or of no size at all")
         if fault.kind == "geometry-changed":
             advice = "cut the file there, or bring it to one size first"
@@ -193,11 +201,6 @@ class VideoFile(OnePass):
             return Fault("truncated", f"is cut short: {lost} of {self._stream.frames} frames lie beyond its end")
         return None
 
-    def _check_start(self, stream: VideoStream) -> None:
-        # frames of mp4 are read by its sample table; the counts of other formats are not reliable
-        if self._container is not None and "mp4" in self._container.format.name and 0 < stream.frames <= self._begin:
-            raise self._beyond_end(stream.frames)
-
     def _describe(self, stream: VideoStream, first: VideoFrame) -> SourceInfo:
         converter = self._converter
         return SourceInfo(
@@ -205,15 +208,13 @@ class VideoFile(OnePass):
             name=self._name,
             height=converter.height,
             width=converter.width,
-            num_frames=max(0, (min(stream.frames, self._end or stream.frames)) - self._begin)
-            if stream.frames
-            else None,
+            num_frames=max(0, min(stream.frames, self._end or stream.frames) - self._begin) if stream.frames else None,
             time_base=self._clock.time_base,
             frame_rate=_frame_rate(stream),
             timing_assumed=first.pts is None,
             color=converter.color.info,
             details={
-                "container": None if self._container is None else self._container.format.name,
+                "container": ",".join(self._formats),
                 "codec": stream.codec_context.name,
                 "pix_fmt": first.format.name,
                 "coded_height": first.height,
@@ -230,26 +231,12 @@ class VideoFile(OnePass):
                 "stream_duration": stream.duration,
                 "frames_in_header": stream.frames,
                 "av": av.__version__,
-                "libavcodec": _version("libavcodec"),
-                "libswscale": _version("libswscale"),
+                **{name: ".".join(map(str, av.library_versions[name])) for name in ("libavcodec", "libswscale")},
             },
         )
 
-    def _warn_of_hdr(self) -> None:
-        color = self.info.color
-        if color is not None and color.transfer in _HDR:
-            warnings.warn(
-                f"{self._name} is HDR ({color.transfer}) and is read without tone mapping, so that it looks pale; "
-                "convert it to SDR first if that matters",
-                stacklevel=4,
-            )
-
     def _blocks(self, after: SourcePosition | None) -> Iterator[FrameBlock]:
-        for image, pts, valid in self._images(after):
-            yield FrameBlock(image[None], np.array([pts], dtype=np.int64), np.array([valid], dtype=np.bool_))
-
-    def _images(self, after: SourcePosition | None) -> Iterator[tuple[npt.NDArray[np.uint8], int, bool]]:
-        """Yield the frames of the window, or those behind ``after``, with time stamps and validity."""
+        """Yield the frames of the window, or those behind ``after``, one by one."""
         index = self._begin + (after.num_frames if after is not None else 0)
         if index == self._end:
             return
@@ -260,7 +247,7 @@ class VideoFile(OnePass):
         for frame, pts, valid in frames:
             if frame is not shown:
                 shown, image = frame, self._converter.convert(frame, index)
-            yield image, pts, valid
+            yield FrameBlock(image[None], np.array([pts], dtype=np.int64), np.array([valid], dtype=np.bool_))
             index += 1
             if index == self._end:
                 return
@@ -295,7 +282,7 @@ class VideoFile(OnePass):
 
     def _is_unique(self, pts: int) -> bool:
         """Whether only one frame has the time stamp: time may begin again in the middle of a recording."""
-        if self._container is None or not _TIME_BEGINS_AGAIN & set(self._container.format.name.split(",")):
+        if not _TIME_BEGINS_AGAIN.intersection(self._formats):
             return True
         with self._watchdog.run(self._file.open) as container:
             packets = container.demux(pick_stream(container, self._name))
@@ -413,7 +400,3 @@ class _Clock:
 
 def _frame_rate(stream: VideoStream) -> Fraction | None:
     return stream.average_rate or stream.guessed_rate or None
-
-
-def _version(library: str) -> str:
-    return ".".join(str(part) for part in av.library_versions[library])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import secrets
 from collections.abc import Iterator
@@ -77,7 +78,7 @@ class VideoWriter:
         self._partial = self._path.with_name(f"{self._path.stem}.partial-{secrets.token_hex(4)}{self._path.suffix}")
         self._container: OutputContainer | None = None
         self._first_pts: int | None = None
-        self._last_pts = 0
+        self._last_pts: list[int] = []
         self._check_format()
         check_file_target(self._path, overwrite=self._overwrite, what="video")
 
@@ -106,7 +107,9 @@ class VideoWriter:
         check_file_target(self._path, overwrite=self._overwrite, what="video")
         with self._wrapped(), contextlib.ExitStack() as undo:
             undo.callback(self._discard)
-            self._container = self._open_container()
+            format_name = _FORMATS[self._path.suffix.lower()]
+            options = {} if format_name == "matroska" else {"movflags": "+faststart"}
+            self._container = av.open(f"file:{self._partial.absolute()}", "w", format=format_name, options=options)
             self._stream = self._add_stream(self._container)
             self._scaler = VideoReformatter()
             undo.pop_all()
@@ -131,11 +134,6 @@ class VideoWriter:
         if self._time_base <= 0 or max(self._time_base.as_integer_ratio()) > _LARGEST_TIME_BASE:
             raise StoreError(f"the time base {self._time_base} cannot be kept in a video file", kind="format")
 
-    def _open_container(self) -> OutputContainer:
-        format_name = _FORMATS[self._path.suffix.lower()]
-        options = {} if format_name == "matroska" else {"movflags": "+faststart"}
-        return av.open(f"file:{self._partial.absolute()}", "w", format=format_name, options=options)
-
     def _add_stream(self, container: OutputContainer) -> VideoStream:
         stream = container.add_stream("libx264", rate=self._frame_rate or Fraction(24))
         stream.time_base = self._time_base
@@ -149,16 +147,12 @@ class VideoWriter:
         return stream
 
     def _tag(self, context: VideoCodecContext) -> None:
-        tag, self._coefficients = _MATRICES[self._matrix()]
+        matrix = self._color.matrix if self._color else ""
+        tag, self._coefficients = _MATRICES.get(matrix) or _MATRICES[matrix_by_rule(self._height)]
         context.colorspace = tag
         context.color_range = ColorRange.MPEG
         context.color_primaries = _PRIMARIES.get(self._color.primaries or "", tag) if self._color else tag
         context.color_trc = _TRANSFERS.get(self._color.transfer or "", tag) if self._color else tag
-
-    def _matrix(self) -> str:
-        if self._color is not None and self._color.matrix in _MATRICES:
-            return self._color.matrix
-        return matrix_by_rule(self._height)
 
     def _opened(self) -> OutputContainer:
         if self._container is None:
@@ -175,16 +169,14 @@ class VideoWriter:
                 kind="format",
             )
         stamps = [int(pts) for pts in pts_T]
-        previous = self._last_pts if self._first_pts is not None else None
-        for pts in stamps:
-            if previous is not None and pts <= previous:
+        for previous, pts in itertools.pairwise([*self._last_pts, *stamps]):
+            if pts <= previous:
                 raise StoreError(
                     f"time stamps for {self._path} must increase strictly; {pts} follows {previous}", kind="range"
                 )
-            previous = pts
-        if stamps:
-            self._first_pts = stamps[0] if self._first_pts is None else self._first_pts
-            self._last_pts = stamps[-1]
+        if self._first_pts is None and stamps:
+            self._first_pts = stamps[0]
+        self._last_pts = stamps[-1:] or self._last_pts
         return [pts - (self._first_pts or 0) for pts in stamps]
 
     def _convert(self, frame_HWC: npt.NDArray[np.uint8], pts: int) -> VideoFrame:
