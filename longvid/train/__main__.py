@@ -95,7 +95,7 @@ def _train(args: argparse.Namespace) -> int:
     run = _Run(footage, files, args)
     held = _held_out_clips(files, args.hold_out)
     if not run.resume():
-        run.start()
+        run.coder = fit(run.model, footage, seed=args.seed, num_clips=args.fit_clips)
     run.loop(held)
     _export(run, held)
     return 0
@@ -108,6 +108,7 @@ class _Run:
 
     def __init__(self, footage: Footage, files: Sequence[Path], args: argparse.Namespace) -> None:
         self.footage, self.args = footage, args
+        self._checkpoint: Path = args.out / "checkpoint.pt"
         torch.manual_seed(args.seed)
         self.model = TinyVAE(TinyConfig())
         self.trained = [*self.model.encoder.parameters(), *self.model.decoder.parameters()]
@@ -126,35 +127,20 @@ class _Run:
             "config": asdict(self.model.config),
         }
 
-    @property
-    def _checkpoint(self) -> Path:
-        return Path(self.args.out) / "checkpoint.pt"
-
     def save(self) -> None:
         """Write the checkpoint, all or nothing."""
         state = {
-            "settings": self.settings,
+            **{name: getattr(self, name) for name in ("settings", "step", "seconds", "log")},
             "model": self.model.state_dict(),
-            "coder": asdict(self.coder),
             "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "log": self.log,
+            "coder": asdict(self.coder),
         }
         part = self._checkpoint.with_suffix(".part")
         torch.save(state, part)
         os.replace(part, self._checkpoint)
 
-    def start(self) -> None:
-        """Compute the closed-form part."""
-        self.coder = fit(self.model, self.footage, seed=self.args.seed, num_clips=self.args.fit_clips)
-
     def resume(self) -> bool:
-        """Load the checkpoint, if there is one; return whether there was one.
-
-        Raises:
-            ModelError: it belongs to a run with other settings.
-        """
+        """Load the checkpoint of a run with these settings, if there is one; return whether there was one."""
         if not self._checkpoint.exists():
             return False
         state = torch.load(self._checkpoint, weights_only=True)
@@ -193,14 +179,11 @@ class _Run:
                 if self.step % args.every == 0 or self.step == args.steps:
                     self.seconds = time.perf_counter() - started
                     clips_gain = {name: g["gain"] for name, g in evaluate(self.model, self.coder, held).items()}
-                    mean = float(np.mean(list(clips_gain.values()))) if clips_gain else None
+                    held_out = f", held out {np.mean(list(clips_gain.values())):.2f} dB" if clips_gain else ""
                     self.log.append(
                         {"step": self.step, "loss": loss, "train_gain": float(np.mean(gains)), "held_out": clips_gain}
                     )
-                    bar.set_postfix_str(
-                        f"gain over linear: {np.mean(gains):.2f} dB"
-                        + ("" if mean is None else f", held out {mean:.2f} dB")
-                    )
+                    bar.set_postfix_str(f"gain over linear: {np.mean(gains):.2f} dB{held_out}")
                     gains.clear()
                     self.save()
 
@@ -276,11 +259,8 @@ def evaluate(model: TinyVAE, coder: LinearCoder, clips: dict[str, Tensor]) -> di
 
 def psnr(decoded: Tensor, x: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of pixels in [-1, 1], after rounding to 8 bits."""
-
-    def levels(t: Tensor) -> Tensor:
-        return t.clamp(-1, 1).add(1).mul(127.5).round()
-
-    return float(10 * torch.log10(255**2 / (levels(decoded) - levels(x)).square().mean().clamp(min=1e-9)))
+    ours, theirs = (t.clamp(-1, 1).add(1).mul(127.5).round() for t in (decoded, x))
+    return float(10 * torch.log10(255**2 / (ours - theirs).square().mean().clamp(min=1e-9)))
 
 
 def _export(run: _Run, held: dict[str, Tensor]) -> None:

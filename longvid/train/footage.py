@@ -11,6 +11,7 @@ Axes: T time, H height, W width, C colour.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -83,11 +84,7 @@ class HoldOut:
 
 
 def find_files(paths: Sequence[Path], leave_out: Sequence[Path] = ()) -> list[Path]:
-    """The videos and images among ``paths`` and in the folders among them, sorted by name.
-
-    Args:
-        paths: files and folders.
-        leave_out: folders whose content is not footage, such as the run's own output.
+    """The videos and images among ``paths`` and in the folders among them, but not in ``leave_out``; sorted by name.
 
     Raises:
         SourceError: a path does not exist, or there is nothing to train on.
@@ -109,9 +106,7 @@ def find_files(paths: Sequence[Path], leave_out: Sequence[Path] = ()) -> list[Pa
 
 
 def read_middle(path: Path, held: HoldOut, *, size: tuple[int, int], frames: int) -> Frames:
-    """The middle of what is held out of a video: frames (T, H, W, 3) resized to ``size`` = (height, width).
-
-    T is ``frames`` or what there is, cut to 1 + 4 n.
+    """The middle of what is held out of a video, resized to (height, width): ``frames`` or fewer, cut to 1 + 4 n.
 
     Raises:
         SourceError: fewer than 5 frames are held out.
@@ -155,7 +150,9 @@ class Footage:
             held = [h for h in hold_out if h.matches(path)]
             if path.suffix.lower() in IMAGES:
                 if not held:
-                    footage.images.append(_read_image(path))
+                    with av.open(str(path)) as container:
+                        image = next(container.decode(video=0)).to_ndarray(format="rgb24")
+                    footage.images.append(image.astype(np.uint8, copy=False))
             elif not any(h.whole for h in held):
                 footage._add_video(path, cache, held)
         return footage
@@ -261,37 +258,21 @@ def _pan(rng: np.random.Generator, image: Frames, num_frames: int, size: int) ->
     return frames
 
 
-def _read_image(path: Path) -> Frames:
-    with av.open(str(path)) as container:
-        frame = next(container.decode(video=0))
-        return frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
-
-
 def _decode_runs(
     path: Path, folder: Path, size: tuple[int, int], held: Sequence[tuple[int, int]], keep: int, every: int
 ) -> None:
     """Write runs of consecutive frames as .npy files; the folder appears once it is whole."""
     unfinished = folder.with_name(folder.name + ".part")
     unfinished.mkdir(exist_ok=True)
-    run: list[Frames] = []
     count = 0
 
-    def flush() -> None:
-        nonlocal run, count
-        if run:
-            np.save(unfinished / f"{count:06d}.npy", np.stack(run))
-            count += 1
-        run = []
+    def is_kept(item: tuple[int, Frames]) -> bool:
+        return item[0] % every < keep and not any(start <= item[0] < stop for start, stop in held)
 
     with VideoFile(path, size=size) as video:
-        index = 0
-        for block in video.blocks():
-            for frame in block.frames_THWC:
-                out = any(start <= index < stop for start, stop in held)
-                if index % every >= keep or out or len(run) >= 4096:
-                    flush()
-                if index % every < keep and not out:
-                    run.append(frame)
-                index += 1
-    flush()
+        frames = enumerate(itertools.chain.from_iterable(block.frames_THWC for block in video.blocks()))
+        for kept, run in itertools.groupby(frames, is_kept):
+            while kept and (part := list(itertools.islice(run, 4096))):
+                np.save(unfinished / f"{count:06d}.npy", np.stack([frame for _, frame in part]))
+                count += 1
     os.replace(unfinished, folder)
