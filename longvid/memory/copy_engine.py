@@ -2,7 +2,7 @@
 
 On an accelerator a copy stream is a device stream, ordered by events against the stream that computes; host buffers are
 page-locked, so that copies run while kernels do. On a CPU a copy stream is a thread, and the host buffer is other
-memory or a file: the order of operations is the same, so everything is tested there. On ``meta`` nothing moves.
+memory or a file: the order of operations is the same, so everything is tested there.
 
 Only the work that needs a copy waits for it: :meth:`Ticket.wait` orders what is computed next behind it.
 
@@ -16,12 +16,12 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -37,27 +37,23 @@ _PORTABLE = 1
 "cudaHostRegisterPortable: locked for every device"
 
 
-class Mark(Protocol):
-    """A moment on a copy stream or in the computation."""
-
-    def seconds(self) -> float | None:
-        """On the clock of ``time.perf_counter``; None while it has not happened yet."""
-        ...
+Mark: TypeAlias = Callable[[], float | None]
+"""a moment on a copy stream or in the computation, in seconds on the clock of ``time.perf_counter``; None while it has
+not happened yet"""
 
 
-class Ticket(Protocol):
+@dataclass(frozen=True, slots=True)
+class Ticket:
     """A copy that was asked for."""
 
     started: Mark
     stopped: Mark
-
-    def wait(self) -> None:
-        """Order whatever is computed from now on behind the copy."""
-        ...
-
-    def synchronize(self) -> None:
-        """Block until the copy is done."""
-        ...
+    wait: Callable[[], object]
+    "orders whatever is computed from now on behind the copy"
+    synchronize: Callable[[], object]
+    "blocks until the copy is done"
+    event: torch.Event | None = None
+    "of a copy on a device stream: reached when it is done"
 
 
 class CopyEngine:
@@ -71,11 +67,11 @@ class CopyEngine:
     def __init__(self, device: torch.device, *, directory: Path | None = None) -> None:
         self.device = device
         self.directory = directory
-        self._made: _Streams | None = None
+        self._made: _InlineStreams | None = None
         self._spare: HostBuffer | None = None
 
     @property
-    def _streams(self) -> _Streams:
+    def _streams(self) -> _InlineStreams:
         if self._made is None:
             self._made = _streams_of(self.device)
         return self._made
@@ -93,9 +89,7 @@ class CopyEngine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -151,63 +145,20 @@ class CopyEngine:
 # --------------------------------------------------------------------------------------------------- copy streams
 
 
-class _Streams(ABC):
+def _streams_of(device: torch.device) -> _InlineStreams:
+    if device.type == "cpu":
+        return _ThreadStreams()
+    return _DeviceStreams(device) if device.type in ("cuda", "xpu") else _InlineStreams()
+
+
+class _InlineStreams:
+    """Copies at once, for devices without streams of their own to copy on."""
+
     wants_pinned = False
 
     def pin(self, buffer: Tensor) -> Callable[[], None] | None:
         """Page-lock a host buffer; what undoes it, or None."""
         return None
-
-    @abstractmethod
-    def to_host(self, source: Tensor, target: HostSlot) -> Ticket: ...
-
-    @abstractmethod
-    def to_device(self, source: HostSlot, target: Tensor, after: Ticket | None) -> Ticket: ...
-
-    @abstractmethod
-    def mark(self) -> Mark: ...
-
-    @abstractmethod
-    def drain(self) -> None:
-        """Block until no copy is under way."""
-
-    def close(self) -> None:
-        """Wait for what is under way and end the copy streams."""
-        self.drain()
-
-
-def _streams_of(device: torch.device) -> _Streams:
-    if device.type == "cpu":
-        return _ThreadStreams()
-    if device.type == "meta":
-        return _MetaStreams()
-    if device.type in ("cuda", "xpu"):
-        return _DeviceStreams(device)
-    return _InlineStreams()
-
-
-class _Instant:
-    """A moment that has passed."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-
-    def seconds(self) -> float | None:
-        return self._seconds
-
-
-class _InlineTicket:
-    def __init__(self, started: float, stopped: float) -> None:
-        self.started: Mark = _Instant(started)
-        self.stopped: Mark = _Instant(stopped)
-
-    def wait(self) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-
-class _InlineStreams(_Streams):
-    """Copies at once, for devices without streams of their own to copy on."""
 
     def to_host(self, source: Tensor, target: HostSlot) -> Ticket:
         return self._copy(target.tensor, source, target)
@@ -216,51 +167,24 @@ class _InlineStreams(_Streams):
         return self._copy(target, source.tensor, source)
 
     def _copy(self, target: Tensor, source: Tensor, slot: HostSlot) -> Ticket:
-        started = time.perf_counter()
+        started = self.mark()
         target.copy_(source)
         slot.settle()
-        return _InlineTicket(started, time.perf_counter())
+        return Ticket(started, self.mark(), wait=lambda: None, synchronize=lambda: None)
 
     def mark(self) -> Mark:
-        return _Instant(time.perf_counter())
+        seconds = time.perf_counter()
+        return lambda: seconds
 
-    def drain(self) -> None: ...
+    def drain(self) -> None:
+        """Block until no copy is under way."""
 
-
-class _MetaStreams(_Streams):
-    def to_host(self, source: Tensor, target: HostSlot) -> Ticket:
-        return _InlineTicket(0.0, 0.0)
-
-    def to_device(self, source: HostSlot, target: Tensor, after: Ticket | None) -> Ticket:
-        return _InlineTicket(0.0, 0.0)
-
-    def mark(self) -> Mark:
-        return _Instant(0.0)
-
-    def drain(self) -> None: ...
+    def close(self) -> None:
+        """Wait for what is under way and end the copy streams."""
+        self.drain()
 
 
-class _ThreadTicket:
-    def __init__(self, future: Future[tuple[float, float]]) -> None:
-        self._future = future
-        self.started: Mark = _FutureMark(future, 0)
-        self.stopped: Mark = _FutureMark(future, 1)
-
-    def wait(self) -> None:
-        self._future.result()
-
-    synchronize = wait
-
-
-class _FutureMark:
-    def __init__(self, future: Future[tuple[float, float]], which: int) -> None:
-        self._future, self._which = future, which
-
-    def seconds(self) -> float | None:
-        return self._future.result()[self._which] if self._future.done() else None
-
-
-class _ThreadStreams(_Streams):
+class _ThreadStreams(_InlineStreams):
     """One thread for each direction. They start with the first copy.
 
     Bytes are copied by numpy: it lets go of the interpreter and stays in its thread, where a torch copy would open a
@@ -274,15 +198,12 @@ class _ThreadStreams(_Streams):
     def to_host(self, source: Tensor, target: HostSlot) -> Ticket:
         if self._out is None:
             self._out = ThreadPoolExecutor(1, thread_name_prefix="longvid-to-host")
-        return _ThreadTicket(self._out.submit(_copy_bytes, [target.tensor, source], target, None))
+        return _ticket(self._out.submit(_copy_bytes, [target.tensor, source], target, None))
 
     def to_device(self, source: HostSlot, target: Tensor, after: Ticket | None) -> Ticket:
         if self._in is None:
             self._in = ThreadPoolExecutor(1, thread_name_prefix="longvid-to-device")
-        return _ThreadTicket(self._in.submit(_copy_bytes, [target, source.tensor], source, after))
-
-    def mark(self) -> Mark:
-        return _Instant(time.perf_counter())
+        return _ticket(self._in.submit(_copy_bytes, [target, source.tensor], source, after))
 
     def drain(self) -> None:
         for stream in (self._out, self._in):
@@ -294,6 +215,13 @@ class _ThreadStreams(_Streams):
             if stream is not None:
                 stream.shutdown(wait=True)
         self._in = self._out = None
+
+
+def _ticket(future: Future[tuple[float, float]]) -> Ticket:
+    def moment(which: int) -> float | None:
+        return future.result()[which] if future.done() else None
+
+    return Ticket(partial(moment, 0), partial(moment, 1), wait=future.result, synchronize=future.result)
 
 
 def _copy_bytes(tensors: list[Tensor], slot: HostSlot, after: Ticket | None) -> tuple[float, float]:
@@ -311,33 +239,7 @@ def _bytes_of(tensor: Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
     return flattened(tensor.detach()).view(torch.uint8).numpy()
 
 
-class _StreamTicket:
-    def __init__(self, device: torch.device, started: Mark, stopped: Mark, event: torch.Event) -> None:
-        self._device, self.started, self.stopped, self._event = device, started, stopped, event
-
-    @property
-    def event(self) -> torch.Event:
-        """Reached when the copy is done."""
-        return self._event
-
-    def wait(self) -> None:
-        torch.accelerator.current_stream(self._device).wait_event(self._event)
-
-    def synchronize(self) -> None:
-        self._event.synchronize()
-
-
-class _EventMark:
-    def __init__(self, event: torch.Event, origin: torch.Event, origin_seconds: float) -> None:
-        self._event, self._origin, self._origin_seconds = event, origin, origin_seconds
-
-    def seconds(self) -> float | None:
-        if not (self._event.query() and self._origin.query()):
-            return None
-        return self._origin_seconds + self._origin.elapsed_time(self._event) / 1000.0
-
-
-class _DeviceStreams(_Streams):
+class _DeviceStreams(_InlineStreams):
     """One stream for each direction; an accelerator copies both ways at once while it computes."""
 
     def __init__(self, device: torch.device) -> None:
@@ -365,32 +267,40 @@ class _DeviceStreams(_Streams):
         return None
 
     def to_host(self, source: Tensor, target: HostSlot) -> Ticket:
-        return self._copy(self._out, target.tensor, source, target)
+        return self._enqueue(self._out, target.tensor, source, target)
 
     def to_device(self, source: HostSlot, target: Tensor, after: Ticket | None) -> Ticket:
-        if isinstance(after, _StreamTicket):
+        if after is not None and after.event is not None:
             self._in.wait_event(after.event)
-        return self._copy(self._in, target, source.tensor, source)
+        return self._enqueue(self._in, target, source.tensor, source)
 
-    def _copy(self, stream: torch.Stream, target: Tensor, source: Tensor, slot: HostSlot) -> Ticket:
+    def _enqueue(self, stream: torch.Stream, target: Tensor, source: Tensor, slot: HostSlot) -> Ticket:
         stream.wait_stream(torch.accelerator.current_stream(self._device))
         with stream:
             started = self._record(stream)
             target.copy_(source, non_blocking=True)
             stopped = self._record(stream)
         slot.settle()  # of a file, which is pageable: it was copied by the time the call came back
-        return _StreamTicket(self._device, self._as_mark(started), self._as_mark(stopped), stopped)
+        return Ticket(
+            partial(self._seconds, started),
+            partial(self._seconds, stopped),
+            wait=lambda: torch.accelerator.current_stream(self._device).wait_event(stopped),
+            synchronize=stopped.synchronize,
+            event=stopped,
+        )
 
     def _record(self, stream: torch.Stream) -> torch.Event:
         event = torch.Event(device=self._device, enable_timing=True)
         event.record(stream)
         return event
 
-    def _as_mark(self, event: torch.Event) -> Mark:
-        return _EventMark(event, self._origin, self._origin_seconds)
+    def _seconds(self, event: torch.Event) -> float | None:
+        if not (event.query() and self._origin.query()):
+            return None
+        return self._origin_seconds + self._origin.elapsed_time(event) / 1000.0
 
     def mark(self) -> Mark:
-        return self._as_mark(self._record(torch.accelerator.current_stream(self._device)))
+        return partial(self._seconds, self._record(torch.accelerator.current_stream(self._device)))
 
     def drain(self) -> None:
         self._out.synchronize()

@@ -11,6 +11,8 @@ import os
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -58,7 +60,7 @@ class HostBuffer:
 
     @staticmethod
     def room_for(sizes: Sequence[int]) -> int:
-        """Bytes of an buffer that holds tensors of these sizes."""
+        """Bytes of a buffer that holds tensors of these sizes."""
         return sum(_aligned(size) for size in sizes)
 
     def take(self, like: Tensor) -> HostSlot:
@@ -73,7 +75,7 @@ class HostBuffer:
                 tensor = tensor.view(like.movedim(1, -1).shape).movedim(-1, 1)
             else:
                 tensor = tensor.view(like.shape)
-        return HostSlot(self, tensor, start, size)
+        return HostSlot(tensor, partial(self._settle, start, size))
 
     @property
     def free_bytes(self) -> int:
@@ -84,22 +86,18 @@ class HostBuffer:
         """Forget all slots, so that the memory serves another video."""
         self._used = 0
 
-    def settle(self, start: int, size: int) -> None:
-        """After a copy: let the OS write a file's pages out and forget them, so that they do not count as resident."""
+    def _settle(self, start: int, size: int) -> None:
         if self._file_backed:
             self._map.madvise(mmap.MADV_DONTNEED, start, size)
 
 
+@dataclass(frozen=True, slots=True)
 class HostSlot:
-    """The place of one context in an buffer."""
+    """The place of one context in a buffer, which lives as long as its slots."""
 
-    def __init__(self, buffer: HostBuffer, tensor: Tensor, start: int, size: int) -> None:
-        self.tensor = tensor
-        self._buffer, self._start, self._size = buffer, start, size
-
-    def settle(self) -> None:
-        """See :meth:`HostBuffer.settle`."""
-        self._buffer.settle(self._start, self._size)
+    tensor: Tensor
+    settle: Callable[[], None]
+    "to be called after a copy: the OS writes a file's pages out and forgets them, so they do not count as resident"
 
 
 def _aligned(size: int) -> int:

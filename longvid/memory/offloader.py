@@ -221,20 +221,14 @@ class Offloader:
     def collect_spans(self, origin_seconds: float) -> tuple[Span, ...]:
         """Timed moves and computations that ended since the last call; times count from ``origin_seconds``."""
         spans, rest = [], []
-        for lane, path, started, stopped, num_bytes in self._log or ():
-            start, stop = started.seconds(), stopped.seconds()
+        for entry in self._log or ():
+            lane, path, started, stopped, num_bytes = entry
+            start, stop = started(), stopped()
             if start is None or stop is None:
-                rest.append((lane, path, started, stopped, num_bytes))
+                rest.append(entry)
                 continue
-            spans.append(
-                Span(
-                    lane=lane,
-                    layer=path,
-                    start_seconds=start - origin_seconds,
-                    stop_seconds=stop - origin_seconds,
-                    num_bytes=num_bytes,
-                )
-            )
+            start, stop = start - origin_seconds, stop - origin_seconds
+            spans.append(Span(lane=lane, layer=path, start_seconds=start, stop_seconds=stop, num_bytes=num_bytes))
         if self._log is not None:
             self._log = rest
         return tuple(spans)

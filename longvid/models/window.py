@@ -25,7 +25,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from types import TracebackType
 from typing import Self
 
 from torch import Tensor
@@ -113,9 +112,7 @@ class Window:
         self._had_context = self._context is not None
         return self._forward.buffers.take(self.shape, self._kind)
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
         if exc_type is None:
             self.input()
         self._forward.cache.close_window(self._entry, failed=exc_type is not None)
