@@ -34,10 +34,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 def check_file_target(path: str | os.PathLike[str], *, overwrite: bool, what: str) -> None:
     """Check that a file can be written at ``path``. Leaves nothing behind. An empty file counts as none.
 
-    Args:
-        path: where the file is to be written.
-        overwrite: whether an existing file may be replaced.
-        what: what the file will be, such as ``"recording"``, for the message.
+    The message of an error calls the file ``what``, such as ``"recording"``.
 
     Raises:
         StoreError: something at ``path`` may not be replaced, or its folder is missing or cannot be written to.
@@ -66,10 +63,7 @@ def check_file_target(path: str | os.PathLike[str], *, overwrite: bool, what: st
 def write_whole(path: str | os.PathLike[str], text: str, *, what: str) -> None:
     """Write a text file, all or nothing: until it is whole, a reader sees the old file.
 
-    Args:
-        path: where the file is written.
-        text: its content.
-        what: what the file is, such as ``"the report"``, for the message.
+    The message of an error calls the file ``what``, such as ``"the report"``.
 
     Raises:
         StoreError: the disk refuses the write. The old file, if there was one, is untouched.

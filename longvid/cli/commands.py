@@ -301,12 +301,7 @@ _COMMANDS: dict[str, Command] = {
 
 @contextmanager
 def _session(args: argparse.Namespace, *, output_complete: bool = False) -> Iterator[VideoSession]:
-    """An open session with the callbacks and the model that the arguments ask for.
-
-    Args:
-        args: arguments of the command.
-        output_complete: whether the store to be written exists and is complete.
-    """
+    """An open session with the callbacks and the model that the arguments ask for."""
     map_large_allocations()
     from longvid.runtime.session import VideoSession
 

@@ -20,11 +20,7 @@ _Option: TypeAlias = tuple[str, dict[str, Any]]
 
 
 def make_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
-    """Make the parser of all commands.
-
-    Args:
-        run: the function of each command, by its name; it becomes ``run`` of the arguments.
-    """
+    """Make the parser of all commands; the function of each, by its name, becomes ``run`` of its arguments."""
     parser = argparse.ArgumentParser(
         prog="longvid",
         description="Encode long videos to latents in zarr stores with a causal video VAE, and decode them again, "

@@ -41,10 +41,7 @@ class StopRequest:
 def handle_signals(handler: Callable[[int, Any], None], *, restore: bool) -> Iterator[None]:
     """SIGINT, SIGTERM and SIGHUP stop a run where it can be resumed, and unwind the program anywhere else.
 
-    Args:
-        handler: called with a signal.
-        restore: whether the handlers of before are restored. Otherwise the signals are ignored afterwards: the program
-            has reported how it ended and is about to exit.
+    Without ``restore`` the signals are ignored afterwards: the program has reported how it ended and is about to exit.
     """
     # A signal that is ignored stays ignored, as nohup asks.
     wanted = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]

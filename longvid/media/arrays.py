@@ -134,12 +134,8 @@ class OnePass:
 class ArrayFrames(OnePass):
     """Frames of a numpy array, a torch tensor or a ``zarr.Array`` of shape (T, H, W, 3), sliced as they are needed.
 
-    Args:
-        array: the frames, uint8.
-        size: (height, width); only that of the array, since arrays are not resized here.
-        frame_rate: frames per second; without it 24 is assumed, and ``info`` says so.
-        name: name of the source in messages.
-        start, frames, limits: see :func:`longvid.media.sources.open_source`.
+    ``size`` can only be that of the array, since arrays are not resized here. Without ``frame_rate`` 24 frames per
+    second are assumed, and ``info`` says so. For the rest see :func:`longvid.media.sources.open_source`.
     """
 
     def __init__(
@@ -221,10 +217,6 @@ class IterableFrames(OnePass):
 
     The first piece is taken at once to learn the size, and none is taken beyond the window. Every piece is copied, so
     that a generator may reuse its buffer. What the iterable raises comes out unchanged.
-
-    Args:
-        pieces: the iterable of numpy arrays or torch tensors.
-        start, frames, size, frame_rate, limits: as of :class:`ArrayFrames`.
     """
 
     def __init__(

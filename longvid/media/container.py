@@ -39,12 +39,8 @@ def reason(exc: Exception) -> str:
 class MediaFile:
     """A regular file that is opened once: the file that is checked is the file that is decoded.
 
-    Args:
-        path: the file; neither a symbolic link, nor an address, nor a device.
-        limits: ``max_bytes`` and ``max_pixels`` are checked here.
-
     Raises:
-        SourceError: there is no such file, or it must not be opened.
+        SourceError: there is no such file, it is empty, a link, an address or a device, or it exceeds ``max_bytes``.
     """
 
     def __init__(self, path: str, limits: Limits) -> None:

@@ -68,14 +68,8 @@ class Decoder:
     other. B pictures that are shown before a faulty picture and decoded after it have the same fault; they are held
     back until the picture after them is known.
 
-    Args:
-        container: the open file.
-        stream: the stream to decode.
-        name: what messages call the file.
-        num_bytes: size of the file.
-        run: calls a function that can hang.
-        size: (height, width) that all frames must have; None for the size of the first frame.
-        from_start: whether pictures that cannot be decoded at the beginning count as faults.
+    ``run`` calls a function that can hang. ``size`` is the (height, width) that all frames must have, by default that
+    of the first. ``from_start`` says whether pictures that cannot be decoded at the beginning count as faults.
     """
 
     def __init__(

@@ -22,11 +22,7 @@ class Watchdog:
     """Runs steps one after the other in a thread of its own and abandons a step that makes no progress.
 
     A decoder that hangs inside FFmpeg cannot be stopped from outside. Its thread is a daemon, which does not keep the
-    process from ending.
-
-    Args:
-        name: what messages call the source.
-        seconds: how long a step may go without :meth:`beat`.
+    process from ending. A step may go ``seconds`` without :meth:`beat`.
     """
 
     def __init__(self, name: str, seconds: float) -> None:
