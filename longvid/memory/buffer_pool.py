@@ -105,11 +105,8 @@ class BufferPool:
     def take(self, shape: tuple[int, int, int, int, int], kind: TensorKind, *, brief: bool = False) -> Tensor:
         """A tensor of this shape and kind. Its content is undefined.
 
-        Args:
-            shape: any.
-            kind: any.
-            brief: it will be gone before the next request. Such memory is kept however small it is, or, by a thrifty
-                pool, not a moment longer.
+        A ``brief`` one will be gone before the next request. Its memory is kept however small it is, or, by a thrifty
+        pool, not a moment longer.
         """
         num_bytes = math.prod(shape) * kind.dtype.itemsize
         if not self.keeps if brief else self.keeps and num_bytes * _SMALL < self._most_bytes:

@@ -39,7 +39,6 @@ class _Home:
     device: Tensor | None = None
     host: HostSlot | None = None
     arriving: Ticket | None = None
-    leaving: Ticket | None = None
     sent: Ticket | None = None
     "the copy that filled ``host``"
 
@@ -211,7 +210,7 @@ class Offloader:
         finally:
             self._leaving.clear()
             for home in self._homes.values():
-                home.device = home.host = home.arriving = home.leaving = home.sent = None
+                home.device = home.host = home.arriving = home.sent = None
                 home.num_bytes = 0
             buffers, self._buffers = self._buffers, []
         if self._copies is not None:
@@ -240,9 +239,9 @@ class Offloader:
         assert home.device is not None
         if home.host is None:
             home.host = self._slot(home.device)
-        home.leaving = home.sent = self._copies.to_host(home.device, home.host)
+        home.sent = self._copies.to_host(home.device, home.host)
         self._leaving.append(home)
-        self._note("to_host", path, home.leaving, home.num_bytes)
+        self._note("to_host", path, home.sent, home.num_bytes)
 
     def _fetch(self, path: str) -> None:
         home = self._homes[path]
@@ -256,9 +255,9 @@ class Offloader:
     def _free_what_left(self) -> None:
         while self._leaving:
             home = self._leaving.pop()
-            if home.leaving is not None:
-                home.leaving.wait()
-            home.device = home.leaving = None
+            if home.sent is not None:
+                home.sent.wait()
+            home.device = None
 
     def _slot(self, context: Tensor) -> HostSlot:
         size = context.numel() * context.element_size()

@@ -53,14 +53,15 @@ class PreparedWeights:
         """Bytes of what is kept, beside the weights that it was made of."""
         return sum(tensor.nbytes for tensors in self._kept.values() for tensor in tensors)
 
-    def get(self, layer: nn.Module) -> tuple[Tensor, ...] | None:
-        """What is kept for a layer."""
-        return self._kept.get(layer)
-
-    def add(self, layer: nn.Module, prepared: tuple[Tensor, ...]) -> None:
-        """Keep this for a layer if anything is kept. Weights that were not changed need no keeping."""
-        if self._keep and not any(isinstance(tensor, nn.Parameter) for tensor in prepared):
-            self._kept[layer] = prepared
+    def get(self, layer: nn.Module, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What is kept for a layer, or else what ``make`` returns, which is then kept if anything is."""
+        found = self._kept.get(layer)
+        if found is None:
+            found = make()
+            # Weights that were not changed need no keeping.
+            if self._keep and not any(isinstance(tensor, nn.Parameter) for tensor in found):
+                self._kept[layer] = found
+        return found
 
     def clear(self) -> None:
         """Forget everything."""
@@ -123,11 +124,7 @@ class ForwardContext:
 
     def prepared(self, layer: nn.Module, prepare: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """What ``prepare`` makes of a layer's weights. It allocates all that it returns, and is harmless to repeat."""
-        found = self.kernels.get(layer)
-        if found is None:
-            found = self.attempt(prepare)
-            self.kernels.add(layer, found)
-        return found
+        return self.kernels.get(layer, lambda: self.attempt(prepare))
 
     def weight(self, layer: nn.Conv2d | nn.Conv3d) -> Tensor:
         """A convolution's weight, in float32 where products are."""

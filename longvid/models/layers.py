@@ -235,15 +235,9 @@ class CausalConv3d(nn.Module):
 
 
 class _BlockConv:
-    """The convolution of one layer's window, block by block.
+    """The convolution of one layer's window, block by block, two frames at a time with ``winograd``.
 
-    Args:
-        layer: the layer that convolves.
-        window: what it reads.
-        context: of the chunk.
-        like: a tensor of the dtype and layout of the layer's input.
-        tiled: whether blocks are row tiles, which have the rows above and below them in the window.
-        winograd: whether two frames are computed at a time.
+    Blocks that are row tiles have the rows above and below them in the window.
     """
 
     def __init__(

@@ -48,12 +48,9 @@ class Producer(Protocol):
         ...
 
     def write(self, frames: range, rows: range, out_BCTHW: Tensor) -> None:
-        """Write these rows of these frames of the input into ``out``. Harmless to repeat.
+        """Write these rows of these frames of the input into ``out`` (B, C, frames, rows, W). Harmless to repeat.
 
-        Args:
-            frames: any.
-            rows: they begin at a multiple of ``row_step``, and end there or with the frame.
-            out_BCTHW: (B, C, frames, rows, W).
+        Rows begin at a multiple of ``row_step``, and end there or with the frame.
         """
         ...
 
@@ -73,11 +70,7 @@ class Fitted:
     """
 
     def __init__(
-        self,
-        x_BCTHW: Tensor,
-        scale_BC: Tensor,
-        shift_BC: Tensor,
-        maps: tuple[Tensor, Tensor] | None = None,
+        self, x_BCTHW: Tensor, scale_BC: Tensor, shift_BC: Tensor, maps: tuple[Tensor, Tensor] | None = None
     ) -> None:
         self._x: Tensor | None = x_BCTHW
         self._scale, self._shift, self._maps = scale_BC, shift_BC, maps
@@ -162,11 +155,7 @@ class Fitted:
             F.silu(frame, inplace=True)
 
     def _write_slab(
-        self,
-        x_BCHW: Tensor,
-        out_BCHW: Tensor,
-        maps: tuple[Tensor, Tensor] | None,
-        constants: tuple[Tensor, ...],
+        self, x_BCHW: Tensor, out_BCHW: Tensor, maps: tuple[Tensor, Tensor] | None, constants: tuple[Tensor, ...]
     ) -> None:
         """Rows of one frame in channels last, one operation after the other.
 

@@ -185,6 +185,7 @@ def test_a_session_computes_as_asked_and_records_it(wide, frames, tmp_path, layo
         session.encode(frames, tmp_path / "c.zarr", representation="moments", store_dtype="float32")
     stores = [open_store(tmp_path / f"{name}.zarr") for name in "abc"]
     a, b, c = (store.moments[:] for store in stores)
+    # Slices change the number of frames in a call of a kernel, so kernels may add in another order.
     assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b)
     assert np.linalg.norm(a - c) <= 1e-5 * np.linalg.norm(c)
     assert np.array_equal(a, c) == (layout == "contiguous")  # Winograd needs channels last
@@ -237,6 +238,7 @@ def test_a_video_comes_back_alike_in_every_form(wide, frames, tmp_path):
             got = np.concatenate(pieces)
             assert got.shape == frames.shape
             key = str(asked)
+            # Not bit for bit: kernels may add in another order for another number of frames.
             assert np.abs(found.setdefault(key, got).astype(int) - got).max() <= 1
     first, *others = found.values()
     for other in others:

@@ -50,6 +50,9 @@ MAX_ELEMENTS = 2**31 - 1
 Attempt: TypeAlias = Callable[[Callable[[], Tensor]], Tensor]
 _PACKED_CHANNELS = 64
 "channels of a packed kernel are multiples of this; no block of the library is wider, so none is filled up"
+_cudnn_lock = threading.Lock()
+_cudnn_before: list[tuple[bool, bool, str]] = []
+"the settings that each thread within :func:`faithful` found"
 
 
 @contextmanager
@@ -63,45 +66,24 @@ def faithful(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    _cudnn.enter()
+    with _cudnn_lock:
+        _cudnn_before.append(_set_cudnn(False, True, "ieee"))
     try:
         yield
     finally:
-        _cudnn.leave()
+        with _cudnn_lock:
+            before = _cudnn_before[0]
+            _cudnn_before.pop()
+            if not _cudnn_before:
+                _set_cudnn(*before)
 
 
-class _Cudnn:
-    """Settings of the library, for all threads."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._num_inside = 0
-        self._before: tuple[Any, ...] = ()
-
-    @property
-    def settings(self) -> tuple[Any, ...]:
-        cudnn: Any = torch.backends.cudnn
-        return cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision
-
-    @settings.setter
-    def settings(self, wanted: tuple[Any, ...]) -> None:
-        cudnn: Any = torch.backends.cudnn
-        cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision = wanted
-
-    def enter(self) -> None:
-        with self._lock:
-            if not self._num_inside:
-                self._before, self.settings = self.settings, (False, True, "ieee")
-            self._num_inside += 1
-
-    def leave(self) -> None:
-        with self._lock:
-            self._num_inside -= 1
-            if not self._num_inside:
-                self.settings = self._before
-
-
-_cudnn = _Cudnn()
+def _set_cudnn(benchmark: bool, deterministic: bool, precision: str) -> tuple[bool, bool, str]:
+    """Change settings of the library, and return those before."""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision
+    cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision = benchmark, deterministic, precision
+    return before
 
 
 def run_once(forward: Callable[[], Tensor]) -> Tensor:
@@ -134,12 +116,7 @@ class Conv3d(nn.Conv3d):
 
 
 def convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    padding: tuple[int, ...],
-    limit: int = MAX_ELEMENTS,
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, padding: tuple[int, ...], limit: int = MAX_ELEMENTS
 ) -> Tensor:
     """A 2-D or 3-D convolution of any size, with stride 1.
 
@@ -159,7 +136,7 @@ def _in_parts(
 ) -> Tensor:
     taps, halo = kernel[0], kernel[1] // 2
     num_frames = x.shape[2] if x.ndim == 5 else 1
-    frame = _frame_elements(x, out_channels)
+    frame = max(x.shape[1], out_channels) * x.shape[0] * x.shape[-2] * x.shape[-1]
     if frame * num_frames <= limit:
         return call(x)
     time, longest = num_frames - taps + 1, max(1, limit // frame - taps + 1)
@@ -175,10 +152,6 @@ def _in_parts(
             y = call(part[..., read.start : read.stop, :])
             target[..., rows.start : rows.stop, :].copy_(y[..., rows.start - read.start : rows.stop - read.start, :])
     return out
-
-
-def _frame_elements(x: Tensor, out_channels: int) -> int:
-    return max(x.shape[1], out_channels) * x.shape[0] * x.shape[-2] * x.shape[-1]
 
 
 def accumulate(
@@ -217,13 +190,10 @@ def _accumulate(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, pad
         zeros = (0,) * (x.ndim - 2)
         result = torch.ops.aten.convolution.out(x, weight, bias, ones, padding, ones, False, zeros, 1, out=out)
     else:
-        result = _onednn_sum()(out, x, weight, bias, padding, ones, ones, 1, "add", None, None, [], None)
+        # PyTorch has no public name for oneDNN's sum: this is what its own compiler calls.
+        onednn_sum = torch.ops.mkldnn._convolution_pointwise_.binary
+        result = onednn_sum(out, x, weight, bias, padding, ones, ones, 1, "add", None, None, [], None)
     return cast("Tensor", result)
-
-
-def _onednn_sum() -> Any:
-    # PyTorch has no public name for oneDNN's sum: this is what its own compiler calls.
-    return torch.ops.mkldnn._convolution_pointwise_.binary
 
 
 @cache

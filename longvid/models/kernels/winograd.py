@@ -50,11 +50,8 @@ def two_frames(
     Args:
         x_BCTHW: four frames.
         filters: from :func:`winograd_filters`, packed or not.
-        bias: (out channels,) or None.
         out_BCTHW: where the two frames are written, dense in each frame; None for new memory.
         padding: zeros on both sides in height and width.
-        fused: see above.
-        attempt: as for :func:`accumulate`.
     """
     if filters[0].dtype != x_BCTHW.dtype:
         wide = attempt(partial(x_BCTHW.to, filters[0].dtype))
