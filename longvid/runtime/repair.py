@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -21,7 +21,7 @@ from longvid.errors import StoreError
 from longvid.frames import Marks, Times
 from longvid.media.sources import open_source
 from longvid.runtime.decode import DecodeOptions, decode_video
-from longvid.runtime.encode import READING, EncodeOptions, encode_video, frame_chunks
+from longvid.runtime.encode import EncodeOptions, encode_video, frame_chunks
 from longvid.runtime.session import VideoSession
 from longvid.schedule import ChunkSchedule
 from longvid.store.durability import Durability
@@ -192,7 +192,7 @@ def _stamps(opened: StoreReader, schedule: ChunkSchedule, source: Any) -> Iterat
     if there[0] is not None and there[1] is not None:
         yield there[0], there[1]
     num_frames = opened.metadata.num_frames
-    with open_source(_source_of(opened, source), **_reading(opened)) as video:
+    with open_source(_source_of(opened, source), **asdict(opened.metadata.reading)) as video:
         pieces = frame_chunks(video, schedule, (video.info.height, video.info.width))
         read = [(piece.pts, piece.valid) for piece in islice(pieces, schedule.num_chunks(num_frames))]
     yield np.concatenate([pts for pts, _ in read])[:num_frames], np.concatenate([v for _, v in read])[:num_frames]
@@ -201,13 +201,12 @@ def _stamps(opened: StoreReader, schedule: ChunkSchedule, source: Any) -> Iterat
 def _rewrite(opened: StoreReader, columns: Columns) -> None:
     """Write whole arrays again; the metadata stays as it is."""
     store = StagedStore(opened.path, sync=True, rewritten=lambda _: True)
-    for name, array in opened.metadata.arrays.items():
-        store.stage(f"{name}/zarr.json", serialized(array.document))
+    documents = {name: array.document for name, array in opened.metadata.arrays.items()}
     for name, values in columns.items():
         for file in (opened.path / name).glob("c.*"):
             file.unlink()  # zarr may look into a chunk before it replaces it
-        open_array(store, name, opened.metadata.arrays[name].document)[:] = values
-    store.commit(opened.content, settled=True)
+        open_array(store, name, documents[name])[:] = values
+    store.commit(opened.content, documents, settled=True)
 
 
 def _data(session: VideoSession, opened: StoreReader, units: frozenset[int], source: Any) -> int:
@@ -226,7 +225,7 @@ def _data(session: VideoSession, opened: StoreReader, units: frozenset[int], sou
                 seed=metadata.seed,
                 durability=durability,
                 mend=units,
-                **_reading(opened),
+                **asdict(opened.metadata.reading),
             )
             report = encode_video(job, where, path, encoding)
     return report.frames - report.resumed_from_frame
@@ -235,15 +234,8 @@ def _data(session: VideoSession, opened: StoreReader, units: frozenset[int], sou
 def _source_of(opened: StoreReader, source: Any) -> Any:
     if source is not None:
         return source
-    metadata = opened.metadata
-    recorded = metadata.latents if metadata.kind == "frames" else metadata.reading.source
-    if recorded is None:
+    if opened.metadata.origin is None:
         raise StoreError(
             f"{opened.path} does not say where its source is; pass it with source= (--source)", kind="missing"
         )
-    return recorded
-
-
-def _reading(opened: StoreReader) -> dict[str, Any]:
-    """Arguments with which the source was read."""
-    return {name: getattr(opened.metadata.reading, name) for name in READING}
+    return opened.metadata.origin

@@ -23,10 +23,10 @@ import numpy.typing as npt
 __all__ = [
     "ARRAY_NAMES",
     "AXES",
-    "COORDINATE_CHUNK",
+    "CHUNK_ROWS",
+    "COORDINATE_NAMES",
     "DATA_NAMES",
     "DIGEST_BYTES",
-    "DIGEST_CHUNK",
     "DTYPES",
     "FORMAT_VERSION",
     "MISSING",
@@ -55,8 +55,6 @@ because readers that list the members of the group would report it anywhere else
 PARTIAL_ROOT = ".zarr.json.partial"
 "name of the root metadata while it is being written"
 DIGEST_BYTES = 16
-COORDINATE_CHUNK = 4096
-DIGEST_CHUNK = 1024
 DATA_NAMES: dict[str, tuple[str, ...]] = {"latents": ("latents", "moments"), "frames": ("frames",)}
 "arrays of each kind of store that hold data, the main array first; moments are optional"
 _TIMES = ("t", "frame_start", "frame_stop")
@@ -71,6 +69,8 @@ AXES: dict[str, tuple[str, ...]] = {
     "digest": ("unit", "part", "byte"),
 }
 "dimension names of every array; in a store of frames the dimension `frame` is `t`"
+CHUNK_ROWS = {**dict.fromkeys((*_TIMES, "frame_pts", "frame_valid"), 4096), "digest": 1024}
+"rows of a chunk of every array that holds no data"
 DTYPES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("latents", "moments"), ("float16", "float32")),
     **dict.fromkeys(("frames", "digest"), ("uint8",)),
@@ -144,8 +144,9 @@ def array_document(
 ) -> dict[str, Any]:
     """The zarr metadata of an array, as this format has them: little-endian, zstd in blosc, crc32c over both.
 
-    All chunks of an array lie in one folder (separator ``.``), so that a new chunk needs one folder on the disk
-    instead of four. The checksum is required, since blosc reads past the end of a chunk that was cut short.
+    ``chunk_rows`` is the length of a chunk of data; other arrays have :data:`CHUNK_ROWS`. All chunks of an array lie in
+    one folder (separator ``.``), so that a new chunk needs one folder on the disk instead of four. The checksum is
+    required, since blosc reads past the end of a chunk that was cut short.
     """
     item = np.dtype(dtype)
     level, shuffle = compression or default_compression(dtype)
@@ -155,7 +156,10 @@ def array_document(
     return {
         "shape": list(shape),
         "data_type": dtype,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [chunk_rows, *shape[1:]]}},
+        "chunk_grid": {
+            "name": "regular",
+            "configuration": {"chunk_shape": [CHUNK_ROWS.get(name, chunk_rows), *shape[1:]]},
+        },
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "fill_value": fill,
         "codecs": [

@@ -12,14 +12,10 @@ import numpy.typing as npt
 
 from longvid.errors import StoreError
 from longvid.store.durability import WriteOptions
-from longvid.store.format import COORDINATE_CHUNK
-from longvid.store.metadata import RunFacts, first_facts
-from longvid.store.staging import disk_errors
-from longvid.store.writer import TARGET_CHUNK_BYTES, StoreWriter, Unit, take
+from longvid.store.metadata import RunFacts, ratio
+from longvid.store.writer import TARGET_CHUNK_BYTES, StoreWriter, Unit
 
 __all__ = ["FrameStoreWriter"]
-
-_ROWS = ("frames", "frame_pts", "frame_valid")
 
 
 class FrameStoreWriter(StoreWriter):
@@ -38,7 +34,7 @@ class FrameStoreWriter(StoreWriter):
     """
 
     kind: ClassVar = "frames"
-    data_names: ClassVar = ("frames",)
+    dtype = "uint8"
 
     def __init__(
         self,
@@ -51,26 +47,16 @@ class FrameStoreWriter(StoreWriter):
         facts: RunFacts | None = None,
         options: WriteOptions | None = None,
     ) -> None:
-        facts = facts or RunFacts()
-        extra = {**facts.extra, **({"vae": dict(facts.vae)} if facts.vae else {})}
-        attributes = {
-            "Conventions": "CF-1.11",
-            "longvid": first_facts("frames", frame_rate, extra),
-            "source": dict(source),
-        }
-        super().__init__(path, attributes, facts.fingerprint, options or WriteOptions())
+        model = {"vae": dict(facts.vae)} if facts is not None and facts.vae else {}
+        super().__init__(path, facts, options, {"source": dict(source)}, model, frame_rate)
         self._time_base = time_base
-        self._shape = (*size, 3)
+        self.rows = {"frames": (*size, 3)}
         self.unit_rows = max(1, min(64, 2 * TARGET_CHUNK_BYTES // (size[0] * size[1] * 3)))
-        self._waiting: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in _ROWS}
-
-    def _stage_arrays(self) -> None:
-        base = f"{self._time_base.numerator}/{self._time_base.denominator}"
-        self._stage("frames", self._shape, "uint8", self.unit_rows, {"coordinates": "t frame_pts"})
-        self._stage("t", (), "float64", COORDINATE_CHUNK, {"units": "s"})
-        self._stage("frame_pts", (), "int64", COORDINATE_CHUNK, {"time_base": base})
-        self._stage("frame_valid", (), "bool", COORDINATE_CHUNK)
-        self._stage_digests(1)
+        self.array_attributes = {
+            "frames": {"coordinates": "t frame_pts"},
+            "t": {"units": "s"},
+            "frame_pts": {"time_base": ratio(time_base)},
+        }
 
     def write(
         self,
@@ -83,40 +69,17 @@ class FrameStoreWriter(StoreWriter):
         Raises:
             StoreError: wrong dtype or shape, or the disk refuses.
         """
-        if frames_THWC.dtype != np.uint8 or frames_THWC.shape[1:] != self._shape or len(frames_THWC) != len(pts_T):
+        row = self.rows["frames"]
+        if frames_THWC.dtype != np.uint8 or frames_THWC.shape[1:] != row or len(frames_THWC) != len(pts_T):
             raise StoreError(
                 f"frames are {frames_THWC.dtype} {frames_THWC.shape} with {len(pts_T)} time stamps; uint8 "
-                f"(T, {', '.join(map(str, self._shape))}) are expected"
+                f"(T, {', '.join(map(str, row))}) are expected"
             )
         valid = np.ones(len(pts_T), np.bool_) if valid_T is None else valid_T
-        for name, rows in zip(_ROWS, (frames_THWC.copy(), np.asarray(pts_T, np.int64), valid), strict=True):
-            self._waiting[name].append(rows)
-        with disk_errors(self.path):
-            while sum(map(len, self._waiting["frames"])) >= self.unit_rows:
-                self._take_unit(self._unit(self.unit_rows))
-            self._commit_if_due()
+        pts = np.asarray(pts_T, np.int64)
+        self._receive({"frames": frames_THWC.copy(), "frame_pts": pts, "frame_valid": valid})
 
     def _unit(self, count: int) -> Unit:
-        rows = {name: take(self._waiting[name], count) for name in _ROWS}
+        unit = {name: self._take(name, count) for name in ("frames", "frame_pts", "frame_valid")}
         self.num_frames += count
-        return {
-            "frames": rows["frames"],
-            "t": rows["frame_pts"] * self._time_base.numerator / self._time_base.denominator,
-            "frame_pts": rows["frame_pts"],
-            "frame_valid": rows["frame_valid"],
-        }
-
-    def _rest(self) -> Unit | None:
-        left = sum(map(len, self._waiting["frames"]))
-        return self._unit(left) if left else None
-
-    def pending(self) -> Unit:
-        """Rows that wait to become a unit, for a snapshot; copies."""
-        return {name: np.concatenate(parts) for name, parts in self._waiting.items() if parts}
-
-    def go_on(self, chunk: int, num_frames: int, units: int, pending: Unit) -> None:
-        """Restore the state in which :meth:`pending` returned these rows; frames do not depend on chunks."""
-        self.num_units = units
-        self.num_frames = units * self.unit_rows
-        for name in self._waiting:
-            self._waiting[name] = [pending[name]] if name in pending else []
+        return {**unit, "t": unit["frame_pts"] * self._time_base.numerator / self._time_base.denominator}

@@ -14,10 +14,8 @@ from longvid.errors import StoreError
 from longvid.frames import SourceInfo
 from longvid.schedule import Chunk, ChunkSchedule
 from longvid.store.durability import WriteOptions
-from longvid.store.format import COORDINATE_CHUNK
-from longvid.store.metadata import RunFacts, first_facts
-from longvid.store.staging import disk_errors
-from longvid.store.writer import TARGET_CHUNK_BYTES, StoreWriter, Unit, take
+from longvid.store.metadata import RunFacts, ratio
+from longvid.store.writer import TARGET_CHUNK_BYTES, StoreWriter, Unit
 
 __all__ = ["LatentLayout", "LatentWriter", "seconds_of_latents"]
 
@@ -52,7 +50,6 @@ class LatentWriter(StoreWriter):
     """
 
     kind: ClassVar = "latents"
-    data_names: ClassVar = ("latents", "moments")
 
     def __init__(
         self,
@@ -64,51 +61,30 @@ class LatentWriter(StoreWriter):
         facts: RunFacts | None = None,
         options: WriteOptions | None = None,
     ) -> None:
-        facts = facts or RunFacts()
-        self._schedule = schedule
-        self._source = source
-        self._shape = layout.shape_CYX
-        self._moments = layout.representation == "moments"
-        self._dtype = np.dtype(layout.dtype)
-        recorded = {
-            "chunk_plan": schedule.to_dict(),
-            "representation": layout.representation,
-            "scaled": False,
-            **facts.extra,
-        }
+        c, y, x = layout.shape_CYX
+        recorded = {"chunk_plan": schedule.to_dict(), "representation": layout.representation, "scaled": False}
+        rates = {"time_base": ratio(source.time_base), "frame_rate": ratio(source.frame_rate)}
         attributes = {
-            "Conventions": "CF-1.11",
-            "longvid": first_facts("latents", source.frame_rate, recorded),
-            "vae": dict(facts.vae),
-            "source": _source_facts(source),
-            "ome": _ome(self._shape[0], schedule.frames_per_latent, source.frame_rate),
+            "vae": {} if facts is None else dict(facts.vae),
+            "source": {**asdict(source), **rates},
+            "ome": _ome(c, schedule.frames_per_latent, source.frame_rate),
         }
-        super().__init__(path, attributes, facts.fingerprint, options or WriteOptions())
-        self.unit_rows = _latents_per_chunk(self._shape, self._dtype.itemsize, schedule.chunk_latents)
+        super().__init__(path, facts, options, attributes, recorded, source.frame_rate)
+        self._schedule, self._source = schedule, source
+        self.rows, self.dtype = {"latents": (c, y, x)}, layout.dtype
+        if layout.representation == "moments":
+            self.rows["moments"] = (2 * c, y, x)
+        self.array_attributes = {
+            **{name: {"coordinates": "t frame_start frame_stop"} for name in self.rows},
+            "t": {"units": "s", "long_name": "time of first frame"},
+            "frame_pts": {"time_base": ratio(source.time_base)},
+            "frame_valid": {"long_name": "false where a damaged frame was replaced by its neighbour"},
+        }
+        self.unit_rows = _latents_per_chunk((c, y, x), np.dtype(self.dtype).itemsize, schedule.chunk_latents)
         self._next = 0
         self._num_received = 0
-        self._waiting: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in self._row_names()}
-        "rows that are not a unit yet"
         self._last_pts = np.zeros(0, np.int64)
         "time stamps of the two frames before those that wait"
-
-    def _row_names(self) -> tuple[str, ...]:
-        return ("latents", *(("moments",) if self._moments else ()), "frame_pts", "frame_valid")
-
-    def _stage_arrays(self) -> None:
-        (c, y, x), dtype, rows = self._shape, self._dtype.name, self.unit_rows
-        coordinates = {"coordinates": "t frame_start frame_stop"}
-        self._stage("latents", (c, y, x), dtype, rows, coordinates)
-        if self._moments:
-            self._stage("moments", (2 * c, y, x), dtype, rows, coordinates)
-        base = f"{self._source.time_base.numerator}/{self._source.time_base.denominator}"
-        self._stage("t", (), "float64", COORDINATE_CHUNK, {"units": "s", "long_name": "time of first frame"})
-        self._stage("frame_start", (), "int64", COORDINATE_CHUNK)
-        self._stage("frame_stop", (), "int64", COORDINATE_CHUNK)
-        self._stage("frame_pts", (), "int64", COORDINATE_CHUNK, {"time_base": base})
-        valid = {"long_name": "false where a damaged frame was replaced by its neighbour"}
-        self._stage("frame_valid", (), "bool", COORDINATE_CHUNK, valid)
-        self._stage_digests(1 + self._moments)
 
     def write(
         self,
@@ -132,55 +108,35 @@ class LatentWriter(StoreWriter):
                 chunk is committed then. Kind ``"mismatch"`` if rows differ from those that are committed already.
         """
         valid = np.ones(len(pts_T), np.bool_) if valid_T is None else valid_T
-        self._check(chunk, latents_TCYX, pts_T, moments_TCYX, valid)
-        self._waiting["latents"].append(latents_TCYX.astype(self._dtype))
-        if moments_TCYX is not None:
-            self._waiting["moments"].append(moments_TCYX.astype(self._dtype))
-        self._waiting["frame_pts"].append(np.asarray(pts_T, np.int64))
-        self._waiting["frame_valid"].append(np.asarray(valid, np.bool_))
-        self._next = chunk.index + 1
-        self._num_received = chunk.frame_stop
-        with disk_errors(self.path):
-            while sum(map(len, self._waiting["latents"])) >= self.unit_rows:
-                self._take_unit(self._unit(self.unit_rows))
-            self._commit_if_due()
-
-    def _check(
-        self,
-        chunk: Chunk,
-        latents: npt.NDArray[np.float32],
-        pts: npt.NDArray[np.int64],
-        moments: npt.NDArray[np.float32] | None,
-        valid: npt.NDArray[np.bool_],
-    ) -> None:
+        data = {"latents": latents_TCYX, **({} if moments_TCYX is None else {"moments": moments_TCYX})}
         if chunk.index != self._next:
             raise StoreError(f"chunk {chunk.index} was written, chunk {self._next} is expected")
-        c, y, x = self._shape
-        expected = {"latents": (latents, (chunk.num_latents, c, y, x))}
-        if self._moments != (moments is not None):
-            raise StoreError(f"moments are {'missing' if self._moments else 'not part of this store'}")
-        if moments is not None:
-            expected["moments"] = (moments, (chunk.num_latents, 2 * c, y, x))
-        for name, (array, shape) in expected.items():
+        if data.keys() != self.rows.keys():
+            raise StoreError(f"moments are {'missing' if 'moments' in self.rows else 'not part of this store'}")
+        for name, array in data.items():
+            shape = (chunk.num_latents, *self.rows[name])
             if array.shape != shape or array.dtype != np.float32:
                 raise StoreError(
                     f"{name} of chunk {chunk.index} are {array.dtype} {array.shape}, float32 {shape} is expected"
                 )
             self._check_range(chunk, name, array)
-        if not len(pts) == len(valid) == chunk.num_frames:
+        if not len(pts_T) == len(valid) == chunk.num_frames:
             raise StoreError(
-                f"chunk {chunk.index} has {chunk.num_frames} frames, {len(pts)} time stamps and {len(valid)} marks"
+                f"chunk {chunk.index} has {chunk.num_frames} frames, {len(pts_T)} time stamps and {len(valid)} marks"
             )
+        rows: Unit = {name: array.astype(self.dtype) for name, array in data.items()}
+        self._next, self._num_received = chunk.index + 1, chunk.frame_stop
+        self._receive({**rows, "frame_pts": np.asarray(pts_T, np.int64), "frame_valid": np.asarray(valid, np.bool_)})
 
     def _check_range(self, chunk: Chunk, name: str, array: npt.NDArray[np.float32]) -> None:
-        most = float(np.finfo(self._dtype).max)
+        most = float(np.finfo(self.dtype).max)
         size = float(np.abs(array).max()) if np.isfinite(array).all() else float("nan")
         if size <= most:
             return
         where = f"{name} {chunk.latent_start} to {chunk.latent_stop - 1}"
         if np.isfinite(size):
             raise StoreError(
-                f"{where} reach {size:.6g}, {self._dtype} holds up to {most:.6g}; store them as float32 "
+                f"{where} reach {size:.6g}, {self.dtype} holds up to {most:.6g}; store them as float32 "
                 "(--store-dtype float32)",
                 kind="range",
             )
@@ -191,13 +147,12 @@ class LatentWriter(StoreWriter):
         )
 
     def _unit(self, count: int) -> Unit:
-        """Remove ``count`` latents that wait, with their coordinates, as a unit."""
         start = self.num_units * self.unit_rows
         padded = np.array([self._schedule.frame_range(i) for i in range(start, start + count)], np.int64)
         ranges = np.minimum(padded, self._num_received)
         num_frames = int(ranges[-1, 1] - ranges[0, 0])
-        pts = take(self._waiting["frame_pts"], num_frames)
-        unit = {name: take(self._waiting[name], count) for name in self.data_names if name in self._waiting}
+        pts = self._take("frame_pts", num_frames)
+        unit = {name: self._take(name, count) for name in self.rows}
         unit |= {
             "t": seconds_of_latents(
                 padded[:, 0],
@@ -209,31 +164,25 @@ class LatentWriter(StoreWriter):
             "frame_start": ranges[:, 0],
             "frame_stop": ranges[:, 1],
             "frame_pts": pts,
-            "frame_valid": take(self._waiting["frame_valid"], num_frames).astype(np.bool_),
+            "frame_valid": self._take("frame_valid", num_frames),
         }
         self._last_pts = np.concatenate([self._last_pts, pts])[-2:]
         self.num_frames = int(ranges[-1, 1])
         return unit
 
-    def _rest(self) -> Unit | None:
-        left = sum(map(len, self._waiting["latents"]))
-        return self._unit(left) if left else None
-
     def pending(self) -> Unit:
         """Rows that wait to become a unit, for a snapshot; copies."""
-        rows = {name: np.concatenate(parts) for name, parts in self._waiting.items() if parts}
-        return {**rows, "last_pts": self._last_pts}
+        return {**super().pending(), "last_pts": self._last_pts}
 
     def go_on(self, chunk: int, num_frames: int, units: int, pending: Unit) -> None:
         """Restore the state of a run that had written ``num_frames`` frames in the chunks before ``chunk``."""
+        rows = dict(pending)
+        self._last_pts = rows.pop("last_pts", self._last_pts)
+        super().go_on(chunk, num_frames, units, rows)
         self._next = chunk
         self._num_received = num_frames  # the last chunk of a video may hold fewer than others
-        self.num_units = units
         full = 0 if units == 0 else self._schedule.frame_range(units * self.unit_rows - 1)[1]
         self.num_frames = min(num_frames, full)
-        for name in self._waiting:
-            self._waiting[name] = [pending[name]] if name in pending else []
-        self._last_pts = pending.get("last_pts", self._last_pts)
 
 
 def seconds_of_latents(
@@ -263,14 +212,6 @@ def _latents_per_chunk(shape: tuple[int, int, int], itemsize: int, multiple: int
     fitting = TARGET_CHUNK_BYTES // (int(np.prod(shape)) * itemsize)
     bounded = max(1, min(_MOST_LATENTS_PER_CHUNK, fitting))
     return bounded // multiple * multiple or bounded
-
-
-def _source_facts(source: SourceInfo) -> dict[str, Any]:
-    facts = asdict(source)
-    for key in ("time_base", "frame_rate"):
-        value: Fraction | None = facts[key]
-        facts[key] = None if value is None else f"{value.numerator}/{value.denominator}"
-    return facts
 
 
 def _ome(channels: int, frames_per_latent: int, frame_rate: Fraction | None) -> dict[str, Any]:

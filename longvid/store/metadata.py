@@ -6,6 +6,7 @@ code that uses the values needs no checks of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -13,9 +14,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 
-from longvid import __version__
 from longvid.errors import ScheduleError, StoreError
 from longvid.schedule import ChunkSchedule
 from longvid.store.format import (
@@ -29,42 +28,25 @@ from longvid.store.format import (
 )
 from longvid.store.validation import check_arrays
 
-__all__ = ["ArrayMetadata", "ReadOptions", "RunFacts", "StoreMetadata", "first_facts",
-           "store_kind"]  # fmt: skip
+__all__ = ["ArrayMetadata", "ReadOptions", "RunFacts", "StoreMetadata", "ratio", "store_kind"]
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ArrayMetadata:
-    """Metadata of one array."""
+    """Metadata of one array.
 
-    document: dict[str, Any]
-    "the content of its ``zarr.json`` at the last commit"
-    shape: tuple[int, ...]
-    chunks: tuple[int, ...]
-    dtype: np.dtype[Any]
+    Args:
+        document: the content of its ``zarr.json`` at the last commit; it passed :func:`.check_arrays`.
+    """
 
-    @classmethod
-    def parse(cls, document: dict[str, Any]) -> ArrayMetadata:
-        """Take over a document that passed :func:`.check_arrays`."""
-        chunks = document["chunk_grid"]["configuration"]["chunk_shape"]
-        return cls(
-            document=document,
-            shape=tuple(document["shape"]),
-            chunks=tuple(chunks),
-            dtype=np.dtype(document["data_type"]),
-        )
-
-    @property
-    def attributes(self) -> dict[str, Any]:
-        """Attributes of the array."""
-        return cast("dict[str, Any]", self.document["attributes"])
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of a decoded chunk."""
-        return int(np.prod(self.chunks, dtype=np.int64)) * self.dtype.itemsize
+    def __init__(self, document: dict[str, Any]) -> None:
+        self.document = document
+        self.shape: tuple[int, ...] = tuple(document["shape"])
+        self.chunks: tuple[int, ...] = tuple(document["chunk_grid"]["configuration"]["chunk_shape"])
+        self.dtype: np.dtype[Any] = np.dtype(document["data_type"])
+        self.attributes: dict[str, Any] = document["attributes"]
+        self.chunk_bytes = math.prod(self.chunks) * self.dtype.itemsize
 
     @property
     def chunk_files(self) -> list[str]:
@@ -76,12 +58,11 @@ class ArrayMetadata:
 class ReadOptions:
     """How the run read its source; a repair reads it again in the same way."""
 
-    source: str | None = None
-    start: int = 0
-    frames: int | None = None
-    size: tuple[int, int] | None = None
-    frame_rate: Fraction | None = None
-    on_error: str = "stop"
+    start: int
+    frames: int | None
+    size: tuple[int, int] | None
+    frame_rate: Fraction | None
+    on_error: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,8 +108,8 @@ class StoreMetadata:
     "``mode``, ``sample`` or ``moments``; empty for frames"
     seed: int
     reading: ReadOptions
-    latents: str | None
-    "path of the store that frames were decoded from"
+    origin: str | None
+    "the video that was encoded, or the store that frames were decoded from"
     window: tuple[int, int] | None
     "range of the video's frames that a store of frames holds"
 
@@ -146,14 +127,14 @@ class StoreMetadata:
         """
         kind, facts = store_kind(root, where=where)
         documents = check_arrays(root, kind, where=where)
-        arrays = {name: ArrayMetadata.parse(document) for name, document in documents.items()}
+        arrays = {name: ArrayMetadata(document) for name, document in documents.items()}
         try:
             metadata = cls(**_facts(root, facts, kind, arrays))
             if arrays:
                 metadata._check_lengths()
+            return metadata
         except (_WrongValueError, ScheduleError, ZeroDivisionError) as exc:
             raise StoreError(f"{where}: the root metadata are damaged: {exc}", kind="corrupt") from exc
-        return metadata
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -268,10 +249,19 @@ def _get(record: Mapping[str, Any], key: str, kind: type[T], default: T | None =
     return value
 
 
+def _optional(record: Mapping[str, Any], key: str, kind: type[T]) -> T | None:
+    return None if record.get(key) is None else _get(record, key, kind)
+
+
+def ratio(value: Fraction | None) -> str | None:
+    """A fraction as metadata have it."""
+    return None if value is None else f"{value.numerator}/{value.denominator}"
+
+
 def _fraction(record: Mapping[str, Any], key: str) -> Fraction | None:
-    text = record.get(key)
+    text = _optional(record, key, str)
     try:
-        return None if text is None else Fraction(_get(record, key, str))
+        return None if text is None else Fraction(text)
     except ValueError as exc:
         raise _WrongValueError(f"{key} is {ascii(text)[:60]}, a fraction such as '30000/1001' is expected") from exc
 
@@ -281,7 +271,7 @@ def _facts(
 ) -> dict[str, Any]:
     """The fields of :class:`StoreMetadata`. A store without arrays may lack what describes them."""
     fingerprint = _get(facts, "fingerprint", dict, {})
-    window, source = fingerprint.get("window"), _get(root["attributes"], "source", dict, None if arrays else {})
+    source, run = _get(root["attributes"], "source", dict, None if arrays else {}), _get(facts, "run", dict, {})
     size: tuple[int, ...] = (0, 0)
     time_base, schedule = Fraction(1) if not arrays else None, None
     if arrays and kind == "latents":
@@ -303,7 +293,7 @@ def _facts(
         "digests": _get(facts, "digests", str, None if arrays else ""),
         "epoch": _get(facts, "epoch", str, ""),
         "fingerprint": fingerprint,
-        "numerics": _get(facts, "numerics", dict) if facts.get("numerics") is not None else None,
+        "numerics": _optional(facts, "numerics", dict),
         "height": size[0],
         "width": size[1],
         "time_base": time_base,
@@ -311,39 +301,20 @@ def _facts(
         "schedule": schedule,
         "representation": _get(facts, "representation", str, None if kind == "latents" else ""),
         "seed": _get(facts, "seed", int, 0),
-        "reading": _read_options(_get(facts, "run", dict, {})),
-        "latents": facts.get("latents"),
-        "window": None if window is None else _pair(window, "window"),
+        "reading": ReadOptions(
+            start=_get(run, "start", int, 0),
+            frames=_optional(run, "frames", int),
+            size=_pair(run, "size"),
+            frame_rate=_fraction(run, "frame_rate"),
+            on_error=_get(run, "on_error", str, "stop"),
+        ),
+        "origin": _optional(facts, "latents", str) if kind == "frames" else _optional(run, "source", str),
+        "window": _pair(fingerprint, "window"),
     }
 
 
-def _read_options(run: dict[str, Any]) -> ReadOptions:
-    source, frames, size = (run.get(key) for key in ("source", "frames", "size"))
-    return ReadOptions(
-        source=None if source is None else _get(run, "source", str),
-        start=_get(run, "start", int, 0),
-        frames=None if frames is None else _get(run, "frames", int),
-        size=None if size is None else _pair(size, "size"),
-        frame_rate=_fraction(run, "frame_rate"),
-        on_error=_get(run, "on_error", str, "stop"),
-    )
-
-
-def _pair(value: Any, name: str) -> tuple[int, int]:
-    if not isinstance(value, list) or [type(n) for n in value] != [int, int]:
-        raise _WrongValueError(f"{name} is {ascii(value)[:60]}, two whole numbers are expected")
-    return value[0], value[1]
-
-
-def first_facts(kind: StoreKind, frame_rate: Fraction | None, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The attribute ``longvid`` of a store that holds nothing yet."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "kind": kind,
-        "status": "writing",
-        "num_frames": 0,
-        "created_by": f"longvid {__version__}",
-        "versions": {"zarr": zarr.__version__, "numpy": np.__version__},
-        "frame_rate": None if frame_rate is None else f"{frame_rate.numerator}/{frame_rate.denominator}",
-        **extra,
-    }
+def _pair(record: Mapping[str, Any], key: str) -> tuple[int, int] | None:
+    value = _optional(record, key, list)
+    if value is not None and [type(n) for n in value] != [int, int]:
+        raise _WrongValueError(f"{key} is {ascii(value)[:60]}, two whole numbers are expected")
+    return None if value is None else (value[0], value[1])

@@ -1,17 +1,16 @@
 """Owns atomic files and staged zarr writes: a file is whole or missing, and nothing is visible before it is committed.
 
 zarr grows an array by writing the longer shape first and the data after it. A reader in between, or after a kill, sees
-rows that do not exist. So all metadata of a :class:`StagedStore`, and all chunks that are rewritten as an array grows,
-stay in memory until :meth:`StagedStore.commit`, while chunks that are written once are written to the disk at once.
+rows that do not exist. So a :class:`StagedStore` writes no metadata before :meth:`StagedStore.commit` and keeps chunks
+that are rewritten as an array grows in memory until then. Chunks that are written once go to the disk at once.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -22,7 +21,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, StorePath
 
 from longvid.errors import StoreError
-from longvid.store.format import OWN_NAMES, PRIVATE
+from longvid.store.format import OWN_NAMES, PRIVATE, serialized
 
 __all__ = [
     "StagedStore",
@@ -102,7 +101,7 @@ def write_durably(path: Path, content: bytes | Callable[[BinaryIO], None], *, sy
 
 
 class StagedStore(LocalStore):
-    """A local zarr store whose metadata, and whose growing chunks, become visible with :meth:`commit`.
+    """A local zarr store whose growing chunks, and their lengths, become visible with :meth:`commit`.
 
     Args:
         root: the folder.
@@ -118,27 +117,13 @@ class StagedStore(LocalStore):
         self._written: list[str] = []
         "keys of the chunks that were written to the disk since the last commit"
 
-    def documents(self) -> dict[str, dict[str, Any]]:
-        """The metadata of every array by name, as they will be committed."""
-        names = [key.removesuffix("/zarr.json") for key in self._staged if key.endswith("/zarr.json")]
-        return {name: json.loads(self._staged[f"{name}/zarr.json"]) for name in names}
-
-    def stage(self, key: str, content: bytes) -> None:
-        """Put metadata in place of what is on the disk, until the next commit."""
-        self._staged[key] = content
-
     async def set(self, key: str, value: Buffer) -> None:
-        """Set one value: metadata and growing chunks in memory, others on the disk."""
-        if self._is_staged(key):
+        """Set one chunk: of a growing array in memory, otherwise on the disk."""
+        if self._rewritten(key.rpartition("/")[0]):
             self._staged[key] = value.to_bytes()
             return
         await super().set(key, value)
         self._written.append(key)
-
-    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        """As :meth:`set`, if the key does not exist."""
-        if not await self.exists(key):
-            await self.set(key, value)
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
@@ -149,47 +134,37 @@ class StagedStore(LocalStore):
             return await super().get(key, prototype, byte_range)
         return prototype.buffer.from_bytes(staged)
 
-    async def exists(self, key: str) -> bool:
-        """Whether it is staged or on the disk."""
-        return key in self._staged or await super().exists(key)
-
-    def _is_staged(self, key: str) -> bool:
-        folder, _, name = key.rpartition("/")
-        return name == "zarr.json" or self._rewritten(folder)
-
-    def commit(self, root_document: bytes, *, settled: bool) -> None:
+    def commit(self, root_document: bytes, documents: Mapping[str, Mapping[str, Any]], *, settled: bool) -> None:
         """Make everything that was written durable, then visible by one replacement of the root metadata.
 
         Args:
             root_document: the new ``zarr.json`` of the group.
+            documents: the new metadata of every array by name.
             settled: whether the metadata of single arrays, which follows the group's, has to be on the disk too.
 
         The order is: new chunks; chunks that replace older ones, whose rows they repeat; the root; the metadata of
         single arrays. If it is interrupted anywhere, readers see the last commit.
         """
-        chunks = {key: content for key, content in self._staged.items() if not key.endswith("zarr.json")}
         if self._sync:
             for key in self._written:
                 sync_file(self.root / key)
-        for key, content in chunks.items():
+        for key, content in self._staged.items():
             (self.root / key).parent.mkdir(exist_ok=True)
             write_durably(self.root / key, content, sync=self._sync)
         if self._sync:
-            for folder in {(self.root / key).parent for key in (*self._written, *chunks)}:
+            for folder in {(self.root / key).parent for key in (*self._written, *self._staged)}:
                 sync_folder(folder)
-            if chunks or self._written:
+            if self._staged or self._written:
                 sync_folder(self.root)  # the folders of new arrays
         write_durably(self.root / "zarr.json", root_document, sync=self._sync)
         if self._sync:
             sync_folder(self.root)
-        for key, content in self._staged.items():
-            if key.endswith("/zarr.json"):
-                (self.root / key).parent.mkdir(exist_ok=True)
-                write_durably(self.root / key, content, sync=self._sync and settled)
-                if self._sync and settled:
-                    sync_folder((self.root / key).parent)
-        for key in chunks:
-            del self._staged[key]
+        for name, document in documents.items():
+            (self.root / name).mkdir(exist_ok=True)
+            write_durably(self.root / name / "zarr.json", serialized(document), sync=self._sync and settled)
+            if self._sync and settled:
+                sync_folder(self.root / name)
+        self._staged.clear()
         self._written.clear()
 
 

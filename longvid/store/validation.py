@@ -26,10 +26,9 @@ import numpy as np
 from longvid.errors import StoreError
 from longvid.store.format import (
     AXES,
-    COORDINATE_CHUNK,
+    CHUNK_ROWS,
     COORDINATE_NAMES,
     DATA_NAMES,
-    DIGEST_CHUNK,
     DTYPES,
     StoreKind,
     array_document,
@@ -148,8 +147,7 @@ def _check_array(kind: StoreKind, name: str, document: Any, where: str) -> None:
         _refuse(where, f"its dtype is {_shown(dtype)}", ", ".join(DTYPES[name]))
     grid = _at(document, "chunk_grid", "configuration", "chunk_shape")
     rows = _lengths(grid, len(shape), "its chunk shape", where)[0]
-    if name not in DATA_NAMES[kind]:
-        rows = DIGEST_CHUNK if name == "digest" else COORDINATE_CHUNK
+    rows = CHUNK_ROWS.get(name, rows)
     decoded = math.prod(shape[1:]) * max(rows, 1) * np.dtype(dtype).itemsize
     if decoded > MAX_CHUNK_BYTES or rows < 1 or 0 in shape[1:]:
         _refuse(where, f"a chunk decodes to {_shown(decoded)} bytes", f"1 to {MAX_CHUNK_BYTES:,} bytes")

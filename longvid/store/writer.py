@@ -19,21 +19,23 @@ import shutil
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import zarr
 
+from longvid import __version__
 from longvid.errors import StoreError
 from longvid.store.durability import WriteOptions
 from longvid.store.format import (
+    COORDINATE_NAMES,
     DIGEST_BYTES,
-    DIGEST_CHUNK,
+    DTYPES,
+    FORMAT_VERSION,
     OWN_NAMES,
     PRIVATE,
     StoreKind,
@@ -41,17 +43,17 @@ from longvid.store.format import (
     checksum_is_right,
     chunk_file,
     is_system_file,
-    serialized,
     unit_digest,
     with_checksum,
 )
 from longvid.store.lock import WriterLock
+from longvid.store.metadata import RunFacts, StoreMetadata, ratio
 from longvid.store.reader import StoreReader
 from longvid.store.staging import StagedStore, disk_errors, open_array, partial_files, sync_folder, write_durably
 from longvid.store.target import Found, check_target, read_root
 from longvid.store.validation import check_tree
 
-__all__ = ["TARGET_CHUNK_BYTES", "StoreWriter", "Unit", "take"]
+__all__ = ["TARGET_CHUNK_BYTES", "StoreWriter", "Unit"]
 
 TARGET_CHUNK_BYTES = 2 * 2**20
 _LAST_TO_GO = {"digest": 1, "zarr.json": 2}
@@ -70,9 +72,11 @@ class StoreWriter(ABC):
 
     Args:
         path: the folder; its parent exists.
-        attributes: the attributes of the group.
-        fingerprint: everything that decides the bits of the result; see :mod:`longvid.store.fingerprint`.
+        facts: facts of the run, recorded.
         options: what may be replaced or resumed, and when results are durable.
+        attributes: the attributes of the group, beside those that every store has.
+        recorded: what the attribute ``longvid`` says, beside what it says in every store.
+        frame_rate: mean frames per second, recorded.
 
     Raises:
         StoreError: see :func:`.check_target` and :meth:`.Found.decide`; another run writes here (kind ``"locked"``);
@@ -80,29 +84,51 @@ class StoreWriter(ABC):
     """
 
     kind: ClassVar[StoreKind]
-    data_names: ClassVar[tuple[str, ...]]
-    "arrays whose chunks are written once, in units; the first one is always there"
+    rows: dict[str, tuple[int, ...]]
+    "shape of one row of every data array, the main array first; their chunks are written once, in units"
+    dtype: str
+    "of the data arrays"
+    array_attributes: dict[str, dict[str, str]]
+    "attributes of the arrays that have some"
     unit_rows: int
     "rows of the data arrays in a whole unit; a store that is resumed keeps its own"
 
     def __init__(
         self,
         path: str | os.PathLike[str],
+        facts: RunFacts | None,
+        options: WriteOptions | None,
         attributes: dict[str, Any],
-        fingerprint: Mapping[str, Any],
-        options: WriteOptions,
+        recorded: dict[str, Any],
+        frame_rate: Fraction | None,
     ) -> None:
         self.path = Path(path)
-        self.durability = options.durability
-        self._options = options
-        self._mend = options.mend
-        self._fingerprint = fingerprint
+        facts, self._options = facts or RunFacts(), options or WriteOptions()
+        self.durability, self._mend = self._options.durability, self._options.mend
+        self._fingerprint = facts.fingerprint
         self._epoch = uuid.uuid4().hex
-        attributes["longvid"] |= {"fingerprint": dict(fingerprint), "epoch": self._epoch}
-        self._attributes = attributes
+        about = {
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "status": "writing",
+            "num_frames": 0,
+            "created_by": f"longvid {__version__}",
+            "versions": {"zarr": zarr.__version__, "numpy": np.__version__},
+            "frame_rate": ratio(frame_rate),
+            **recorded,
+            **facts.extra,
+            "fingerprint": dict(facts.fingerprint),
+            "epoch": self._epoch,
+        }
+        self._attributes = {"Conventions": "CF-1.11", "longvid": about, **attributes}
         self._epoch_there: str | None = self._epoch
         "the epoch of the writer that wrote the root metadata last"
-        self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._documents: dict[str, dict[str, Any]] = {}
+        "the metadata of every array, with the rows that were received"
+        self._waiting: dict[str, list[npt.NDArray[Any]]] = {}
+        "rows that are not a unit yet, by the name of their array"
+        self._found_digests = np.zeros((0, 1, DIGEST_BYTES), np.uint8)
+        "of the units that are committed already when the store is resumed"
         self._chain = hashlib.blake2b(digest_size=DIGEST_BYTES)
         "the digest of all digests so far"
         self._created_folder = self._committed = self._paused = False
@@ -124,7 +150,9 @@ class StoreWriter(ABC):
             undo.callback(self._lock.release)
             found = check_target(self.path)  # again, since another run may have held the lock until now
             decision = self._decide(found)
-            self._staged = StagedStore(self.path, sync=self.durability.syncs, rewritten=self._is_rewritten)
+            self._staged = StagedStore(
+                self.path, sync=self.durability.syncs, rewritten=lambda name: name not in self.rows
+            )
             if decision == "resume":
                 self._open(found)
             else:
@@ -145,9 +173,7 @@ class StoreWriter(ABC):
             )
         return decision
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
         try:
             if exc_type is None:
                 self._finish()
@@ -178,19 +204,15 @@ class StoreWriter(ABC):
 
     def _finish(self) -> None:
         with disk_errors(self.path):
+            if not self._paused and self._num_waiting:
+                self._take_unit(self._unit(self._num_waiting))
             if self._mend:
-                rest = None if self._paused else self._rest()
-                if rest is not None:
-                    self._take_unit(rest)
-                self._staged.commit((self.path / "zarr.json").read_bytes(), settled=True)
+                self._staged.commit((self.path / "zarr.json").read_bytes(), self._documents, settled=True)
                 return
             if self._paused:
                 if self.num_units > self.committed_units:
                     self.commit()
                 return
-            rest = self._rest()
-            if rest is not None:
-                self._take_unit(rest)
             if not self.num_units:
                 raise StoreError(f"{self.path} would hold no frames; it was not written")
             if self.num_units < self.committed_units:
@@ -209,8 +231,15 @@ class StoreWriter(ABC):
         self._write_root(None)
         if self.durability.syncs:
             sync_folder(self.path.parent)
-        self._stage_arrays()
-        self._open_arrays()
+        coordinates: dict[str, tuple[int, ...]] = dict.fromkeys(COORDINATE_NAMES[self.kind], ())
+        rows = {**self.rows, **coordinates, "digest": (len(self.rows) + 1, DIGEST_BYTES)}
+        about = {
+            "digest": {"long_name": "blake2b of each unit's data, then of its coordinates"},
+            **self.array_attributes,
+        }
+        for name, row in rows.items():
+            dtype = self.dtype if name in self.rows else DTYPES[name][0]
+            self._documents[name] = array_document(self.kind, name, (0, *row), dtype, self.unit_rows, about.get(name))
 
     def _open(self, found: Found) -> None:
         """Resume what is there: lengths, digests and metadata as the root has them, and nothing beyond."""
@@ -229,29 +258,22 @@ class StoreWriter(ABC):
             self._create()
             return
         # What will be written again as the arrays grow is compared while it can still be refused.
-        _, digests = StoreReader(self.path, metadata, content).checked_columns()
-        self._chain.update(digests.tobytes())
-        documents = {name: array.document for name, array in metadata.arrays.items()}
-        for name, document in documents.items():
-            self._staged.stage(f"{name}/zarr.json", serialized(document))
-        self._open_arrays()
+        _, self._found_digests = StoreReader(self.path, metadata, content).checked_columns()
+        self._chain.update(self._found_digests.tobytes())
+        self._documents = {name: array.document for name, array in metadata.arrays.items()}
         self.unit_rows, self.committed_units = metadata.main.chunks[0], metadata.num_units
         self._committed = True
-        self._check_chunks()
+        self._check_chunks(metadata)
         if not self._mend:
             # Takes the store over: a writer of an older epoch that is still alive sees that it lost it.
-            self._write_root(documents)
+            self._write_root(self._documents)
 
-    def _open_arrays(self) -> None:
-        documents = self._staged.documents()
-        self._arrays = {name: open_array(self._staged, name, document) for name, document in documents.items()}
-
-    def _check_chunks(self) -> None:
+    def _check_chunks(self, metadata: StoreMetadata) -> None:
         """Require that every committed chunk exists. Readers compare what is in them."""
-        for name in self.data_names:
-            for unit in set(range(self.committed_units if name in self._arrays else 0)) - self._mend:
-                path = self.path / name / chunk_file(unit, self._arrays[name].ndim)
-                if not path.is_file() or not path.stat().st_size:
+        for name in metadata.data_names:
+            for unit, file in enumerate(metadata.arrays[name].chunk_files):
+                path = self.path / name / file
+                if unit not in self._mend and (not path.is_file() or not path.stat().st_size):
                     raise StoreError(
                         f"{self.path}: the chunk {name}/{path.name} is missing or empty; `longvid repair` computes "
                         "it again, then run this once more",
@@ -262,7 +284,7 @@ class StoreWriter(ABC):
         """Remove what an earlier run did not finish: files half written, and chunks that were never committed."""
         for partial in partial_files(self.path):
             os.unlink(partial)
-        for name in self.data_names:
+        for name in self.rows:
             if (self.path / name).is_dir():
                 for entry in os.scandir(self.path / name):
                     number = _CHUNK_FILE.fullmatch(entry.name)
@@ -304,6 +326,29 @@ class StoreWriter(ABC):
 
     # ------------------------------------------------------------------------------------------- growing
 
+    def _receive(self, rows: Unit) -> None:
+        """Take rows, and commit whole units when it is time."""
+        for name, values in rows.items():
+            self._waiting.setdefault(name, []).append(values)
+        with disk_errors(self.path):
+            while self._num_waiting >= self.unit_rows:
+                self._take_unit(self._unit(self.unit_rows))
+            waiting = self.num_units - self.committed_units
+            if waiting > 0 and self.durability.commit_due(seconds=time.monotonic() - self._last_commit, units=waiting):
+                self.commit()
+
+    @property
+    def _num_waiting(self) -> int:
+        """Rows of the main array that wait."""
+        return sum(map(len, self._waiting.get(next(iter(self.rows)), [])))
+
+    def _take(self, name: str, count: int) -> npt.NDArray[Any]:
+        """Remove the first ``count`` rows of an array that wait."""
+        rows = np.concatenate(self._waiting.pop(name, None) or [np.zeros(0, DTYPES[name][0])])
+        if count < len(rows):
+            self._waiting[name] = [rows[count:].copy()]
+        return rows[:count]
+
     def _take_unit(self, unit: Unit) -> None:
         """Append one unit, or compare it with the one that is committed already."""
         number = self.num_units
@@ -321,12 +366,12 @@ class StoreWriter(ABC):
 
     def _digests(self, unit: Unit) -> npt.NDArray[np.uint8]:
         """One row for each data array, then one for all coordinates."""
-        data = [unit_digest([unit[name]]) for name in self.data_names if name in unit]
-        coordinates = unit_digest([values for name, values in unit.items() if name not in self.data_names])
+        data = [unit_digest([unit[name]]) for name in self.rows]
+        coordinates = unit_digest([unit[name] for name in COORDINATE_NAMES[self.kind]])
         return np.stack([*data, coordinates])
 
     def _compare(self, number: int, digests: npt.NDArray[np.uint8]) -> None:
-        if not np.array_equal(np.asarray(self._arrays["digest"][number]), digests):
+        if not np.array_equal(self._found_digests[number], digests):
             raise StoreError(
                 f"{self.path}: unit {number} differs from the committed one, so this run cannot resume that one: the "
                 "source has other frames, or the same model computes other values on this machine. `longvid verify` "
@@ -335,37 +380,27 @@ class StoreWriter(ABC):
             )
 
     def _write_again(self, number: int, unit: Unit) -> None:
-        for name in self.data_names:
-            if name in unit:
-                array = self._arrays[name]
-                # zarr may look into a chunk before it replaces it, and this one is damaged
-                (self.path / name / chunk_file(number, array.ndim)).unlink(missing_ok=True)
-                start = number * array.chunks[0]
-                array[start : start + len(unit[name])] = unit[name]
+        for name in self.rows:
+            # zarr may look into a chunk before it replaces it, and this one is damaged
+            (self.path / name / chunk_file(number, unit[name].ndim)).unlink(missing_ok=True)
+            start = number * self.unit_rows
+            open_array(self._staged, name, self._documents[name])[start : start + len(unit[name])] = unit[name]
 
     def _append(self, name: str, values: npt.NDArray[Any]) -> None:
-        array = self._arrays[name]
-        start = array.shape[0]
-        array.resize((start + len(values), *array.shape[1:]))
-        array[start:] = values
-
-    def _commit_if_due(self) -> None:
-        waiting = self.num_units - self.committed_units
-        if waiting > 0 and self.durability.commit_due(seconds=time.monotonic() - self._last_commit, units=waiting):
-            self.commit()
+        document = self._documents[name]
+        start = document["shape"][0]
+        document["shape"][0] += len(values)
+        open_array(self._staged, name, document)[start:] = values
 
     def commit(self, status: Literal["writing", "complete"] = "writing") -> None:
         """Make everything that was received durable, then visible. Nothing else makes data visible."""
         self._attributes["longvid"] |= {"status": status, "num_frames": self.num_frames}
-        documents = self._staged.documents()
-        for name, document in documents.items():
-            self._staged.stage(f"{name}/zarr.json", serialized(document))
-        self._write_root(documents)
+        self._write_root(self._documents)
         self._committed = True
         self.committed_units = max(self.committed_units, self.num_units)
         self._last_commit = time.monotonic()
 
-    def _write_root(self, documents: Mapping[str, Any] | None) -> None:
+    def _write_root(self, documents: dict[str, dict[str, Any]] | None) -> None:
         root: dict[str, Any] = {"zarr_format": 3, "node_type": "group", "attributes": self._attributes}
         if documents is not None:
             root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": documents}
@@ -380,7 +415,7 @@ class StoreWriter(ABC):
             self._epoch_there = self._epoch
         else:
             self._require_epoch()
-            self._staged.commit(content, settled=complete)
+            self._staged.commit(content, documents, settled=complete)
         write_durably(self.path / PRIVATE / "root.json", content, sync=self.durability.syncs and complete)
 
     def _require_epoch(self) -> None:
@@ -395,43 +430,27 @@ class StoreWriter(ABC):
             raise StoreError(f"{self.path} was taken over by another run; this one ends", kind="locked")
         self._epoch_there = self._epoch
 
-    def _stage(
-        self, name: str, row: tuple[int, ...], dtype: str, rows: int, attributes: Mapping[str, Any] | None = None
-    ) -> None:
-        """Stage an array without rows, in chunks of ``rows`` rows."""
-        document = array_document(self.kind, name, (0, *row), dtype, rows, attributes)
-        self._staged.stage(f"{name}/zarr.json", serialized(document))
-
-    def _stage_digests(self, num_data: int) -> None:
-        about = {"long_name": "blake2b of each unit's data, then of its coordinates"}
-        self._stage("digest", (num_data + 1, DIGEST_BYTES), "uint8", DIGEST_CHUNK, about)
-
-    def _is_rewritten(self, name: str) -> bool:
-        return name not in self.data_names
-
     # what the two kinds of store add
 
     num_frames = 0
     "frames of the video in the units that were received, without padding"
 
     @abstractmethod
-    def _stage_arrays(self) -> None:
-        """Stage the empty arrays."""
+    def _unit(self, count: int) -> Unit:
+        """Remove ``count`` rows of the main array that wait, with their coordinates, as a unit."""
 
-    @abstractmethod
-    def _rest(self) -> Unit | None:
-        """The rows that still wait, as a last unit; None if there are none."""
-
-    @abstractmethod
     def pending(self) -> Unit:
         """Rows that wait to become a unit, for a snapshot; copies."""
+        return {name: np.concatenate(parts) for name, parts in self._waiting.items()}
 
-    @abstractmethod
     def go_on(self, chunk: int, num_frames: int, units: int, pending: Unit) -> None:
         """Restore the state of a run that had written ``num_frames`` frames in the chunks before ``chunk``.
 
         ``units`` of the store were full then, and ``pending`` is what :meth:`pending` returned.
         """
+        self.num_units = units
+        self.num_frames = units * self.unit_rows
+        self._waiting = {name: [rows] for name, rows in pending.items()}
 
 
 def _delete(path: Path) -> None:
@@ -439,10 +458,3 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def take(pending: list[npt.NDArray[Any]], count: int) -> npt.NDArray[Any]:
-    """Remove ``count`` rows from the front of a list of arrays and return them as one."""
-    joined = np.concatenate(pending) if pending else np.zeros(0, np.int64)
-    pending[:] = [joined[count:].copy()] if count < len(joined) else []
-    return joined[:count]
