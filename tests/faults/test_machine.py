@@ -407,7 +407,7 @@ def test_a_store_in_any_order_of_events(monkeypatch, ledger, all_faults):
 def test_the_machine_sees_a_run_that_goes_on_from_a_wrong_state(monkeypatch):
     """Negative control: without the contexts of the snapshot, the latents are other ones, and that is noticed."""
     monkeypatch.setattr("longvid.store.latent_writer._latents_per_chunk", lambda *_: UNIT)
-    monkeypatch.setattr(Recurrence, "restore", lambda *_: None)
+    monkeypatch.setattr(Recurrence, "_restore", lambda *_: None)
     machine = StoreMachine()
     try:
         machine.begin()
