@@ -88,7 +88,7 @@ class StoreWriter(ABC):
     "shape of one row of every data array, the main array first; their chunks are written once, in units"
     dtype: str
     "of the data arrays"
-    array_attributes: dict[str, dict[str, str]]
+    array_attributes: dict[str, dict[str, Any]]
     "attributes of the arrays that have some"
     unit_rows: int
     "rows of the data arrays in a whole unit; a store that is resumed keeps its own"
@@ -344,7 +344,7 @@ class StoreWriter(ABC):
 
     def _take(self, name: str, count: int) -> npt.NDArray[Any]:
         """Remove the first ``count`` rows of an array that wait."""
-        rows = np.concatenate(self._waiting.pop(name, None) or [np.zeros(0, DTYPES[name][0])])
+        rows = np.concatenate(self._waiting.pop(name, []) or [np.zeros(0, DTYPES[name][0])])
         if count < len(rows):
             self._waiting[name] = [rows[count:].copy()]
         return rows[:count]
