@@ -164,7 +164,7 @@ def _frame_facts(reader: StoreReader) -> tuple[dict[str, Any], str]:
         "complete": store.complete,
         "frame_rate": store.attributes["longvid"].get("frame_rate"),
         "model": store.vae,
-        "latents": store.latents,
+        "latents": store.origin,
         "numerics": store.numerics,
         "source": store.source,
         "stored_bytes": reader.stored_bytes,
