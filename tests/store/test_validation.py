@@ -23,8 +23,8 @@ from longvid.store.reader import open_reader
 from longvid.store.validation import MAX_DOCUMENT_BYTES, MAX_ROWS, check_arrays, check_chunk, check_tree, read_document
 
 MIB = 2**20
-EXAMPLES = 150
-"of fuzzed metadata"
+EXAMPLES, WHOLE_STORES = 400, 40
+"of fuzzed metadata; for the first of them a whole store is opened as well"
 
 
 @pytest.fixture(scope="module")
@@ -281,9 +281,12 @@ def test_fuzzed_metadata_with_a_right_checksum_open_in_bounds_or_are_a_store_err
             content = with_checksum(root)
         except (KeyError, TypeError):
             content = serialized(root)
+        whole = sum(outcomes.values()) < WHOLE_STORES
         (ours / "zarr.json").write_bytes(content)
         tracemalloc.start()
-        error = error_of(lambda: open_store(ours).latents[:])
+        error = error_of(
+            lambda: open_store(ours).latents[:] if whole else StoreMetadata.parse(json.loads(content), where="a")
+        )
         assert tracemalloc.get_traced_memory()[1] < 16 * MIB
         tracemalloc.stop()
         outcomes["read" if error is None else "refused"] += 1
@@ -293,7 +296,7 @@ def test_fuzzed_metadata_with_a_right_checksum_open_in_bounds_or_are_a_store_err
         fuzz()
     finally:
         (ours / "zarr.json").write_bytes(original)
-    assert min(outcomes.values()) > 8, outcomes
+    assert min(outcomes.values()) > 50, outcomes
 
 
 def test_fuzzed_bytes_are_a_document_or_a_store_error(ours, tmp_path):
