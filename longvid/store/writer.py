@@ -90,6 +90,8 @@ class StoreWriter(ABC):
     "of the data arrays"
     array_attributes: dict[str, dict[str, Any]]
     "attributes of the arrays that have some"
+    num_frames = 0
+    "frames of the video in the units that were received, without padding"
     unit_rows: int
     "rows of the data arrays in a whole unit; a store that is resumed keeps its own"
 
@@ -138,12 +140,9 @@ class StoreWriter(ABC):
         self.committed_units = 0
         "units that readers see"
 
-    # ------------------------------------------------------------------------------------------- life
-
     def __enter__(self) -> Self:
         with disk_errors(self.path), ExitStack() as undo:
-            found = check_target(self.path)
-            self._decide(found)  # before anything is made
+            self._decide(check_target(self.path))  # before anything is made
             self._created_folder = not self.path.is_dir()
             (self.path / PRIVATE).mkdir(parents=True, exist_ok=True)
             self._lock = WriterLock.acquire(self.path / PRIVATE / "lock", lock=self.durability.lock)
@@ -224,8 +223,6 @@ class StoreWriter(ABC):
             self.commit("complete")
             if not self.durability.keep_snapshots:
                 shutil.rmtree(self.snapshots_folder, ignore_errors=True)
-
-    # ------------------------------------------------------------------------------------------- coming into being
 
     def _create(self) -> None:
         self._write_root(None)
@@ -323,8 +320,6 @@ class StoreWriter(ABC):
                 _delete(entry)
             if self._created_folder:
                 self.path.rmdir()  # fails if foreign files were added just now
-
-    # ------------------------------------------------------------------------------------------- growing
 
     def _receive(self, rows: Unit) -> None:
         """Take rows, and commit whole units when it is time."""
@@ -429,11 +424,6 @@ class StoreWriter(ABC):
         if root["attributes"]["longvid"].get("epoch") != self._epoch_there:
             raise StoreError(f"{self.path} was taken over by another run; this one ends", kind="locked")
         self._epoch_there = self._epoch
-
-    # what the two kinds of store add
-
-    num_frames = 0
-    "frames of the video in the units that were received, without padding"
 
     @abstractmethod
     def _unit(self, count: int) -> Unit:
