@@ -28,14 +28,14 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from common import loop_clip, run_command
+from common import fixed_plan, loop_clip, run_command
 
-from longvid import make_plan
 from longvid.demo.__main__ import CLIP
 from longvid.environment import describe_machine
 from longvid.memory.offload import OffloadPolicy
 from longvid.models.loading import ARCHITECTURES, BUILT_IN, load_model
 from longvid.planning.cost_model import choose_placement
+from longvid.planning.options import ComputeOptions, parse_dtype
 from longvid.planning.plan import DirectionPlan
 from longvid.units import parse_size
 
@@ -74,9 +74,9 @@ def measure_tensor_bytes() -> dict[str, dict[str, int]]:
         model = load_model(names[0])
         for size in SIZES:
             height, width = parse_size(size)
-            plan = make_plan(model, height=height, width=width, dtype=DTYPE, offload="none")
-            for none in (plan.encode, plan.decode):
-                direction = "encode" if none is plan.encode else "decode"
+            options = ComputeOptions(dtype=parse_dtype(DTYPE), offload=OffloadPolicy("none"), keep_buffers=False)
+            for direction in ("encode", "decode"):
+                none = fixed_plan(model, direction, (height, width), options)
                 for name in names:
                     rows[f"{name} {size} {direction} none"] = numbers(none)
                     rows[f"{name} {size} {direction} all"] = numbers(everything_offloaded(none))
@@ -85,7 +85,7 @@ def measure_tensor_bytes() -> dict[str, dict[str, int]]:
 
 def everything_offloaded(part: DirectionPlan) -> DirectionPlan:
     """The plan that offload="all" makes from the same dry run."""
-    placement = choose_placement(part.timeline, OffloadPolicy("all"), lambda _: True, part.rates)
+    placement = choose_placement(part.cost_model, OffloadPolicy("all"), lambda _: True, part.rates)
     return replace(part, placement=placement, offload="all")
 
 

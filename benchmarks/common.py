@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -28,7 +29,11 @@ from longvid.memory.offloader import Offloader
 from longvid.models.base import CausalVAE
 from longvid.models.cogvideox import CogVideoXVAE
 from longvid.models.context import Limits
-from longvid.planning.plan import Slicing
+from longvid.models.numerics import Numerics
+from longvid.planning.options import ComputeOptions, Setting
+from longvid.planning.plan import DirectionPlan
+from longvid.planning.planner import Planner
+from longvid.planning.workload import Slicing
 
 Step: TypeAlias = Callable[[Tensor], Tensor]
 """Runs the next chunk of a video."""
@@ -81,6 +86,19 @@ def chunk(
         return torch.empty(shape, dtype=dtype, device=device)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(index))
     return (noise.clamp(-1, 1) if direction == "encode" else noise).to(device, dtype)
+
+
+def fixed_plan(
+    model: CausalVAE,
+    direction: Direction,
+    size: tuple[int, int],
+    options: ComputeOptions,
+    tile_bytes: int | None = None,
+) -> DirectionPlan:
+    """The plan of a direction on a CPU with given numerics, contiguous and plain by default."""
+    options = replace(options, numerics=options.numerics or Numerics())
+    setting = replace(Setting.of(model, options, CPU), tile_bytes=tile_bytes)
+    return Planner(model, setting).plan(size, options, (direction,)).direction(direction)
 
 
 def open_diffusers(vae: Any, direction: str) -> Step:

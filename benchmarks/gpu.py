@@ -26,18 +26,30 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import DIRECTIONS, chunk, new_parser, open_diffusers, open_model, random_models, take_turns, write_results
+from common import (
+    DIRECTIONS,
+    chunk,
+    fixed_plan,
+    new_parser,
+    open_diffusers,
+    open_model,
+    random_models,
+    take_turns,
+    write_results,
+)
 from torch import Tensor
 
-from longvid import ConvCache, make_plan
+from longvid import ConvCache
 from longvid.events import Direction
 from longvid.memory.budget import default_reserved_bytes
 from longvid.memory.copy_engine import CopyEngine
+from longvid.memory.offload import OffloadPolicy
 from longvid.memory.offloader import Offloader
 from longvid.models.cogvideox import CogVideoXVAE
 from longvid.models.device import tensor_bytes
 from longvid.models.norms import GroupNormSiLU
 from longvid.models.numerics import Numerics
+from longvid.planning.options import ComputeOptions
 from longvid.units import parse_size
 
 CUDA = torch.device("cuda")
@@ -151,9 +163,8 @@ def chunks(theirs: Any, ours: CogVideoXVAE, direction: Direction, size: str, rou
             reference = open_diffusers(theirs, direction)
             steps["diffusers"] = lambda x: reference(x.contiguous())
         for offload in ("none", "all"):
-            part = make_plan(
-                ours, height=height, width=width, offload=offload, numerics=numerics, directions=(direction,)
-            ).direction(direction)
+            asked = ComputeOptions(numerics=numerics, offload=OffloadPolicy.parse(offload), keep_buffers=False)
+            part = fixed_plan(ours, direction, (height, width), asked)
             transfer = stack.enter_context(CopyEngine(CUDA))
             offloader = Offloader(part.placement, transfer, host_sizes=part.host_sizes)
             steps[f"longvid {offload}"], cache = open_model(stack, ours, direction, offloader, part.slicing, LAST)

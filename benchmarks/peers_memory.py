@@ -35,28 +35,41 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
-from common import CPU, DIRECTIONS, Step, chunk, new_parser, open_diffusers, open_model, random_models, write_results
+from common import (
+    CPU,
+    DIRECTIONS,
+    Step,
+    chunk,
+    fixed_plan,
+    new_parser,
+    open_diffusers,
+    open_model,
+    random_models,
+    write_results,
+)
 from torch import Tensor
 from tqdm import tqdm
 
-from longvid import AllocationTracker, VideoSession, load_model, make_plan
+from longvid import AllocationTracker, VideoSession, load_model
 from longvid.environment import map_large_allocations
 from longvid.events import Direction
 from longvid.memory.copy_engine import CopyEngine
 from longvid.memory.host import peak_rss_bytes
-from longvid.memory.offload import Placement
+from longvid.memory.offload import OffloadPolicy, Placement
 from longvid.memory.offloader import Offloader
 from longvid.models.cogvideox import CogVideoXVAE
 from longvid.models.device import placed
 from longvid.models.numerics import Numerics
 from longvid.planning.kernel_choice import preferred_band_bytes
-from longvid.planning.plan import Slicing
+from longvid.planning.options import ComputeOptions, parse_dtype
+from longvid.planning.plan import DirectionPlan
+from longvid.planning.workload import Slicing
 from longvid.units import format_bytes, parse_size
 
 Opener: TypeAlias = Callable[[ExitStack], Step]
@@ -150,13 +163,16 @@ def contestants(
     theirs: Any, ours: CogVideoXVAE, direction: Direction, size: str, dtype: str, device: torch.device
 ) -> dict[str, Opener]:
     """Openers by name. On a real device contexts go to a file once; on meta none is fetched early once."""
-    height, width = parse_size(size)
-    plan = partial(make_plan, ours, height=height, width=width, dtype=dtype, directions=(direction,))
-    part = plan(offload="none").direction(direction)
-    halfway = plan(memory=(part.minimum_bytes + part.nothing_offloaded_bytes) // 2).direction(direction)
-    everything = plan(offload="all").direction(direction).placement
-    numerics, bands = Numerics(layout="channels_last"), preferred_band_bytes(CPU)
-    least = plan(numerics=numerics, slice_frames=1, band_bytes=bands).direction(direction)
+    plain = ComputeOptions(dtype=parse_dtype(dtype), offload=OffloadPolicy("none"), keep_buffers=False)
+
+    def plan(tile_bytes: int | None = None, **asked: Any) -> DirectionPlan:
+        return fixed_plan(ours, direction, parse_size(size), replace(plain, **asked), tile_bytes)
+
+    part, auto = plan(), OffloadPolicy()
+    halfway = plan(offload=auto, allowed_bytes=(part.minimum_bytes + part.nothing_offloaded_bytes) // 2)
+    everything = plan(offload=OffloadPolicy("all")).placement
+    numerics = Numerics(layout="channels_last")
+    least = plan(preferred_band_bytes(CPU), numerics=numerics, slice_frames=1, offload=auto)
 
     def in_a_file(stack: ExitStack) -> Step:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -169,11 +185,11 @@ def contestants(
         "longvid auto": open_longvid(ours, direction, halfway.placement, device, slicing=halfway.slicing),
         "longvid all": open_longvid(ours, direction, everything, device),
         "longvid all, slices": open_longvid(
-            ours, direction, least.timeline.least, device, None, least.slicing, torch.channels_last_3d
+            ours, direction, least.cost_model.least, device, None, least.slicing, torch.channels_last_3d
         ),
     }
     if device == META:
-        return found | {"longvid all, least": open_longvid(ours, direction, part.timeline.least, device)}
+        return found | {"longvid all, least": open_longvid(ours, direction, part.cost_model.least, device)}
     return found | {"longvid all, file": in_a_file}
 
 

@@ -45,7 +45,7 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from common import CPU, DIRECTIONS, Step, chunk, new_parser, open_diffusers, random_models, write_results
+from common import CPU, DIRECTIONS, Step, chunk, fixed_plan, new_parser, open_diffusers, random_models, write_results
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
@@ -53,12 +53,13 @@ from tqdm import tqdm
 from longvid import ConvCache
 from longvid.events import Direction
 from longvid.memory.copy_engine import CopyEngine
+from longvid.memory.offload import OffloadPolicy
 from longvid.models.base import CausalVAE
 from longvid.models.forward import memory_format
 from longvid.models.numerics import Numerics
 from longvid.planning.dry_run import skeleton_of
-from longvid.planning.kernel_choice import choose_numerics, fresh_memory_is_slow, preferred_band_bytes
-from longvid.planning.planner import make_plan
+from longvid.planning.kernel_choice import choose_numerics, preferred_band_bytes
+from longvid.planning.options import ComputeOptions
 from longvid.planning.workload import Workload
 from longvid.runtime.run import context_of
 from longvid.units import parse_size
@@ -122,17 +123,13 @@ def open_longvid(
     thrifty: bool = False,
 ) -> Step:
     """As a session would run it without a budget, or with the ``least`` one, or ``thrifty`` between chunks."""
-    part = make_plan(
-        model,
-        height=height,
-        width=width,
+    asked = ComputeOptions(
         numerics=numerics,
-        offload="all" if least else "auto",
+        offload=OffloadPolicy("all" if least else "auto"),
         slice_frames=1 if least else None,
-        band_bytes=preferred_band_bytes(CPU),
-        keep_buffers=fresh_memory_is_slow(CPU) and not thrifty,
-        directions=(direction,),
-    ).direction(direction)
+        keep_buffers=not thrifty,
+    )
+    part = fixed_plan(model, direction, (height, width), asked, preferred_band_bytes(CPU))
     module, run = (model.encoder, model.encode) if direction == "encode" else (model.decoder, model.decode)
     copies = stack.enter_context(CopyEngine(CPU))
     context = stack.enter_context(context_of(part, module, copies))

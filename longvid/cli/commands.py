@@ -210,38 +210,20 @@ def _repair(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from longvid.memory.budget import default_reserved_bytes
-    from longvid.models.device import resolve_device
-    from longvid.models.numerics import Numerics, parse_layout, parse_paired_frames
-    from longvid.planning.kernel_choice import fresh_memory_is_slow, preferred_band_bytes
     from longvid.planning.planner import make_plan
 
     height, width = args.size
-    device = resolve_device(args.device)
-    plan = make_plan(
-        args.model,
-        height=height,
-        width=width,
-        dtype=args.dtype,
-        memory=args.memory,
-        offload=args.offload,
-        chunk_frames=args.chunk_frames,
-        numerics=Numerics(
-            layout=parse_layout(args.layout) or "channels_last",
-            paired_frames=bool(parse_paired_frames(args.paired_frames)),
-        ),
-        slice_frames=args.slice_frames,
-        reserved=default_reserved_bytes(device) if args.reserved is None else args.reserved,
-        band_bytes=preferred_band_bytes(device),
-        keep_buffers=fresh_memory_is_slow(device),
-    )
+    names = (
+        "device", "dtype", "memory", "offload", "reserved", "chunk_frames", "slice_frames", "layout", "paired_frames",
+    )  # fmt: skip
+    plan = make_plan(args.model, height=height, width=width, **_options(args, names))
     print(json.dumps(plan.to_dict()) if args.json else plan.explain())
     return 0
 
 
 def _tune(args: argparse.Namespace) -> int:
     from longvid.files import check_file_target
-    from longvid.runtime.tune import draw, tune
+    from longvid.runtime.tune import Sweep, draw, tune
 
     picture = _picture_path(args)
     for path, what in ((args.save, "profile"), (picture, "plot")):
@@ -249,7 +231,7 @@ def _tune(args: argparse.Namespace) -> int:
             check_file_target(path, overwrite=args.overwrite, what=what)
     map_large_allocations()
     from longvid.models.loading import load_model
-    from longvid.planning.planner import parse_dtype
+    from longvid.planning.options import ComputeOptions
 
     height, width = args.size
     tuning = tune(
@@ -257,12 +239,13 @@ def _tune(args: argparse.Namespace) -> int:
         height=height,
         width=width,
         device=args.device,
-        dtype=parse_dtype(args.dtype or _default_dtype(args.device)),
-        memory=args.memory,
-        offload_dir=None if args.offload_dir is None else Path(args.offload_dir),
-        directions=("encode", "decode") if args.direction == "both" else (args.direction,),
-        thresholds=args.thresholds,
-        rounds=args.rounds,
+        options=ComputeOptions(dtype=_dtype(args), allowed_bytes=args.memory),
+        sweep=Sweep(
+            directions=("encode", "decode") if args.direction == "both" else (args.direction,),
+            thresholds=args.thresholds,
+            rounds=args.rounds,
+            offload_dir=None if args.offload_dir is None else Path(args.offload_dir),
+        ),
         say=(lambda _: None) if args.quiet else (lambda text: print(text, file=sys.stderr)),
     )
     print(json.dumps(tuning.to_dict()) if args.json else tuning.explain())
@@ -308,8 +291,9 @@ def _session(args: argparse.Namespace, *, output_complete: bool = False) -> Iter
     with ExitStack() as stack:
         nothing_to_do = output_complete and not (args.overwrite or args.no_resume)
         callbacks = [stack.enter_context(callback) for callback in _callbacks(args, nothing_to_do)]
-        dtype = args.dtype or _default_dtype(args.device)
-        session = VideoSession(_load_model(args), dtype=dtype, callbacks=callbacks, **_options(args, _SESSION_OPTIONS))
+        session = VideoSession(
+            _load_model(args), dtype=_dtype(args), callbacks=callbacks, **_options(args, _SESSION_OPTIONS)
+        )
         stack.enter_context(session)
         if not args.quiet:
             _announce(args)
@@ -359,12 +343,11 @@ def _announce(args: argparse.Namespace) -> None:
         print(f"longvid: encoding with {args.model}{note}", file=sys.stderr)
 
 
-def _default_dtype(device: str) -> str:
-    """bfloat16 on an accelerator, float32 on a CPU."""
-    import torch
+def _dtype(args: argparse.Namespace) -> Any:
+    """The dtype that was asked for, or that of a model that is given by name."""
+    from longvid.planning.options import default_dtype, parse_dtype, planned_device
 
-    on_cpu = device.startswith("cpu") or (device == "auto" and not torch.accelerator.is_available())
-    return "float32" if on_cpu else "bfloat16"
+    return parse_dtype(args.dtype) or default_dtype(args.model, planned_device(args.device)[0])
 
 
 def _take_recorded_model(args: argparse.Namespace, vae: Mapping[str, Any] | None) -> None:

@@ -116,9 +116,10 @@ def _model_options(default: str | None) -> tuple[_Option, ...]:
     )
 
 
+_DTYPE = _option("--dtype", "compute dtype (default: bfloat16 on an accelerator, float32 on a CPU)", choices=_DTYPES)
 _DEVICE_OPTIONS = (
     _option("--device", "auto, cpu, cuda, cuda:1, ...", default="auto"),
-    _option("--dtype", "compute dtype (default: bfloat16 on an accelerator, float32 on a CPU)", choices=_DTYPES),
+    _DTYPE,
     _option("--offload-dir", "offload contexts to an unnamed file in this folder, not to host memory", metavar="DIR"),
 )
 _BUDGET_OPTIONS = (
@@ -240,8 +241,8 @@ _INFO = (_option("store", "store of latents or of frames", metavar="STORE"), _JS
 _PLAN = (
     _option("--model", "model, as for encode", default="tiny", metavar="MODEL"),
     _FRAME_SIZE,
-    _option("--dtype", "compute dtype; encode and decode use float32 on a CPU", choices=_DTYPES, default="bfloat16"),
-    _option("--device", "device to plan for", default="auto"),
+    _option("--device", "device to plan for: auto, cpu, cuda, ...; it need not exist here", default="auto"),
+    _DTYPE,
     *_BUDGET_OPTIONS,
     _JSON,
 )

@@ -1,4 +1,4 @@
-"""Timeline: what a chunk needs from moment to moment, and what a placement of contexts makes of it. Arithmetic only.
+"""CostModel: what a chunk needs from moment to moment, and what a placement of contexts makes of it. Arithmetic only.
 
 A chunk is a row of *steps*, one for each window that opens. During a step the device holds the weights, what the step
 computes with, the resident contexts, and the offloaded ones that are in use or were fetched early (see
@@ -17,7 +17,7 @@ from functools import cached_property
 
 from longvid.memory.offload import OffloadPolicy, Placement
 
-__all__ = ["DeviceRates", "LayerCost", "Need", "Timeline", "choose_placement"]
+__all__ = ["CostModel", "DeviceRates", "LayerCost", "Need", "choose_placement"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,7 @@ class Need:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timeline:
+class CostModel:
     """Steps of a chunk in the order in which they run; ``lead`` is what comes before the first window opens."""
 
     steps: tuple[LayerCost, ...]
@@ -190,14 +190,14 @@ class Timeline:
 
 
 def choose_placement(
-    timeline: Timeline, policy: OffloadPolicy, fits: Callable[[Placement], bool], rates: DeviceRates
+    cost_model: CostModel, policy: OffloadPolicy, fits: Callable[[Placement], bool], rates: DeviceRates
 ) -> Placement:
     """The placement with the least cost among those that the policy allows and that fit; if none fits, the smallest.
 
     Cost is the predicted time of a chunk, then the bytes that move.
 
     Args:
-        timeline: of the direction.
+        cost_model: of the direction.
         policy: what may leave the device.
         fits: whether a placement is within all limits. It must hold for any placement that needs less at each moment.
         rates: of the device, for the predicted times.
@@ -207,47 +207,47 @@ def choose_placement(
     if policy.kind == "auto" and fits(Placement()):
         return Placement()
     candidates: list[Placement] = []
-    windows = _windows(timeline) if policy.prefetch_bytes is None else [policy.prefetch_bytes]
+    windows = _windows(cost_model) if policy.prefetch_bytes is None else [policy.prefetch_bytes]
     for prefetch_bytes in windows:
         if policy.kind == "all":
-            sets: Iterable[frozenset[str]] = [frozenset(timeline.layers)]
+            sets: Iterable[frozenset[str]] = [frozenset(cost_model.layers)]
         elif policy.kind == "size":
-            sets = [_beyond(timeline, policy.resident_bytes or 0)]
+            sets = [_beyond(cost_model, policy.resident_bytes or 0)]
         else:
-            sets = _covering_sets(timeline, prefetch_bytes, fits, rates)
+            sets = _covering_sets(cost_model, prefetch_bytes, fits, rates)
         candidates += [Placement(offloaded=s, prefetch_bytes=prefetch_bytes if s else 0) for s in sets]
     fitting = [placement for placement in candidates if fits(placement)]
     if not fitting:
-        return min(candidates, key=lambda p: timeline.peak(p).total_bytes, default=timeline.least)
+        return min(candidates, key=lambda p: cost_model.peak(p).total_bytes, default=cost_model.least)
 
     def cost(placement: Placement) -> tuple[float, float, int]:
         # A thousandth of a chunk is nothing: then fewer bytes in motion and less memory are worth more.
-        seconds = timeline.chunk_seconds(placement, rates) / max(timeline.compute_seconds(rates), 1e-12)
-        moved = timeline.transfer_seconds(placement, rates)
-        return round(seconds, 3), moved, timeline.peak(placement).total_bytes
+        seconds = cost_model.chunk_seconds(placement, rates) / max(cost_model.compute_seconds(rates), 1e-12)
+        moved = cost_model.transfer_seconds(placement, rates)
+        return round(seconds, 3), moved, cost_model.peak(placement).total_bytes
 
     return min(fitting, key=cost)
 
 
-def _windows(timeline: Timeline) -> list[int]:
+def _windows(cost_model: CostModel) -> list[int]:
     """Sizes of the prefetch window worth trying: those that let one more context of some size in."""
-    sizes = {step.context_bytes for step in timeline.steps}
+    sizes = {step.context_bytes for step in cost_model.steps}
     largest = max(sizes, default=0)
     return sorted({0, *sizes, 2 * largest, 3 * largest})
 
 
-def _beyond(timeline: Timeline, resident_bytes: int) -> frozenset[str]:
+def _beyond(cost_model: CostModel, resident_bytes: int) -> frozenset[str]:
     """What leaves when contexts of at most ``resident_bytes`` may stay: those that are hardest to hide stay."""
     left, staying = resident_bytes, set()
-    for step in sorted(timeline.steps, key=lambda s: s.bytes_per_flop, reverse=True):
+    for step in sorted(cost_model.steps, key=lambda s: s.bytes_per_flop, reverse=True):
         if step.context_bytes <= left:
             left -= step.context_bytes
             staying.add(step.layer)
-    return frozenset(timeline.layers) - staying
+    return frozenset(cost_model.layers) - staying
 
 
 def _covering_sets(
-    timeline: Timeline, prefetch_bytes: int, fits: Callable[[Placement], bool], rates: DeviceRates
+    cost_model: CostModel, prefetch_bytes: int, fits: Callable[[Placement], bool], rates: DeviceRates
 ) -> list[frozenset[str]]:
     """Sets whose leaving makes the plan fit and of which no member can stay; none if there are none.
 
@@ -259,11 +259,11 @@ def _covering_sets(
     def placement(offloaded: Iterable[str]) -> Placement:
         return Placement(offloaded=frozenset(offloaded), prefetch_bytes=prefetch_bytes)
 
-    if not fits(placement(timeline.layers)):
+    if not fits(placement(cost_model.layers)):
         return []
     orders = (
-        sorted(timeline.steps, key=lambda s: s.bytes_per_flop),
-        sorted(timeline.steps, key=lambda s: (timeline.exposure(s, rates) > 1, -s.context_bytes, s.bytes_per_flop)),
+        sorted(cost_model.steps, key=lambda s: s.bytes_per_flop),
+        sorted(cost_model.steps, key=lambda s: (cost_model.exposure(s, rates) > 1, -s.context_bytes, s.bytes_per_flop)),
     )
     found = []
     for order in orders:

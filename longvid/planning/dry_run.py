@@ -1,4 +1,4 @@
-"""The dry run: a first and a middle chunk on ``meta`` tensors, which gives the timeline that plans are made from.
+"""The dry run: a first and a middle chunk on ``meta`` tensors, which give the cost model that plans are made from.
 
 It executes the code of the real run, without a device, without weights and without data.
 """
@@ -6,6 +6,7 @@ It executes the code of the real run, without a device, without weights and with
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -17,23 +18,23 @@ from longvid.memory.buffer_pool import BufferPool
 from longvid.memory.offloader import Offloader
 from longvid.memory.tracker import AllocationTracker
 from longvid.models.base import CausalVAE
-from longvid.models.cache import ConvCache
+from longvid.models.cache import CausalLayer, ConvCache
 from longvid.models.context import ForwardContext, Limits, PreparedWeights
-from longvid.models.device import placed
+from longvid.models.device import placed, tensor_bytes
 from longvid.models.forward import decode_chunk, encode_chunk
-from longvid.models.numerics import Numerics
-from longvid.planning.cost_model import LayerCost, Timeline
-from longvid.schedule import Chunk, ChunkSchedule
+from longvid.planning.cost_model import CostModel, LayerCost
+from longvid.planning.workload import Execution, Workload
 
-__all__ = ["dry_run", "skeleton_of"]
+__all__ = ["DryRuns", "dry_run", "skeleton_of"]
 
 _META = torch.device("meta")
+_PLAIN = Execution()
 _MOST_SETTLING = 8
 "chunks until the buffer pool is what it was a chunk ago; one or two are usual"
 
 
 def skeleton_of(model: CausalVAE, dtype: torch.dtype) -> CausalVAE:
-    """The model without its weights, and without hooks, which are meant for real chunks."""
+    """The model without its weights, and without hooks, which are for real chunks only."""
     module = cast("nn.Module", model)
     skeleton = placed(module, _META, dtype)
     if skeleton is not module:
@@ -44,93 +45,131 @@ def skeleton_of(model: CausalVAE, dtype: torch.dtype) -> CausalVAE:
 
 
 def dry_run(
-    model: CausalVAE,
-    direction: Direction,
-    height: int,
-    width: int,
-    dtype: torch.dtype,
-    schedule: ChunkSchedule,
-    *,
-    numerics: Numerics | None = None,
-    slice_elements: int = 2**31 - 1,
-    band_elements: int | None = None,
-    keep_buffers: bool = False,
-    keep_kernels: bool = False,
-    like: Timeline | None = None,
-) -> Timeline:
+    model: CausalVAE, workload: Workload, execution: Execution = _PLAIN, *, like: CostModel | None = None
+) -> CostModel:
     """Run the first chunk and a middle one on meta tensors, and note bytes and, of the middle one, FLOPs.
 
-    If buffers are kept, middle chunks run until it has settled, and one as the first of a run that is continued;
-    the highest of them counts. ``like`` is the timeline of the same chunks in other slices or bands, from which FLOPs
-    are taken over: those of bands cannot be counted, since bands that are alike are left out.
+    If buffers are kept, middle chunks run until their sizes have settled, and one more as the first of a run that is
+    resumed; the highest of them counts. ``like`` is the cost model of the same workload in another execution, from
+    which FLOPs are taken over: those of row tiles cannot be counted, since tiles that are alike are left out.
     """
-    if like is None and band_elements is not None:
-        like = dry_run(model, direction, height, width, dtype, schedule, numerics=numerics)
-    numerics = numerics or Numerics()
-    p = model.geometry.pixels_per_latent
-
-    def host(chunk: Chunk) -> Tensor:
-        if direction == "encode":
-            return torch.empty((chunk.padded_frames, height, width, 3), dtype=torch.uint8, device=_META)
-        shape = (chunk.num_latents, model.geometry.latent_channels, height // p, width // p)
-        return torch.empty(shape, dtype=torch.float32, device=_META)
-
-    run = encode_chunk if direction == "encode" else decode_chunk
+    slicing, numerics = execution.slicing, execution.numerics
+    if like is None and slicing.band_elements is not None:
+        like = dry_run(model, workload, Execution(numerics=numerics))
+    run = encode_chunk if workload.direction == "encode" else decode_chunk
+    first_host, middle_host = (_host_chunk(model, workload, i) for i in range(2))  # outside the tracker
     probe = _Probe()
     with ForwardContext(
-        ConvCache(model.encoder if direction == "encode" else model.decoder, offloader=probe),
-        BufferPool(keep=keep_buffers),
-        PreparedWeights(keep=keep_kernels),
+        ConvCache(model.encoder if workload.direction == "encode" else model.decoder, offloader=probe),
+        BufferPool(keep=execution.keeps_buffers),
+        PreparedWeights(keep=execution.keeps_kernels),
         numerics,
-        Limits(slice_elements=slice_elements, tile_elements=band_elements),
+        Limits(slice_elements=slicing.elements, tile_elements=slicing.band_elements),
     ) as context:
-        first_host, middle_host = (
-            host(schedule.full(0)),
-            host(schedule.full(1)),
-        )  # not the device's: outside the tracker
-        with probe.tracker:
-            run(model, context, first_host, device=_META, dtype=dtype)
-        first_lead, first, _ = probe.take()
-        # The tracker is the inner mode: it sees the same operations as without the counter.
-        with probe.flop_counter if like is None else nullcontext(), probe.tracker:
-            run(model, context, middle_host, device=_META, dtype=dtype)
-        steady_lead, steady, flops = probe.take()
 
-        def run_another() -> None:
-            nonlocal steady_lead, steady
+        def compute(host: Tensor) -> _ChunkCost:
+            # The tracker is the inner mode: it sees the same operations as without the counter.
             with probe.tracker:
-                run(model, context, middle_host, device=_META, dtype=dtype)
-            lead, later, _ = probe.take()
-            steady_lead = max(steady_lead, lead)
-            steady = {layer: [*steady[layer], *later[layer]] for layer in steady}
+                run(model, context, host, device=_META, dtype=workload.dtype)
+            return probe.take()
 
-        if keep_buffers:
+        first = compute(first_host)
+        with probe.flop_counter if like is None else nullcontext():
+            middle = [compute(middle_host)]
+        if execution.keeps_buffers:
             for _ in range(_MOST_SETTLING):
                 before = context.buffers.sizes
-                run_another()
+                middle.append(compute(middle_host))
                 if context.buffers.sizes == before:
                     break
             context.buffers = BufferPool(keep=True)
-            run_another()
+            middle.append(compute(middle_host))
         context_bytes = probe.layer_bytes()
+    flops = middle[0].flops
     if like is not None:
         flops = {"": like.lead_flops} | {step.layer: step.flops for step in like.steps}
-    return Timeline(
+    return CostModel(
         steps=tuple(
             LayerCost(
                 layer=layer,
                 context_bytes=context_bytes[layer],
-                first_open_bytes=first[layer][0],
-                first_kept_bytes=first[layer][1],
-                steady_bytes=max(steady[layer]),
+                first_open_bytes=first.step_bytes[layer][0],
+                first_kept_bytes=first.step_bytes[layer][1],
+                steady_bytes=max(max(chunk.step_bytes[layer]) for chunk in middle),
                 flops=flops[layer],
             )
             for layer in context_bytes
         ),
-        first_lead_bytes=first_lead,
-        steady_lead_bytes=steady_lead,
+        first_lead_bytes=first.lead_bytes,
+        steady_lead_bytes=max(chunk.lead_bytes for chunk in middle),
         lead_flops=flops[""],
     )
+
+
+def _host_chunk(model: CausalVAE, workload: Workload, index: int) -> Tensor:
+    """A chunk as it lies in host memory: frames to encode or latents to decode."""
+    chunk, p = workload.schedule.full(index), model.geometry.pixels_per_latent
+    height, width = workload.height, workload.width
+    if workload.direction == "encode":
+        return torch.empty((chunk.padded_frames, height, width, 3), dtype=torch.uint8, device=_META)
+    shape = (chunk.num_latents, model.geometry.latent_channels, height // p, width // p)
+    return torch.empty(shape, dtype=torch.float32, device=_META)
+
+
+class DryRuns:
+    """The dry runs of one model. Each one is made once.
+
+    Args:
+        model: with or without weights.
+    """
+
+    def __init__(self, model: CausalVAE) -> None:
+        self.model = model
+        self._skeletons: dict[torch.dtype, CausalVAE] = {}
+        self._cost_models: dict[tuple[Workload, Execution], CostModel] = {}
+        self._frames: dict[Direction, tuple[int, int]] = {}
+        "elements of the largest frame of a layer's input, and the area of the frames it was found for"
+
+    def skeleton(self, dtype: torch.dtype) -> CausalVAE:
+        """The model in ``dtype``, without weights."""
+        if dtype not in self._skeletons:
+            self._skeletons[dtype] = skeleton_of(self.model, dtype)
+        return self._skeletons[dtype]
+
+    def weights_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the weights in ``dtype``."""
+        return tensor_bytes(cast("nn.Module", self.skeleton(dtype)))
+
+    def cost_model(self, workload: Workload, execution: Execution) -> CostModel:
+        """What a workload costs in an execution."""
+        key = (workload, execution)
+        if key not in self._cost_models:
+            like = next((known for (other, _), known in self._cost_models.items() if other == workload), None)
+            self._cost_models[key] = dry_run(self.skeleton(workload.dtype), workload, execution, like=like)
+        return self._cost_models[key]
+
+    def largest_frame(self, workload: Workload, execution: Execution) -> int:
+        """Elements of one input frame of the layer whose frames are the largest; 0 if no layer has a context."""
+        area = workload.height * workload.width
+        if workload.direction not in self._frames:
+            module = self.model.encoder if workload.direction == "encode" else self.model.decoder
+            layers = dict(module.named_modules())
+            sizes = (
+                step.context_bytes // cast("CausalLayer", layers[step.layer]).context_frames
+                for step in self.cost_model(workload, execution).steps
+            )
+            self._frames[workload.direction] = max(sizes, default=0) // workload.dtype.itemsize, area
+        elements, known_area = self._frames[workload.direction]
+        return elements * area // known_area
+
+
+@dataclass(frozen=True, slots=True)
+class _ChunkCost:
+    """What one chunk took: bytes before the first window, bytes of each layer's step in order, and FLOPs."""
+
+    lead_bytes: int
+    step_bytes: dict[str, list[int]]
+    flops: dict[str, int]
 
 
 class _Probe(Offloader):
@@ -161,11 +200,11 @@ class _Probe(Offloader):
         done = self.flop_counter.get_total_flops() - self._flops_before - sum(self._flops.values())
         self._flops[self._step] = self._flops.get(self._step, 0) + done
 
-    def take(self) -> tuple[int, dict[str, list[int]], dict[str, int]]:
-        """Of the chunk that just ran: the lead's peak, each step's before and after it keeps, and FLOPs of all."""
+    def take(self) -> _ChunkCost:
+        """What the chunk that just ran took; a step of the first chunk has two peaks, before and after it keeps."""
         self._cut()
-        lead, steps, flops = self._bytes.pop(""), self._bytes, self._flops
+        cost = _ChunkCost(max(self._bytes.pop("")), self._bytes, self._flops)
         self._bytes, self._flops, self._step = {"": []}, {}, ""
         self._flops_before = self.flop_counter.get_total_flops()
         self.tracker.reset_peak()
-        return max(lead), steps, flops
+        return cost

@@ -3,7 +3,8 @@
 A micro-benchmark guards against slow corners (a library without kernels for a layout); it does not decide small
 differences. The choice shows in the last bits of a result, so it must be the same every time on one machine: the
 thresholds are far from what is measured where either form makes sense, and on a CPU it counts the seconds that one
-thread computes, which neither other programs nor the number of threads change much (decision 25).
+thread computes, which neither other programs nor the number of threads change much (decision 25). A process measures
+once, and a model without weights is enough, so that plans and runs choose alike.
 
 Some cases need no measurement. Where the windows of a chunk are small, channels last gains nothing on a CPU, and the
 contiguous layout computes, bit for bit, what diffusers computes. A CPU whose library has no bfloat16 kernels computes
@@ -22,8 +23,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -79,20 +80,23 @@ def choose_numerics(
     fused = on_cpu and not widens and _hides_roundings(workload) and fuses_residuals(dtype)
     if layout is not None and paired_frames is not None:
         return replace(plain, fused_residuals=fused)
-    layer, frame_bytes = _widest(model, workload, layers)
+    costs = dry_run(skeleton_of(model, dtype), workload).steps
+    widest = max((step for step in costs if step.layer in layers), key=lambda step: step.context_bytes)
+    layer = layers[widest.layer]
+    frame_bytes = widest.context_bytes // layer.context_frames
     window_bytes = frame_bytes * (layer.context_frames + workload.schedule.chunk_frames)
     if layout is None and on_cpu and window_bytes <= _SMALL_BYTES:
         return plain
-    forms = _Forms(layer, frame_bytes // dtype.itemsize // layer.conv.in_channels, widens)
+    area = frame_bytes // dtype.itemsize // layer.conv.in_channels
+    forms = _Forms(tuple(layer.conv.weight.shape), area, dtype, device, widens)
     if layout is None:
-        layouts = (torch.contiguous_format, torch.channels_last_3d)
-        contiguous, last = _benchmark([partial(forms.plain, one) for one in layouts], device)
+        contiguous, last = _seconds_of_layouts(forms)
         if last >= contiguous * _SLOWER:
             return plain
     if paired_frames is None:
         paired_frames = False
         if on_cpu and (_hides_roundings(workload) or (dtype == torch.bfloat16 and not has_matrix_unit())):
-            usual, winograd = _benchmark([partial(forms.plain, torch.channels_last_3d), forms.winograd], device)
+            usual, winograd = _seconds_of_winograd(forms)
             paired_frames = winograd < usual * _SLOWER if dtype == torch.float32 else winograd * _FASTER < usual
     return replace(plain, layout="channels_last", paired_frames=paired_frames, fused_residuals=fused)
 
@@ -117,15 +121,6 @@ def _layers_of(model: CausalVAE, workload: Workload) -> dict[str, CausalConv3d]:
     }
 
 
-def _widest(model: CausalVAE, workload: Workload, layers: dict[str, CausalConv3d]) -> tuple[CausalConv3d, int]:
-    """The layer with the largest frames, and the bytes of one of them."""
-    w = workload
-    timeline = dry_run(skeleton_of(model, w.dtype), w.direction, w.height, w.width, w.dtype, w.schedule)
-    widest = max((step for step in timeline.steps if step.layer in layers), key=lambda step: step.context_bytes)
-    layer = layers[widest.layer]
-    return layer, widest.context_bytes // layer.context_frames
-
-
 def preferred_band_bytes(device: torch.device) -> int | None:
     """How large the windows of row tiles are at most; None for whole frames.
 
@@ -140,39 +135,59 @@ def fresh_memory_is_slow(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+@dataclass(frozen=True, slots=True)
 class _Forms:
-    """The forms of one convolution, ready to be measured.
+    """The forms of one convolution, ready to be measured. Weights are zeros, so a model without weights is enough."""
 
-    Args:
-        layer: whose convolution it is.
-        area: pixels of its input frames; a part of them is measured if that is enough.
-        widens: whether products are in float32.
-    """
-
-    def __init__(self, layer: CausalConv3d, area: int, widens: bool) -> None:
-        self._conv, self._area = layer.conv, area
-        self._weight = layer.conv.weight.float() if widens else layer.conv.weight
+    shape: tuple[int, ...]
+    "shape of its weight"
+    area: int
+    "pixels of its input frames; a part of them is measured if that is enough"
+    dtype: torch.dtype
+    device: torch.device
+    widens: bool
+    "whether products are in float32"
 
     def _input(self, layout: torch.memory_format) -> Tensor:
         """Four frames, or a part of them if they are large."""
-        weight = self._conv.weight
-        side = max(8, int(min(self._area, _MOST_PRODUCTS / (4 * weight.numel())) ** 0.5))
-        shape = (1, self._conv.in_channels, 4, side, side)
-        return torch.zeros(shape, dtype=weight.dtype, device=weight.device).contiguous(memory_format=layout)
+        side = max(8, int(min(self.area, _MOST_PRODUCTS / (4 * math.prod(self.shape))) ** 0.5))
+        shape = (1, self.shape[1], 4, side, side)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device).contiguous(memory_format=layout)
+
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias."""
+        dtype = torch.float32 if self.widens else self.dtype
+        weight = torch.zeros(self.shape, dtype=dtype, device=self.device)
+        return weight, torch.zeros(self.shape[:1], dtype=self.dtype, device=self.device)
 
     def plain(self, layout: torch.memory_format) -> Callable[[], object]:
         """Two output frames by the convolution as it is."""
-        x, padding = self._input(layout), (0, *(k // 2 for k in self._conv.kernel_size[1:]))
-        return lambda: convolution(x, self._weight, self._conv.bias, padding=padding)
+        x, (weight, bias) = self._input(layout), self._weights()
+        padding = (0, self.shape[3] // 2, self.shape[4] // 2)
+        return lambda: convolution(x, weight, bias, padding=padding)
 
     def winograd(self) -> Callable[[], object]:
         """The same two frames by Winograd F(2,3)."""
-        x, filters = self._input(torch.channels_last_3d), winograd_filters(self._weight)
-        out = x.new_empty((1, self._conv.out_channels, 2, *x.shape[3:])).contiguous(
-            memory_format=torch.channels_last_3d
-        )
-        padding = self._conv.kernel_size[1] // 2, self._conv.kernel_size[2] // 2
-        return lambda: two_frames(x, filters, self._conv.bias, out, padding=padding)
+        x, (weight, bias) = self._input(torch.channels_last_3d), self._weights()
+        filters, padding = winograd_filters(weight), (self.shape[3] // 2, self.shape[4] // 2)
+        out = x.new_empty((1, self.shape[0], 2, *x.shape[3:])).contiguous(memory_format=torch.channels_last_3d)
+        return lambda: two_frames(x, filters, bias, out, padding=padding)
+
+
+# Each convolution is measured once in a process, so that all plans and sessions in it choose alike.
+
+
+@cache
+def _seconds_of_layouts(forms: _Forms) -> list[float]:
+    """Seconds in the contiguous layout and in channels last."""
+    layouts = (torch.contiguous_format, torch.channels_last_3d)
+    return _benchmark([partial(forms.plain, layout) for layout in layouts], forms.device)
+
+
+@cache
+def _seconds_of_winograd(forms: _Forms) -> list[float]:
+    """Seconds in channels last without and with Winograd."""
+    return _benchmark([partial(forms.plain, torch.channels_last_3d), forms.winograd], forms.device)
 
 
 @torch.inference_mode()

@@ -1,6 +1,6 @@
 """Profile: the thresholds that ``longvid tune`` found for one model, size, dtype and device, and what it measured.
 
-A profile is a TOML file to read and to edit. Where it does not apply it is refused, with what differs.
+A profile is a TOML file that people may edit. For another setting it is refused, and the message says what differs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NAMES = {"model": "model", "architecture": "architecture", "size": "frame size"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileScope:
-    """What a profile holds for."""
+    """The setting that a profile was measured in."""
 
     model: str
     architecture: str
@@ -46,7 +46,7 @@ class ProfileScope:
 
     @classmethod
     def of(cls, model: CausalVAE, *, height: int, width: int, dtype: torch.dtype, device: torch.device) -> ProfileScope:
-        """Of a model on a device."""
+        """The scope of a model on a device."""
         facts, machine = model.describe(), describe_machine(str(device))
         height, width = model.geometry.padded_size(height, width)
         config = json.dumps([facts.get("class_name"), facts.get("config")], sort_keys=True, default=str)
@@ -71,7 +71,7 @@ class DirectionProfile:
     peak_bytes: int
     "measured peak of the run with it, weights included"
     slowdown: float
-    "measured time of a chunk over that with nothing offloaded"
+    "measured time of a chunk divided by the time without offloading"
     flops_per_second: float
     link_bytes_per_second: float
 
@@ -84,7 +84,7 @@ class DirectionProfile:
 
     @property
     def rates(self) -> DeviceRates:
-        """What the device does, as measured."""
+        """The measured rates of the device."""
         return DeviceRates(
             flops_per_second=self.flops_per_second, link_bytes_per_second=self.link_bytes_per_second, measured=True
         )
@@ -96,28 +96,8 @@ class Profile:
 
     scope: ProfileScope
     reserved_bytes: int
-    "measured peak above the plan: workspaces and the allocator's rounding"
+    "measured peak above the plan: scratch memory of kernels and the allocator's rounding"
     directions: Mapping[Direction, DirectionProfile]
-
-    def policies(self, otherwise: OffloadPolicy) -> dict[Direction, OffloadPolicy]:
-        """The policy of each direction; ``otherwise`` for one that was not tuned."""
-        policies: dict[Direction, OffloadPolicy] = {"encode": otherwise, "decode": otherwise}
-        for direction, part in self.directions.items():
-            policies[direction] = part.policy
-        return policies
-
-    @property
-    def slice_frames(self) -> dict[Direction, int | None]:
-        """The slices of each direction; None for one that was not tuned."""
-        slices: dict[Direction, int | None] = {"encode": None, "decode": None}
-        return slices | {direction: part.slice_frames for direction, part in self.directions.items()}
-
-    @property
-    def rates(self) -> dict[Direction, DeviceRates]:
-        """Measured rates; those of the other direction for one that was not tuned."""
-        known = {direction: part.rates for direction, part in self.directions.items()}
-        other = next(iter(known.values()))
-        return {"encode": known.get("encode", other), "decode": known.get("decode", other)}
 
     def check(self, scope: ProfileScope) -> None:
         """Raise ModelError, with what differs, unless the profile holds for ``scope``. Names of models may differ."""
@@ -132,7 +112,7 @@ class Profile:
             for key in differs
         )
         raise ModelError(
-            f"the profile is of another setting: {listing}; run longvid tune for this one, or leave it out"
+            f"the profile was measured in another setting: {listing}; run longvid tune for this one, or leave it out"
         )
 
     def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

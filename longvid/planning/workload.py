@@ -1,15 +1,16 @@
-"""Workload: what one direction of a run computes, chunk after chunk."""
+"""Workload and execution: what one direction of a run computes, chunk after chunk, and how its layers compute it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from longvid.events import Direction
+from longvid.models.numerics import Numerics
 from longvid.schedule import ChunkSchedule
 
-__all__ = ["Workload"]
+__all__ = ["Execution", "Slicing", "Workload"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,3 +23,32 @@ class Workload:
     width: int
     dtype: torch.dtype
     schedule: ChunkSchedule
+
+
+@dataclass(frozen=True, slots=True)
+class Slicing:
+    """How large the slices of frames and the row tiles are in which layers run. Never changes a result."""
+
+    elements: int = 2**31 - 1
+    "most elements of a slice's new input frames and of its output; at least one frame"
+    frames: int | None = None
+    "frames of a slice in the layer with the largest frames, more in the others; None for whole chunks"
+    band_elements: int | None = None
+    "most elements of a window, beyond which layers run in row tiles; None for whole frames"
+
+    def __str__(self) -> str:
+        if self.band_elements is None:
+            return "whole chunks" if self.frames is None else f"slices of {self.frames}"
+        return "row tiles" if self.frames is None else f"{self.frames}-frame tiles"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """How the layers compute a workload."""
+
+    numerics: Numerics = field(default_factory=Numerics)
+    slicing: Slicing = field(default_factory=Slicing)
+    keeps_buffers: bool = False
+    "whether the buffers of the layers are kept from chunk to chunk"
+    keeps_kernels: bool = False
+    "whether weights that layers have prepared for their kernels are kept as well"

@@ -11,7 +11,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,12 @@ from longvid.events import Callback, Direction
 from longvid.memory.budget import MemoryBudget
 from longvid.memory.host import host_available_bytes
 from longvid.memory.host_buffer import HostBuffer
-from longvid.memory.offload import OffloadPolicy
-from longvid.models.numerics import Layout, Numerics
-from longvid.planning.kernel_choice import can_compute, choose_numerics, fresh_memory_is_slow, preferred_band_bytes
+from longvid.models.numerics import Numerics
+from longvid.planning.kernel_choice import can_compute
+from longvid.planning.options import ComputeOptions, OtherVideos, Setting
 from longvid.planning.plan import DirectionPlan, Plan
-from longvid.planning.planner import Offload, make_plan
-from longvid.planning.profile import Profile, ProfileScope
-from longvid.planning.workload import Workload
+from longvid.planning.planner import Planner
+from longvid.planning.profile import ProfileScope
 from longvid.runtime.engine import Engine
 from longvid.runtime.prefetch import StopRequest
 from longvid.schedule import ChunkSchedule
@@ -36,15 +35,7 @@ from longvid.store.durability import WriteOptions
 from longvid.store.target import Found, settle_complete
 from longvid.units import format_bytes
 
-__all__ = [
-    "Admission",
-    "AdmissionControl",
-    "Job",
-    "Recorded",
-    "RunOptions",
-    "SessionGuard",
-    "SessionOptions",
-]
+__all__ = ["Admission", "AdmissionControl", "Job", "Recorded", "RunOptions", "SessionGuard"]
 
 _SHORT_RUN_ROWS = 256
 "a shorter run ends before a snapshot is worth its cost"
@@ -111,20 +102,6 @@ class SessionGuard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SessionOptions:
-    """What a session was asked for; see :class:`longvid.VideoSession`. None leaves the choice open."""
-
-    allowed_bytes: int | None
-    offload: OffloadPolicy
-    offload_dir: Path | None
-    profile: Profile | None
-    chunk_frames: int | None
-    slice_frames: int | None
-    layout: Layout | None
-    paired_frames: bool | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Recorded:
     """Choices of the run that is to be continued. They count where the session was left the choice."""
 
@@ -148,6 +125,7 @@ class Recorded:
 
 
 _NOTHING_RECORDED = Recorded()
+_NO_OTHERS = OtherVideos()
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,13 +196,14 @@ class AdmissionControl:
     Args:
         engine: the model where it computes.
         options: what the session was asked for.
+        offload_dir: folder that offloaded contexts go to; None for host memory.
     """
 
-    def __init__(self, engine: Engine, options: SessionOptions) -> None:
+    def __init__(self, engine: Engine, options: ComputeOptions, offload_dir: Path | None) -> None:
         self.engine = engine
-        self._options = options
-        self._plans: dict[tuple[object, ...], Plan] = {}
-        self._numerics: dict[tuple[Direction, int, int], Numerics] = {}
+        self._options = replace(options, dtype=engine.dtype)
+        self._offload_dir = offload_dir
+        self._planner = Planner(engine.model, Setting.of(engine.model, self._options, engine.device))
         self._held: list[Admission] = []
 
     def admit(
@@ -257,10 +236,8 @@ class AdmissionControl:
         # What this video may hold while the largest of the others computes.
         room = [budget.left(other.projected_bytes + held_bytes - other.idle_bytes) for other in others]
         idle_limit = min((r for r in room if r is not None), default=None)
-        plan = self.plan(
-            height, width, (direction,), held_bytes=held_bytes, idle_limit_bytes=idle_limit, recorded=recorded,
-            whole=whole,
-        )  # fmt: skip
+        beside_others = OtherVideos(held_bytes=held_bytes, idle_limit_bytes=idle_limit)
+        plan = self.plan(height, width, (direction,), self._options_for(recorded, whole), beside_others)
         plan.check(direction)
         part = plan.direction(direction)
         for other in others:
@@ -285,89 +262,38 @@ class AdmissionControl:
         self,
         height: int,
         width: int,
-        directions: tuple[Direction, ...],
-        *,
-        held_bytes: int = 0,
-        idle_limit_bytes: int | None = None,
-        recorded: Recorded = _NOTHING_RECORDED,
-        whole: bool = False,
+        directions: tuple[Direction, ...] = ("encode", "decode"),
+        options: ComputeOptions | None = None,
+        others: OtherVideos = _NO_OTHERS,
     ) -> Plan:
-        """The plan under what ``held_bytes`` of other videos leave of the budget; the same call gives the same plan."""
-        engine, options = self.engine, self._options
-        height, width = engine.model.geometry.padded_size(height, width)
-        if engine.model.geometry.chunk_invariant and options.allowed_bytes is not None:
-            directions = ("encode", "decode")  # the budget may shorten chunks, and both directions share their length
-        key = (height, width, directions, held_bytes, idle_limit_bytes, recorded, whole)
-        if key not in self._plans:
-            profile = options.profile
-            offload, slice_frames = self._thresholds(height, width)
-            self._plans[key] = make_plan(
-                engine.model,
-                height=height,
-                width=width,
-                dtype=engine.dtype,
-                memory=options.allowed_bytes,
-                offload=offload,
-                chunk_frames=self._chunk_frames(recorded),
-                reserved=engine.reserved_bytes,
-                held_bytes=held_bytes,
-                idle_limit_bytes=idle_limit_bytes,
-                directions=directions,
-                rates=None if profile is None else profile.rates,
-                numerics={d: self._numerics_for(d, height, width, recorded) for d in directions},
-                slice_frames=slice_frames,
-                band_bytes=preferred_band_bytes(engine.device),
-                keep_buffers=whole and fresh_memory_is_slow(engine.device),
+        """The plan under what other videos leave of the budget, with the options of the session if none are given."""
+        engine, profile = self.engine, self._options.profile
+        if profile is not None:
+            profile.check(
+                ProfileScope.of(engine.model, height=height, width=width, dtype=engine.dtype, device=engine.device)
             )
-        return self._plans[key]
+        if engine.model.geometry.chunk_invariant and self._options.allowed_bytes is not None:
+            directions = ("encode", "decode")  # the budget may shorten chunks, and both directions share their length
+        return self._planner.plan((height, width), options or self._options, directions, others)
 
-    def _thresholds(
-        self, height: int, width: int
-    ) -> tuple[Offload | Mapping[Direction, OffloadPolicy], int | Mapping[Direction, int | None] | None]:
-        """Offload policy and slices: those of the profile where it applies, else what was asked for."""
-        engine, options = self.engine, self._options
-        profile, slice_frames = options.profile, options.slice_frames
-        if profile is None:
-            return options.offload, slice_frames
-        profile.check(
-            ProfileScope.of(engine.model, height=height, width=width, dtype=engine.dtype, device=engine.device)
-        )
-        if options.offload.kind != "auto" or options.allowed_bytes is not None:
-            return options.offload, slice_frames
-        return profile.policies(options.offload), profile.slice_frames if slice_frames is None else slice_frames
-
-    def _chunk_frames(self, recorded: Recorded) -> int | None:
-        if self._options.chunk_frames is None and self.engine.model.geometry.chunk_invariant:
-            return recorded.chunk_frames
-        return self._options.chunk_frames
-
-    def _numerics_for(self, direction: Direction, height: int, width: int, recorded: Recorded) -> Numerics:
-        """The numerics for frames of this size; chosen once, so that all videos of a session are computed alike."""
-        engine, options, earlier = self.engine, self._options, recorded.numerics
+    def _options_for(self, recorded: Recorded, whole: bool) -> ComputeOptions:
+        """The options of the session, with the choices of the run that is resumed where the user left them."""
+        options, earlier = self._options, recorded.numerics
         if (
             earlier is not None
             and options.layout in (None, earlier.layout)
             and options.paired_frames in (None, earlier.paired_frames)
-            and can_compute(earlier, engine.dtype)
+            and can_compute(earlier, self.engine.dtype)
         ):
-            return earlier
-        key = (direction, height, width)
-        if key not in self._numerics:
-            schedule = engine.model.geometry.schedule
-            workload = Workload(direction=direction, height=height, width=width, dtype=engine.dtype, schedule=schedule)
-            self._numerics[key] = choose_numerics(
-                engine.model,
-                workload,
-                device=engine.device,
-                layout=options.layout,
-                paired_frames=options.paired_frames,
-            )
-        return self._numerics[key]
+            options = replace(options, numerics=earlier)
+        if options.chunk_frames is None and self.engine.model.geometry.chunk_invariant:
+            options = replace(options, chunk_frames=recorded.chunk_frames)
+        return replace(options, keep_buffers=whole)
 
     def _check_host(self, part: DirectionPlan) -> None:
         """Host memory is a limit too, the machine's as well as a container's."""
         parts = {}
-        if self._options.offload_dir is None:
+        if self._offload_dir is None:
             parts["offloaded contexts"] = HostBuffer.room_for(part.host_sizes)
         if self.engine.device.type == "cpu":
             parts["tensors"] = part.projected_bytes - part.weights_bytes

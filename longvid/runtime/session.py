@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -26,12 +27,14 @@ from longvid.frames import Frames, OnError
 from longvid.media.limits import Limits
 from longvid.memory.offload import OffloadPolicy
 from longvid.models.base import CausalVAE, model_name
+from longvid.models.device import resolve_device
 from longvid.models.loading import load_model
 from longvid.models.numerics import parse_layout, parse_paired_frames
+from longvid.planning.options import ComputeOptions, Setting, default_dtype, parse_dtype
 from longvid.planning.plan import Plan
-from longvid.planning.planner import Offload, parse_dtype
+from longvid.planning.planner import Offload
 from longvid.planning.profile import Profile
-from longvid.runtime.admission import AdmissionControl, Job, SessionGuard, SessionOptions
+from longvid.runtime.admission import AdmissionControl, Job, SessionGuard
 from longvid.runtime.decode import DecodeOptions, decode_video
 from longvid.runtime.encode import EncodeOptions, OnNonFinite, encode_video
 from longvid.runtime.engine import Engine
@@ -58,7 +61,8 @@ class VideoSession:
         model: a :class:`~longvid.models.base.CausalVAE`, or anything :func:`longvid.load_model` takes; the built-in
             ``tiny`` by default, which is for previews.
         device: ``"auto"`` (the accelerator if there is one, else the CPU) or a torch device.
-        dtype: compute dtype, a name such as ``"bfloat16"`` or a torch dtype; None for that of the weights.
+        dtype: compute dtype, a name such as ``"bfloat16"`` or a torch dtype. None is float32 on a CPU and
+            bfloat16 on an accelerator for a model given by name, and the dtype of the weights for an object.
         memory: budget of device bytes such as ``"8GiB"``, weights included; None for no limit. A run that would not
             fit is refused before anything is read or written.
         offload: which contexts leave the device between chunks: ``"auto"`` (as much as ``memory`` needs), ``"none"``,
@@ -99,22 +103,21 @@ class VideoSession:
         paired_frames: str | bool = "auto",
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        if slice_frames is not None and slice_frames < 1:
-            raise ScheduleError(f"slices of {slice_frames} frames were asked for; one frame is the least")
-        self._options = SessionOptions(
-            allowed_bytes=None if memory is None else parse_bytes(memory),
-            offload=OffloadPolicy.parse(offload),
-            offload_dir=None if offload_dir is None else Path(offload_dir),
-            profile=profile if isinstance(profile, Profile) or profile is None else Profile.read(profile),
-            chunk_frames=chunk_frames,
-            slice_frames=slice_frames,
+        self._options = ComputeOptions(
+            dtype=parse_dtype(dtype),
             layout=parse_layout(layout),
             paired_frames=parse_paired_frames(paired_frames),
+            chunk_frames=chunk_frames,
+            slice_frames=slice_frames,
+            offload=OffloadPolicy.parse(offload),
+            allowed_bytes=None if memory is None else parse_bytes(memory),
+            reserved_bytes=None if reserved is None else parse_reserve(reserved),
+            profile=profile if isinstance(profile, Profile) or profile is None else Profile.read(profile),
         )
-        self._reserved_bytes = None if reserved is None else parse_reserve(reserved)
+        self._offload_dir = None if offload_dir is None else Path(offload_dir)
+        self._source = model
         self._source_model = load_model(model)
         self._source_model.geometry.schedule_for(chunk_frames)  # raises before anything is placed on the device
-        self._dtype = parse_dtype(dtype) if dtype is not None else None
         self._requested_device = device
         self._callbacks = tuple(callbacks)
         self._guard = SessionGuard()
@@ -126,15 +129,17 @@ class VideoSession:
 
     def __enter__(self) -> Self:
         with self._guard.opening():
-            profile, reserved = self._options.profile, self._reserved_bytes
+            device = resolve_device(self._requested_device)
+            options = replace(self._options, dtype=self._options.dtype or default_dtype(self._source, device))
+            setting = Setting.of(self._source_model, options, device)
             engine = Engine.on_device(
                 self._source_model,
-                self._requested_device,
-                self._dtype,
-                offload_dir=self._options.offload_dir,
-                reserved_bytes=profile.reserved_bytes if profile is not None and reserved is None else reserved,
+                device,
+                setting.dtype,
+                offload_dir=self._offload_dir,
+                reserved_bytes=setting.reserved_bytes,
             )
-            self._admission_control = AdmissionControl(engine, self._options)
+            self._admission_control = AdmissionControl(engine, options, self._offload_dir)
         return self
 
     def __exit__(
@@ -162,7 +167,7 @@ class VideoSession:
     def plan(self, *, height: int, width: int) -> Plan:
         """The plan for frames of this size under the session's dtype and budget; see :func:`longvid.make_plan`."""
         self._guard.check("plan")
-        return self._control.plan(height, width, ("encode", "decode"), whole=True)
+        return self._control.plan(height, width)
 
     # ------------------------------------------------------------------------------------------- whole videos
 

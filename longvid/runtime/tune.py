@@ -1,7 +1,7 @@
 """Tune: peak against time for a row of thresholds, measured on the machine at hand.
 
-Every threshold runs the same chunks of noise. Thresholds take turns, round after round, so that whatever else the
-machine does falls on all of them; a threshold's time is the median over the rounds. The knee is the least peak whose
+Every threshold runs the same chunks of noise. Thresholds take turns, round after round, so that other load on the
+machine affects all of them alike; a threshold's time is the median over the rounds. The knee is the least peak whose
 chunks take at most ``slack`` longer than with nothing offloaded.
 """
 
@@ -11,7 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,15 @@ from longvid.memory.copy_engine import CopyEngine, Ticket
 from longvid.memory.offload import OffloadPolicy
 from longvid.models.base import CausalVAE
 from longvid.planning.cost_model import DeviceRates
-from longvid.planning.kernel_choice import choose_numerics, fresh_memory_is_slow, preferred_band_bytes
+from longvid.planning.options import ComputeOptions, Setting
 from longvid.planning.plan import DirectionPlan
-from longvid.planning.planner import make_plan
+from longvid.planning.planner import Planner
 from longvid.planning.profile import DirectionProfile, Profile, ProfileScope
-from longvid.planning.workload import Workload
 from longvid.runtime.engine import Engine
 from longvid.runtime.run import DecodeRun, EncodeRun
-from longvid.schedule import ChunkSchedule
 from longvid.units import format_bytes
 
-__all__ = ["ThresholdPoint", "Tuning", "draw", "tune"]
+__all__ = ["Sweep", "ThresholdPoint", "Tuning", "draw", "tune"]
 
 _FIRST_TIMED = 3
 "chunks before it warm up, and on a CPU they are the ones whose allocations are tracked, which takes time of its own"
@@ -61,15 +59,15 @@ class ThresholdPoint:
     seconds: float
     "time of a middle chunk, median over the rounds"
     spread: float
-    "largest over smallest time of the rounds"
+    "largest time of the rounds divided by the smallest"
     slowdown: float
-    "over the time with nothing offloaded"
+    "its time divided by that with nothing offloaded"
     knee: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """What a sweep found."""
+    """The measurements of a sweep, and the profile made of them."""
 
     scope: ProfileScope
     slack: float
@@ -112,180 +110,175 @@ class Tuning:
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """What to measure, and how often."""
+
+    directions: Sequence[Direction] = ("encode", "decode")
+    thresholds: int = 6
+    "offload thresholds, with nothing offloaded and everything offloaded included"
+    rounds: int = 3
+    "how often each threshold is measured"
+    slack: float = 0.05
+    "how much longer a chunk may take at the knee than at the first threshold that fits"
+    offload_dir: Path | None = None
+    "folder for offloaded contexts; None for host memory"
+
+
 def tune(
     model: CausalVAE,
     *,
     height: int,
     width: int,
     device: str | torch.device = "auto",
-    dtype: torch.dtype | None = None,
-    memory: int | None = None,
-    offload_dir: Path | None = None,
-    directions: Sequence[Direction] = ("encode", "decode"),
-    thresholds: int = 6,
-    rounds: int = 3,
-    slack: float = 0.05,
+    options: ComputeOptions | None = None,
+    sweep: Sweep | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Tuning:
     """Measure a row of thresholds: ever shorter slices, then, in the shortest, ever more offloaded contexts.
 
     Args:
-        model: with weights; random ones will do.
+        model: with weights; random ones are enough.
         height: of the frames, in pixels.
         width: of the frames.
         device: ``"auto"`` or a torch device.
-        dtype: compute dtype; None for that of the weights.
-        memory: budget in bytes: thresholds that need more are left out.
-        offload_dir: folder for offloaded contexts instead of host memory.
-        directions: which to tune.
-        thresholds: how many, the two ends included.
-        rounds: how often each is measured.
-        slack: how much longer a chunk may take at the knee than at the first threshold that fits.
-        say: told how far it is.
+        options: dtype and budget; thresholds that need more than the budget are left out.
+        sweep: what to measure.
+        say: called with a line of text after every measurement.
 
     Raises:
         ModelError: the model has no weights, or the device cannot be used.
-        MemoryBudgetError: not even everything offloaded fits ``memory``.
+        MemoryBudgetError: nothing fits the budget, even with everything offloaded.
     """
-    engine = Engine.on_device(model, device, dtype, offload_dir=offload_dir)
+    options, sweep = options or ComputeOptions(), sweep or Sweep()
+    engine = Engine.on_device(model, device, options.dtype, offload_dir=sweep.offload_dir)
     with engine.copy_engine:
         link = _link_rate(engine)
+        setting = Setting.of(engine.model, options, engine.device)
+        bench = _Bench(engine, Planner(engine.model, setting), (height, width), options, sweep, link, say)
         points: list[ThresholdPoint] = []
         parts: dict[Direction, DirectionProfile] = {}
         excess = 0
-        for direction in directions:
-            plans = _thresholds(engine, direction, height, width, thresholds, memory, link)
-            measured = _measure(engine, direction, plans, rounds, say)
-            row = _as_points(direction, plans, measured, slack)
+        for direction in sweep.directions:
+            plans = bench.thresholds(direction)
+            row = _as_points(plans, bench.measure(plans), sweep.slack)
             points += row
-            knee = next(point for point in row if point.knee)
             excess = max(excess, *(point.peak_bytes - point.projected_bytes for point in row))
-            flops = plans[0][1].timeline.total_flops
-            parts[direction] = DirectionProfile(
-                slice_frames=knee.slice_frames,
-                resident_bytes=knee.resident_bytes,
-                prefetch_bytes=knee.prefetch_bytes,
-                peak_bytes=knee.peak_bytes,
-                slowdown=knee.slowdown,
-                flops_per_second=flops / min(point.seconds for point in row),
-                link_bytes_per_second=link,
-            )
+            parts[direction] = _profile_of(row, plans[0].cost_model.total_flops, link)
         scope = ProfileScope.of(engine.model, height=height, width=width, dtype=engine.dtype, device=engine.device)
         return Tuning(
             scope=scope,
-            slack=slack,
+            slack=sweep.slack,
             points=tuple(points),
             profile=Profile(scope=scope, reserved_bytes=max(0, excess), directions=parts),
             machine=describe_machine(str(engine.device)),
         )
 
 
-def _thresholds(
-    engine: Engine, direction: Direction, height: int, width: int, count: int, memory: int | None, link: float
-) -> list[tuple[ChunkSchedule, DirectionPlan]]:
-    """Plans in ever shorter slices, then from nothing to everything offloaded, each different from the others."""
-
-    rates = DeviceRates(link_bytes_per_second=link)
-
-    padded = engine.model.geometry.padded_size(height, width)
-    workload = Workload(
-        direction=direction,
-        height=padded[0],
-        width=padded[1],
-        dtype=engine.dtype,
-        schedule=engine.model.geometry.schedule,
+def _profile_of(row: Sequence[ThresholdPoint], flops: int, link: float) -> DirectionProfile:
+    knee = next(point for point in row if point.knee)
+    return DirectionProfile(
+        slice_frames=knee.slice_frames,
+        resident_bytes=knee.resident_bytes,
+        prefetch_bytes=knee.prefetch_bytes,
+        peak_bytes=knee.peak_bytes,
+        slowdown=knee.slowdown,
+        flops_per_second=flops / min(point.seconds for point in row),
+        link_bytes_per_second=link,
     )
-    numerics = choose_numerics(engine.model, workload, device=engine.device)
-
-    def planned(policy: OffloadPolicy, slice_frames: int | None = None) -> tuple[ChunkSchedule, DirectionPlan]:
-        plan = make_plan(
-            engine.model,
-            height=height,
-            width=width,
-            dtype=engine.dtype,
-            offload=policy,
-            rates=rates,
-            directions=(direction,),
-            numerics=numerics,
-            slice_frames=slice_frames,
-            band_bytes=preferred_band_bytes(engine.device),
-            keep_buffers=fresh_memory_is_slow(engine.device),
-        )
-        return plan.schedule, plan.direction(direction)
-
-    none = planned(OffloadPolicy("none"))
-    if memory is None or none[1].projected_bytes <= memory:  # how far ahead contexts are fetched depends on the rates
-        seconds, _ = _run_once(engine, direction, *none)
-        flops = none[1].timeline.total_flops / seconds
-        rates = DeviceRates(flops_per_second=flops, link_bytes_per_second=link, measured=True)
-    sizes = [int(none[1].cache_bytes * (count - 1 - i) / (count - 1)) for i in range(1, count - 1)]
-    policies = [*(OffloadPolicy("size", size) for size in sizes if size > 0), OffloadPolicy("all")]
-    found = [none]
-    shortest, frames = none[1].chunk_frames, none[1].chunk_frames // 2
-    while frames:
-        shorter = planned(OffloadPolicy("none"), frames)
-        if shorter[1].projected_bytes < found[-1][1].projected_bytes:
-            found.append(shorter)
-            shortest = frames
-        frames //= 2
-    for policy in policies:
-        candidate = planned(policy, shortest)
-        if all(candidate[1].placement.offloaded != other.placement.offloaded for _, other in found):
-            found.append(candidate)
-    fitting = [(s, part) for s, part in found if memory is None or part.projected_bytes <= memory]
-    if not fitting:
-        raise MemoryBudgetError(
-            f"{direction} needs {format_bytes(found[-1][1].projected_bytes)} with every context offloaded, and "
-            f"{format_bytes(memory or 0)} are allowed; there is no threshold to measure",
-            projected_bytes=found[-1][1].projected_bytes,
-            allowed_bytes=memory or 0,
-        )
-    return fitting
 
 
-def _measure(
-    engine: Engine,
-    direction: Direction,
-    plans: list[tuple[ChunkSchedule, DirectionPlan]],
-    rounds: int,
-    say: Callable[[str], None],
-) -> list[tuple[list[float], int]]:
-    """Seconds of a chunk in each round, and the highest peak, for each plan."""
-    seconds: list[list[float]] = [[] for _ in plans]
-    peaks = [0] * len(plans)
-    for number in range(rounds):
-        # There and back, so that a drift of the machine does not favour one end of the row.
-        order = range(len(plans)) if number % 2 == 0 else reversed(range(len(plans)))
-        for index in order:
-            took, peak = _run_once(engine, direction, *plans[index])
-            seconds[index].append(took)
-            peaks[index] = max(peaks[index], peak)
-            say(f"{direction}, round {number + 1} of {rounds}, {format_bytes(peak)}: {took * 1e3:.1f} ms per chunk")
-    return list(zip(seconds, peaks, strict=True))
+@dataclass(frozen=True, slots=True)
+class _Bench:
+    """Plans thresholds for one model and measures them."""
+
+    engine: Engine
+    planner: Planner
+    size: tuple[int, int]
+    options: ComputeOptions
+    sweep: Sweep
+    link: float
+    say: Callable[[str], None]
+
+    def thresholds(self, direction: Direction) -> list[DirectionPlan]:
+        """Plans in ever shorter slices, then from nothing to everything offloaded, each different from the others."""
+        memory, count = self.options.allowed_bytes, self.sweep.thresholds
+        rates = DeviceRates(link_bytes_per_second=self.link)
+
+        def planned(policy: OffloadPolicy, slice_frames: int | None = None) -> DirectionPlan:
+            free = replace(
+                self.options, allowed_bytes=None, offload=policy, slice_frames=slice_frames, default_rates=rates
+            )
+            return self.planner.plan(self.size, free, (direction,)).direction(direction)
+
+        none = planned(OffloadPolicy("none"))
+        if memory is None or none.projected_bytes <= memory:  # how early contexts are fetched depends on the rates
+            flops = none.cost_model.total_flops / self._run_once(none)[0]
+            rates = DeviceRates(flops_per_second=flops, link_bytes_per_second=self.link, measured=True)
+        sizes = [int(none.cache_bytes * (count - 1 - i) / (count - 1)) for i in range(1, count - 1)]
+        policies = [*(OffloadPolicy("size", size) for size in sizes if size > 0), OffloadPolicy("all")]
+        found = [none]
+        shortest, frames = none.chunk_frames, none.chunk_frames // 2
+        while frames:
+            shorter = planned(OffloadPolicy("none"), frames)
+            if shorter.projected_bytes < found[-1].projected_bytes:
+                found.append(shorter)
+                shortest = frames
+            frames //= 2
+        for policy in policies:
+            candidate = planned(policy, shortest)
+            if all(candidate.placement.offloaded != other.placement.offloaded for other in found):
+                found.append(candidate)
+        fitting = [part for part in found if memory is None or part.projected_bytes <= memory]
+        if not fitting:
+            raise MemoryBudgetError(
+                f"{direction} needs {format_bytes(found[-1].projected_bytes)} with every context offloaded, and "
+                f"{format_bytes(memory or 0)} are allowed; there is no threshold to measure",
+                projected_bytes=found[-1].projected_bytes,
+                allowed_bytes=memory or 0,
+            )
+        return fitting
+
+    def measure(self, plans: Sequence[DirectionPlan]) -> list[tuple[list[float], int]]:
+        """Seconds of a chunk in each round, and the highest peak, for each plan."""
+        seconds: list[list[float]] = [[] for _ in plans]
+        peaks = [0] * len(plans)
+        for number in range(self.sweep.rounds):
+            # Forwards and backwards in turn, so that a drift of the machine does not favour one end of the row.
+            order = range(len(plans)) if number % 2 == 0 else reversed(range(len(plans)))
+            for index in order:
+                took, peak = self._run_once(plans[index])
+                seconds[index].append(took)
+                peaks[index] = max(peaks[index], peak)
+                self.say(
+                    f"{plans[index].workload.direction}, round {number + 1} of {self.sweep.rounds}, "
+                    f"{format_bytes(peak)}: {took * 1e3:.1f} ms per chunk"
+                )
+        return list(zip(seconds, peaks, strict=True))
+
+    def _run_once(self, part: DirectionPlan) -> tuple[float, int]:
+        """Seconds of a chunk in the middle, the shorter of two, and the peak of all."""
+        encodes = part.workload.direction == "encode"
+        run = EncodeRun(self.engine, part, "mode", 0) if encodes else DecodeRun(self.engine, part, None)
+        times = []
+        with run:
+            for index, compute in enumerate(_chunks(run)):
+                _wait_for(self.engine)
+                started = time.perf_counter()
+                compute()
+                _wait_for(self.engine)
+                if index >= _FIRST_TIMED:
+                    times.append(time.perf_counter() - started)
+            return min(times), run.meter.peak_bytes
 
 
-def _run_once(engine: Engine, direction: Direction, schedule: ChunkSchedule, part: DirectionPlan) -> tuple[float, int]:
-    """Seconds of a chunk in the middle, the shorter of two, and the peak of all."""
-    run = EncodeRun(engine, part, "mode", 0) if direction == "encode" else DecodeRun(engine, part, None)
-    times = []
-    with run:
-        for index, compute in enumerate(_chunks(run, schedule)):
-            _wait_for(engine)
-            started = time.perf_counter()
-            compute()
-            _wait_for(engine)
-            if index >= _FIRST_TIMED:
-                times.append(time.perf_counter() - started)
-        return min(times), run.meter.peak_bytes
-
-
-def _chunks(run: EncodeRun | DecodeRun, schedule: ChunkSchedule) -> Iterator[Callable[[], object]]:
+def _chunks(run: EncodeRun | DecodeRun) -> Iterator[Callable[[], object]]:
     """The first chunks of a video of noise, each as a call that computes it."""
     geometry, random = run.engine.model.geometry, np.random.default_rng(0)
     height, width = run.part.frame_size
     p = geometry.pixels_per_latent
     for index in range(_FIRST_TIMED + 2):
-        chunk = schedule.full(index)
+        chunk = run.part.workload.schedule.full(index)
         if isinstance(run, EncodeRun):
             yield partial(run.moments, random.integers(0, 256, (chunk.padded_frames, height, width, 3), dtype=np.uint8))
         else:
@@ -299,17 +292,14 @@ def _wait_for(engine: Engine) -> None:
 
 
 def _as_points(
-    direction: Direction,
-    plans: list[tuple[ChunkSchedule, DirectionPlan]],
-    measured: list[tuple[list[float], int]],
-    slack: float,
+    plans: Sequence[DirectionPlan], measured: Sequence[tuple[list[float], int]], slack: float
 ) -> list[ThresholdPoint]:
     times = [statistics.median(rounds) for rounds, _ in measured]
     allowed = [i for i, seconds in enumerate(times) if seconds <= (1 + slack) * times[0]]
     knee = min(allowed, key=lambda i: (measured[i][1], times[i]))
     return [
         ThresholdPoint(
-            direction=direction,
+            direction=part.workload.direction,
             slice_frames=part.slicing.frames or part.chunk_frames,
             resident_bytes=part.resident_cache_bytes,
             offloaded_bytes=part.offloaded_cache_bytes,
@@ -321,7 +311,7 @@ def _as_points(
             slowdown=times[i] / times[0],
             knee=i == knee,
         )
-        for i, ((_, part), (rounds, peak)) in enumerate(zip(plans, measured, strict=True))
+        for i, (part, (rounds, peak)) in enumerate(zip(plans, measured, strict=True))
     ]
 
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 from support import REPOSITORY
+from support.plans import fixed_plan
 
-from longvid import make_plan
 from longvid.units import parse_size
 
 ROW = "cogvideox-2b 720x480 decode all"
@@ -55,7 +55,7 @@ def test_rows_are_what_a_plan_says(measured):
         ("tiny", "1920x1088", "encode", "none"),
     ):
         height, width = parse_size(size)
-        part = make_plan(model, height=height, width=width, dtype="bfloat16", offload=offload).direction(direction)
+        part = fixed_plan(model, height=height, width=width, dtype="bfloat16", offload=offload).direction(direction)
         row = measured[f"{model} {size} {direction} {offload}"]
         assert row["projected_bytes"] == part.projected_bytes
         assert row["steady_chunk_bytes"] == part.steady_chunk_bytes

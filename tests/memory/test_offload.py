@@ -5,8 +5,9 @@ import threading
 import numpy as np
 import pytest
 import torch
+from support.plans import fixed_plan
 
-from longvid import MemoryBudgetError, VideoSession, make_plan, open_store
+from longvid import MemoryBudgetError, VideoSession, open_store
 from longvid.memory.offload import OffloadPolicy, Placement
 from longvid.planning.cost_model import choose_placement
 
@@ -21,7 +22,7 @@ def policies(part):
 
 @pytest.fixture(scope="module")
 def plan(vae):
-    return make_plan(vae, height=HEIGHT, width=WIDTH)
+    return fixed_plan(vae, height=HEIGHT, width=WIDTH)
 
 
 def encoded(vae, frames, path, **options):
@@ -51,7 +52,7 @@ def test_no_threshold_changes_a_bit_and_every_plan_is_exact(vae, plan, reference
     policy = policies(plan.encode)[index]
     got, report = encoded(vae, frames, tmp_path / "a.zarr", offload=policy)
     assert np.array_equal(got, moments)
-    expected = make_plan(
+    expected = fixed_plan(
         vae, height=HEIGHT, width=WIDTH, offload=policy, directions=["encode"], keep_buffers=True
     ).encode
     assert report.peak_device_bytes == report.projected_bytes == expected.projected_bytes
@@ -61,7 +62,7 @@ def test_no_threshold_changes_a_bit_and_every_plan_is_exact(vae, plan, reference
     policy = policies(plan.decode)[index]
     got, report = decoded(vae, store, offload=policy)
     assert np.array_equal(got, pixels)
-    expected = make_plan(
+    expected = fixed_plan(
         vae, height=HEIGHT, width=WIDTH, offload=policy, directions=["decode"], keep_buffers=True
     ).decode
     assert report.peak_device_bytes == report.projected_bytes == expected.projected_bytes
@@ -85,9 +86,9 @@ def test_a_file_instead_of_host_memory(vae, plan, reference, tmp_path):
 def test_offloading_saves_memory(plan):
     for direction in ("encode", "decode"):
         part = plan.direction(direction)
-        everything = choose_placement(part.timeline, OffloadPolicy("all"), lambda _: True, part.rates)
-        assert part.minimum_bytes - part.weights_bytes <= part.timeline.peak(everything).total_bytes
-        assert part.timeline.peak(everything).total_bytes < part.timeline.peak(Placement()).total_bytes
+        everything = choose_placement(part.cost_model, OffloadPolicy("all"), lambda _: True, part.rates)
+        assert part.minimum_bytes - part.weights_bytes <= part.cost_model.peak(everything).total_bytes
+        assert part.cost_model.peak(everything).total_bytes < part.cost_model.peak(Placement()).total_bytes
 
 
 @pytest.mark.slow
@@ -96,7 +97,7 @@ def test_twenty_budgets(vae, plan, reference, tmp_path, direction):
     """From the least to the unlimited peak every budget holds, bit for bit; a byte less than the least is refused."""
     frames, store, moments, pixels = reference
     part = plan.direction(direction)
-    shortest = make_plan(vae, height=plan.height, width=plan.width, slice_frames=1).direction(direction)
+    shortest = fixed_plan(vae, height=plan.height, width=plan.width, slice_frames=1).direction(direction)
     assert part.minimum_bytes < shortest.nothing_offloaded_bytes < part.nothing_offloaded_bytes
     for index, budget in enumerate(np.linspace(part.minimum_bytes, part.nothing_offloaded_bytes, 20, dtype=int)):
         if direction == "encode":
@@ -218,15 +219,15 @@ def test_a_second_video_makes_room_by_offloading(vae, plan, frames):
 
 
 def test_a_chunk_invariant_model_shortens_its_chunks_before_it_offloads():
-    need = make_plan("tiny", height=64, width=96, offload="none")
-    four = make_plan("tiny", height=64, width=96, chunk_frames=4, offload="none")
-    fits = make_plan("tiny", height=64, width=96, memory=four.projected_bytes)
+    need = fixed_plan("tiny", height=64, width=96, offload="none")
+    four = fixed_plan("tiny", height=64, width=96, chunk_frames=4, offload="none")
+    fits = fixed_plan("tiny", height=64, width=96, memory=four.projected_bytes)
     assert fits.schedule.chunk_frames == 4
     assert not fits.encode.placement.offloaded
     assert not fits.decode.placement.offloaded
     least = max(four.encode.minimum_bytes, four.decode.minimum_bytes)
     assert least < four.projected_bytes < need.projected_bytes
-    tight = make_plan("tiny", height=64, width=96, memory=least)
+    tight = fixed_plan("tiny", height=64, width=96, memory=least)
     assert tight.projected_bytes <= least
     assert tight.encode.placement.offloaded | tight.decode.placement.offloaded
 
@@ -279,7 +280,7 @@ def test_what_is_staged_is_a_window_in_bytes():
 def test_on_a_device_too_no_policy_changes_a_bit(vae, frames, tmp_path):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    part = make_plan(vae, height=HEIGHT, width=WIDTH).encode
+    part = fixed_plan(vae, height=HEIGHT, width=WIDTH).encode
     results = []
     for index, policy in enumerate(["none", part.cache_bytes // 2, "all"]):
         got, report = encoded(vae, frames, tmp_path / f"{index}.zarr", device="cuda", offload=policy)

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.plans import fixed_plan
 from torch.utils.flop_counter import FlopCounterMode
 
 import longvid as lv
@@ -339,7 +340,7 @@ class TestEngine:
 
     def test_a_tight_budget_gets_shorter_chunks(self, tiny):
         def plan(**options):
-            return lv.make_plan(tiny, height=360, width=640, **options)
+            return fixed_plan(tiny, height=360, width=640, **options)
 
         own, short = plan(), plan(chunk_frames=4)
         assert own.schedule.chunk_frames == 16
@@ -354,7 +355,7 @@ class TestEngine:
             too_small.check("decode")
 
     def test_a_session_keeps_to_the_budget(self, tiny, clip, tmp_path):
-        memory = lv.make_plan(tiny, height=176, width=320, chunk_frames=4).projected_bytes
+        memory = fixed_plan(tiny, height=176, width=320, chunk_frames=4).projected_bytes
         with lv.VideoSession(tiny, device="cpu", memory=memory) as session:
             assert session.encode(clip, tmp_path / "a.zarr").peak_device_bytes <= memory
             assert session.decode(tmp_path / "a.zarr", lambda _: None).peak_device_bytes <= memory
@@ -363,7 +364,7 @@ class TestEngine:
     def test_other_models_keep_their_chunks(self, vae):
         for make in (
             lambda: lv.VideoSession(vae, chunk_frames=16),
-            lambda: lv.make_plan(vae, height=64, width=64, chunk_frames=16),
+            lambda: fixed_plan(vae, height=64, width=64, chunk_frames=16),
         ):
             with pytest.raises(ScheduleError, match="norms run over a chunk"):
                 make()

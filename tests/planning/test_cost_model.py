@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longvid.memory.offload import OffloadPolicy, Placement
-from longvid.planning.cost_model import DeviceRates, LayerCost, Timeline, choose_placement
+from longvid.planning.cost_model import CostModel, DeviceRates, LayerCost, choose_placement
 
 RATES = DeviceRates(flops_per_second=1.0, link_bytes_per_second=1.0)
 
 
-def timeline(*steps, lead=0):
+def cost_model(*steps, lead=0):
     """From (context bytes, working bytes, flops)."""
-    return Timeline(
+    return CostModel(
         steps=tuple(
             LayerCost(
                 layer=chr(97 + i),
@@ -34,7 +34,7 @@ def timeline(*steps, lead=0):
 
 
 def test_sums_with_primes():
-    t = timeline((2, 100, 1), (3, 50, 1), (5, 20, 1))
+    t = cost_model((2, 100, 1), (3, 50, 1), (5, 20, 1))
     assert t.cache_bytes == 10
     assert t.steady_peak(Placement()).total_bytes == 110
     both = Placement(offloaded=frozenset("bc"))
@@ -51,13 +51,13 @@ def test_sums_with_primes():
 
 
 def test_a_model_without_contexts():
-    t = timeline(lead=7)
+    t = cost_model(lead=7)
     assert t.peak(Placement()).total_bytes == 7
     assert choose_placement(t, OffloadPolicy("all"), lambda _: True, RATES) == Placement()
 
 
 def test_seconds_by_hand():
-    t = timeline((2, 0, 4), (6, 0, 4))
+    t = cost_model((2, 0, 4), (6, 0, 4))
     assert t.compute_seconds(RATES) == 8
     assert t.chunk_seconds(Placement(), RATES) == 8
     assert t.transfer_seconds(t.least, RATES) == 8
@@ -79,7 +79,7 @@ steps = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 60), st.integers(1
 @settings(max_examples=60)
 def test_less_is_never_more(steps, share, prefetch):
     """Every context that leaves, and every byte of prefetch that goes, lowers the need of each moment or keeps it."""
-    t = timeline(*steps)
+    t = cost_model(*steps)
     layers = t.layers
     fewer = frozenset(layers[: int(share * len(layers))])
     a, b = Placement(offloaded=fewer, prefetch_bytes=prefetch), Placement(offloaded=frozenset(layers), prefetch_bytes=0)
@@ -90,7 +90,7 @@ def test_less_is_never_more(steps, share, prefetch):
 @given(steps=steps, share=st.floats(0, 1))
 @settings(max_examples=60)
 def test_the_choice_fits_whenever_anything_does_and_nobody_leaves_in_vain(steps, share):
-    t = timeline(*steps)
+    t = cost_model(*steps)
     low, high = t.peak(t.least).total_bytes, t.peak(Placement()).total_bytes
     limit = low + round(share * (high - low))
     chosen = choose_placement(t, OffloadPolicy("auto"), limited(t, limit), RATES)
@@ -104,13 +104,13 @@ def test_the_choice_fits_whenever_anything_does_and_nobody_leaves_in_vain(steps,
 
 
 def test_the_choice_is_nearly_always_the_best_of_all_sets():
-    """Against every subset and every window of 300 small timelines: 95 in 100 as fast, 1 % slower on average."""
+    """Against every subset and every window of 300 small cost_models: 95 in 100 as fast, 1 % slower on average."""
     random, ratios = Random(1), []
     for _ in range(300):
         steps = [
             (random.randint(1, 30), random.randint(0, 60), random.randint(1, 40)) for _ in range(random.randint(1, 6))
         ]
-        t = timeline(*steps)
+        t = cost_model(*steps)
         low, high = t.peak(t.least).total_bytes, t.peak(Placement()).total_bytes
         fits = limited(t, low + round(random.random() * (high - low)))
         chosen = choose_placement(t, OffloadPolicy("auto"), fits, RATES)
@@ -130,7 +130,7 @@ def test_the_choice_is_nearly_always_the_best_of_all_sets():
 @given(steps=steps, share=st.floats(0, 1))
 @settings(max_examples=60)
 def test_a_layer_that_cannot_hide_leaves_only_if_all_that_can_are_not_enough(steps, share):
-    t = timeline(*steps)
+    t = cost_model(*steps)
     low, high = t.peak(t.least).total_bytes, t.peak(Placement()).total_bytes
     fits = limited(t, low + round(share * (high - low)))
     chosen = choose_placement(t, OffloadPolicy("auto"), fits, RATES)
@@ -140,7 +140,7 @@ def test_a_layer_that_cannot_hide_leaves_only_if_all_that_can_are_not_enough(ste
 
 
 def test_a_threshold_keeps_what_is_hardest_to_hide():
-    t = timeline((10, 0, 100), (10, 0, 1), (5, 0, 1000))
+    t = cost_model((10, 0, 100), (10, 0, 1), (5, 0, 1000))
     kept = {
         size: frozenset("abc") - choose_placement(t, OffloadPolicy("size", size), lambda _: True, RATES).offloaded
         for size in (1, 5, 10, 15, 20, 25)
@@ -150,7 +150,7 @@ def test_a_threshold_keeps_what_is_hardest_to_hide():
 
 @pytest.mark.parametrize("policy", [OffloadPolicy("all"), OffloadPolicy("size", 1)])
 def test_a_budget_limits_the_prefetch(policy):
-    t = timeline((10, 0, 20), (10, 0, 20), (10, 30, 20))
+    t = cost_model((10, 0, 20), (10, 0, 20), (10, 30, 20))
     free = choose_placement(t, policy, lambda _: True, RATES)
     assert free.prefetch_bytes > 0
     tight = choose_placement(t, policy, limited(t, 42), RATES)

@@ -34,6 +34,14 @@ def with_bfloat16_kernels(monkeypatch):
     """Decisions are those of a CPU with bfloat16 kernels and a matrix unit, unless a test says otherwise."""
     monkeypatch.setattr(kernel_choice, "has_bfloat16", lambda: True)
     monkeypatch.setattr(kernel_choice, "has_matrix_unit", lambda: True)
+    forget_measurements()
+    yield
+    forget_measurements()
+
+
+def forget_measurements():
+    kernel_choice._seconds_of_layouts.cache_clear()
+    kernel_choice._seconds_of_winograd.cache_clear()
 
 
 def chosen(model, monkeypatch=None, seconds=(1.0, 1.0), dtype=torch.float32, direction="encode", **asked):
@@ -41,6 +49,7 @@ def chosen(model, monkeypatch=None, seconds=(1.0, 1.0), dtype=torch.float32, dir
     if monkeypatch is not None:
         monkeypatch.setattr(kernel_choice, "_benchmark", lambda makers, device: list(seconds))
         monkeypatch.setattr(kernel_choice, "_SMALL_BYTES", 1)
+    forget_measurements()
     size = asked.pop("size", (64, 96))
     workload = Workload(
         direction=direction, height=size[0], width=size[1], dtype=dtype, schedule=model.geometry.schedule

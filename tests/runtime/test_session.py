@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from support.plans import fixed_plan
 
 from longvid import (
     CacheError,
@@ -24,7 +25,6 @@ from longvid import (
     StoreError,
     VideoSession,
     load_model,
-    make_plan,
     open_store,
 )
 
@@ -266,7 +266,7 @@ def test_non_finite_latents_never_reach_a_store(vae, frames, tmp_path):
 
 
 def test_budget_is_checked_before_any_output(vae, frames, tmp_path):
-    need = make_plan(vae, height=24, width=40)
+    need = fixed_plan(vae, height=24, width=40)
     store = tmp_path / "a.zarr"
     with VideoSession(vae, memory=need.encode.projected_bytes) as session:
         report = session.encode(frames, store)
@@ -311,7 +311,7 @@ def test_a_run_that_is_continued_needs_no_more_than_was_planned(vae, frames, tmp
 def test_the_measured_peak_is_the_planned_one_whichever_thread_is_slow(vae, frames, tmp_path):
     """Results that wait for a slow writer are host memory and do not count."""
     long = np.concatenate([frames] * 3)
-    plan, held = make_plan(vae, height=24, width=40, keep_buffers=True), []
+    plan, held = fixed_plan(vae, height=24, width=40, keep_buffers=True), []
 
     def slow(part):
         time.sleep(0.02)
@@ -338,7 +338,7 @@ def test_kept_kernels_are_in_the_measured_peak_as_in_the_planned_one(packable, f
 
 
 def test_several_open_videos_share_the_budget(vae, frames):
-    need = make_plan(vae, height=24, width=40).encode.projected_bytes
+    need = fixed_plan(vae, height=24, width=40).encode.projected_bytes
     with VideoSession(vae, memory=need) as session, session.encoder() as first, session.encoder() as second:
         first.push(frames)
         with pytest.raises(MemoryBudgetError, match="contexts of other open videos"):
@@ -451,7 +451,7 @@ def test_output_onto_input_is_refused(vae, frames, tmp_path):
 
 def test_videos_that_have_not_started_count_as_planned(vae, frames):
     """Contexts come into being with the first chunk; the budget holds all the same."""
-    need = make_plan(vae, height=24, width=40)
+    need = fixed_plan(vae, height=24, width=40)
     first = frames[:1]  # not a whole chunk: nothing runs yet
     with VideoSession(vae, memory=need.encode.projected_bytes + need.encode.cache_bytes, offload="none") as session:
         with session.encoder() as a, session.encoder() as b, session.encoder() as c:
@@ -468,7 +468,7 @@ def test_videos_that_have_not_started_count_as_planned(vae, frames):
 
 
 def test_a_small_video_beside_a_large_one_is_checked_for_both(vae, frames):
-    large, small = make_plan(vae, height=24, width=40).encode, make_plan(vae, height=8, width=8).encode
+    large, small = fixed_plan(vae, height=24, width=40).encode, fixed_plan(vae, height=8, width=8).encode
     for spare, fits in ((small.cache_bytes, True), (small.cache_bytes - 1, False)):
         with (
             VideoSession(vae, memory=large.projected_bytes + spare, offload="none") as session,
@@ -486,8 +486,8 @@ def test_a_small_video_beside_a_large_one_is_checked_for_both(vae, frames):
 
 
 def test_chunks_get_shorter_for_a_second_video():
-    small = make_plan("tiny", height=16, width=16).decode
-    short = make_plan("tiny", height=64, width=64, chunk_frames=4).decode
+    small = fixed_plan("tiny", height=16, width=16).decode
+    short = fixed_plan("tiny", height=64, width=64, chunk_frames=4).decode
     memory = short.projected_bytes + small.cache_bytes
     with VideoSession("tiny", device="cpu", memory=memory) as session, session.decoder() as a, session.decoder() as b:
         a.push(torch.zeros(1, 16, 1, 2, 2))
@@ -667,7 +667,7 @@ def test_a_session_may_use_its_own_host_memory_again(vae, frames, tmp_path, monk
     import longvid.runtime.admission
     from longvid.memory.host_buffer import HostBuffer
 
-    plan = make_plan(vae, height=24, width=40, offload="all").encode
+    plan = fixed_plan(vae, height=24, width=40, offload="all").encode
     needed = HostBuffer.room_for(plan.host_sizes) + plan.projected_bytes - plan.weights_bytes
     with VideoSession(vae, device="cpu", offload="all") as session:
         monkeypatch.setattr(

@@ -6,22 +6,24 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.plans import fixed_plan
 
-from longvid import MemoryBudgetError, ModelError, Profile, StoreError, VideoSession, make_plan
+from longvid import MemoryBudgetError, ModelError, Profile, StoreError, VideoSession
 from longvid.cli.commands import main
+from longvid.planning.options import ComputeOptions
 from longvid.planning.profile import DirectionProfile, ProfileScope
-from longvid.runtime.tune import draw, tune
+from longvid.runtime.tune import Sweep, draw, tune
 
 HEIGHT, WIDTH = 16, 24
 
 
 @pytest.fixture(scope="module")
 def tuning(vae):
-    return tune(vae, height=HEIGHT, width=WIDTH, device="cpu", thresholds=4, rounds=2)
+    return tune(vae, height=HEIGHT, width=WIDTH, device="cpu", sweep=Sweep(thresholds=4, rounds=2))
 
 
 def test_the_sweep_goes_from_nothing_to_everything_and_is_exact(vae, tuning):
-    plan = make_plan(vae, height=HEIGHT, width=WIDTH, keep_buffers=True)
+    plan = fixed_plan(vae, height=HEIGHT, width=WIDTH, keep_buffers=True)
     for direction in ("encode", "decode"):
         row = [point for point in tuning.points if point.direction == direction]
         part = plan.direction(direction)
@@ -48,16 +50,17 @@ def test_the_sweep_goes_from_nothing_to_everything_and_is_exact(vae, tuning):
 
 
 def test_thresholds_beyond_the_budget_are_left_out(vae):
-    part = make_plan(vae, height=HEIGHT, width=WIDTH, offload="all", slice_frames=1).encode
+    part = fixed_plan(vae, height=HEIGHT, width=WIDTH, offload="all", slice_frames=1).encode
     most = part.nothing_offloaded_bytes - 1
-    found = tune(
-        vae, height=HEIGHT, width=WIDTH, device="cpu", memory=most, directions=["encode"], thresholds=3, rounds=1
-    )
+    sweep = Sweep(directions=["encode"], thresholds=3, rounds=1)
+    budget = ComputeOptions(allowed_bytes=most)
+    found = tune(vae, height=HEIGHT, width=WIDTH, device="cpu", options=budget, sweep=sweep)
     assert found.points
     assert all(point.offloaded_bytes > 0 and point.peak_bytes <= most for point in found.points)
     assert set(found.profile.directions) == {"encode"}
     with pytest.raises(MemoryBudgetError, match="with every context offloaded"):
-        tune(vae, height=HEIGHT, width=WIDTH, device="cpu", memory=part.minimum_bytes - 1, directions=["encode"])
+        less = ComputeOptions(allowed_bytes=part.minimum_bytes - 1)
+        tune(vae, height=HEIGHT, width=WIDTH, device="cpu", options=less, sweep=sweep)
 
 
 def test_a_profile_comes_back(tuning, tmp_path):
@@ -141,10 +144,10 @@ def test_a_profile_of_another_setting_says_what_differs(changes, said):
 def test_a_session_runs_as_its_profile_says(vae, tuning, tmp_path):
     frames = np.random.default_rng(0).integers(0, 256, (17, HEIGHT, WIDTH, 3), dtype=np.uint8)
     part = tuning.profile.directions["encode"]
-    half = replace(part, resident_bytes=make_plan(vae, height=HEIGHT, width=WIDTH).encode.cache_bytes // 2)
+    half = replace(part, resident_bytes=fixed_plan(vae, height=HEIGHT, width=WIDTH).encode.cache_bytes // 2)
     profile = replace(tuning.profile, directions={"encode": half})
     setting = {"offload": half.policy, "slice_frames": half.slice_frames}
-    expected = make_plan(vae, height=HEIGHT, width=WIDTH, **setting).encode
+    expected = fixed_plan(vae, height=HEIGHT, width=WIDTH, **setting).encode
     assert expected.placement.prefetch_bytes == half.prefetch_bytes
     with VideoSession(vae, device="cpu", profile=profile) as session:
         report = session.encode(frames, tmp_path / "a.zarr")
@@ -171,7 +174,7 @@ def test_a_session_runs_as_its_profile_says(vae, tuning, tmp_path):
 
 def test_a_reserve_is_part_of_the_budget(vae, tuning):
     profile = replace(tuning.profile, reserved_bytes=1000)
-    need = make_plan(vae, height=HEIGHT, width=WIDTH).encode.minimum_bytes
+    need = fixed_plan(vae, height=HEIGHT, width=WIDTH).encode.minimum_bytes
     for memory, fits in ((need + 1000, True), (need + 999, False)):
         with VideoSession(vae, device="cpu", profile=profile, memory=memory) as session:
             assert session.plan(height=HEIGHT, width=WIDTH).fits("encode") == fits

@@ -1,0 +1,151 @@
+"""Options: what a user asks of the computation, and what follows from them for a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from longvid.errors import ModelError, ScheduleError
+from longvid.events import Direction
+from longvid.memory.budget import default_reserved_bytes
+from longvid.memory.offload import OffloadPolicy
+from longvid.models.base import CausalVAE
+from longvid.models.device import resolve_device
+from longvid.models.numerics import Layout, Numerics
+from longvid.planning.cost_model import DeviceRates
+from longvid.planning.kernel_choice import fresh_memory_is_slow, preferred_band_bytes
+from longvid.planning.profile import Profile
+
+__all__ = ["ComputeOptions", "OtherVideos", "Setting", "default_dtype", "parse_dtype", "planned_device"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComputeOptions:
+    """What a user asked for; see :class:`longvid.VideoSession`. None leaves a choice to the plan."""
+
+    dtype: torch.dtype | None = None
+    layout: Layout | None = None
+    paired_frames: bool | None = None
+    numerics: Numerics | None = None
+    "numerics of a run that is resumed, where the user left the choice"
+    chunk_frames: int | None = None
+    slice_frames: int | None = None
+    offload: OffloadPolicy = field(default_factory=OffloadPolicy)
+    allowed_bytes: int | None = None
+    reserved_bytes: int | None = None
+    keep_buffers: bool = True
+    "whether buffers may be kept from chunk to chunk; push mode keeps none"
+    profile: Profile | None = field(default=None, hash=False)
+    default_rates: DeviceRates = field(default_factory=DeviceRates)
+    "rates of the device where no profile has measured them"
+
+    def __post_init__(self) -> None:
+        if self.slice_frames is not None and self.slice_frames < 1:
+            raise ScheduleError(f"slices of {self.slice_frames} frames were asked for; one frame is the least")
+
+    def policy(self, direction: Direction) -> OffloadPolicy:
+        """The offload policy; the threshold of the profile where neither a policy nor a budget was asked for."""
+        part = self._tuned(direction)
+        return self.offload if part is None else part.policy
+
+    def slices(self, direction: Direction) -> int | None:
+        """Frames of a slice as asked for, or as the profile found them."""
+        part = self._tuned(direction)
+        return self.slice_frames if part is None or self.slice_frames is not None else part.slice_frames
+
+    def rates(self, direction: Direction) -> DeviceRates:
+        """The measured rates of the profile, if there is one."""
+        if self.profile is None:
+            return self.default_rates
+        parts = self.profile.directions
+        return parts.get(direction, next(iter(parts.values()))).rates
+
+    def _tuned(self, direction: Direction) -> Any:
+        if self.profile is None or self.offload.kind != "auto" or self.allowed_bytes is not None:
+            return None
+        return self.profile.directions.get(direction)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OtherVideos:
+    """What other open videos leave of the budget."""
+
+    held_bytes: int = 0
+    "contexts of other videos on the device while this one computes"
+    idle_limit_bytes: int | None = None
+    "most bytes of contexts that this video may have on the device between chunks"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What follows from a device and the options of a user, for plans and runs alike."""
+
+    device: torch.device
+    is_here: bool
+    "whether this machine has the device, so that kernels can be measured on it"
+    dtype: torch.dtype
+    reserved_bytes: int
+    "part of the budget for what a plan cannot see"
+    tile_bytes: int | None
+    "most bytes of a layer's window, beyond which it runs in row tiles; None for whole frames"
+    keeps_buffers: bool
+    "whether fresh memory is slow there, so that buffers are kept from chunk to chunk if they fit"
+
+    @classmethod
+    def of(cls, model: CausalVAE, options: ComputeOptions, device: torch.device, *, is_here: bool = True) -> Setting:
+        """The setting for a model; its dtype is that of its weights if none was asked for."""
+        reserved = options.reserved_bytes
+        if reserved is None and options.profile is not None:
+            reserved = options.profile.reserved_bytes
+        return cls(
+            device=device,
+            is_here=is_here,
+            dtype=options.dtype or next(cast("nn.Module", model).parameters()).dtype,
+            reserved_bytes=default_reserved_bytes(device) if reserved is None else reserved,
+            tile_bytes=preferred_band_bytes(device),
+            keeps_buffers=fresh_memory_is_slow(device),
+        )
+
+
+def planned_device(device: str | torch.device) -> tuple[torch.device, bool]:
+    """The device to plan for, which need not exist here, and whether it does.
+
+    Raises:
+        ModelError: there is no such kind of device.
+    """
+    try:
+        return resolve_device(device), True
+    except ModelError:
+        try:
+            return torch.device(device), False
+        except RuntimeError as exc:
+            raise ModelError(f"device {device!r} is not known; choose auto, cpu, cuda, cuda:1, ...") from exc
+
+
+def default_dtype(source: object, device: torch.device) -> torch.dtype | None:
+    """The dtype for a model if none was asked for.
+
+    A model that is given by name computes in float32 on a CPU and in bfloat16 on an accelerator. A model that is given
+    as an object computes in the dtype of its weights: None.
+    """
+    if not isinstance(source, (str, Path)):
+        return None
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """``"bfloat16"``, ``"float16"`` or ``"float32"`` as a torch dtype; None stays None.
+
+    Raises:
+        ModelError: another dtype.
+    """
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if dtype is None or dtype in known.values():
+        return cast("torch.dtype | None", dtype)
+    if dtype not in known:
+        raise ModelError(f"dtype {dtype!r} is not supported; choose {', '.join(known)}")
+    return known[str(dtype)]
