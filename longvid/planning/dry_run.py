@@ -18,8 +18,7 @@ from longvid.memory.buffer_pool import BufferPool
 from longvid.memory.offloader import Offloader
 from longvid.memory.tracker import AllocationTracker
 from longvid.models.base import CausalVAE
-from longvid.models.cache import CausalLayer, ConvCache
-from longvid.models.context import ForwardContext, Limits, PreparedWeights
+from longvid.models.cache import CausalLayer
 from longvid.models.device import placed, tensor_bytes
 from longvid.models.forward import decode_chunk, encode_chunk
 from longvid.planning.cost_model import CostModel, LayerCost
@@ -53,19 +52,13 @@ def dry_run(
     resumed; the highest of them counts. ``like`` is the cost model of the same workload in another execution, from
     which FLOPs are taken over: those of row tiles cannot be counted, since tiles that are alike are left out.
     """
-    slicing, numerics = execution.slicing, execution.numerics
-    if like is None and slicing.band_elements is not None:
-        like = dry_run(model, workload, Execution(numerics=numerics))
+    if like is None and execution.slicing.band_elements is not None:
+        like = dry_run(model, workload, Execution(numerics=execution.numerics))
     run = encode_chunk if workload.direction == "encode" else decode_chunk
     first_host, middle_host = (_host_chunk(model, workload, i) for i in range(2))  # outside the tracker
     probe = _Probe()
-    with ForwardContext(
-        ConvCache(model.encoder if workload.direction == "encode" else model.decoder, offloader=probe),
-        BufferPool(keep=execution.keeps_buffers),
-        PreparedWeights(keep=execution.keeps_kernels),
-        numerics,
-        Limits(slice_elements=slicing.elements, tile_elements=slicing.band_elements),
-    ) as context:
+    module = model.encoder if workload.direction == "encode" else model.decoder
+    with execution.context(module, probe) as context:
 
         def compute(host: Tensor) -> _ChunkCost:
             # The tracker is the inner mode: it sees the same operations as without the counter.

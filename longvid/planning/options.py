@@ -64,6 +64,12 @@ class ComputeOptions:
         parts = self.profile.directions
         return parts.get(direction, next(iter(parts.values()))).rates
 
+    def reserved_on(self, device: torch.device) -> int:
+        """The reserve as asked for, as the profile found it, or the usual one of the device."""
+        if self.reserved_bytes is not None:
+            return self.reserved_bytes
+        return default_reserved_bytes(device) if self.profile is None else self.profile.reserved_bytes
+
     def _tuned(self, direction: Direction) -> Any:
         if self.profile is None or self.offload.kind != "auto" or self.allowed_bytes is not None:
             return None
@@ -97,15 +103,18 @@ class Setting:
 
     @classmethod
     def of(cls, model: CausalVAE, options: ComputeOptions, device: torch.device, *, is_here: bool = True) -> Setting:
-        """The setting for a model; its dtype is that of its weights if none was asked for."""
-        reserved = options.reserved_bytes
-        if reserved is None and options.profile is not None:
-            reserved = options.profile.reserved_bytes
+        """The setting for a model; its dtype is that of its weights if none was asked for.
+
+        Raises:
+            ModelError: the model is not a torch module.
+        """
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"{type(model).__name__} is not a torch module, so its memory cannot be planned")
         return cls(
             device=device,
             is_here=is_here,
-            dtype=options.dtype or next(cast("nn.Module", model).parameters()).dtype,
-            reserved_bytes=default_reserved_bytes(device) if reserved is None else reserved,
+            dtype=options.dtype or next((weight.dtype for weight in model.parameters()), torch.float32),
+            reserved_bytes=options.reserved_on(device),
             tile_bytes=preferred_band_bytes(device),
             keeps_buffers=fresh_memory_is_slow(device),
         )

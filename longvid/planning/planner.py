@@ -13,9 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
-from torch import nn
 
-from longvid.errors import ModelError, ScheduleError
+from longvid.errors import ScheduleError
 from longvid.events import Direction
 from longvid.memory.budget import MemoryBudget
 from longvid.memory.offload import OffloadPolicy
@@ -65,18 +64,14 @@ def make_plan(
         device: to plan for. Where it does not exist here, the usual layout of such devices is assumed.
         dtype: compute dtype, a name or a torch dtype. None is float32 on a CPU and bfloat16 on an accelerator for a
             model that is given by name, and the dtype of the weights for a model that is given as an object.
-        memory: the budget, such as ``"8GiB"``; None for no limit.
-        offload: which contexts leave the device between chunks: ``"auto"`` (as much as the budget needs), ``"none"``,
-            ``"all"``, or a size such as ``"512MiB"`` up to which they stay.
-        reserved: part of the budget to set aside for what a dry run cannot see; None for 0 on a CPU and 512 MiB on an
-            accelerator.
-        chunk_frames: frames of a chunk after the first; None for the model's own. If the model is chunk-invariant
-            and its own length does not fit the budget, None takes the longest of a half, a quarter, ... that does;
-            only if none fits does ``"auto"`` offload.
-        slice_frames: frames of a slice in the layer with the largest frames; None for the longest slices that fit the
-            budget, whole chunks first.
-        layout: memory layout of activations: ``"auto"``, ``"contiguous"`` or ``"channels_last"``.
-        paired_frames: whether convolutions take frames in pairs: ``"auto"``, ``"on"`` or ``"off"``.
+        memory: the budget; like all that follow but the last, as for :class:`~longvid.VideoSession`.
+        offload: which contexts leave the device between chunks.
+        reserved: part of the budget for what a dry run cannot see.
+        chunk_frames: frames of a chunk after the first. If None, the model is chunk-invariant and its own length does
+            not fit, it is the longest of a half, a quarter, ... that does; only if none fits does ``"auto"`` offload.
+        slice_frames: frames of a slice; None for the longest slices that fit the budget, whole chunks first.
+        layout: memory layout of activations.
+        paired_frames: whether convolutions compute two frames at a time.
         keep_buffers: whether buffers may be kept from chunk to chunk; False plans push mode, which keeps none.
 
     Raises:
@@ -106,14 +101,9 @@ class Planner:
     Args:
         model: with weights or without.
         setting: where and in which dtype it computes.
-
-    Raises:
-        ModelError: the model is not a torch module.
     """
 
     def __init__(self, model: CausalVAE, setting: Setting) -> None:
-        if not isinstance(model, nn.Module):
-            raise ModelError(f"{type(model).__name__} is not a torch module, so its memory cannot be planned")
         self._model, self._setting = model, setting
         self._runs = DryRuns(model)
         self._numerics: dict[tuple[object, ...], Numerics] = {}

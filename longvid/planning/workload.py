@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from longvid.events import Direction
+from longvid.memory.buffer_pool import BufferPool
+from longvid.memory.offloader import Offloader
+from longvid.models.cache import ConvCache
+from longvid.models.context import ForwardContext, Limits, PreparedWeights
 from longvid.models.numerics import Numerics
 from longvid.schedule import ChunkSchedule
 
@@ -52,3 +57,13 @@ class Execution:
     "whether the buffers of the layers are kept from chunk to chunk"
     keeps_kernels: bool = False
     "whether weights that layers have prepared for their kernels are kept as well"
+
+    def context(self, module: nn.Module, offloader: Offloader) -> ForwardContext:
+        """The context in which ``module`` computes one video: the same in a dry run and in the real one."""
+        return ForwardContext(
+            ConvCache(module, offloader=offloader),
+            BufferPool(keep=self.keeps_buffers),
+            PreparedWeights(keep=self.keeps_kernels),
+            self.numerics,
+            Limits(slice_elements=self.slicing.elements, tile_elements=self.slicing.band_elements),
+        )

@@ -16,12 +16,10 @@ from torch import Tensor, nn
 from longvid.errors import MemoryBudgetError, NonFiniteError
 from longvid.events import Direction
 from longvid.frames import Frames
-from longvid.memory.buffer_pool import BufferPool
 from longvid.memory.copy_engine import CopyEngine
 from longvid.memory.offloader import Offloader
 from longvid.memory.tracker import DeviceMeter, is_out_of_memory
-from longvid.models.cache import ConvCache
-from longvid.models.context import ForwardContext, Limits, PreparedWeights
+from longvid.models.context import ForwardContext
 from longvid.models.forward import decode_chunk, encode_chunk, sample_posterior
 from longvid.models.kernels.convolution import faithful
 from longvid.planning.plan import DirectionPlan
@@ -36,13 +34,8 @@ Representation: TypeAlias = Literal["mode", "moments", "sample"]
 
 def context_of(part: DirectionPlan, module: nn.Module, copies: CopyEngine, *, traced: bool = False) -> ForwardContext:
     """The context in which ``module`` runs one video as planned."""
-    return ForwardContext(
-        ConvCache(module, offloader=Offloader(part.placement, copies, host_sizes=part.host_sizes, traced=traced)),
-        BufferPool(keep=part.keeps_buffers),
-        PreparedWeights(keep=part.keeps_kernels),
-        part.numerics,
-        Limits(slice_elements=part.slicing.elements, tile_elements=part.slicing.band_elements),
-    )
+    offloader = Offloader(part.placement, copies, host_sizes=part.host_sizes, traced=traced)
+    return part.execution.context(module, offloader)
 
 
 class Run:

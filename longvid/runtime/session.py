@@ -30,7 +30,7 @@ from longvid.models.base import CausalVAE, model_name
 from longvid.models.device import resolve_device
 from longvid.models.loading import load_model
 from longvid.models.numerics import parse_layout, parse_paired_frames
-from longvid.planning.options import ComputeOptions, Setting, default_dtype, parse_dtype
+from longvid.planning.options import ComputeOptions, default_dtype, parse_dtype
 from longvid.planning.plan import Plan
 from longvid.planning.planner import Offload
 from longvid.planning.profile import Profile
@@ -131,13 +131,12 @@ class VideoSession:
         with self._guard.opening():
             device = resolve_device(self._requested_device)
             options = replace(self._options, dtype=self._options.dtype or default_dtype(self._source, device))
-            setting = Setting.of(self._source_model, options, device)
             engine = Engine.on_device(
                 self._source_model,
                 device,
-                setting.dtype,
+                options.dtype,
                 offload_dir=self._offload_dir,
-                reserved_bytes=setting.reserved_bytes,
+                reserved_bytes=options.reserved_on(device),
             )
             self._admission_control = AdmissionControl(engine, options, self._offload_dir)
         return self
