@@ -40,7 +40,7 @@ def test_all_three_give_the_same_plan(name, dtype, tight, capsys, monkeypatch):
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 def test_what_a_plan_says_fits_runs_and_a_byte_less_does_not(direction, tmp_path):
-    model, frames = load_model("tiny"), np.zeros((9, 16, 24, 3), np.uint8)
+    model, frames = load_model("tiny"), np.zeros((49, 16, 24, 3), np.uint8)
     asked = {"device": "cpu", "chunk_frames": model.geometry.chunk_frames}  # a shorter chunk would fit in less
     if direction == "decode":
         with VideoSession(model, **asked) as session:
