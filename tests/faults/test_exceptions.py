@@ -241,14 +241,14 @@ def test_memory_that_runs_out_at_any_call_gives_the_same_bits_or_an_error(vae):
 def test_a_measured_peak_above_the_plan_is_told_once(vae, monkeypatch):
     from longvid.models.layers import CausalConv3d
 
-    real, kept = CausalConv3d._conv, []
+    real, kept = CausalConv3d.stream, []
 
-    def wasteful(self, x, limit):
-        out = real(self, x, limit)
+    def wasteful(self, *args, **options):
+        out = real(self, *args, **options)
         kept.append(torch.empty(300_000))
         return out
 
-    monkeypatch.setattr(CausalConv3d, "_conv", wasteful)
+    monkeypatch.setattr(CausalConv3d, "stream", wasteful)
     with VideoSession(vae) as session, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         encode(session)
