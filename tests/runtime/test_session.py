@@ -252,9 +252,9 @@ def test_the_first_frame_that_is_not_finite_is_named(vae, monkeypatch, bad):
     broken = copy.deepcopy(vae)
     monkeypatch.setattr(broken, "decode", lambda z, cache: frames[:, :, : z.shape[2] * 4 - 3].to(z.device))
     message = f"frame {bad[0]} of the decoded chunk is not finite"
-    with VideoSession(broken, layout="contiguous") as session, session.decoder() as dec:  # no layer runs to be measured
-        with pytest.raises(ModelError, match=message):
-            dec.push(torch.randn(1, 16, 3, 2, 2))
+    session = VideoSession(broken, layout="contiguous")  # no layer runs that could be measured
+    with session, session.decoder() as dec, pytest.raises(ModelError, match=message):
+        dec.push(torch.randn(1, 16, 3, 2, 2))
 
 
 def test_non_finite_latents_never_reach_a_store(vae, frames, tmp_path):
