@@ -83,9 +83,10 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
         with open(os.open(path, flags), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
                 _refuse(str(path), "it is not a regular file", "files and folders")
-            return file.read(max_bytes)
+            return file.read(min(max_bytes, found.st_size + 1))  # Python allocates what it is asked to read
     except StoreError:
         raise
     except (FileNotFoundError, NotADirectoryError) as exc:
