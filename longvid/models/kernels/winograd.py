@@ -42,7 +42,6 @@ def two_frames(
         y0 = m0 + m1 + m2    y1 = m1 - m2 - m3
 
     of which m0 and -m3 are added last, by :func:`accumulate` if that is ``fused``.
-
     Sums of inputs and of taps are rounded to the dtype. In float32 the result is as near to the truth as the plain
     form; in bfloat16 its error is about twice that of the plain form. Filters in float32 (made of widened weights) make
     everything float32, rounded once at the end, also for a bfloat16 input.
@@ -51,7 +50,6 @@ def two_frames(
         x_BCTHW: four frames.
         filters: from :func:`winograd_filters`, packed or not.
         out_BCTHW: where the two frames are written, dense in each frame; None for new memory.
-        padding: zeros on both sides in height and width.
     """
     if filters[0].dtype != x_BCTHW.dtype:
         wide = attempt(partial(x_BCTHW.to, filters[0].dtype))
