@@ -16,7 +16,8 @@ SMALL = ["--size", "64x48", "--frames", "45", "--chunk-frames", "4", "--snapshot
 
 @pytest.fixture
 def interrupted(monkeypatch):
-    """Runs a command that gets SIGINT after its second chunk."""
+    """Runs a command that gets SIGINT after its second chunk, also where the parent of the tests ignores it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     real = ProgressBar.__call__
 
     def call(self, event):
@@ -29,7 +30,8 @@ def interrupted(monkeypatch):
             patch.setattr(ProgressBar, "__call__", call)
             return main(args)
 
-    return run
+    yield run
+    signal.signal(signal.SIGINT, previous)
 
 
 def ends(recording):
