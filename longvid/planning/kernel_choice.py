@@ -41,13 +41,13 @@ from longvid.planning.workload import Workload
 __all__ = ["can_compute", "choose_numerics", "fresh_memory_is_slow", "preferred_band_bytes"]
 
 _SMALL_BYTES = 32 * 2**20
-"of the largest window of a chunk; up to this size the C library hands memory out again without fetching it anew"
+"limit for the largest window of a chunk; up to this size the C library reuses memory without asking the system"
 _BAND_BYTES = 24 * 2**20
-"of the window of a row tile; decision 22"
+"limit for the window of a row tile; see decision 22"
 _MOST_PRODUCTS = 3e9
-"of a measured convolution: a tenth of a second on one thread"
+"limit for a measured convolution: a tenth of a second on one thread"
 _ROUNDS = 5
-"of a benchmark"
+"rounds in which the forms of a benchmark alternate"
 _SLOWER = 1.3
 "a form that costs nothing but time is given up if it is slower than the other by this factor, which noise is not"
 _FASTER = 1.1

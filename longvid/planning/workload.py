@@ -24,7 +24,7 @@ class Workload:
 
     direction: Direction
     height: int
-    "of a frame in pixels, after padding to whole latents"
+    "height of a frame in pixels, after padding to whole latents"
     width: int
     dtype: torch.dtype
     schedule: ChunkSchedule
