@@ -47,7 +47,7 @@ class LayerCost:
     steady_bytes: int
     "any later chunk"
     flops: int
-    "peak in a later chunk"
+    "counted in a later chunk"
 
     @property
     def bytes_per_flop(self) -> float:
