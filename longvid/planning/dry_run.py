@@ -137,7 +137,9 @@ class DryRuns:
         """What a workload costs in an execution."""
         key = (workload, execution)
         if key not in self._cost_models:
-            like = next((known for (other, _), known in self._cost_models.items() if other == workload), None)
+            alike = (workload, execution.numerics)  # other kernel forms have other FLOPs
+            known = self._cost_models.items()
+            like = next((cost for (other, how), cost in known if (other, how.numerics) == alike), None)
             self._cost_models[key] = dry_run(self.skeleton(workload.dtype), workload, execution, like=like)
         return self._cost_models[key]
 

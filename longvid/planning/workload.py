@@ -32,7 +32,10 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Slicing:
-    """How large the slices of frames and the row tiles are in which layers run. Never changes a result."""
+    """How large the slices of frames and the row tiles are in which layers run.
+
+    On some processors another size changes the last bits of a result; on most it changes none.
+    """
 
     elements: int = 2**31 - 1
     "most elements of a slice's new input frames and of its output; at least one frame"

@@ -76,7 +76,7 @@ class VideoSession:
         chunk_frames: frames of a chunk after the first, for a model whose result does not depend on it; None for the
             model's own, or shorter where the budget asks for it.
         slice_frames: frames of a slice, in which the layers with the largest frames run; None for whole chunks, and
-            fewer where the budget asks for it. Never changes a bit.
+            fewer where the budget asks for it. May change the last bits on some processors.
         layout: of activations in memory: ``"auto"``, ``"contiguous"`` or ``"channels_last"``. Seen in the last bits of
             a result and recorded in the store. ``"auto"`` is channels last where it is not slower, except for small
             frames on a CPU, for which contiguous is bit for bit what diffusers computes in the bfloat16 encoder.

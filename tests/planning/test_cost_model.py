@@ -4,11 +4,15 @@ from itertools import combinations
 from random import Random
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longvid.memory.offload import OffloadPolicy, Placement
+from longvid.models.numerics import Numerics
 from longvid.planning.cost_model import CostModel, DeviceRates, LayerCost, choose_placement
+from longvid.planning.dry_run import DryRuns
+from longvid.planning.workload import Execution, Workload
 
 RATES = DeviceRates(flops_per_second=1.0, link_bytes_per_second=1.0)
 
@@ -156,3 +160,14 @@ def test_a_budget_limits_the_prefetch(policy):
     tight = choose_placement(t, policy, limited(t, 42), RATES)
     assert tight.prefetch_bytes == 0
     assert t.peak(tight).total_bytes <= 42
+
+
+def test_a_kernel_form_keeps_its_own_flops(vae):
+    """The dry runs of a planner may know the same workload in another form, which multiplies more."""
+    workload = Workload(direction="encode", height=32, width=32, dtype=torch.float32, schedule=vae.geometry.schedule)
+    plain, winograd = (Execution(numerics=Numerics(layout="channels_last", paired_frames=p)) for p in (False, True))
+    runs = DryRuns(vae)
+    before = runs.cost_model(workload, plain)
+    after = runs.cost_model(workload, winograd)
+    assert after == DryRuns(vae).cost_model(workload, winograd)
+    assert sum(step.flops for step in after.steps) < sum(step.flops for step in before.steps)
