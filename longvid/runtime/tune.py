@@ -39,7 +39,6 @@ __all__ = ["Sweep", "ThresholdPoint", "Tuning", "draw", "tune"]
 _FIRST_TIMED = 3
 "chunks before it warm up, and on a CPU they are the ones whose allocations are tracked, which takes time of its own"
 _LINK_BYTES = 64 * 2**20
-_MARK = "longvid tune"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
