@@ -86,7 +86,8 @@ class Verification:
     def explain(self) -> str:
         """The result as text."""
         state = "complete" if self.complete else "unfinished"
-        lines = [f"{self.path}: {state}, {self.num_frames} frames in {self.num_units} units"]
+        units = "1 commit unit" if self.num_units == 1 else f"{self.num_units} commit units"
+        lines = [f"{self.path}: {state}, {self.num_frames} frames in {units}"]
         if self.ok:
             lines[0] += "; everything is as it was committed"
         lines += [f"  {damage.name}: {damage.what}" for damage in self.damages[:20]]

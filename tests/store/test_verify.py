@@ -71,7 +71,7 @@ def test_what_is_whole_is_ok_and_nothing_is_changed(store):
     found = verify(store)
     assert (found.ok, found.complete, found.num_frames, found.num_units) == (True, True, NUM_FRAMES, 4)
     assert found.frame_ranges == []
-    assert "complete, 57 frames in 4 units; everything is as it was committed" in found.explain()
+    assert "complete, 57 frames in 4 commit units; everything is as it was committed" in found.explain()
     assert files(store) == before
 
 
