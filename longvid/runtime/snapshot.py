@@ -29,7 +29,7 @@ from longvid.frames import SourcePosition
 from longvid.memory.buffer_pool import layout_of
 from longvid.runtime.prefetch import Writer
 from longvid.runtime.run import Run
-from longvid.store.staging import disk_errors, sync_folder, write_durably
+from longvid.store.staging import disk_errors, sync_path, write_durably
 from longvid.store.writer import StoreWriter
 
 __all__ = ["Checkpoints", "Snapshot", "fingerprint_digest", "newest_snapshot", "snapshots_in", "write_snapshot"]
@@ -106,8 +106,8 @@ def write_snapshot(
     path = folder / f"{chunk:09d}{_SUFFIX}"
     write_durably(path, lambda file: _write(file, tensors, facts), sync=sync)
     if sync:
-        sync_folder(folder)
-        sync_folder(folder.parent)
+        sync_path(folder)
+        sync_path(folder.parent)
     if not keep_all:
         for old in snapshots_in(folder)[:-_KEPT]:
             if old != path:

@@ -182,20 +182,11 @@ def open_reader(path: str | os.PathLike[str], *, strict: bool = True) -> StoreRe
         StoreError: there is no store of longvid, or its metadata are damaged.
     """
     where = local_path(path)
-    try:
-        found = where.is_dir()
-    except OSError as exc:
-        raise StoreError(f"{where} cannot be read: {exc.strerror}", kind="other") from exc
-    if not found:
-        is_file = where.is_file()
-        raise StoreError(
-            f"{where} is a file and not a store" if is_file else f"there is no store {where}", kind="missing"
-        )
+    check_tree(where)
     return _open_strictly(where) if strict else _open_with_copy(where)
 
 
 def _open_strictly(where: Path) -> StoreReader:
-    check_tree(where)
     try:
         root = read_document(where / "zarr.json")
     except StoreError as exc:
@@ -217,7 +208,6 @@ def _open_strictly(where: Path) -> StoreReader:
 
 
 def _open_with_copy(where: Path) -> StoreReader:
-    check_tree(where)
     content, copy = (bytes_of(where / name) for name in ("zarr.json", f"{PRIVATE}/root.json"))
     whole = [document for document in (content, copy) if document is not None and checksum_is_right(document)]
     if not whole:

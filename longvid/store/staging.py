@@ -21,7 +21,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, StorePath
 
 from longvid.errors import StoreError
-from longvid.store.format import OWN_NAMES, PRIVATE, serialized
+from longvid.store.format import serialized
 
 __all__ = [
     "StagedStore",
@@ -29,12 +29,10 @@ __all__ = [
     "is_partial",
     "open_array",
     "partial_files",
-    "sync_file",
-    "sync_folder",
+    "sync_path",
     "write_durably",
 ]
 
-_PARTIAL_SUFFIX = ".partial"
 _PARTIAL = re.compile(r"(\..+|.*\.[0-9a-f]{32})\.partial")
 "name of a file while it is being written: ours, and those of zarr's LocalStore"
 
@@ -44,18 +42,9 @@ def is_partial(name: str) -> bool:
     return _PARTIAL.fullmatch(name) is not None
 
 
-def sync_file(path: Path) -> None:
-    """Wait until the file's content is on the disk."""
-    _sync(path, os.O_RDONLY)
-
-
-def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    _sync(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-
-
-def _sync(path: Path, flags: int) -> None:
-    fd = os.open(path, flags | os.O_CLOEXEC)
+def sync_path(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         _fsync(fd, path)
     finally:
@@ -83,7 +72,7 @@ def write_durably(path: Path, content: bytes | Callable[[BinaryIO], None], *, sy
         content: the whole content, or a function that writes it to an open file.
         sync: whether the new content is on the disk before it takes the name. The folder is not synced here.
     """
-    partial = path.with_name(f".{path.name}{_PARTIAL_SUFFIX}")
+    partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
             if isinstance(content, bytes):
@@ -145,37 +134,32 @@ class StagedStore(LocalStore):
         The order is: new chunks; chunks that replace older ones, whose rows they repeat; the root; the metadata of
         single arrays. If it is interrupted anywhere, readers see the last commit.
         """
-        if self._sync:
-            for key in self._written:
-                sync_file(self.root / key)
+        folders = {(self.root / key).parent for key in (*self._written, *self._staged)}
+        self._settle(*(self.root / key for key in self._written))
         for key, content in self._staged.items():
             (self.root / key).parent.mkdir(exist_ok=True)
             write_durably(self.root / key, content, sync=self._sync)
-        if self._sync:
-            for folder in {(self.root / key).parent for key in (*self._written, *self._staged)}:
-                sync_folder(folder)
-            if self._staged or self._written:
-                sync_folder(self.root)  # the folders of new arrays
+        self._settle(*folders, *([self.root] if folders else []))  # the root has the folders of new arrays
         write_durably(self.root / "zarr.json", root_document, sync=self._sync)
-        if self._sync:
-            sync_folder(self.root)
+        self._settle(self.root)
         for name, document in documents.items():
             (self.root / name).mkdir(exist_ok=True)
             write_durably(self.root / name / "zarr.json", serialized(document), sync=self._sync and settled)
-            if self._sync and settled:
-                sync_folder(self.root / name)
+        if settled:
+            self._settle(*(self.root / name for name in documents))
         self._staged.clear()
         self._written.clear()
 
+    def _settle(self, *paths: Path) -> None:
+        if self._sync:
+            for path in paths:
+                sync_path(path)
 
-def partial_files(path: Path) -> Iterator[str]:
+
+def partial_files(path: Path) -> list[Path]:
     """The files in a store that were never finished."""
-    for folder in (path, path / PRIVATE, path / PRIVATE / "snapshots", *(path / name for name in OWN_NAMES)):
-        if not folder.is_dir() or folder.is_symlink():
-            continue
-        for entry in os.scandir(folder):
-            if is_partial(entry.name) and entry.is_file(follow_symlinks=False):
-                yield entry.path
+    found = path.rglob("*.partial")
+    return [file for file in found if is_partial(file.name) and file.is_file() and not file.is_symlink()]
 
 
 def open_array(files: LocalStore, name: str, document: dict[str, Any]) -> zarr.Array[Any]:

@@ -1,11 +1,16 @@
-"""Owns the decision before writing: what is at a path, and whether a run may create, resume or replace it."""
+"""Owns the decision before writing: what is at a path, and whether a run may create, resume or replace it.
+
+A run is continued only by a run with the same fingerprint: a nested record, ready for JSON, of everything that decides
+the bits of the result. It holds the contents of files, not their names and places.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,14 +18,15 @@ from typing import Any, Literal
 from longvid.errors import StoreError
 from longvid.files import local_path
 from longvid.store.durability import Durability
-from longvid.store.fingerprint import differences
 from longvid.store.format import OWN_NAMES, PARTIAL_ROOT, PRIVATE, is_system_file, serialized
 from longvid.store.lock import WriterLock
 from longvid.store.metadata import StoreMetadata
 from longvid.store.reader import is_ours
 from longvid.store.staging import disk_errors, partial_files, write_durably
 
-__all__ = ["Found", "check_target", "read_root", "settle_complete"]
+__all__ = ["Found", "check_target", "differences", "read_root", "settle_complete"]
+
+_ABSENT = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +71,8 @@ class Found:
                 "pass the model that made it with --model (model=), " if model else "use the settings of that run, "
             )
             raise StoreError(
-                f"{there}, made by another run. {_listed(other)}. To continue it, {advice}choose another name, or "
-                "replace the store with --overwrite (overwrite=True)",
+                f"{there}, made by another run. These fields differ: {_some(other, 6, '; ')}. To continue it, {advice}"
+                "choose another name, or replace the store with --overwrite (overwrite=True)",
                 kind="mismatch",
             )
         if self.state == "complete" and resume:
@@ -74,9 +80,32 @@ class Found:
         raise StoreError(f"{there}; --overwrite (overwrite=True) replaces it", kind="exists")
 
 
-def _listed(other: list[str]) -> str:
-    more = f" and {len(other) - 6} more" if len(other) > 6 else ""
-    return f"These fields differ: {'; '.join(other[:6])}{more}"
+def differences(have: Mapping[str, Any], want: Mapping[str, Any]) -> list[str]:
+    """Every field in which two fingerprints differ, with both values in words; the most general fields first."""
+    old, new = dict(_leaves(have)), dict(_leaves(want))
+    return [
+        f"{name} is {_shown(old.get(name, _ABSENT))} in the store and {_shown(new.get(name, _ABSENT))} in this run"
+        for name in sorted({*old, *new}, key=lambda name: (name.count("."), name))
+        if old.get(name, _ABSENT) != new.get(name, _ABSENT)
+    ]
+
+
+def _leaves(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            # JSON has lists only
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def _shown(value: Any) -> str:
+    text = "missing" if value is _ABSENT else str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+def _some(items: list[str], most: int = 3, between: str = ", ") -> str:
+    return between.join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def check_target(path: str | os.PathLike[str]) -> Found:
@@ -129,10 +158,6 @@ def read_root(path: Path) -> dict[str, Any] | None:
     return json.loads(content) if is_ours(content) else None
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def settle_complete(found: Found, durability: Durability) -> None:
     """Finish what a run left to do that was killed after its last commit.
 
@@ -146,16 +171,13 @@ def settle_complete(found: Found, durability: Durability) -> None:
     stale = {file for file, expected in documents.items() if not file.is_file() or file.read_bytes() != expected}
     snapshots = private / "snapshots"
     left = [private / "lock"] + ([] if durability.keep_snapshots else [snapshots])
-    if not (stale or any(file.exists() for file in left) or any(partial_files(path))):
+    if not (stale or any(file.exists() for file in left) or partial_files(path)):
         return
-    with disk_errors(path):
-        lock = WriterLock.acquire(private / "lock", lock=durability.lock)
-        try:
-            for partial in partial_files(path):
-                os.unlink(partial)
-            for file in stale:
-                write_durably(file, documents[file], sync=durability.syncs)
-            if not durability.keep_snapshots:
-                shutil.rmtree(snapshots, ignore_errors=True)
-        finally:
-            lock.release()
+    with disk_errors(path), ExitStack() as stack:
+        stack.callback(WriterLock.acquire(private / "lock", lock=durability.lock).release)
+        for partial in partial_files(path):
+            partial.unlink()
+        for file in stale:
+            write_durably(file, documents[file], sync=durability.syncs)
+        if not durability.keep_snapshots:
+            shutil.rmtree(snapshots, ignore_errors=True)

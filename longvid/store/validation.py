@@ -238,9 +238,10 @@ def check_tree(root: Path) -> None:
                         _refuse(
                             str(root), f"{os.path.relpath(entry.path, root)!r} in it is {kind}", "files and folders"
                         )
-        except (FileNotFoundError, NotADirectoryError) as exc:
+        except (FileNotFoundError, NotADirectoryError, ValueError) as exc:  # ValueError: a zero byte in the name
             if folder == os.fspath(root):
-                raise StoreError(f"there is no folder {root}", kind="missing") from exc
+                missing = f"{root} is a file and not a store" if root.is_file() else f"there is no store {root}"
+                raise StoreError(missing, kind="missing") from exc
             # a run that writes the store has removed it
         except StoreError:
             raise

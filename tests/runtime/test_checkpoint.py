@@ -6,7 +6,7 @@ import zarr
 
 from longvid import Durability, StoreError, VideoSession, load_model
 from longvid.runtime.snapshot import fingerprint_digest
-from longvid.store.fingerprint import differences
+from longvid.store.target import differences
 
 HEIGHT, WIDTH, NUM_FRAMES = 32, 48, 44
 

@@ -12,7 +12,7 @@ from support.media import barcodes, write_media
 
 from longvid import Durability, StoreError, VideoSession, load_model
 from longvid.runtime.snapshot import fingerprint_digest
-from longvid.store.fingerprint import differences
+from longvid.store.target import differences
 
 VALUES = st.none() | st.booleans() | st.integers(-9, 9) | st.text("xyz", max_size=3) | st.just([1, 2])
 NAMES = st.sampled_from("abcd")
