@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -32,10 +32,11 @@ from longvid.runtime.engine import Engine
 from longvid.runtime.prefetch import StopRequest
 from longvid.schedule import ChunkSchedule
 from longvid.store.durability import WriteOptions
+from longvid.store.metadata import StoreMetadata
 from longvid.store.target import Found, settle_complete
 from longvid.units import format_bytes
 
-__all__ = ["Admission", "AdmissionControl", "Job", "Recorded", "RunOptions", "SessionGuard"]
+__all__ = ["Admission", "AdmissionControl", "Job", "RunOptions", "SessionGuard"]
 
 _SHORT_RUN_ROWS = 256
 "a shorter run ends before a snapshot is worth its cost"
@@ -101,33 +102,6 @@ class SessionGuard:
             self._busy_with = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recorded:
-    """Choices of the run that is to be continued. They count where the session was left the choice."""
-
-    numerics: Numerics | None = None
-    chunk_frames: int | None = None
-
-    @classmethod
-    def of(cls, found: Found, engine: Engine, *, overwrite: bool) -> Recorded:
-        """The choices in the store that was found; none if it is not continued, or computes in another dtype."""
-        metadata = found.metadata
-        if metadata is None or (metadata.complete and overwrite):
-            return cls()
-        compute = metadata.compute
-        alike = (compute.get("dtype"), compute.get("kernels")) == (engine.dtype_name, kernels_of(str(engine.device)))
-        numerics = metadata.numerics if alike else None
-        chunk_frames = None if metadata.schedule is None else metadata.schedule.chunk_frames
-        try:
-            return cls(numerics=None if numerics is None else Numerics.from_dict(numerics), chunk_frames=chunk_frames)
-        except (KeyError, TypeError, ValueError):
-            return cls()
-
-
-_NOTHING_RECORDED = Recorded()
-_NO_OTHERS = OtherVideos()
-
-
 @dataclass(frozen=True, slots=True)
 class Admission:
     """A video's place in the budget of a session."""
@@ -149,6 +123,11 @@ class Admission:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions(WriteOptions):
     """What a run may replace, continue and lose; see :meth:`longvid.VideoSession.encode`."""
+
+    def continued(self, found: Found) -> StoreMetadata | None:
+        """The store whose run is continued: its choices count where the user made none."""
+        metadata = found.metadata
+        return None if metadata is None or (metadata.complete and self.overwrite) else metadata
 
     def is_done(self, found: Found, fingerprint: Mapping[str, Any]) -> bool:
         """Whether the store that was found is what the run would write; it is tidied then.
@@ -212,7 +191,7 @@ class AdmissionControl:
         height: int,
         width: int,
         *,
-        recorded: Recorded = _NOTHING_RECORDED,
+        earlier: StoreMetadata | None = None,
         whole: bool = False,
     ) -> Admission:
         """Check a video of this size against all limits, beside those that are held, and give it its plan.
@@ -224,7 +203,7 @@ class AdmissionControl:
             direction: of the video.
             height: of its frames.
             width: of its frames.
-            recorded: what the run that is continued has chosen.
+            earlier: the store whose run is continued.
             whole: whether chunk follows chunk, so that memory may be kept from one to the next.
 
         Raises:
@@ -237,7 +216,7 @@ class AdmissionControl:
         room = [budget.left(other.projected_bytes + held_bytes - other.idle_bytes) for other in others]
         idle_limit = min((r for r in room if r is not None), default=None)
         beside_others = OtherVideos(held_bytes=held_bytes, idle_limit_bytes=idle_limit)
-        plan = self.plan(height, width, (direction,), self._options_for(recorded, whole), beside_others)
+        plan = self.plan(height, width, (direction,), self._options_for(earlier, whole), beside_others)
         plan.check(direction)
         part = plan.direction(direction)
         for other in others:
@@ -264,7 +243,7 @@ class AdmissionControl:
         width: int,
         directions: tuple[Direction, ...] = ("encode", "decode"),
         options: ComputeOptions | None = None,
-        others: OtherVideos = _NO_OTHERS,
+        others: OtherVideos | None = None,
     ) -> Plan:
         """The plan under what other videos leave of the budget, with the options of the session if none are given."""
         engine, profile = self.engine, self._options.profile
@@ -274,21 +253,24 @@ class AdmissionControl:
             )
         if engine.model.geometry.chunk_invariant and self._options.allowed_bytes is not None:
             directions = ("encode", "decode")  # the budget may shorten chunks, and both directions share their length
-        return self._planner.plan((height, width), options or self._options, directions, others)
+        return self._planner.plan((height, width), options or self._options, directions, others or OtherVideos())
 
-    def _options_for(self, recorded: Recorded, whole: bool) -> ComputeOptions:
-        """The options of the session, with the choices of the run that is resumed where the user left them."""
-        options, earlier = self._options, recorded.numerics
+    def _options_for(self, earlier: StoreMetadata | None, whole: bool) -> ComputeOptions:
+        """The options of the session, with the choices of the run that is continued where the user left them."""
+        options = replace(self._options, keep_buffers=whole)
+        if earlier is None:
+            return options
+        numerics = _numerics_of(earlier, self.engine)
         if (
-            earlier is not None
-            and options.layout in (None, earlier.layout)
-            and options.paired_frames in (None, earlier.paired_frames)
-            and can_compute(earlier, self.engine.dtype)
+            numerics is not None
+            and options.layout in (None, numerics.layout)
+            and options.paired_frames in (None, numerics.paired_frames)
+            and can_compute(numerics, self.engine.dtype)
         ):
-            options = replace(options, numerics=earlier)
-        if options.chunk_frames is None and self.engine.model.geometry.chunk_invariant:
-            options = replace(options, chunk_frames=recorded.chunk_frames)
-        return replace(options, keep_buffers=whole)
+            options = replace(options, numerics=numerics)
+        if earlier.schedule and options.chunk_frames is None and self.engine.model.geometry.chunk_invariant:
+            options = replace(options, chunk_frames=earlier.schedule.chunk_frames)
+        return options
 
     def _check_host(self, part: DirectionPlan) -> None:
         """Host memory is a limit too, the machine's as well as a container's."""
@@ -308,6 +290,16 @@ class AdmissionControl:
                 allowed_bytes=available,
                 parts=parts,
             )
+
+
+def _numerics_of(store: StoreMetadata, engine: Engine) -> Numerics | None:
+    """The numerics that a store records; None if it was computed in another dtype or by other kernels."""
+    have = store.compute.get("dtype"), store.compute.get("kernels")
+    if store.numerics is None or have != (engine.dtype_name, kernels_of(str(engine.device))):
+        return None
+    with suppress(KeyError, TypeError, ValueError):  # another version of longvid wrote them
+        return Numerics.from_dict(store.numerics)
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,8 @@ Axes: T time, H height, W width, C channels; lower-case c t h w are those of a l
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
@@ -14,11 +16,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from longvid.errors import ScheduleError
+from longvid.errors import ScheduleError, StoreError
 from longvid.events import RunReport
 from longvid.frames import ColorInfo, Frames, Times
 from longvid.media.video_writer import VideoWriter
-from longvid.runtime.admission import Admission, Job, Recorded, RunOptions
+from longvid.models.base import CausalVAE, model_name
+from longvid.runtime.admission import Admission, Job, RunOptions
 from longvid.runtime.monitor import Monitor, nothing_done
 from longvid.runtime.prefetch import Prefetcher, Writer
 from longvid.runtime.run import DecodeRun
@@ -26,7 +29,7 @@ from longvid.runtime.snapshot import Checkpoints
 from longvid.schedule import Chunk, ChunkSchedule
 from longvid.store.frame_writer import FrameStoreWriter
 from longvid.store.metadata import RunFacts
-from longvid.store.reader import LatentStore
+from longvid.store.reader import LatentStore, open_store, require_complete
 from longvid.store.target import check_target
 from longvid.store.writer import StoreWriter
 
@@ -78,25 +81,25 @@ class _Task:
 
 
 def decode_video(
-    job: Job, latents: LatentStore, out: Path | Callable[[Frames], None], options: DecodeOptions
+    job: Job, store: str | os.PathLike[str] | LatentStore, out: Path | Callable[[Frames], None], options: DecodeOptions
 ) -> RunReport:
     """Decode a store, or resume it. Arguments and errors are those of ``VideoSession.decode``."""
+    latents = store if isinstance(store, LatentStore) else open_store(store)
+    _require_decodable(latents, job.engine.model)
     window = _frame_window(latents.num_frames, options.start, options.frames)
     found = check_target(out) if isinstance(out, Path) and out.suffix == ".zarr" else None
-    engine, recorded = job.engine, Recorded()
-    if found is not None:
-        recorded = Recorded(numerics=Recorded.of(found, engine, overwrite=options.overwrite).numerics)
-    admission = job.control.admit("decode", latents.height, latents.width, recorded=recorded, whole=True)
+    earlier = None if found is None else options.continued(found)
+    size = (latents.height, latents.width)
+    admission = job.control.admit("decode", *size, earlier=earlier, whole=True)
     task = _Task(job, options, latents, admission, window)
     fingerprint = task.fingerprint()
     if found is not None:
         if options.is_done(found, fingerprint):
             return nothing_done(admission, found)
-        frame_bytes = latents.height * latents.width * 3
-        options.check_disk(found, admission.part, window[1] - window[0], frame_bytes * _SHRINK)
+        options.check_disk(found, admission.part, window[1] - window[0], size[0] * size[1] * 3 * _SHRINK)
     sink, write = _sink(task, out, fingerprint)
     with ExitStack() as stack:
-        run = stack.enter_context(DecodeRun(engine, admission.part, (latents.height, latents.width), traced=job.traced))
+        run = stack.enter_context(DecodeRun(job.engine, admission.part, size, traced=job.traced))
         monitor = stack.enter_context(Monitor(job.callbacks, run, admission.plan, window[1] - window[0]))
         checkpoints, ended = None, False
         with suppress(_Stopped), sink:
@@ -198,3 +201,29 @@ def video_sink(store: LatentStore, out: Path, overwrite: bool) -> VideoWriter:
         color=None if color is None else ColorInfo(**color),
         overwrite=overwrite,
     )
+
+
+def _require_decodable(store: LatentStore, model: CausalVAE) -> None:
+    require_complete(store)
+    geometry, theirs = model.geometry, store.vae.get("name_or_path") or store.vae.get("class_name") or "another model"
+
+    def differs(found: str, expected: str) -> str:
+        return (
+            f"{store.path} was encoded with the model {theirs}, in {found}; the model of this session, "
+            f"{model_name(model)}, works in {expected}. Decode with the model of the store (--model {theirs})"
+        )
+
+    p, size = geometry.pixels_per_latent, geometry.padded_size(store.height, store.width)
+    have, want = store.latents.shape[1:], (geometry.latent_channels, size[0] // p, size[1] // p)
+    if have != want:
+        frames = f"for frames of {store.width}x{store.height}, with"
+        sizes = [f"latents of {w}x{h} {frames} {channels} channels" for channels, h, w in (have, want)]
+        raise StoreError(differs(*sizes), kind="format")
+    if not geometry.schedule.same_latents(store.schedule):
+        raise ScheduleError(differs(str(store.schedule), str(geometry.schedule)))
+    have, want = model.describe().get("weights_sha256"), store.vae.get("weights_sha256")
+    if have and want and have != want:
+        warnings.warn(
+            f"{store.path} was encoded with other weights ({theirs}) than this session has; frames may look wrong",
+            stacklevel=4,
+        )

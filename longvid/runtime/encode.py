@@ -19,38 +19,35 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from longvid.errors import NonFiniteError
+from longvid.errors import ModelError, NonFiniteError, StoreError
 from longvid.events import RunReport
-from longvid.frames import Frames, FrameSource, Marks, OnError, SourceInfo, SourcePosition, Times, frame_digest
+from longvid.frames import Frames, FrameSource, Marks, SourcePosition, Times, frame_digest
 from longvid.media.limits import Limits
 from longvid.media.sources import open_source
-from longvid.runtime.admission import Admission, Job, Recorded, RunOptions
+from longvid.runtime.admission import Admission, Job, RunOptions
 from longvid.runtime.monitor import Monitor, nothing_done
 from longvid.runtime.prefetch import Prefetcher, Writer
 from longvid.runtime.reblock import Reblocker, pad_frames
-from longvid.runtime.run import EncodeRun, Representation
+from longvid.runtime.run import EncodeRun, Representation, check_representation
 from longvid.runtime.snapshot import Checkpoints
 from longvid.schedule import Chunk, ChunkSchedule
 from longvid.store.latent_writer import LatentLayout, LatentWriter
-from longvid.store.metadata import RunFacts
+from longvid.store.metadata import ReadOptions, RunFacts, ratio
 from longvid.store.target import check_target
 
-__all__ = ["READING", "EncodeOptions", "EncodedChunk", "OnNonFinite", "encode_video", "frame_chunks", "store_latents"]
+__all__ = ["EncodeOptions", "EncodedChunk", "OnNonFinite", "encode_video", "frame_chunks", "store_latents"]
 
 OnNonFinite: TypeAlias = Literal["stop", "quarantine"]
 EncodedChunk: TypeAlias = tuple[Chunk, Times, Marks, Tensor, Tensor | None]
 "a chunk with the time stamps and marks of its true frames, its latents, and its moments if they are stored"
-READING = ("start", "frames", "size", "frame_rate", "on_error")
-"what decides how a source is read: names of options, which a store records for its repair"
 _SHRINK = 0.8
 "least share of their bytes that latents take on the disk; 0.9 is usual"
 
@@ -59,16 +56,19 @@ _SHRINK = 0.8
 class EncodeOptions(RunOptions):
     """How a video is encoded; see :meth:`longvid.VideoSession.encode`."""
 
-    representation: Representation = "mode"
-    start: int = 0
-    frames: int | None = None
-    size: tuple[int, int] | None = None
-    frame_rate: Fraction | None = None
-    store_dtype: Literal["float16", "float32"] = "float16"
-    seed: int = 0
-    on_error: OnError = "stop"
+    reading: ReadOptions
+    representation: Representation
+    store_dtype: Literal["float16", "float32"]
+    seed: int
     on_non_finite: OnNonFinite = "stop"
     limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        check_representation(self.representation, self.seed)
+        if self.store_dtype not in ("float16", "float32"):
+            raise StoreError(f"store_dtype {self.store_dtype!r} is not known; choose float16 or float32", kind="format")
+        if self.on_non_finite not in get_args(OnNonFinite):
+            raise ModelError(f"on_non_finite {self.on_non_finite!r} is not known; choose stop or quarantine")
 
 
 def encode_video(job: Job, source: Any, store: Path, options: EncodeOptions) -> RunReport:
@@ -154,11 +154,10 @@ def _encode(job: Job, source: Any, store: Path, options: EncodeOptions, replaced
     engine = job.engine
     found = check_target(store)
     with ExitStack() as stack:
-        reading = {name: getattr(options, name) for name in (*READING, "limits")}
-        video = stack.enter_context(open_source(source, **reading))
+        video = stack.enter_context(open_source(source, **asdict(options.reading), limits=options.limits))
         info = video.info
-        recorded = Recorded.of(found, engine, overwrite=options.overwrite)
-        admission = job.control.admit("encode", info.height, info.width, recorded=recorded, whole=True)
+        earlier = options.continued(found)
+        admission = job.control.admit("encode", info.height, info.width, earlier=earlier, whole=True)
         task = _Task(job, options, video, admission, replaced)
         fingerprint = task.fingerprint()
         if options.is_done(found, fingerprint):
@@ -176,11 +175,13 @@ def _encode(job: Job, source: Any, store: Path, options: EncodeOptions, replaced
 
 
 def _writer(task: _Task, store: Path, fingerprint: dict[str, Any]) -> LatentWriter:
-    engine, options = task.job.engine, task.options
+    engine, options, info = task.job.engine, task.options, task.video.info
+    # what a repair needs to read the source as this run does
+    reading = {**asdict(options.reading), "frame_rate": ratio(options.reading.frame_rate)}
     return LatentWriter(
         store,
         schedule=task.admission.schedule,
-        source=task.video.info,
+        source=info,
         layout=LatentLayout(
             shape_CYX=task.latent_shape, representation=options.representation, dtype=options.store_dtype
         ),
@@ -193,7 +194,7 @@ def _writer(task: _Task, store: Path, fingerprint: dict[str, Any]) -> LatentWrit
                 "numerics": task.admission.part.numerics.to_dict(),
                 "padded_size": list(task.size),
                 "pixel_range": [-1, 1],
-                "run": _run_facts(task.video.info, options),
+                "run": {**reading, "source": info.name if info.kind == "video" else None},
                 **task.seed,
             },
         ),
@@ -231,16 +232,6 @@ def _encode_chunks(
                 checkpoints.take(piece.chunk.index + 1, piece.position, writer)
             target.pause()
     return reader.ended
-
-
-def _run_facts(info: SourceInfo, options: EncodeOptions) -> dict[str, Any]:
-    """What a repair needs to read the source as this run does."""
-    rate = options.frame_rate
-    return {
-        **{name: getattr(options, name) for name in READING},
-        "frame_rate": None if rate is None else f"{rate.numerator}/{rate.denominator}",
-        "source": info.name if info.kind == "video" else None,
-    }
 
 
 @dataclass(frozen=True, slots=True)

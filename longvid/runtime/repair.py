@@ -145,14 +145,8 @@ def _coordinates(opened: StoreReader, found: Verification, source: Any) -> Itera
     if not any(damage.kind == "coordinates" for damage in found.damages):
         return
     digests = opened.stored("digest", 0, opened.metadata.num_units)
-
-    def agree(columns: Columns) -> bool:
-        """Whether these are the coordinates that were published."""
-        return all(
-            opened.metadata.coordinates_agree(columns, digests, unit) for unit in range(opened.metadata.num_units)
-        )
-
-    columns = next((made for made in _candidates(opened, source) if agree(made)), None)
+    candidates = _candidates(opened, source)
+    columns = next((made for made in candidates if opened.metadata.unit_with_other(made, digests) is None), None)
     if columns is None:
         raise StoreError(
             f"{opened.path}: the time stamps of its frames cannot be restored: the source gives other ones than those "
@@ -217,15 +211,15 @@ def _data(session: VideoSession, opened: StoreReader, units: frozenset[int], sou
         if metadata.kind == "frames":
             first, last = metadata.window or (0, metadata.num_frames)
             decoding = DecodeOptions(start=first, frames=last - first, durability=durability, mend=units)
-            report = decode_video(job, session.decodable(where, path), path, decoding)
+            report = decode_video(job, where, path, decoding)
         else:
             encoding = EncodeOptions(
+                reading=metadata.reading,
                 representation=cast("Any", metadata.representation),
                 store_dtype=cast("Any", str(metadata.main.dtype)),
                 seed=metadata.seed,
                 durability=durability,
                 mend=units,
-                **asdict(opened.metadata.reading),
             )
             report = encode_video(job, where, path, encoding)
     return report.frames - report.resumed_from_frame

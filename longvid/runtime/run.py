@@ -6,14 +6,14 @@ Axes: B batch (1), C channels, T time, H height, W width; lower-case c t h w are
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar, Literal, Self, TypeAlias, cast
+from typing import Any, ClassVar, Literal, Self, TypeAlias, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from longvid.errors import MemoryBudgetError, NonFiniteError
+from longvid.errors import MemoryBudgetError, ModelError, NonFiniteError
 from longvid.events import Direction
 from longvid.frames import Frames
 from longvid.memory.copy_engine import CopyEngine
@@ -27,9 +27,17 @@ from longvid.runtime.engine import Engine
 from longvid.schedule import Chunk
 from longvid.units import format_bytes
 
-__all__ = ["DecodeRun", "EncodeRun", "Representation", "Run", "context_of"]
+__all__ = ["DecodeRun", "EncodeRun", "Representation", "Run", "check_representation", "context_of"]
 
 Representation: TypeAlias = Literal["mode", "moments", "sample"]
+
+
+def check_representation(representation: str, seed: int) -> None:
+    """Raise ModelError unless these are a representation and the seed of a sample."""
+    if representation not in get_args(Representation):
+        raise ModelError(f"representation {representation!r} is not known; choose mode, moments or sample")
+    if seed < 0:
+        raise ModelError(f"seed {seed} is negative; seeds are whole numbers from 0")
 
 
 def context_of(part: DirectionPlan, module: nn.Module, copies: CopyEngine, *, traced: bool = False) -> ForwardContext:

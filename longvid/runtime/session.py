@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 
-from longvid.errors import ModelError, ScheduleError, SourceError, StoreError
+from longvid.errors import SourceError, StoreError
 from longvid.events import Callback, RunReport
 from longvid.files import local_path
 from longvid.frames import Frames, OnError
 from longvid.media.limits import Limits
 from longvid.memory.offload import OffloadPolicy
-from longvid.models.base import CausalVAE, model_name
+from longvid.models.base import CausalVAE
 from longvid.models.device import resolve_device
 from longvid.models.loading import load_model
 from longvid.models.numerics import parse_layout, parse_paired_frames
@@ -40,9 +38,10 @@ from longvid.runtime.encode import EncodeOptions, OnNonFinite, encode_video
 from longvid.runtime.engine import Engine
 from longvid.runtime.prefetch import StopRequest
 from longvid.runtime.push import PushDecoder, PushEncoder, Scope
-from longvid.runtime.run import Representation
+from longvid.runtime.run import Representation, check_representation
 from longvid.store.durability import Durability, parse_durability
-from longvid.store.reader import LatentStore, open_store
+from longvid.store.metadata import ReadOptions
+from longvid.store.reader import LatentStore
 from longvid.units import parse_bytes, parse_reserve
 
 __all__ = ["VideoSession"]
@@ -141,9 +140,7 @@ class VideoSession:
             self._admission_control = AdmissionControl(engine, options, self._offload_dir)
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -191,64 +188,45 @@ class VideoSession:
     ) -> RunReport:
         """Encode a video into a zarr store of latents, or resume one that was not finished.
 
+        Returns what was done; ``complete`` is False if :meth:`stop` ended it.
+
         Args:
             source: path of a video file; an iterable of uint8 arrays (T, H, W, 3); or a numpy, torch or zarr array.
             store: where the store goes; its parent folder exists.
-            representation: ``"mode"`` stores the posterior's mean, ``"sample"`` a seeded sample, ``"moments"`` the
+            representation: ``"mode"`` stores the posterior's mean, ``"sample"`` a sample by ``seed``, ``"moments"`` the
                 mean and, in a second array, mean and log variance.
-            start: frames to skip.
-            frames: frames to encode at most.
+            start, frames: frames to skip, and to encode at most.
             size: (height, width) to resize a file's frames to.
             frame_rate: frames per second of a source without time stamps.
             store_dtype: dtype of the stored latents. Values it cannot hold are an error, never clipped.
-            seed: of ``"sample"``.
             on_error: where a file is damaged: ``"stop"`` raises, ``"keep"`` ends the video before the damage,
                 ``"conceal"`` repeats the last good frame and marks it in ``frame_valid``.
-            on_non_finite: where the model computes values that are not finite: ``"stop"`` raises, ``"quarantine"``
-                encodes the chunk again with the last good frame in place of its own, and marks it.
+            on_non_finite: where the model computes values that are not finite: ``"stop"`` raises NonFiniteError,
+                ``"quarantine"`` encodes the chunk again with the last good frame in place of its own, and marks it.
             limits: what a source may ask for at most.
             overwrite: replace what is there, unless it is an unfinished store of this very run, which is continued.
             resume: continue such a store. If it is complete already, nothing is done.
-            durability: ``"fsync"`` survives power loss, ``"rename"`` the death of the process; or all of it, see
-                :class:`~longvid.Durability`.
-
-        Returns:
-            What was done; ``complete`` is False if :meth:`stop` ended it.
+            durability: ``"fsync"`` survives power loss, ``"rename"`` a killed process; or :class:`~longvid.Durability`.
 
         Raises:
-            SourceError: frames cannot be read. If nothing was published yet, no store is left behind.
-            StoreError: the store exists, is of another run, is being written by somebody, or cannot be written.
-            NonFiniteError: see ``on_non_finite``.
+            SourceError: frames cannot be read. If nothing was committed yet, no store is left behind.
+            StoreError: the store exists, is of another run, is being written by another one, or cannot be written.
             MemoryBudgetError: it would not fit; raised before a frame is read or the store is made.
-            SessionStateError: the session is not open, is busy, or is used from another thread or process; or the
-                model was changed.
+            SessionStateError: the session is not open, is busy, is used from another thread, or its model was changed.
         """
-        _require_representation(representation, seed)
-        if store_dtype not in ("float16", "float32"):
-            raise StoreError(f"store_dtype {store_dtype!r} is not known; choose float16 or float32", kind="format")
-        if on_non_finite not in get_args(OnNonFinite):
-            raise ModelError(
-                f"on_non_finite {on_non_finite!r} is not known; choose {' or '.join(get_args(OnNonFinite))}"
-            )
         options = EncodeOptions(
+            reading=ReadOptions(start=start, frames=frames, size=size, frame_rate=_rate(frame_rate), on_error=on_error),
             representation=representation,
-            start=start,
-            frames=frames,
-            size=size,
-            frame_rate=_as_rate(frame_rate),
             store_dtype=store_dtype,
             seed=seed,
-            on_error=on_error,
             on_non_finite=on_non_finite,
             limits=limits or Limits(),
             overwrite=overwrite,
             resume=resume,
             durability=parse_durability(durability),
         )
-        target = _target(store)
         with self.running("encode") as job:
-            _require_apart(_path_of(source), target)
-            return encode_video(job, source, target, options)
+            return encode_video(job, source, _target(store, beside=source), options)
 
     def decode(
         self,
@@ -290,9 +268,8 @@ class VideoSession:
             resume=resume,
             durability=parse_durability(durability),
         )
-        target = out if callable(out) else _target(out)
         with self.running("decode") as job:
-            return decode_video(job, self.decodable(store, target), target, options)
+            return decode_video(job, store, out if callable(out) else _target(out, beside=store), options)
 
     def stop(self) -> bool:
         """Ask the :meth:`encode` or :meth:`decode` that is running to end at the next boundary between chunks.
@@ -319,24 +296,11 @@ class VideoSession:
             finally:
                 self._stop = None
 
-    def decodable(self, store: Any, out: Any) -> LatentStore:
-        """Open a store of latents that the session's model can decode to ``out``.
-
-        Raises:
-            StoreError: it cannot be opened, is incomplete or of another model, or ``out`` lies in it.
-            ScheduleError: it was made with another chunk plan.
-        """
-        latents = store if isinstance(store, LatentStore) else open_store(store)
-        _require_decodable(latents, self._control.engine.model)
-        if isinstance(out, Path):
-            _require_apart(latents.path, out)
-        return latents
-
     # ------------------------------------------------------------------------------------------- push mode
 
     def encoder(self, *, representation: Representation = "mode", seed: int = 0) -> PushEncoder:
         """A scope that encodes one video of unknown length from frames as they come; see :class:`PushEncoder`."""
-        _require_representation(representation, seed)
+        check_representation(representation, seed)
         self._guard.check("encoder")
         return self._scope(PushEncoder(self._guard, self._control, representation, seed))
 
@@ -356,61 +320,26 @@ class VideoSession:
         return scope
 
 
-def _require_decodable(store: LatentStore, model: CausalVAE) -> None:
-    if not store.complete:
-        raise StoreError(
-            f"{store.path} is incomplete: {store.num_frames} frames were published before its encode ended early; "
-            "run the encode again to resume it",
-            kind="incomplete",
-        )
-    geometry, theirs = model.geometry, store.vae.get("name_or_path") or store.vae.get("class_name") or "another model"
-
-    def differs(found: str, expected: str) -> str:
-        return (
-            f"{store.path} was encoded with the model {theirs}, in {found}; the model of this session, "
-            f"{model_name(model)}, works in {expected}. Decode with the model of the store (--model {theirs})"
-        )
-
-    channels = store.latents.shape[1]
-    if channels != geometry.latent_channels:
-        raise StoreError(
-            differs(f"latents of {channels} channels", f"latents of {geometry.latent_channels} channels"), kind="format"
-        )
-    p, size = geometry.pixels_per_latent, geometry.padded_size(store.height, store.width)
-    if store.latents.shape[2:] != (size[0] // p, size[1] // p):
-        found = (
-            f"latents of {store.latents.shape[3]}x{store.latents.shape[2]} for frames of {store.width}x{store.height}"
-        )
-        raise StoreError(differs(found, f"latents of {size[1] // p}x{size[0] // p} for such frames"), kind="format")
-    if not geometry.schedule.same_latents(store.schedule):
-        raise ScheduleError(differs(str(store.schedule), str(geometry.schedule)))
-    have, want = model.describe().get("weights_sha256"), store.vae.get("weights_sha256")
-    if have and want and have != want:
-        warnings.warn(
-            f"{store.path} was encoded with other weights ({theirs}) than this session has; frames may look wrong",
-            stacklevel=5,
-        )
-
-
-def _target(out: Any) -> Path:
-    """The path of an output."""
+def _target(out: Any, *, beside: Any) -> Path:
+    """The path of an output, which is neither what is being read, nor in it, nor around it."""
     if not isinstance(out, (str, os.PathLike)):
         raise StoreError(
             f"a {type(out).__name__} was given as the place to write to; give the path of a folder or file, as a "
             "string or a Path",
             kind="missing",
         )
-    return local_path(out)
+    target, source = local_path(out), _path_of(beside)
+    if source is not None:
+        a, b = source.resolve(), target.resolve()
+        if a == b or a in b.parents or b in a.parents:
+            raise StoreError(
+                f"{out} cannot be written while {source} is read: one is the other, or lies in it; choose another name",
+                kind="foreign",
+            )
+    return target
 
 
-def _require_representation(representation: str, seed: int) -> None:
-    if representation not in ("mode", "moments", "sample"):
-        raise ModelError(f"representation {representation!r} is not known; choose mode, moments or sample")
-    if seed < 0:
-        raise ModelError(f"seed {seed} is negative; seeds are whole numbers from 0")
-
-
-def _as_rate(frame_rate: Fraction | float | None) -> Fraction | None:
+def _rate(frame_rate: Fraction | float | None) -> Fraction | None:
     if frame_rate is None:
         return None
     if not math.isfinite(frame_rate):
@@ -419,20 +348,8 @@ def _as_rate(frame_rate: Fraction | float | None) -> Fraction | None:
 
 
 def _path_of(source: Any) -> Path | None:
-    """Where a source lies on disk, if it does: a file, a folder, or a zarr array in one."""
+    """Where a source lies on disk, if it does: a file, a folder, a store, or a zarr array in a folder."""
     if isinstance(source, (str, os.PathLike)):
         return Path(source)
-    root = getattr(getattr(source, "store", None), "root", None)
+    root = source.path if isinstance(source, LatentStore) else getattr(getattr(source, "store", None), "root", None)
     return root if isinstance(root, Path) else None
-
-
-def _require_apart(source: Path | None, out: Path) -> None:
-    """Refuse to write over what is being read, or into it, or around it."""
-    if source is None:
-        return
-    a, b = source.resolve(), out.resolve()
-    if a == b or a in b.parents or b in a.parents:
-        raise StoreError(
-            f"{out} cannot be written while {source} is read: one is the other, or lies in it; choose another name",
-            kind="foreign",
-        )

@@ -256,7 +256,7 @@ class Checkpoints:
             return None
         self._run.cache.restore(snapshot.chunk, snapshot.contexts(), self._run.engine.device)
         num_frames = 0 if snapshot.position is None else snapshot.position.num_frames
-        self.target.go_on(snapshot.chunk, num_frames, snapshot.units, snapshot.rows)
+        self.target.go_on(num_frames, snapshot.units, snapshot.rows)
         self._at_chunk = snapshot.chunk
         return snapshot
 

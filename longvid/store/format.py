@@ -20,30 +20,10 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = [
-    "ARRAY_NAMES",
-    "AXES",
-    "CHUNK_ROWS",
-    "COORDINATE_NAMES",
-    "DATA_NAMES",
-    "DIGEST_BYTES",
-    "DTYPES",
-    "FORMAT_VERSION",
-    "MISSING",
-    "OWN_NAMES",
-    "PARTIAL_ROOT",
-    "PRIVATE",
-    "StoreKind",
-    "array_document",
-    "checksum_is_right",
-    "chunk_file",
-    "default_compression",
-    "digest_chain",
-    "is_system_file",
-    "serialized",
-    "unit_digest",
-    "with_checksum",
-]
+__all__ = ["ARRAY_NAMES", "AXES", "CHUNK_ROWS", "COORDINATE_NAMES", "DATA_NAMES", "DIGEST_BYTES", "DTYPES",
+           "FORMAT_VERSION", "MISSING", "OWN_NAMES", "PARTIAL_ROOT", "PRIVATE", "StoreKind", "array_document",
+           "checksum_is_right", "chunk_file", "default_compression", "digest_chain", "is_system_file", "serialized",
+           "unit_digest", "with_checksum"]  # fmt: skip
 
 StoreKind: TypeAlias = Literal["latents", "frames"]
 FORMAT_VERSION = 2

@@ -21,16 +21,12 @@ __all__ = ["FrameStoreWriter"]
 class FrameStoreWriter(StoreWriter):
     """Writes array ``frames`` (t, y, x, rgb) uint8 with ``t``, ``frame_pts`` and ``frame_valid``.
 
-    See :class:`~longvid.store.writer.StoreWriter` for its life.
-
     Args:
-        path: the folder; its parent exists.
+        path, facts, options: as for :class:`~longvid.store.writer.StoreWriter`, which also describes its life.
         size: (height, width) of the frames.
         time_base: seconds per unit of the time stamps.
         frame_rate: mean frames per second, recorded.
         source: facts of where the frames came from, recorded.
-        facts: facts of the run, recorded.
-        options: what may be replaced or resumed, and when results are durable.
     """
 
     kind: ClassVar = "frames"

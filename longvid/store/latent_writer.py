@@ -38,15 +38,13 @@ class LatentLayout:
 
 
 class LatentWriter(StoreWriter):
-    """Writes latents with their coordinates; see :class:`~longvid.store.writer.StoreWriter` for its life.
+    """Writes latents with their coordinates.
 
     Args:
-        path: the folder; its parent exists.
+        path, facts, options: as for :class:`~longvid.store.writer.StoreWriter`, which also describes its life.
         schedule: the chunk plan, recorded in the store.
         source: where the frames are from, recorded in the store.
         layout: shape, dtype and representation of the latents.
-        facts: facts of the run, recorded.
-        options: what may be replaced or resumed, and when results are durable.
     """
 
     kind: ClassVar = "latents"
@@ -81,7 +79,6 @@ class LatentWriter(StoreWriter):
             "frame_valid": {"long_name": "false where a damaged frame was replaced by its neighbour"},
         }
         self.unit_rows = _latents_per_chunk((c, y, x), np.dtype(self.dtype).itemsize, schedule.chunk_latents)
-        self._next = 0
         self._num_received = 0
         self._last_pts = np.zeros(0, np.int64)
         "time stamps of the two frames before those that wait"
@@ -109,23 +106,15 @@ class LatentWriter(StoreWriter):
         """
         valid = np.ones(len(pts_T), np.bool_) if valid_T is None else valid_T
         data = {"latents": latents_TCYX, **({} if moments_TCYX is None else {"moments": moments_TCYX})}
-        if chunk.index != self._next:
-            raise StoreError(f"chunk {chunk.index} was written, chunk {self._next} is expected")
-        if data.keys() != self.rows.keys():
-            raise StoreError(f"moments are {'missing' if 'moments' in self.rows else 'not part of this store'}")
-        for name, array in data.items():
+        for name, array in data.items():  # a user's model may compute any shape
             shape = (chunk.num_latents, *self.rows[name])
             if array.shape != shape or array.dtype != np.float32:
                 raise StoreError(
                     f"{name} of chunk {chunk.index} are {array.dtype} {array.shape}, float32 {shape} is expected"
                 )
             self._check_range(chunk, name, array)
-        if not len(pts_T) == len(valid) == chunk.num_frames:
-            raise StoreError(
-                f"chunk {chunk.index} has {chunk.num_frames} frames, {len(pts_T)} time stamps and {len(valid)} marks"
-            )
         rows: Unit = {name: array.astype(self.dtype) for name, array in data.items()}
-        self._next, self._num_received = chunk.index + 1, chunk.frame_stop
+        self._num_received = chunk.frame_stop
         self._receive({**rows, "frame_pts": np.asarray(pts_T, np.int64), "frame_valid": np.asarray(valid, np.bool_)})
 
     def _check_range(self, chunk: Chunk, name: str, array: npt.NDArray[np.float32]) -> None:
@@ -174,12 +163,11 @@ class LatentWriter(StoreWriter):
         """Rows that wait to become a unit, for a snapshot; copies."""
         return {**super().pending(), "last_pts": self._last_pts}
 
-    def go_on(self, chunk: int, num_frames: int, units: int, pending: Unit) -> None:
-        """Restore the state of a run that had written ``num_frames`` frames in the chunks before ``chunk``."""
+    def go_on(self, num_frames: int, units: int, pending: Unit) -> None:
+        """Restore the state of a run that had written ``num_frames`` frames in whole chunks."""
         rows = dict(pending)
         self._last_pts = rows.pop("last_pts", self._last_pts)
-        super().go_on(chunk, num_frames, units, rows)
-        self._next = chunk
+        super().go_on(num_frames, units, rows)
         self._num_received = num_frames  # the last chunk of a video may hold fewer than others
         full = 0 if units == 0 else self._schedule.frame_range(units * self.unit_rows - 1)[1]
         self.num_frames = min(num_frames, full)
@@ -219,20 +207,12 @@ def _ome(channels: int, frames_per_latent: int, frame_rate: Fraction | None) -> 
     axes = [("t", "time", "second"), ("c", "channel", None), ("y", "space", None), ("x", "space", None)]
     step = float(frames_per_latent / frame_rate) if frame_rate else 1.0
     window = {"min": -8.0, "max": 8.0, "start": -3.0, "end": 3.0}
+    named = [{"name": n, "type": t, **({"unit": u} if u else {})} for n, t, u in axes]
+    scaled = [{"type": "scale", "scale": [step, 1.0, 1.0, 1.0]}]
+    datasets = [{"path": "latents", "coordinateTransformations": scaled}]
     return {
         "version": "0.5",
-        "multiscales": [
-            {
-                "name": "latents",
-                "axes": [{"name": n, "type": t, **({"unit": u} if u else {})} for n, t, u in axes],
-                "datasets": [
-                    {
-                        "path": "latents",
-                        "coordinateTransformations": [{"type": "scale", "scale": [step, 1.0, 1.0, 1.0]}],
-                    }
-                ],
-            }
-        ],
+        "multiscales": [{"name": "latents", "axes": named, "datasets": datasets}],
         "omero": {
             "channels": [
                 {"label": f"latent {i}", "color": "FFFFFF", "active": i < 3, "window": window} for i in range(channels)

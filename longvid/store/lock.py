@@ -36,10 +36,7 @@ class WriterLock:
     """
 
     def __init__(self, path: Path, fd: int, identity: tuple[int, int]) -> None:
-        self._path = path
-        self._fd = fd
-        self._identity = identity
-        self._pid = os.getpid()
+        self._path, self._fd, self._identity, self._pid = path, fd, identity, os.getpid()
 
     @classmethod
     def acquire(cls, path: Path, *, lock: bool = True) -> WriterLock:
@@ -59,27 +56,19 @@ class WriterLock:
                 pid, owner = _held.get(_identity_at(path), (0, {}))
                 if pid == os.getpid():
                     raise _refusal(path, owner)
-                acquired = cls._try(path, lock)
-                if acquired is not None:
-                    return acquired
-
-    @classmethod
-    def _try(cls, path: Path, lock: bool) -> WriterLock | None:
-        """Acquire the lock; None if the file's last owner has just deleted it, since it guards nothing then."""
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o644)
-        try:
-            if lock and not _locked(fd, path):
-                raise _refusal(path, _signature(fd))
-            found = os.fstat(fd)
-            identity = found.st_dev, found.st_ino
-            if _identity_at(path) == identity:
-                _held[identity] = os.getpid(), _sign(fd)
-                return cls(path, fd, identity)
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
-        return None
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+                try:
+                    if lock and not _locked(fd, path):
+                        raise _refusal(path, _signature(fd))
+                    found = os.fstat(fd)
+                    identity = found.st_dev, found.st_ino
+                    if _identity_at(path) == identity:
+                        _held[identity] = os.getpid(), _sign(fd)
+                        return cls(path, fd, identity)
+                except BaseException:
+                    os.close(fd)
+                    raise
+                os.close(fd)  # the file's last owner has just deleted it, so it guards nothing
 
     def release(self) -> None:
         """Release the lock. Does nothing in a fork, or when called again."""
@@ -145,11 +134,8 @@ def _locked(fd: int, path: Path) -> bool:
 
 
 def _sign(fd: int) -> dict[str, Any]:
-    owner = {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "since": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
     os.ftruncate(fd, 0)
     os.pwrite(fd, json.dumps(owner).encode(), 0)
     return owner

@@ -34,11 +34,7 @@ T = TypeVar("T")
 
 
 class ArrayMetadata:
-    """Metadata of one array.
-
-    Args:
-        document: the content of its ``zarr.json`` at the last commit; it passed :func:`.check_arrays`.
-    """
+    """The ``zarr.json`` of one array at the last commit, which passed :func:`.check_arrays`."""
 
     def __init__(self, document: dict[str, Any]) -> None:
         self.document = document
@@ -115,11 +111,7 @@ class StoreMetadata:
 
     @classmethod
     def parse(cls, root: Mapping[str, Any], *, where: str) -> StoreMetadata:
-        """Parse the root document of a store of ours.
-
-        Args:
-            root: the content of its ``zarr.json``.
-            where: the store, for messages.
+        """Parse the ``zarr.json`` of a store of ours; messages call the store ``where``.
 
         Raises:
             StoreError: kind ``"foreign"`` if longvid did not write it, ``"format"`` for another version of the format,
@@ -193,12 +185,13 @@ class StoreMetadata:
         """Half-open range of rows of a coordinate in a unit."""
         return self.frames(unit) if name in ("frame_pts", "frame_valid") else self.rows(unit)
 
-    def coordinates_agree(
-        self, columns: Mapping[str, npt.NDArray[Any]], digests: npt.NDArray[np.uint8], unit: int
-    ) -> bool:
-        """Whether coordinates, whole arrays by name, agree with the digest of a unit."""
-        parts = (columns[name][slice(*self.coordinate_rows(name, unit))] for name in self.coordinate_names)
-        return np.array_equal(unit_digest(parts), digests[unit, -1])
+    def unit_with_other(self, columns: Mapping[str, npt.NDArray[Any]], digests: npt.NDArray[np.uint8]) -> int | None:
+        """The first unit whose digest is not that of these coordinates, whole arrays by name; None if all agree."""
+        for unit in range(self.num_units):
+            parts = (columns[name][slice(*self.coordinate_rows(name, unit))] for name in self.coordinate_names)
+            if not np.array_equal(unit_digest(parts), digests[unit, -1]):
+                return unit
+        return None
 
     def _check_lengths(self) -> None:
         """The arrays of a store have lengths that follow from each other."""

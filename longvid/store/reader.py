@@ -38,9 +38,8 @@ from longvid.store.staging import open_array
 from longvid.store.validation import MAX_DOCUMENT_BYTES, check_chunk, check_tree, read_document, read_regular
 
 __all__ = ["CheckedArray", "FrameStore", "LatentStore", "StoreReader", "bytes_of", "may_stand_beside", "open_frames",
-           "open_reader", "open_store"]  # fmt: skip
+           "open_reader", "open_store", "require_complete"]  # fmt: skip
 
-_REPAIR = "`longvid verify` lists all damage, `longvid repair` restores it"
 _DAMAGE = (OSError, ValueError, RuntimeError)
 "what zarr and its codecs raise for a damaged chunk"
 
@@ -85,9 +84,7 @@ class StoreReader:
         except _DAMAGE as exc:
             if isinstance(exc, StoreError) and exc.kind == "other":
                 raise
-            raise StoreError(
-                f"{self.path}: {name} {start} to {stop - 1} are damaged ({exc}); {_REPAIR}", kind="corrupt"
-            ) from exc
+            raise self._damaged(f"{name} {start} to {stop - 1} are damaged ({exc})") from exc
 
     def readable(self, name: str, start: int, stop: int) -> npt.NDArray[Any] | None:
         """As :meth:`stored`; None for rows that are damaged."""
@@ -127,16 +124,11 @@ class StoreReader:
         columns = {name: column for name, column in self.columns.items() if column is not None}
         lost = sorted(self.columns.keys() - columns)
         if self.digests is None or lost:
-            raise StoreError(
-                f"{self.path}: {', '.join(lost) or 'the array digest'} is damaged; {_REPAIR}", kind="corrupt"
-            )
-        for unit in range(self.metadata.num_units):
-            if not self.metadata.coordinates_agree(columns, self.digests, unit):
-                raise StoreError(
-                    f"{self.path}: the coordinates of frames from {self.metadata.frames(unit)[0]} are damaged or "
-                    f"missing; {_REPAIR}",
-                    kind="corrupt",
-                )
+            raise self._damaged(f"{', '.join(lost) or 'the array digest'} is damaged")
+        wrong = self.metadata.unit_with_other(columns, self.digests)
+        if wrong is not None:
+            first = self.metadata.frames(wrong)[0]
+            raise self._damaged(f"the coordinates of frames from {first} are damaged or missing")
         return columns, self.digests
 
     def take(self, name: str, rows: npt.NDArray[np.intp]) -> npt.NDArray[Any]:
@@ -160,14 +152,15 @@ class StoreReader:
             rows = self.stored(name, start, stop)
             part = self.metadata.data_names.index(name)
             if self.digests is None or not np.array_equal(unit_digest([rows]), self.digests[unit, part]):
-                raise StoreError(
-                    f"{self.path}: {name} {start} to {stop - 1} are damaged, missing or not those that were committed; "
-                    f"{_REPAIR}",
-                    kind="corrupt",
-                )
+                what = f"{name} {start} to {stop - 1} are damaged, missing or not those that were committed"
+                raise self._damaged(what)
             self._last.clear()
             self._last[name, unit] = rows
         return self._last[name, unit]
+
+    def _damaged(self, what: str) -> StoreError:
+        advice = "`longvid verify` lists all damage, `longvid repair` restores it"
+        return StoreError(f"{self.path}: {what}; {advice}", kind="corrupt")
 
 
 def open_reader(path: str | os.PathLike[str], *, strict: bool = True) -> StoreReader:
@@ -330,14 +323,8 @@ def open_frames(path: str | os.PathLike[str]) -> FrameStore:
     Raises:
         StoreError: as :func:`open_reader`, and kind ``"incomplete"`` if the run that wrote it did not end.
     """
-    reader = open_reader(path)
-    _require_kind(reader, "frames")
-    if not reader.metadata.complete:
-        raise StoreError(
-            f"{path} is incomplete: {reader.metadata.num_frames} frames were committed before the run that wrote it "
-            "ended; run the same command again to resume",
-            kind="incomplete",
-        )
+    reader = _open_kind(path, "frames")
+    require_complete(reader)
     return FrameStore(reader)
 
 
@@ -415,11 +402,21 @@ def open_store(path: str | os.PathLike[str]) -> LatentStore:
     Raises:
         StoreError: see :func:`open_reader`; kind ``"format"`` for a store of frames.
     """
+    return LatentStore(_open_kind(path, "latents"))
+
+
+def _open_kind(path: str | os.PathLike[str], kind: StoreKind) -> StoreReader:
     reader = open_reader(path)
-    _require_kind(reader, "latents")
-    return LatentStore(reader)
-
-
-def _require_kind(reader: StoreReader, kind: StoreKind) -> None:
     if reader.metadata.kind != kind:
         raise StoreError(f"{reader.path} holds {reader.metadata.kind}, not {kind}", kind="format")
+    return reader
+
+
+def require_complete(store: StoreReader | LatentStore) -> None:
+    """Raise StoreError of kind ``"incomplete"`` unless the run that wrote a store has come to the end of its video."""
+    if not store.metadata.complete:
+        raise StoreError(
+            f"{store.path} is incomplete: {store.metadata.num_frames} frames were committed before the run that wrote "
+            "it ended; run the same command again to resume",
+            kind="incomplete",
+        )

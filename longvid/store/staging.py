@@ -23,15 +23,8 @@ from zarr.storage import LocalStore, StorePath
 from longvid.errors import StoreError
 from longvid.store.format import serialized
 
-__all__ = [
-    "StagedStore",
-    "disk_errors",
-    "is_partial",
-    "open_array",
-    "partial_files",
-    "sync_path",
-    "write_durably",
-]
+__all__ = ["StagedStore", "disk_errors", "is_partial", "open_array", "partial_files", "sync_path",
+           "write_durably"]  # fmt: skip
 
 _PARTIAL = re.compile(r"(\..+|.*\.[0-9a-f]{32})\.partial")
 "name of a file while it is being written: ours, and those of zarr's LocalStore"

@@ -80,7 +80,7 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
         StoreError: kind ``"missing"``, ``"refused"``, ``"corrupt"`` for a bad disk, or ``"other"``.
     """
     # Without O_NONBLOCK, opening a FIFO would wait for a writer.
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         with open(os.open(path, flags), "rb") as file:
             found = os.fstat(file.fileno())
@@ -153,23 +153,13 @@ def _check_array(kind: StoreKind, name: str, document: Any, where: str) -> None:
     if decoded > MAX_CHUNK_BYTES or rows < 1 or 0 in shape[1:]:
         _refuse(where, f"a chunk decodes to {_shown(decoded)} bytes", f"1 to {MAX_CHUNK_BYTES:,} bytes")
     attributes = document.get("attributes")
-    expected = array_document(
-        kind,
-        name,
-        shape,
-        dtype,
-        rows,
-        attributes if isinstance(attributes, dict) else {},
-        _compression(document, dtype),
-    )
+    attributes = attributes if isinstance(attributes, dict) else {}
+    expected = array_document(kind, name, shape, dtype, rows, attributes, _compression(document, dtype))
     for key in {*expected, *document}:
+        have, want = document.get(key, "missing"), expected.get(key)
         # As text, since 3, 3.0 and true are equal to Python and not to zarr.
-        if json.dumps(document.get(key, "nothing"), sort_keys=True) != json.dumps(expected.get(key), sort_keys=True):
-            _refuse(
-                where,
-                f"its {_shown(key)} is {_shown(document.get(key, 'missing'))}",
-                _shown(expected.get(key, "nothing")),
-            )
+        if json.dumps(have, sort_keys=True) != json.dumps(want, sort_keys=True):
+            _refuse(where, f"its {_shown(key)} is {_shown(have)}", _shown(expected.get(key, "nothing")))
 
 
 def _lengths(value: Any, count: int, what: str, where: str) -> list[int]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -22,7 +21,6 @@ from longvid.store.format import (
     DIGEST_BYTES,
     PRIVATE,
     checksum_is_right,
-    chunk_file,
     digest_chain,
     is_system_file,
     serialized,
@@ -114,11 +112,9 @@ def verify(path: str | os.PathLike[str]) -> Verification:
     if not metadata.complete and is_locked(reader.path / PRIVATE / "lock"):
         raise StoreError(f"{path} is being written; verify it when the run has ended", kind="locked")
     damages = [*_root_damage(reader), *_metadata_damage(reader)]
-    digests = reader.digests
-    if digests is None:
+    if reader.digests is None:
         damages.append(Damage(kind="digests", name="digest", what="the digests are damaged or missing"))
-        digests = recomputed_digests(reader)
-    damages += _unit_damage(reader, digests)
+    damages += _unit_damage(reader)
     others = list(_other_files(reader))
     foreign = tuple(other.name for other in others if any(map(is_system_file, other.name.split("/"))))
     damages += [other for other in others if other.name not in foreign]
@@ -179,8 +175,8 @@ def recomputed_digests(reader: StoreReader) -> npt.NDArray[np.uint8]:
     for unit in range(reader.metadata.num_units):
         data = ([reader.readable(name, *reader.metadata.rows(unit))] for name in reader.metadata.data_names)
         coordinates = [reader.coordinate(name, unit) for name in reader.metadata.coordinate_names]
-        rows.append(np.stack([_digest_or_zeros(parts) for parts in (*data, coordinates)]))
-    return np.stack(rows)
+        rows.append([_digest_or_zeros(parts) for parts in (*data, coordinates)])
+    return np.array(rows, np.uint8)
 
 
 def _digest_or_zeros(parts: list[npt.NDArray[Any] | None]) -> npt.NDArray[np.uint8]:
@@ -188,31 +184,29 @@ def _digest_or_zeros(parts: list[npt.NDArray[Any] | None]) -> npt.NDArray[np.uin
     return unit_digest(there) if len(there) == len(parts) else np.zeros(DIGEST_BYTES, np.uint8)
 
 
-def _unit_damage(reader: StoreReader, digests: npt.NDArray[np.uint8]) -> Iterator[Damage]:
-    metadata = reader.metadata
-    # Where the digests had to be computed from the data and do not agree with the root, any unit may be wrong.
-    trusted = not metadata.arrays or digest_chain(digests) == metadata.digests
+def _unit_damage(reader: StoreReader) -> Iterator[Damage]:
+    if not reader.metadata.arrays:
+        return
+    metadata, found, digests = reader.metadata, recomputed_digests(reader), reader.digests
+    if digests is None and digest_chain(found) == metadata.digests:
+        digests = found
+    # Where the digests are lost and those of the data do not agree with the root, any unit may be wrong.
+    wrong = np.ones(found.shape, np.bool_) if digests is None else found != digests
+    files = {name: metadata.arrays[name].chunk_files for name in metadata.data_names}
     for unit in range(metadata.num_units):
         frames = metadata.frames(unit)
-        for part, name in enumerate(metadata.data_names):
-            data = reader.readable(name, *metadata.rows(unit))
-            if data is None or not trusted or not np.array_equal(unit_digest([data]), digests[unit, part]):
-                yield _data_damage(reader, name, unit, frames, readable=data is not None)
-        rows = {name: reader.coordinate(name, unit) for name in metadata.coordinate_names}
-        lost = [name for name, values in rows.items() if values is None]
-        if lost or not trusted or not np.array_equal(_digest_or_zeros([*rows.values()]), digests[unit, -1]):
+        for part, name in enumerate(files):
+            if wrong[unit, part].any():
+                file = f"{name}/{files[name][unit]}"
+                what = "not what was committed: swapped, older or forged" if found[unit, part].any() else "damaged"
+                what = what if (reader.path / file).is_file() else "missing"
+                what = f"{what}; frames {frames[0]} to {frames[1] - 1}"
+                yield Damage(kind="data", name=file, what=what, unit=unit, frames=frames)
+        if wrong[unit, -1].any():
+            lost = [name for name in metadata.coordinate_names if reader.coordinate(name, unit) is None]
             what = f"unit {unit} cannot be read" if lost else f"unit {unit} is not as it was committed"
             for name in lost or ["coordinates"]:
                 yield Damage(kind="coordinates", name=name, what=what, unit=unit, frames=frames)
-
-
-def _data_damage(reader: StoreReader, name: str, unit: int, frames: tuple[int, int], *, readable: bool) -> Damage:
-    file = f"{name}/{chunk_file(unit, len(reader.metadata.arrays[name].shape))}"
-    what = "not what was committed: swapped, older or forged" if readable else "damaged"
-    if not (reader.path / file).is_file():
-        what = "missing"
-    what = f"{what}; frames {frames[0]} to {frames[1] - 1}"
-    return Damage(kind="data", name=file, what=what, unit=unit, frames=frames)
 
 
 def _other_files(reader: StoreReader) -> Iterator[Damage]:
@@ -221,7 +215,8 @@ def _other_files(reader: StoreReader) -> Iterator[Damage]:
     expected = {"zarr.json", f"{PRIVATE}/root.json", f"{PRIVATE}/lock"}
     for name, array in arrays.items():
         expected |= {f"{name}/zarr.json", *(f"{name}/{file}" for file in array.chunk_files)}
-    for file in sorted(_files(reader.path, "")):
+    there = (path.relative_to(reader.path).as_posix() for path in reader.path.rglob("*") if not path.is_dir())
+    for file in sorted(there):
         if file in expected or file.startswith(f"{PRIVATE}/snapshots/"):
             continue
         folder, _, name = file.rpartition("/")
@@ -230,12 +225,3 @@ def _other_files(reader: StoreReader) -> Iterator[Damage]:
                 yield Damage(kind="stale", name=file, what="left over; nothing that is committed needs it")
         elif arrays or folder not in ARRAY_NAMES:
             yield Damage(kind="foreign", name=file, what="not written by longvid")
-
-
-def _files(root: Path, prefix: str) -> Iterable[str]:
-    for entry in os.scandir(root / prefix if prefix else root):
-        name = f"{prefix}/{entry.name}" if prefix else entry.name
-        if entry.is_dir(follow_symlinks=False):
-            yield from _files(root, name)
-        else:
-            yield name

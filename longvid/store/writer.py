@@ -49,7 +49,7 @@ from longvid.store.format import (
 from longvid.store.lock import WriterLock
 from longvid.store.metadata import RunFacts, StoreMetadata, ratio
 from longvid.store.reader import StoreReader
-from longvid.store.staging import StagedStore, disk_errors, open_array, partial_files, sync_folder, write_durably
+from longvid.store.staging import StagedStore, disk_errors, open_array, partial_files, sync_path, write_durably
 from longvid.store.target import Found, check_target, read_root
 from longvid.store.validation import check_tree
 
@@ -107,6 +107,7 @@ class StoreWriter(ABC):
         self.path = Path(path)
         facts, self._options = facts or RunFacts(), options or WriteOptions()
         self.durability, self._mend = self._options.durability, self._options.mend
+        self._sync = self.durability.syncs
         self._fingerprint = facts.fingerprint
         self._epoch = uuid.uuid4().hex
         about = {
@@ -149,9 +150,7 @@ class StoreWriter(ABC):
             undo.callback(self._lock.release)
             found = check_target(self.path)  # again, since another run may have held the lock until now
             decision = self._decide(found)
-            self._staged = StagedStore(
-                self.path, sync=self.durability.syncs, rewritten=lambda name: name not in self.rows
-            )
+            self._staged = StagedStore(self.path, sync=self._sync, rewritten=lambda name: name not in self.rows)
             if decision == "resume":
                 self._open(found)
             else:
@@ -226,15 +225,12 @@ class StoreWriter(ABC):
 
     def _create(self) -> None:
         self._write_root(None)
-        if self.durability.syncs:
-            sync_folder(self.path.parent)
+        if self._sync:
+            sync_path(self.path.parent)
         coordinates: dict[str, tuple[int, ...]] = dict.fromkeys(COORDINATE_NAMES[self.kind], ())
-        rows = {**self.rows, **coordinates, "digest": (len(self.rows) + 1, DIGEST_BYTES)}
-        about = {
-            "digest": {"long_name": "blake2b of each unit's data, then of its coordinates"},
-            **self.array_attributes,
-        }
-        for name, row in rows.items():
+        about = {"digest": {"long_name": "blake2b of each unit's data, then of its coordinates"}}
+        about |= self.array_attributes
+        for name, row in {**self.rows, **coordinates, "digest": (len(self.rows) + 1, DIGEST_BYTES)}.items():
             dtype = self.dtype if name in self.rows else DTYPES[name][0]
             self._documents[name] = array_document(self.kind, name, (0, *row), dtype, self.unit_rows, about.get(name))
 
@@ -280,19 +276,18 @@ class StoreWriter(ABC):
     def _sweep(self, committed: int) -> None:
         """Remove what an earlier run did not finish: files half written, and chunks that were never committed."""
         for partial in partial_files(self.path):
-            os.unlink(partial)
+            partial.unlink()
         for name in self.rows:
-            if (self.path / name).is_dir():
-                for entry in os.scandir(self.path / name):
-                    number = _CHUNK_FILE.fullmatch(entry.name)
-                    if number is not None and int(number[1]) >= committed:
-                        os.unlink(entry.path)
+            for file in (self.path / name).glob("c.*"):
+                number = _CHUNK_FILE.fullmatch(file.name)
+                if number is not None and int(number[1]) >= committed:
+                    file.unlink()
 
     def _clear(self) -> None:
         """Remove the store that is to be replaced. If it is interrupted, a store of ours remains that holds nothing."""
         facts = {**self._attributes["longvid"], "fingerprint": {}}
         emptied = {"zarr_format": 3, "node_type": "group", "attributes": {"longvid": facts}}
-        write_durably(self.path / "zarr.json", with_checksum(emptied), sync=self.durability.syncs)
+        write_durably(self.path / "zarr.json", with_checksum(emptied), sync=self._sync)
         private = self.path / PRIVATE
         kept = (private.parent, private, private / "lock", self.path / "zarr.json")
         for entry in (*self.path.iterdir(), *private.parent.iterdir(), *private.iterdir()):
@@ -347,9 +342,17 @@ class StoreWriter(ABC):
     def _take_unit(self, unit: Unit) -> None:
         """Append one unit, or compare it with the one that is committed already."""
         number = self.num_units
-        digests = self._digests(unit)
+        # a digest for each data array, then one for all coordinates
+        coordinates = [unit[name] for name in COORDINATE_NAMES[self.kind]]
+        digests = np.stack([*(unit_digest([unit[name]]) for name in self.rows), unit_digest(coordinates)])
         if number < self.committed_units:
-            self._compare(number, digests)
+            if not np.array_equal(self._found_digests[number], digests):
+                raise StoreError(
+                    f"{self.path}: unit {number} differs from the committed one, so this run cannot resume that one: "
+                    "the source has other frames, or the same model computes other values on this machine. `longvid "
+                    "verify` tells whether the store is damaged; --overwrite --no-resume starts over",
+                    kind="mismatch",
+                )
             if number in self._mend:
                 self._write_again(number, unit)
         else:
@@ -358,21 +361,6 @@ class StoreWriter(ABC):
             self._append("digest", digests[None])
             self._chain.update(digests.tobytes())
         self.num_units += 1
-
-    def _digests(self, unit: Unit) -> npt.NDArray[np.uint8]:
-        """One row for each data array, then one for all coordinates."""
-        data = [unit_digest([unit[name]]) for name in self.rows]
-        coordinates = unit_digest([unit[name] for name in COORDINATE_NAMES[self.kind]])
-        return np.stack([*data, coordinates])
-
-    def _compare(self, number: int, digests: npt.NDArray[np.uint8]) -> None:
-        if not np.array_equal(self._found_digests[number], digests):
-            raise StoreError(
-                f"{self.path}: unit {number} differs from the committed one, so this run cannot resume that one: the "
-                "source has other frames, or the same model computes other values on this machine. `longvid verify` "
-                "tells whether the store is damaged; --overwrite --no-resume starts over",
-                kind="mismatch",
-            )
 
     def _write_again(self, number: int, unit: Unit) -> None:
         for name in self.rows:
@@ -404,14 +392,14 @@ class StoreWriter(ABC):
         content = with_checksum(root)
         complete = self._attributes["longvid"]["status"] == "complete"
         if documents is None:
-            write_durably(self.path / "zarr.json", content, sync=self.durability.syncs)
-            if self.durability.syncs:
-                sync_folder(self.path)
+            write_durably(self.path / "zarr.json", content, sync=self._sync)
+            if self._sync:
+                sync_path(self.path)
             self._epoch_there = self._epoch
         else:
             self._require_epoch()
             self._staged.commit(content, documents, settled=complete)
-        write_durably(self.path / PRIVATE / "root.json", content, sync=self.durability.syncs and complete)
+        write_durably(self.path / PRIVATE / "root.json", content, sync=self._sync and complete)
 
     def _require_epoch(self) -> None:
         """Require that no run took the store over. The lock prevents it, but not every file system has locks."""
@@ -433,8 +421,8 @@ class StoreWriter(ABC):
         """Rows that wait to become a unit, for a snapshot; copies."""
         return {name: np.concatenate(parts) for name, parts in self._waiting.items()}
 
-    def go_on(self, chunk: int, num_frames: int, units: int, pending: Unit) -> None:
-        """Restore the state of a run that had written ``num_frames`` frames in the chunks before ``chunk``.
+    def go_on(self, num_frames: int, units: int, pending: Unit) -> None:
+        """Restore the state of a run that had written ``num_frames`` frames in whole chunks.
 
         ``units`` of the store were full then, and ``pending`` is what :meth:`pending` returned.
         """

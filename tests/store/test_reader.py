@@ -214,24 +214,11 @@ def test_float32_holds_what_float16_does_not(tmp_path):
     assert open_store(tmp_path / "a.zarr").latents[0, 0, 0, 0] == 70000
 
 
-def test_wrong_calls_are_refused(tmp_path):
+def test_latents_of_a_wrong_shape_or_dtype_are_refused(tmp_path):
     first, second = list(PLAN.chunks(17))
-    pts = np.arange(9)
-    with (
-        pytest.raises(StoreError, match="chunk 1 was written, chunk 0 is expected"),
-        writer(tmp_path / "a.zarr") as store,
-    ):
-        store.write(second, latents_of(second), pts[:8])
-    for z, times in (
-        (latents_of(second), pts),
-        (latents_of(first).astype(np.float64), pts),
-        (latents_of(first), pts[:3]),
-    ):
-        with pytest.raises(StoreError, match=r"is expected|time stamps"), writer(tmp_path / "a.zarr") as store:
-            store.write(first, z, times)
-    with pytest.raises(StoreError, match="moments are missing"):  # noqa: SIM117 - in one line too long
-        with writer(tmp_path / "a.zarr", representation="moments") as store:
-            store.write(first, latents_of(first), pts)
+    for z in (latents_of(second), latents_of(first).astype(np.float64)):
+        with pytest.raises(StoreError, match="is expected"), writer(tmp_path / "a.zarr") as store:
+            store.write(first, z, np.arange(9))
     assert list(tmp_path.iterdir()) == []
 
 
