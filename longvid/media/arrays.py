@@ -17,13 +17,7 @@ from longvid.errors import SourceError
 from longvid.frames import FrameBlock, SourceInfo, SourcePosition, frame_digest
 from longvid.media.limits import Limits
 
-__all__ = [
-    "ArrayFrames",
-    "IterableFrames",
-    "OnePass",
-    "check_position",
-    "is_array",
-]
+__all__ = ["ArrayFrames", "IterableFrames", "OnePass", "check_layout", "check_position", "is_array", "to_numpy"]
 
 DEFAULT_FRAME_RATE = Fraction(24)
 _BLOCK_FRAMES = 16
@@ -152,7 +146,7 @@ class ArrayFrames(OnePass):
         kind = "tensor" if type(array).__name__ == "Tensor" else "array"
         module = type(array).__module__.partition(".")[0]
         super().__init__(name or f"the {module} {kind}", start, frames, limits)
-        _check_layout(array, self._name, ranks=(4,))
+        check_layout(array, self._name, ranks=(4,))
         count, height, width = (int(length) for length in array.shape[:3])
         if not count:
             raise SourceError(f"{self._name} holds no frames: its shape is {tuple(array.shape)}", kind="no-frames")
@@ -207,7 +201,7 @@ class ArrayFrames(OnePass):
 
     def _read(self, begin: int, end: int) -> npt.NDArray[np.uint8]:
         try:
-            return _to_numpy(self._array[begin:end])
+            return to_numpy(self._array[begin:end])
         except (OSError, ValueError, RuntimeError) as exc:
             raise SourceError(f"frames {begin} to {end - 1} of {self._name} cannot be read: {exc}") from exc
 
@@ -301,8 +295,8 @@ class IterableFrames(OnePass):
         for piece in self._iterator:
             name = f"piece {self._num_pieces} of {self._name}"
             self._num_pieces += 1
-            _check_layout(piece, name, ranks=(3, 4))
-            frames_THWC = np.array(_to_numpy(piece), dtype=np.uint8, ndmin=4)
+            check_layout(piece, name, ranks=(3, 4))
+            frames_THWC = np.array(to_numpy(piece), dtype=np.uint8, ndmin=4)
             (height, width), before = frames_THWC.shape[1:3], getattr(self, "info", None)
             if before is not None and (height, width) != (before.height, before.width):
                 raise SourceError(
@@ -348,7 +342,8 @@ def _aligned_step(array: Any, height: int, width: int, name: str) -> int:
     return max(chunk, step // chunk * chunk)
 
 
-def _check_layout(array: Any, name: str, *, ranks: tuple[int, ...]) -> None:
+def check_layout(array: Any, name: str, *, ranks: tuple[int, ...]) -> None:
+    """Raise SourceError unless ``array``, which messages call ``name``, holds frames in as many axes as allowed."""
     if not is_array(array):
         raise SourceError(
             f"{name} is a {type(array).__name__}; expected a numpy array or a torch tensor, {_EXPECTED}", kind="layout"
@@ -367,7 +362,8 @@ def _check_layout(array: Any, name: str, *, ranks: tuple[int, ...]) -> None:
         raise SourceError(f"{given}, with at least one pixel", kind="layout")
 
 
-def _to_numpy(piece: Any) -> npt.NDArray[np.uint8]:
+def to_numpy(piece: Any) -> npt.NDArray[np.uint8]:
+    """The frames of a numpy array or of a torch tensor on any device."""
     if type(piece).__module__.startswith("torch"):
         piece = piece.detach().cpu().numpy()
     return np.asarray(piece, dtype=np.uint8)

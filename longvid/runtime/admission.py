@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from longvid.environment import kernels_of
 from longvid.errors import MemoryBudgetError, SessionStateError, StoreError
@@ -27,7 +27,6 @@ from longvid.planning.kernel_choice import can_compute
 from longvid.planning.options import ComputeOptions, OtherVideos, Setting
 from longvid.planning.plan import DirectionPlan, Plan
 from longvid.planning.planner import Planner
-from longvid.planning.profile import ProfileScope
 from longvid.runtime.engine import Engine
 from longvid.runtime.prefetch import StopRequest
 from longvid.schedule import ChunkSchedule
@@ -38,6 +37,8 @@ from longvid.units import format_bytes
 
 __all__ = ["Admission", "AdmissionControl", "Job", "RunOptions", "SessionGuard"]
 
+Size: TypeAlias = tuple[int, int]
+"height and width"
 _SHORT_RUN_ROWS = 256
 "a shorter run ends before a snapshot is worth its cost"
 
@@ -186,13 +187,7 @@ class AdmissionControl:
         self._held: list[Admission] = []
 
     def admit(
-        self,
-        direction: Direction,
-        height: int,
-        width: int,
-        *,
-        earlier: StoreMetadata | None = None,
-        whole: bool = False,
+        self, direction: Direction, size: Size, *, earlier: StoreMetadata | None = None, whole: bool = False
     ) -> Admission:
         """Check a video of this size against all limits, beside those that are held, and give it its plan.
 
@@ -201,8 +196,7 @@ class AdmissionControl:
 
         Args:
             direction: of the video.
-            height: of its frames.
-            width: of its frames.
+            size: height and width of its frames.
             earlier: the store whose run is continued.
             whole: whether chunk follows chunk, so that memory may be kept from one to the next.
 
@@ -216,7 +210,7 @@ class AdmissionControl:
         room = [budget.left(other.projected_bytes + held_bytes - other.idle_bytes) for other in others]
         idle_limit = min((r for r in room if r is not None), default=None)
         beside_others = OtherVideos(held_bytes=held_bytes, idle_limit_bytes=idle_limit)
-        plan = self.plan(height, width, (direction,), self._options_for(earlier, whole), beside_others)
+        plan = self.plan(size, (direction,), self._options_for(earlier, whole), beside_others)
         plan.check(direction)
         part = plan.direction(direction)
         for other in others:
@@ -239,8 +233,7 @@ class AdmissionControl:
 
     def plan(
         self,
-        height: int,
-        width: int,
+        size: Size,
         directions: tuple[Direction, ...] = ("encode", "decode"),
         options: ComputeOptions | None = None,
         others: OtherVideos | None = None,
@@ -248,12 +241,10 @@ class AdmissionControl:
         """The plan under what other videos leave of the budget, with the options of the session if none are given."""
         engine, profile = self.engine, self._options.profile
         if profile is not None:
-            profile.check(
-                ProfileScope.of(engine.model, height=height, width=width, dtype=engine.dtype, device=engine.device)
-            )
+            profile.check(engine.scope(size))
         if engine.model.geometry.chunk_invariant and self._options.allowed_bytes is not None:
             directions = ("encode", "decode")  # the budget may shorten chunks, and both directions share their length
-        return self._planner.plan((height, width), options or self._options, directions, others or OtherVideos())
+        return self._planner.plan(size, options or self._options, directions, others or OtherVideos())
 
     def _options_for(self, earlier: StoreMetadata | None, whole: bool) -> ComputeOptions:
         """The options of the session, with the choices of the run that is continued where the user left them."""

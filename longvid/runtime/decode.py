@@ -90,7 +90,7 @@ def decode_video(
     found = check_target(out) if isinstance(out, Path) and out.suffix == ".zarr" else None
     earlier = None if found is None else options.continued(found)
     size = (latents.height, latents.width)
-    admission = job.control.admit("decode", *size, earlier=earlier, whole=True)
+    admission = job.control.admit("decode", size, earlier=earlier, whole=True)
     task = _Task(job, options, latents, admission, window)
     fingerprint = task.fingerprint()
     if found is not None:
@@ -214,10 +214,10 @@ def _require_decodable(store: LatentStore, model: CausalVAE) -> None:
         )
 
     p, size = geometry.pixels_per_latent, geometry.padded_size(store.height, store.width)
-    have, want = store.latents.shape[1:], (geometry.latent_channels, size[0] // p, size[1] // p)
-    if have != want:
+    stored, ours = store.latents.shape[1:], (geometry.latent_channels, size[0] // p, size[1] // p)
+    if stored != ours:
         frames = f"for frames of {store.width}x{store.height}, with"
-        sizes = [f"latents of {w}x{h} {frames} {channels} channels" for channels, h, w in (have, want)]
+        sizes = [f"latents of {w}x{h} {frames} {channels} channels" for channels, h, w in (stored, ours)]
         raise StoreError(differs(*sizes), kind="format")
     if not geometry.schedule.same_latents(store.schedule):
         raise ScheduleError(differs(str(store.schedule), str(geometry.schedule)))

@@ -156,8 +156,8 @@ def _encode(job: Job, source: Any, store: Path, options: EncodeOptions, replaced
     with ExitStack() as stack:
         video = stack.enter_context(open_source(source, **asdict(options.reading), limits=options.limits))
         info = video.info
-        earlier = options.continued(found)
-        admission = job.control.admit("encode", info.height, info.width, earlier=earlier, whole=True)
+        size, earlier = (info.height, info.width), options.continued(found)
+        admission = job.control.admit("encode", size, earlier=earlier, whole=True)
         task = _Task(job, options, video, admission, replaced)
         fingerprint = task.fingerprint()
         if options.is_done(found, fingerprint):

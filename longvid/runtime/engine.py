@@ -20,6 +20,7 @@ from longvid.memory.copy_engine import CopyEngine
 from longvid.models.base import CausalVAE
 from longvid.models.device import placed, resolve_device, tensor_bytes, weights_digest
 from longvid.models.numerics import Numerics
+from longvid.planning.profile import ProfileScope
 from longvid.store.format import FORMAT_VERSION
 
 __all__ = ["Engine", "ModelGuard"]
@@ -127,6 +128,11 @@ class Engine:
                 "format": FORMAT_VERSION,
             },
         }
+
+    def scope(self, size: tuple[int, int]) -> ProfileScope:
+        """The setting that a profile has to be measured in for frames of this height and width."""
+        height, width = size
+        return ProfileScope.of(self.model, height=height, width=width, dtype=self.dtype, device=self.device)
 
     def staged(self, frames_THWC: Frames) -> Frames:
         """The same frames in memory that the device can copy from at its full rate: page-locked memory, for CUDA.

@@ -17,6 +17,7 @@ from torch import Tensor
 from longvid.errors import ScheduleError, SessionStateError, SourceError
 from longvid.events import Direction
 from longvid.frames import Frames
+from longvid.media.arrays import check_layout, to_numpy
 from longvid.planning.plan import DirectionPlan
 from longvid.runtime.admission import Admission, AdmissionControl, SessionGuard
 from longvid.runtime.engine import Engine
@@ -107,7 +108,7 @@ class Scope:
         """How the video is cut. Its place is asked for, and its run is made, when its size is first known."""
         if self.admission is None or self._reblock is None:
             self._size = size
-            self.admission = self._control.admit(self.direction, *size)
+            self.admission = self._control.admit(self.direction, size)
             self._control.hold(self.admission)
             schedule = self.admission.schedule
             if self.direction == "encode":
@@ -146,7 +147,8 @@ class PushEncoder(Scope):
             MemoryBudgetError: frames of this size do not fit the session's budget.
         """
         with self._working("push") as engine:
-            frames = _as_frames(frames_THWC)
+            check_layout(frames_THWC, "what was pushed", ranks=(4,))
+            frames = to_numpy(frames_THWC)
             plan, reblock = self._admitted((frames.shape[1], frames.shape[2]))
             if frames.shape[1:3] != self._size:
                 raise SourceError(
@@ -267,17 +269,3 @@ class PushDecoder(Scope):
             return np.concatenate(done)
         height, width = self._crop or self._size
         return np.empty((0, height, width, 3), np.uint8)
-
-
-def _as_frames(frames: Any) -> Frames:
-    try:
-        array = frames.detach().cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames)
-    except (TypeError, ValueError) as exc:
-        raise SourceError(
-            f"frames are uint8 with axes (T, H, W, 3); {type(frames).__name__} is not an array: {exc}", kind="layout"
-        ) from exc
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape[1:3]:
-        raise SourceError(
-            f"frames are uint8 with axes (T, H, W, 3); {array.dtype} {array.shape} was given", kind="layout"
-        )
-    return cast("Frames", array)

@@ -163,7 +163,7 @@ class VideoSession:
     def plan(self, *, height: int, width: int) -> Plan:
         """The plan for frames of this size under the session's dtype and budget; see :func:`longvid.make_plan`."""
         self._guard.check("plan")
-        return self._control.plan(height, width)
+        return self._control.plan((height, width))
 
     # ------------------------------------------------------------------------------------------- whole videos
 

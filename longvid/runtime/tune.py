@@ -22,7 +22,6 @@ import torch
 from longvid.environment import describe_machine
 from longvid.errors import MemoryBudgetError
 from longvid.events import Direction
-from longvid.memory.copy_engine import CopyEngine, Ticket
 from longvid.memory.offload import OffloadPolicy
 from longvid.models.base import CausalVAE
 from longvid.planning.cost_model import DeviceRates
@@ -76,24 +75,16 @@ class Tuning:
 
     def explain(self) -> str:
         """The sweep as a table, the knees marked."""
+        columns = "stay leave early planned measured"
+        names = ("resident_bytes", "offloaded_bytes", "prefetch_bytes", "projected_bytes", "peak_bytes")
         lines = [
             f"{self.scope.model} at {self.scope.size} in {self.scope.dtype} on {self.scope.device}",
-            f"{'':8}{'slices':>8}{'stay':>12}{'leave':>12}{'early':>12}{'planned':>12}{'measured':>12}{'ms/chunk':>10}{'ratio':>8}",
+            f"{'':8}{'slices':>8}{''.join(f'{column:>12}' for column in columns.split())}{'ms/chunk':>10}{'ratio':>8}",
         ]
         for point in self.points:
-            sizes = (
-                point.resident_bytes,
-                point.offloaded_bytes,
-                point.prefetch_bytes,
-                point.projected_bytes,
-                point.peak_bytes,
-            )
-            lines.append(
-                f"{point.direction:8}{point.slice_frames:>8}"
-                + "".join(f"{format_bytes(size):>12}" for size in sizes)
-                + f"{point.seconds * 1e3:>10.1f}{point.slowdown:>8.3f}"
-                + ("  <- knee" if point.knee else "")
-            )
+            sizes = "".join(f"{format_bytes(getattr(point, name)):>12}" for name in names)
+            times = f"{point.seconds * 1e3:>10.1f}{point.slowdown:>8.3f}{'  <- knee' if point.knee else ''}"
+            lines.append(f"{point.direction:8}{point.slice_frames:>8}{sizes}{times}")
         lines.append(f"knee: the least peak for at most {self.slack:.0%} more time than with nothing offloaded")
         return "\n".join(lines)
 
@@ -137,9 +128,8 @@ def tune(
     """Measure a row of thresholds: ever shorter slices, then, in the shortest, ever more offloaded contexts.
 
     Args:
-        model: with weights; random ones are enough.
-        height: of the frames, in pixels.
-        width: of the frames.
+        model: a model with weights; random ones are enough.
+        height, width: size of the frames in pixels.
         device: ``"auto"`` or a torch device.
         options: dtype and budget; thresholds that need more than the budget are left out.
         sweep: what to measure.
@@ -163,8 +153,17 @@ def tune(
             row = _as_points(plans, bench.measure(plans), sweep.slack)
             points += row
             excess = max(excess, *(point.peak_bytes - point.projected_bytes for point in row))
-            parts[direction] = _profile_of(row, plans[0].cost_model.total_flops, link)
-        scope = ProfileScope.of(engine.model, height=height, width=width, dtype=engine.dtype, device=engine.device)
+            (knee,) = (point for point in row if point.knee)
+            parts[direction] = DirectionProfile(
+                slice_frames=knee.slice_frames,
+                resident_bytes=knee.resident_bytes,
+                prefetch_bytes=knee.prefetch_bytes,
+                peak_bytes=knee.peak_bytes,
+                slowdown=knee.slowdown,
+                flops_per_second=plans[0].cost_model.total_flops / min(point.seconds for point in row),
+                link_bytes_per_second=link,
+            )
+        scope = engine.scope((height, width))
         return Tuning(
             scope=scope,
             slack=sweep.slack,
@@ -172,19 +171,6 @@ def tune(
             profile=Profile(scope=scope, reserved_bytes=max(0, excess), directions=parts),
             machine=describe_machine(str(engine.device)),
         )
-
-
-def _profile_of(row: Sequence[ThresholdPoint], flops: int, link: float) -> DirectionProfile:
-    knee = next(point for point in row if point.knee)
-    return DirectionProfile(
-        slice_frames=knee.slice_frames,
-        resident_bytes=knee.resident_bytes,
-        prefetch_bytes=knee.prefetch_bytes,
-        peak_bytes=knee.peak_bytes,
-        slowdown=knee.slowdown,
-        flops_per_second=flops / min(point.seconds for point in row),
-        link_bytes_per_second=link,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,16 +245,9 @@ class _Bench:
         """Seconds of a chunk in the middle, the shorter of two, and the peak of all."""
         encodes = part.workload.direction == "encode"
         run = EncodeRun(self.engine, part, "mode", 0) if encodes else DecodeRun(self.engine, part, None)
-        times = []
         with run:
-            for index, compute in enumerate(_chunks(run)):
-                _wait_for(self.engine)
-                started = time.perf_counter()
-                compute()
-                _wait_for(self.engine)
-                if index >= _FIRST_TIMED:
-                    times.append(time.perf_counter() - started)
-            return min(times), run.meter.peak_bytes
+            times = [_seconds(self.engine, compute) for compute in _chunks(run)]
+            return min(times[_FIRST_TIMED:]), run.meter.peak_bytes
 
 
 def _chunks(run: EncodeRun | DecodeRun) -> Iterator[Callable[[], object]]:
@@ -283,6 +262,15 @@ def _chunks(run: EncodeRun | DecodeRun) -> Iterator[Callable[[], object]]:
         else:
             shape = (chunk.num_latents, geometry.latent_channels, height // p, width // p)
             yield partial(run.frames, chunk, random.standard_normal(shape, dtype=np.float32))
+
+
+def _seconds(engine: Engine, work: Callable[[], object]) -> float:
+    """Time of ``work`` on the device, which a call only queues there."""
+    _wait_for(engine)
+    started = time.perf_counter()
+    work()
+    _wait_for(engine)
+    return time.perf_counter() - started
 
 
 def _wait_for(engine: Engine) -> None:
@@ -316,24 +304,14 @@ def _as_points(
 
 def _link_rate(engine: Engine) -> float:
     """Bytes per second of a copy to the host and of one back, the slower of the two medians."""
-    copy_engine: CopyEngine = engine.copy_engine
+    copy_engine = engine.copy_engine
     source = torch.ones(_LINK_BYTES, dtype=torch.uint8, device=engine.device)
     host_buffer = copy_engine.host_buffer([source.nbytes])
-    slot, rates = host_buffer.take(source), []
-    copies: list[Callable[[], Ticket]] = [
-        partial(copy_engine.to_host, source, slot),
-        partial(copy_engine.to_device, slot, source, None),
-    ]
-    for copy in copies:
-        times = []
-        for _ in range(5):
-            _wait_for(engine)
-            started = time.perf_counter()
-            copy().synchronize()
-            times.append(time.perf_counter() - started)
-        rates.append(source.nbytes / statistics.median(times))
+    slot = host_buffer.take(source)
+    out = [_seconds(engine, lambda: copy_engine.to_host(source, slot).synchronize()) for _ in range(5)]
+    back = [_seconds(engine, lambda: copy_engine.to_device(slot, source, None).synchronize()) for _ in range(5)]
     copy_engine.release(host_buffer)
-    return min(rates)
+    return source.nbytes / max(statistics.median(out), statistics.median(back))
 
 
 def draw(tuning: Tuning, path: str | os.PathLike[str]) -> None:

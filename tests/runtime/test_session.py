@@ -577,7 +577,7 @@ def test_places_that_cannot_be_written_are_named(vae, frames, tmp_path):
         session.encode(frames, tmp_path / "a.zarr")
         with pytest.raises(StoreError, match="is an address"):
             session.decode(tmp_path / "a.zarr", "s3://a/b.mp4")
-        with session.encoder() as enc, pytest.raises(SourceError, match="list is not an array"):
+        with session.encoder() as enc, pytest.raises(SourceError, match="is a list; expected a numpy array"):
             enc.push([[1], [1, 2]])
     assert [path.name for path in tmp_path.iterdir()] == ["a.zarr"]
 
