@@ -180,6 +180,7 @@ class Bench:
                 time_base=latents.time_base,
                 frame_rate=latents.frame_rate,
                 source=latents.source,
+                facts=RunFacts(),
                 options=WriteOptions(overwrite=True, resume=False),
             )
         with sink:

@@ -59,11 +59,7 @@ class SessionGuard:
 
     @contextmanager
     def opening(self) -> Iterator[None]:
-        """Make the calling thread the owner, once the block has done what opening takes.
-
-        Raises:
-            SessionStateError: the session is or was open.
-        """
+        """Make the calling thread the owner, once the block has done what opening takes. It may be opened once."""
         if self._state is not _State.UNOPENED:
             raise SessionStateError(f"the session cannot be entered: it {self._state.value}")
         yield
@@ -131,11 +127,7 @@ class RunOptions(WriteOptions):
         return None if metadata is None or (metadata.complete and self.overwrite) else metadata
 
     def is_done(self, found: Found, fingerprint: Mapping[str, Any]) -> bool:
-        """Whether the store that was found is what the run would write; it is tidied then.
-
-        Raises:
-            StoreError: the store forbids the run.
-        """
+        """Whether the store that was found is what the run would write; it is tidied then."""
         decision = found.decide(fingerprint, overwrite=self.overwrite, resume=self.resume)
         if decision != "done" or self.mend:
             return False
@@ -143,16 +135,9 @@ class RunOptions(WriteOptions):
         return True
 
     def check_disk(self, found: Found, part: DirectionPlan, num_rows: int | None, row_bytes: float) -> None:
-        """Fail early if the estimated output does not fit on the disk.
+        """Fail early if ``num_rows`` (None if unknown) of about ``row_bytes`` each do not fit on the disk.
 
-        Args:
-            found: what is there; its bytes count as written.
-            part: the plan of the run.
-            num_rows: rows of the store, None if unknown.
-            row_bytes: a low estimate of the bytes of a row on the disk.
-
-        Raises:
-            StoreError: kind ``"full"``.
+        The bytes of what is there count as written. ``row_bytes`` is a low estimate.
         """
         if num_rows is None or self.mend:
             return
@@ -171,13 +156,7 @@ class RunOptions(WriteOptions):
 
 
 class AdmissionControl:
-    """Plans videos and admits them, under the limits of the device and of the host.
-
-    Args:
-        engine: the model where it computes.
-        options: what the session was asked for.
-        offload_dir: folder that offloaded contexts go to; None for host memory.
-    """
+    """Plans videos and admits them, under the limits of the device and, without an ``offload_dir``, of the host."""
 
     def __init__(self, engine: Engine, options: ComputeOptions, offload_dir: Path | None) -> None:
         self.engine = engine
@@ -189,19 +168,11 @@ class AdmissionControl:
     def admit(
         self, direction: Direction, size: Size, *, earlier: StoreMetadata | None = None, whole: bool = False
     ) -> Admission:
-        """Check a video of this size against all limits, beside those that are held, and give it its plan.
+        """Check a video with frames of this size against all limits, beside those that are held, and plan it.
 
         One video computes at a time while the contexts of all are held; contexts count as planned, whether or not they
-        exist yet.
-
-        Args:
-            direction: of the video.
-            size: height and width of its frames.
-            earlier: the store whose run is continued.
-            whole: whether chunk follows chunk, so that memory may be kept from one to the next.
-
-        Raises:
-            MemoryBudgetError: the video does not fit.
+        exist yet. ``earlier`` is the store whose run is continued. A ``whole`` video may keep memory from chunk to
+        chunk. MemoryBudgetError if the video does not fit.
         """
         others = [admission.part for admission in self._held]
         held_bytes = sum(part.idle_bytes for part in others)

@@ -27,11 +27,7 @@ __all__ = ["Engine", "ModelGuard"]
 
 
 class ModelGuard:
-    """Notices that a model was changed: other weights, another dtype or device, or weights written in place.
-
-    Args:
-        module: the model as it computes.
-    """
+    """Notices that a model was changed: other weights, another dtype or device, or weights written in place."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -83,11 +79,7 @@ class Engine:
         offload_dir: Path | None = None,
         reserved_bytes: int | None = None,
     ) -> Engine:
-        """Place the model; the one passed in is not touched.
-
-        Raises:
-            ModelError: it has no weights, or the device cannot be used.
-        """
+        """Place a copy of the model. ModelError if it has no weights, or if the device cannot be used."""
         module = cast("nn.Module", model)
         first = next(module.parameters(), None)
         if first is None:

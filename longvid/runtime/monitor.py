@@ -25,11 +25,7 @@ __all__ = ["Monitor", "nothing_done"]
 class Monitor:
     """Times and counts one run, and tells the callbacks. Use it in a ``with`` statement, which tells start and end.
 
-    Args:
-        callbacks: see :class:`~longvid.events.RunObserver`.
-        run: the run, entered.
-        plan: its plan.
-        total: frames of the whole run, None while unknown.
+    The run has been entered. ``total`` is the number of frames of the whole run, None while unknown.
     """
 
     def __init__(self, callbacks: tuple[Callback, ...], run: Run, plan: Plan, total: int | None) -> None:

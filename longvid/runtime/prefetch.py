@@ -90,14 +90,9 @@ class Prefetcher(_Worker, Generic[T]):
     """Runs an iterator in a thread, at most ``depth`` items and the one in hand ahead of the consumer.
 
     Use it in a ``with`` statement and iterate over it. Leaving stops the thread and waits for it; the iterator is
-    then free to be closed.
-
-    Args:
-        items: the iterator.
-        depth: number of items that may wait.
-        check: called when the consumer is woken while it waits; an exception of it ends the wait. So the error of a
-            writer is raised although the source is slow.
-        stop: ends the iteration once it is made, also while the consumer waits.
+    then free to be closed. ``stop`` ends the iteration once it is made, also while the consumer waits. ``check`` is
+    called when the consumer is woken while it waits, so that the error of a writer is raised although the source is
+    slow.
     """
 
     def __init__(
@@ -154,14 +149,10 @@ class Prefetcher(_Worker, Generic[T]):
 class Writer(_Worker, Generic[T]):
     """Calls ``consume(item)`` in a thread for every item that is put, in order.
 
-    Use it in a ``with`` statement. Leaving it cleanly waits until all is consumed; leaving it by an exception drops
-    the items that wait. An error of ``consume`` is raised at the next :meth:`put` or on leaving; items after it are
-    dropped.
-
-    Args:
-        consume: called with every item.
-        depth: number of items that may wait, beside the one in hand.
-        stop: rung when ``consume`` has failed, so that a loop that waits for its source looks.
+    Use it in a ``with`` statement. At most ``depth`` items wait beside the one in hand. Leaving it cleanly waits until
+    all is consumed; leaving it by an exception drops the items that wait. An error of ``consume`` is raised at the next
+    :meth:`put` or on leaving; items after it are dropped. It rings ``stop``, so that a loop that waits for its source
+    looks.
     """
 
     def __init__(self, consume: Callable[[T], None], *, depth: int = 2, stop: StopRequest | None = None) -> None:

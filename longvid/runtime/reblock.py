@@ -21,10 +21,7 @@ class Reblocker:
 
     What is pushed is copied at once into a new block, so a caller may reuse its buffer, and a block may be handed to
     another thread. At most one block is held. It lies in memory as its first slice does, slice after slice.
-
-    Args:
-        capacity: length of block ``i``.
-        first: number of the first block.
+    ``capacity`` gives the length of block ``i``; ``first`` is the number of the first block.
     """
 
     def __init__(self, capacity: Callable[[int], int], *, first: int = 0) -> None:
@@ -36,8 +33,7 @@ class Reblocker:
     def push(self, *slices: npt.NDArray[Any]) -> Iterator[tuple[int, Arrays]]:
         """Take slices of equal length and yield ``(index, block)`` for every block they complete.
 
-        Raises:
-            ValueError: the slices differ in length, or in shape or dtype from those before.
+        ValueError if the slices differ in length, or in shape or dtype from those before.
         """
         length = len(slices[0])
         if any(len(s) != length for s in slices):

@@ -47,13 +47,7 @@ def context_of(part: DirectionPlan, module: nn.Module, copies: CopyEngine, *, tr
 
 
 class Run:
-    """One video in one direction: its cache and its meter.
-
-    Args:
-        engine: the model where it computes.
-        part: the plan of this direction.
-        traced: whether copies and layers are timed, for :meth:`spans`.
-    """
+    """One video in one direction as ``part`` plans it: its cache and its meter. ``traced`` times copies and layers."""
 
     direction: ClassVar[Direction]
 
@@ -75,11 +69,7 @@ class Run:
         self.context.close()
 
     def _compute(self, chunk: npt.NDArray[Any]) -> Tensor:
-        """Run one chunk under the meter.
-
-        Raises:
-            MemoryBudgetError: the device ran out of memory, also with every context on the host.
-        """
+        """Run one chunk under the meter. MemoryBudgetError if the device runs out of memory."""
         index, engine = self.cache.num_chunks, self.engine
         engine.guard.check(f"chunk {index} of {self.direction}")
         forward = encode_chunk if self.direction == "encode" else decode_chunk
@@ -163,12 +153,7 @@ class DecodeRun(Run):
         self.size = size
 
     def frames(self, chunk: Chunk, z_TCHW: npt.NDArray[np.float32]) -> Frames:
-        """Latents of one chunk to its true frames (T, H, W, 3) on the host, cropped to size.
-
-        Raises:
-            NonFiniteError: a latent is NaN or infinite.
-            ModelError: the model computes a frame that is not finite.
-        """
+        """Latents of one chunk to its true frames (T, H, W, 3) on the host, cropped to size."""
         bad = np.flatnonzero(~np.isfinite(z_TCHW).all(axis=(1, 2, 3)))
         if len(bad):
             raise NonFiniteError(

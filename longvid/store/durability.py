@@ -101,9 +101,5 @@ class WriteOptions:
 
 
 def parse_durability(value: str | Durability) -> Durability:
-    """Durability by the name of its mode, or as it is given.
-
-    Raises:
-        StoreError: kind ``"format"`` if there is no such mode.
-    """
+    """Durability by the name of its mode, or as it is given."""
     return value if isinstance(value, Durability) else Durability(mode=cast("DurabilityMode", value))

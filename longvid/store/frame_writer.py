@@ -40,10 +40,10 @@ class FrameStoreWriter(StoreWriter):
         time_base: Fraction,
         frame_rate: Fraction | None,
         source: Mapping[str, Any],
-        facts: RunFacts | None = None,
-        options: WriteOptions | None = None,
+        facts: RunFacts,
+        options: WriteOptions,
     ) -> None:
-        model = {"vae": dict(facts.vae)} if facts is not None and facts.vae else {}
+        model = {"vae": dict(facts.vae)} if facts.vae else {}
         super().__init__(path, facts, options, {"source": dict(source)}, model, frame_rate)
         self._time_base = time_base
         self.rows = {"frames": (*size, 3)}
@@ -60,11 +60,7 @@ class FrameStoreWriter(StoreWriter):
         pts_T: npt.NDArray[np.int64],
         valid_T: npt.NDArray[np.bool_] | None = None,
     ) -> None:
-        """Take the next frames with their time stamps, and commit whole units when it is time.
-
-        Raises:
-            StoreError: wrong dtype or shape, or the disk refuses.
-        """
+        """Take the next frames with their time stamps, and commit whole units when it is time."""
         row = self.rows["frames"]
         if frames_THWC.dtype != np.uint8 or frames_THWC.shape[1:] != row or len(frames_THWC) != len(pts_T):
             raise StoreError(

@@ -24,13 +24,7 @@ _MOST_LATENTS_PER_CHUNK = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentLayout:
-    """The arrays of a store of latents.
-
-    Args:
-        shape_CYX: channels, rows and columns of a latent frame.
-        representation: what the latents are; with ``"moments"`` a second array holds mean and log variance.
-        dtype: the dtype of the stored latents.
-    """
+    """The arrays of a store of latents; with ``"moments"`` a second one holds mean and log variance."""
 
     shape_CYX: tuple[int, int, int]
     representation: Literal["mode", "sample", "moments"]
@@ -56,14 +50,14 @@ class LatentWriter(StoreWriter):
         schedule: ChunkSchedule,
         source: SourceInfo,
         layout: LatentLayout,
-        facts: RunFacts | None = None,
-        options: WriteOptions | None = None,
+        facts: RunFacts,
+        options: WriteOptions,
     ) -> None:
         c, y, x = layout.shape_CYX
         recorded = {"chunk_plan": schedule.to_dict(), "representation": layout.representation, "scaled": False}
         rates = {"time_base": ratio(source.time_base), "frame_rate": ratio(source.frame_rate)}
         attributes = {
-            "vae": {} if facts is None else dict(facts.vae),
+            "vae": dict(facts.vae),
             "source": {**asdict(source), **rates},
             "ome": _ome(c, schedule.frames_per_latent, source.frame_rate),
         }
@@ -93,16 +87,9 @@ class LatentWriter(StoreWriter):
     ) -> None:
         """Take the latents of the next chunk, and commit whole units when it is time.
 
-        Args:
-            chunk: the next chunk in order.
-            latents_TCYX: ``chunk.num_latents`` latent frames, float32.
-            pts_T: time stamps of the chunk's true frames.
-            moments_TCYX: float32 with twice the channels, for a store with moments.
-            valid_T: which of the frames are the source's own; all by default.
-
-        Raises:
-            StoreError: kind ``"range"`` if a value is not finite or does not fit the stored dtype; nothing of the
-                chunk is committed then. Kind ``"mismatch"`` if rows differ from those that are committed already.
+        Time stamps and marks are those of the chunk's true frames. StoreError of kind ``"range"`` if a value is not
+        finite or does not fit the stored dtype, and nothing of the chunk is committed then; of kind ``"mismatch"`` if
+        rows differ from those that are committed already.
         """
         valid = np.ones(len(pts_T), np.bool_) if valid_T is None else valid_T
         data = {"latents": latents_TCYX, **({} if moments_TCYX is None else {"moments": moments_TCYX})}
@@ -180,14 +167,9 @@ def seconds_of_latents(
     time_base: Fraction,
     frame_rate: Fraction | None,
 ) -> npt.NDArray[np.float64]:
-    """Seconds of each latent's first frame; a padded tail continues at the frame rate.
+    """Seconds of each latent's first frame, by the time stamps of consecutive frames from ``first_known`` on.
 
-    Args:
-        first_frames: number of the first frame of each latent.
-        pts_T: time stamps of consecutive frames.
-        first_known: number of the first of these frames.
-        time_base: seconds per unit of the time stamps.
-        frame_rate: frames per second; None for the distance of the last two frames.
+    A padded tail continues at the frame rate, or, without one, at the distance of the last two frames.
     """
     last = first_known + len(pts_T) - 1
     step = float(1 / frame_rate / time_base) if frame_rate else float(pts_T[-1] - pts_T[-2]) if len(pts_T) > 1 else 0.0

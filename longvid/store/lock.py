@@ -40,16 +40,9 @@ class WriterLock:
 
     @classmethod
     def acquire(cls, path: Path, *, lock: bool = True) -> WriterLock:
-        """Acquire the lock now, or raise.
+        """Acquire the lock now, or raise StoreError: of kind ``"locked"``, with host, process and time of the owner.
 
-        Args:
-            path: the lock file; its folder exists.
-            lock: whether to ask the file system for a lock. Without it only writers of this process exclude each other.
-
-        Raises:
-            StoreError: kind ``"locked"``, with host, process and time of the owner; kind ``"other"`` if the file
-                system has no locks.
-            OSError: the file cannot be made.
+        With ``lock=False`` only writers of this process exclude each other, for a file system that has no locks.
         """
         with _guard:
             while True:

@@ -70,11 +70,7 @@ class StoreReader:
         return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
     def stored(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
-        """Rows of an array as they are on the disk, not compared with digests.
-
-        Raises:
-            StoreError: kind ``"corrupt"`` if they cannot be decoded, ``"other"`` if they may not be read.
-        """
+        """Rows of an array as they are on the disk, not compared with digests; StoreError if they cannot be decoded."""
         array = self.metadata.arrays[name]
         length, ndim = array.chunks[0], len(array.shape)
         try:
@@ -116,11 +112,7 @@ class StoreReader:
         return self.readable(name, start, stop) if column is None else column[start:stop]
 
     def checked_columns(self) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.uint8]]:
-        """All coordinates, and the digests of all units, each compared with what was committed.
-
-        Raises:
-            StoreError: kind ``"corrupt"``.
-        """
+        """All coordinates, and the digests of all units, each compared with what was committed."""
         columns = {name: column for name, column in self.columns.items() if column is not None}
         lost = sorted(self.columns.keys() - columns)
         if self.digests is None or lost:
@@ -132,11 +124,7 @@ class StoreReader:
         return columns, self.digests
 
     def take(self, name: str, rows: npt.NDArray[np.intp]) -> npt.NDArray[Any]:
-        """The data of rows by their numbers, in a new array, each unit compared with its digest.
-
-        Raises:
-            StoreError: kind ``"corrupt"`` if a stored chunk is damaged, missing or not the one that was committed.
-        """
+        """The data of rows by their numbers, in a new array, each unit compared with its digest."""
         array = self.metadata.arrays[name]
         result = np.empty((len(rows), *array.shape[1:]), array.dtype)
         units = rows // array.chunks[0]
@@ -164,15 +152,10 @@ class StoreReader:
 
 
 def open_reader(path: str | os.PathLike[str], *, strict: bool = True) -> StoreReader:
-    """Open the committed content of a store.
+    """Open the committed content of a store; StoreError if there is none of longvid, or if its metadata are damaged.
 
-    Args:
-        path: the folder of the store.
-        strict: whether the root metadata have to be whole, and something has to be committed. Without it, the copy
-            stands in for damaged root metadata, as verify and repair need it.
-
-    Raises:
-        StoreError: there is no store of longvid, or its metadata are damaged.
+    With ``strict`` the root metadata have to be whole, and something has to be committed. Without it, the copy stands
+    in for damaged root metadata, as verify and repair need it.
     """
     where = local_path(path)
     check_tree(where)
@@ -224,11 +207,7 @@ def _open_with_copy(where: Path) -> StoreReader:
 
 
 def bytes_of(path: Path) -> bytes | None:
-    """The content of a metadata file; None if it is missing or damaged.
-
-    Raises:
-        StoreError: kind ``"other"`` if it may not be read.
-    """
+    """The content of a metadata file; None if it is missing or damaged, StoreError if it may not be read."""
     try:
         return read_regular(path, MAX_DOCUMENT_BYTES)
     except StoreError as exc:

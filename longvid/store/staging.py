@@ -60,10 +60,7 @@ def _fsync(fd: int, path: Path) -> None:
 def write_durably(path: Path, content: bytes | Callable[[BinaryIO], None], *, sync: bool) -> None:
     """Write a file so that at any moment its name stands for the old content or for the new content.
 
-    Args:
-        path: the file; its folder exists.
-        content: the whole content, or a function that writes it to an open file.
-        sync: whether the new content is on the disk before it takes the name. The folder is not synced here.
+    With ``sync`` the new content is on the disk before it takes the name. The folder is not synced here.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -85,10 +82,7 @@ def write_durably(path: Path, content: bytes | Callable[[BinaryIO], None], *, sy
 class StagedStore(LocalStore):
     """A local zarr store whose growing chunks, and their lengths, become visible with :meth:`commit`.
 
-    Args:
-        root: the folder.
-        sync: whether to wait for the disk.
-        rewritten: tells, for the name of an array, whether its chunks are written again as the array grows.
+    ``rewritten`` tells, for the name of an array, whether its chunks are written again as the array grows.
     """
 
     def __init__(self, root: Path, *, sync: bool, rewritten: Callable[[str], bool]) -> None:
@@ -119,13 +113,9 @@ class StagedStore(LocalStore):
     def commit(self, root_document: bytes, documents: Mapping[str, Mapping[str, Any]], *, settled: bool) -> None:
         """Make everything that was written durable, then visible by one replacement of the root metadata.
 
-        Args:
-            root_document: the new ``zarr.json`` of the group.
-            documents: the new metadata of every array by name.
-            settled: whether the metadata of single arrays, which follows the group's, has to be on the disk too.
-
         The order is: new chunks; chunks that replace older ones, whose rows they repeat; the root; the metadata of
-        single arrays. If it is interrupted anywhere, readers see the last commit.
+        single arrays, which have to be on the disk only when ``settled``. If it is interrupted anywhere, readers see
+        the last commit.
         """
         folders = {(self.root / key).parent for key in (*self._written, *self._staged)}
         self._settle(*(self.root / key for key in self._written))

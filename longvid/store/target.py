@@ -21,7 +21,7 @@ from longvid.store.durability import Durability
 from longvid.store.format import OWN_NAMES, PARTIAL_ROOT, PRIVATE, is_system_file, serialized
 from longvid.store.lock import WriterLock
 from longvid.store.metadata import StoreMetadata
-from longvid.store.reader import is_ours
+from longvid.store.reader import bytes_of, is_ours
 from longvid.store.staging import disk_errors, partial_files, write_durably
 
 __all__ = ["Found", "check_target", "differences", "read_root", "settle_complete"]
@@ -151,19 +151,12 @@ def check_target(path: str | os.PathLike[str]) -> Found:
 
 def read_root(path: Path) -> dict[str, Any] | None:
     """The root metadata of the store at ``path``; None if there are none of ours that can be read."""
-    try:
-        content = (path / "zarr.json").read_bytes()
-    except OSError:
-        return None
-    return json.loads(content) if is_ours(content) else None
+    content = bytes_of(path / "zarr.json")
+    return json.loads(content) if content is not None and is_ours(content) else None
 
 
 def settle_complete(found: Found, durability: Durability) -> None:
-    """Finish what a run left to do that was killed after its last commit.
-
-    Raises:
-        StoreError: a run writes to the store, or the disk refuses.
-    """
+    """Finish what a run left to do that was killed after its last commit."""
     path, private = found.path, found.path / PRIVATE
     arrays = {} if found.metadata is None else found.metadata.arrays
     documents = {path / name / "zarr.json": serialized(array.document) for name, array in arrays.items()}

@@ -50,11 +50,7 @@ _GROUP_KEYS = {"zarr_format", "node_type", "attributes", "consolidated_metadata"
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """Read a metadata file: a regular file, not reached through a link, that holds a JSON object.
-
-    Raises:
-        StoreError: kind ``"missing"``, ``"refused"``, ``"corrupt"``, or ``"other"`` if it cannot be read.
-    """
+    """Read a metadata file: a regular file, not reached through a link, that holds a JSON object."""
     content = read_regular(path, MAX_DOCUMENT_BYTES + 1)
     if len(content) > MAX_DOCUMENT_BYTES:
         _refuse(str(path), "it is too large for metadata", f"at most {MAX_DOCUMENT_BYTES:,} bytes")
@@ -74,11 +70,7 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 def read_regular(path: Path, max_bytes: int) -> bytes:
-    """The first bytes of a regular file that is not reached through a link.
-
-    Raises:
-        StoreError: kind ``"missing"``, ``"refused"``, ``"corrupt"`` for a bad disk, or ``"other"``.
-    """
+    """The first bytes of a regular file that is not reached through a link."""
     # Without O_NONBLOCK, opening a FIFO would wait for a writer.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
@@ -101,15 +93,7 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
 
 
 def check_arrays(root: Mapping[str, Any], kind: StoreKind, *, where: str) -> dict[str, dict[str, Any]]:
-    """Compare the metadata of all arrays with what longvid would write for a store of this kind.
-
-    Args:
-        root: the content of the root's ``zarr.json``.
-        kind: what the store holds.
-        where: the store, for messages.
-
-    Returns:
-        The metadata of each array by name; empty before the first commit.
+    """The metadata of each array by name, if all are as longvid would write them; empty before the first commit.
 
     Raises:
         StoreError: kind ``"refused"``; the message names the array, what was found and what is allowed.

@@ -98,15 +98,14 @@ class StoreWriter(ABC):
     def __init__(
         self,
         path: str | os.PathLike[str],
-        facts: RunFacts | None,
-        options: WriteOptions | None,
+        facts: RunFacts,
+        options: WriteOptions,
         attributes: dict[str, Any],
         recorded: dict[str, Any],
         frame_rate: Fraction | None,
     ) -> None:
         self.path = Path(path)
-        facts, self._options = facts or RunFacts(), options or WriteOptions()
-        self.durability, self._mend = self._options.durability, self._options.mend
+        self._options, self.durability, self._mend = options, options.durability, options.mend
         self._sync = self.durability.syncs
         self._fingerprint = facts.fingerprint
         self._epoch = uuid.uuid4().hex
