@@ -28,7 +28,7 @@ from longvid.planning.cost_model import DeviceRates
 from longvid.planning.options import ComputeOptions, Setting
 from longvid.planning.plan import DirectionPlan
 from longvid.planning.planner import Planner
-from longvid.planning.profile import DirectionProfile, Profile, ProfileScope
+from longvid.planning.profile import DirectionProfile, Profile
 from longvid.runtime.engine import Engine
 from longvid.runtime.run import DecodeRun, EncodeRun
 from longvid.units import format_bytes
@@ -67,7 +67,6 @@ class ThresholdPoint:
 class Tuning:
     """The measurements of a sweep, and the profile made of them."""
 
-    scope: ProfileScope
     slack: float
     points: tuple[ThresholdPoint, ...]
     profile: Profile
@@ -75,10 +74,10 @@ class Tuning:
 
     def explain(self) -> str:
         """The sweep as a table, the knees marked."""
-        columns = "stay leave early planned measured"
+        scope, columns = self.profile.scope, "stay leave early planned measured"
         names = ("resident_bytes", "offloaded_bytes", "prefetch_bytes", "projected_bytes", "peak_bytes")
         lines = [
-            f"{self.scope.model} at {self.scope.size} in {self.scope.dtype} on {self.scope.device}",
+            f"{scope.model} at {scope.size} in {scope.dtype} on {scope.device}",
             f"{'':8}{'slices':>8}{''.join(f'{column:>12}' for column in columns.split())}{'ms/chunk':>10}{'ratio':>8}",
         ]
         for point in self.points:
@@ -91,7 +90,7 @@ class Tuning:
     def to_dict(self) -> dict[str, Any]:
         """All numbers, ready for JSON."""
         return {
-            "scope": asdict(self.scope),
+            "scope": asdict(self.profile.scope),
             "slack": self.slack,
             "reserved_bytes": self.profile.reserved_bytes,
             "points": [asdict(point) for point in self.points],
@@ -165,7 +164,6 @@ def tune(
             )
         scope = engine.scope((height, width))
         return Tuning(
-            scope=scope,
             slack=sweep.slack,
             points=tuple(points),
             profile=Profile(scope=scope, reserved_bytes=max(0, excess), directions=parts),
@@ -324,7 +322,7 @@ def draw(tuning: Tuning, path: str | os.PathLike[str]) -> None:
 
     directions = [d for d in ("encode", "decode") if any(point.direction == d for point in tuning.points)]
     figure = Figure(figsize=(4.2 * len(directions) + 0.6, 4.0), layout="constrained")
-    scope = tuning.scope
+    scope = tuning.profile.scope
     figure.suptitle(f"{scope.model}, {scope.size}, {scope.dtype}, {scope.device}", fontsize=10)
     panels = figure.subplots(1, len(directions), sharey=True, squeeze=False)[0]
     for axes, direction in zip(panels, directions, strict=True):

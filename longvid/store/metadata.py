@@ -212,11 +212,7 @@ class StoreMetadata:
 
 
 def store_kind(root: Mapping[str, Any], *, where: str) -> tuple[StoreKind, dict[str, Any]]:
-    """What a store of ours holds, and its attribute ``longvid``.
-
-    Raises:
-        StoreError: kind ``"foreign"`` if longvid did not write it, ``"format"`` for another version of the format.
-    """
+    """What a store of ours holds, and its attribute ``longvid``; StoreError for what this version does not read."""
     attributes = root.get("attributes")
     facts = attributes.get("longvid") if isinstance(attributes, dict) else None
     if not isinstance(facts, dict):

@@ -51,9 +51,7 @@ class StoreReader:
     path: Path
     metadata: StoreMetadata
     content: bytes = field(repr=False)
-    "the root metadata, with a checksum that is right"
-    intact: bool = True
-    "whether that is what ``zarr.json`` holds; otherwise it is the copy"
+    "the root metadata, or their copy, with a checksum that is right"
     disputed: bool = False
     "whether the copy has a right checksum too, contradicts the root, and fits the store as well"
     _last: dict[tuple[str, int], npt.NDArray[Any]] = field(default_factory=dict, repr=False, compare=False)
@@ -192,10 +190,8 @@ def _open_with_copy(where: Path) -> StoreReader:
         raise StoreError(
             f"{where}: the root metadata and its copy are both damaged; encode the video again", kind="corrupt"
         )
-    opened = [
-        StoreReader(where, StoreMetadata.parse(json.loads(document), where=str(where)), document, document == content)
-        for document in whole
-    ]
+    parsed = [StoreMetadata.parse(json.loads(document), where=str(where)) for document in whole]
+    opened = [StoreReader(where, metadata, document) for metadata, document in zip(parsed, whole, strict=True)]
     if len(opened) == 1 or may_stand_beside(opened[1].metadata, opened[0].metadata):
         return opened[0]
     fitting = [one for one in opened if one.digests is not None]
@@ -297,11 +293,7 @@ class FrameStore(CheckedArray):
 
 
 def open_frames(path: str | os.PathLike[str]) -> FrameStore:
-    """Open a store of frames for reading.
-
-    Raises:
-        StoreError: as :func:`open_reader`, and kind ``"incomplete"`` if the run that wrote it did not end.
-    """
+    """Open a complete store of frames for reading; StoreError if there is none."""
     reader = _open_kind(path, "frames")
     require_complete(reader)
     return FrameStore(reader)

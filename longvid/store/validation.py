@@ -173,9 +173,6 @@ def check_chunk(path: Path, decoded_bytes: int) -> None:
 
     The decoder takes the size from the file and allocates it, whatever the metadata say. Only the first bytes are
     read. A missing file passes: its chunk reads as fill values, which no digest agrees with.
-
-    Raises:
-        StoreError: kind ``"refused"``, or ``"corrupt"`` if the file is too short for a chunk.
     """
     try:
         header = read_regular(path, 16)
@@ -194,11 +191,7 @@ def check_chunk(path: Path, decoded_bytes: int) -> None:
 
 
 def check_tree(root: Path) -> None:
-    """Refuse a store that holds anything but files and folders: links lead out of it, a FIFO never ends.
-
-    Raises:
-        StoreError: kind ``"refused"``; ``"missing"`` if there is no such folder; ``"other"`` if one cannot be read.
-    """
+    """Refuse a store that holds anything but files and folders: links lead out of it, a FIFO never ends."""
     waiting = [os.fspath(root)]
     while waiting:
         folder = waiting.pop()

@@ -129,7 +129,7 @@ def verify(path: str | os.PathLike[str]) -> Verification:
 
 
 def _root_damage(reader: StoreReader) -> Iterator[Damage]:
-    if not reader.intact or reader.disputed:
+    if reader.disputed or bytes_of(reader.path / "zarr.json") != reader.content:
         contradiction = "the root metadata and their copy both have a right checksum and contradict each other"
         what = contradiction if reader.disputed else "the root metadata are damaged, missing or older than their copy"
         yield Damage(kind="root", name="zarr.json", what=what, frames=(0, reader.metadata.num_frames))
