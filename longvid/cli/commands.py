@@ -97,7 +97,7 @@ def _encode(args: argparse.Namespace) -> int:
     found = check_target(args.store)  # before a model is loaded
     limits = Limits(**{f.name: value for f in fields(Limits) if (value := getattr(args, f.name, None)) is not None})
     names = ("representation", "start", "frames", "size", "store_dtype", "seed", "on_error", "on_non_finite")
-    with _session(args, output_complete=found.state == "complete") as session:
+    with _session(args, output_complete=found.complete) as session:
         report = session.encode(args.source, args.store, limits=limits, **_options(args, names), **_safety(args))
     return _show(args, report, args.store)
 
@@ -107,7 +107,7 @@ def _decode(args: argparse.Namespace) -> int:
     from longvid.store.target import check_target
 
     store = open_store(args.store)
-    is_complete = Path(args.out).suffix == ".zarr" and check_target(args.out).state == "complete"
+    is_complete = Path(args.out).suffix == ".zarr" and check_target(args.out).complete
     _take_recorded_model(args, store.vae)
     with _session(args, output_complete=is_complete) as session:
         report = session.decode(store, args.out, start=args.start, frames=args.frames, **_safety(args))

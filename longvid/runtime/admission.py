@@ -144,7 +144,7 @@ class RunOptions(WriteOptions):
         parts = {"results": int(num_rows * row_bytes)}
         if num_rows > _SHORT_RUN_ROWS and self.durability.snapshot_seconds != float("inf"):
             parts["three snapshots, one of them being written"] = 3 * part.cache_bytes
-        there = sum(f.stat().st_size for f in found.path.rglob("*") if f.is_file()) if found.state != "nothing" else 0
+        there = sum(file.stat().st_size for file in found.path.rglob("*") if file.is_file())
         free, needed = shutil.disk_usage(found.path.parent).free, sum(parts.values()) - there
         if needed > free:
             listing = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())

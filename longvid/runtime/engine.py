@@ -79,7 +79,7 @@ class Engine:
         offload_dir: Path | None = None,
         reserved_bytes: int | None = None,
     ) -> Engine:
-        """Place a copy of the model. ModelError if it has no weights, or if the device cannot be used."""
+        """Place the model; the one passed in is not touched. ModelError without weights, or for an unknown device."""
         module = cast("nn.Module", model)
         first = next(module.parameters(), None)
         if first is None:

@@ -210,7 +210,7 @@ class VideoSession:
 
         Raises:
             SourceError: frames cannot be read. If nothing was committed yet, no store is left behind.
-            StoreError: the store exists, is of another run, is being written by another one, or cannot be written.
+            StoreError: the store exists, is of another run, is being written by another run, or cannot be written.
             MemoryBudgetError: it would not fit; raised before a frame is read or the store is made.
             SessionStateError: the session is not open, is busy, is used from another thread, or its model was changed.
         """

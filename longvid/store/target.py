@@ -40,11 +40,9 @@ class Found:
     "why the store that is there can only be replaced"
 
     @property
-    def state(self) -> Literal["nothing", "unfinished", "complete"]:
-        """What is there."""
-        if self.metadata is None:
-            return "nothing" if self.problem is None else "unfinished"
-        return "complete" if self.metadata.complete else "unfinished"
+    def complete(self) -> bool:
+        """Whether a complete store is there."""
+        return self.metadata is not None and self.metadata.complete
 
     def decide(
         self, fingerprint: Mapping[str, Any], *, overwrite: bool, resume: bool
@@ -59,11 +57,11 @@ class Found:
         if self.metadata is None:
             return "create" if self.problem is None else "replace"
         other = differences(self.metadata.fingerprint, fingerprint)
-        if self.state == "unfinished" and resume and not other:
+        if not self.complete and resume and not other:
             return "resume"
         if overwrite:
             return "replace"
-        state = "a complete" if self.state == "complete" else "an incomplete"
+        state = "a complete" if self.complete else "an incomplete"
         there = f"{self.path} exists: {state} store of {self.metadata.num_frames} frames"
         if other:
             model = any(field.startswith("model.") for field in other)
@@ -75,7 +73,7 @@ class Found:
                 "choose another name, or replace the store with --overwrite (overwrite=True)",
                 kind="mismatch",
             )
-        if self.state == "complete" and resume:
+        if self.complete and resume:
             return "done"
         raise StoreError(f"{there}; --overwrite (overwrite=True) replaces it", kind="exists")
 
