@@ -241,6 +241,8 @@ class VideoSession:
     ) -> RunReport:
         """Decode a store of latents into exactly the frames that were encoded.
 
+        Returns what was done; ``complete`` is False if :meth:`stop` ended it. An unfinished video file is removed then.
+
         Args:
             store: a store that :meth:`encode` completed, or its path.
             out: path ending in ``.mp4``, ``.mov`` or ``.mkv`` for a video file, in ``.zarr`` for a store of frames;
@@ -250,9 +252,6 @@ class VideoSession:
             overwrite: replace what is there, unless it is an unfinished store of this very run, which is continued.
             resume: continue such a store. A video file cannot be continued and starts over.
             durability: of a store of frames, as for :meth:`encode`.
-
-        Returns:
-            What was done; ``complete`` is False if :meth:`stop` ended it. An unfinished video file is removed then.
 
         Raises:
             StoreError: the store is missing, incomplete, damaged or of another kind of model; the output exists or
@@ -274,12 +273,9 @@ class VideoSession:
     def stop(self) -> bool:
         """Ask the :meth:`encode` or :meth:`decode` that is running to end at the next boundary between chunks.
 
-        That run saves a snapshot, publishes what is whole, and returns its report with ``complete=False``. If none is
-        running, nothing happens, and later runs are not affected. May be called from a signal handler, a callback or
-        another thread.
-
-        Returns:
-            Whether a run was asked.
+        That run saves a snapshot, commits what is whole, and returns its report with ``complete=False``. If none is
+        running, nothing happens, later runs are not affected, and False is returned. May be called from a signal
+        handler, a callback or another thread.
         """
         stop = self._stop
         if stop is not None:

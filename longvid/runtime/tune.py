@@ -313,11 +313,7 @@ def _link_rate(engine: Engine) -> float:
 
 
 def draw(tuning: Tuning, path: str | os.PathLike[str]) -> None:
-    """Draw peak against time as a picture; needs matplotlib (``pip install "longvid[plot]"``).
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not there.
-    """
+    """Draw peak against time as a picture; needs matplotlib (``pip install "longvid[plot]"``)."""
     from matplotlib.figure import Figure
 
     directions = [d for d in ("encode", "decode") if any(point.direction == d for point in tuning.points)]
