@@ -33,7 +33,7 @@ from longvid.memory.buffer_pool import TensorKind, dense_within, layout_of
 from longvid.models.cache import ConvCache
 from longvid.models.context import ForwardContext
 from longvid.models.kernels.convolution import MAX_ELEMENTS, Conv3d, accumulate, convolution, packed
-from longvid.models.kernels.cuts import row_tiles, time_slices
+from longvid.models.kernels.cuts import even_parts, row_tiles
 from longvid.models.kernels.winograd import two_frames, winograd_filters
 from longvid.models.norms import GroupNormSiLU, Producer, SpatialNormSiLU
 from longvid.models.window import Block, Window
@@ -46,21 +46,6 @@ _LEAST_TILE_ROWS = 16
 
 Finish: TypeAlias = Callable[[Block, Tensor], None]
 """Changes a block of the output in place."""
-
-
-class _Copied:
-    """A convolution's input that exists already."""
-
-    row_step = 1
-
-    def __init__(self, x_BCTHW: Tensor) -> None:
-        self.like = x_BCTHW
-
-    def write(self, frames: range, rows: range, out_BCTHW: Tensor) -> None:
-        out_BCTHW.copy_(self.like[:, :, frames.start : frames.stop, rows.start : rows.stop])
-
-    def release(self) -> Tensor:
-        return self.like
 
 
 class CausalConv3d(nn.Module):
@@ -103,7 +88,7 @@ class CausalConv3d(nn.Module):
         if self.context_frames == 0:
             weight = context.weight(self.conv)
             return context.attempt(lambda: self._convolve(x_BCTHW, weight, context.limits.conv_elements))
-        return self.stream(_Copied(x_BCTHW), context)
+        return self.stream(Producer(x_BCTHW), context)
 
     def whole(self, x_BCTHW: Tensor) -> Tensor:
         """Convolve a whole video at once, without a cache. Differentiable; for training."""
@@ -116,17 +101,15 @@ class CausalConv3d(nn.Module):
         """The blocks that this layer runs in for what ``source`` writes, tile by tile within each slice."""
         like, limits = source.like, context.limits
         B, C, T, H, W = like.shape
-        slices = time_slices(
-            T,
-            context_frames=self.context_frames,
-            in_frame=B * C * H * W,
-            out_frame=B * self.conv.out_channels * H * W,
-            window_limit=limits.conv_elements,
-            slice_limit=limits.slice_elements,
-            multiple=2 if self._uses_winograd(like, context) else 1,
+        area, out_channels = B * H * W, self.conv.out_channels
+        longest = min(
+            limits.conv_elements // (area * C) - self.context_frames,
+            limits.conv_elements // (area * out_channels),
+            limits.slice_elements // (area * max(C, out_channels)),
         )
+        slices = even_parts(T, longest, multiple=2 if self._uses_winograd(like, context) else 1)
         longest = max(map(len, slices))
-        row = B * W * max((longest + self.context_frames) * C, longest * self.conv.out_channels)
+        row = B * W * max((longest + self.context_frames) * C, longest * out_channels)
         halo, most = self.conv.kernel_size[1] // 2, H
         # Kernels for other layouts may sum in another order where no zeros are padded, and those that are flat in space
         # are computed as another convolution, which does.
@@ -173,11 +156,7 @@ class CausalConv3d(nn.Module):
         like = source.like
         B, C, T, H, W = like.shape
         blocks, winograd = self.blocks(source, context), self._uses_winograd(like, context)
-        kind, shape = TensorKind.of(like), (B, self.conv.out_channels, T, H, W)
-
-        def take() -> Tensor:
-            return context.buffers.take(shape, kind)
-
+        take = partial(context.buffers.take, (B, self.conv.out_channels, T, H, W), TensorKind.of(like))
         out = onto
         if out is None and len(blocks) > 1:
             out = like if overwrite and self.conv.out_channels == C else context.attempt(take)
@@ -191,11 +170,8 @@ class CausalConv3d(nn.Module):
                     source.release()
                 if winograd and out is None:
                     out = context.attempt(take)
-                if out is None:
-                    part = conv.fresh()
-                else:
-                    part = out[:, :, block.frames.start : block.frames.stop, block.rows.start : block.rows.stop]
-                    conv.write_to(part, onto=onto is not None)
+                frames, rows = (slice(r.start, r.stop) for r in (block.frames, block.rows))
+                part = conv(None if out is None else out[:, :, frames, rows], onto=onto is not None)
                 if finish is not None:
                     finish(block, part)
                 if out is None:
@@ -243,42 +219,32 @@ class _BlockConv:
     def __init__(
         self, layer: CausalConv3d, window: Window, context: ForwardContext, like: Tensor, *, tiled: bool, winograd: bool
     ) -> None:
-        self._layer, self._window, self._context, self._winograd = layer, window, context, winograd
+        self._layer, self._window, self._context = layer, window, context
+        self._tiled, self._winograd = tiled, winograd
         conv, last = layer.conv, layout_of(like) == torch.channels_last_3d
         _, kh, kw = conv.kernel_size
         self._padding = (0 if tiled else kh // 2, kw // 2)
-        self._tiled = tiled
-        self._widens = context.widens(like.dtype)
-        self._fuses = context.numerics.fused_residuals and last and not self._widens
+        widens = context.widens(like.dtype)
+        self._fuses = context.numerics.fused_residuals and last and not widens
         self._packs = context.limits.tile_elements is not None and last and kh > 1
         self._memory: Tensor | None = None
         "for blocks of the output that are not dense where they belong"
-        B, C, T, H, W = window.shape
-        rows_around = kh - 1 if tiled else 0
-        self._largest = (B, conv.out_channels, T - layer.context_frames, H - rows_around, W)
-        self._weights: tuple[Tensor, ...] = (conv.weight,)
-        if winograd or self._packs or self._widens:
-            shape, padding = ((B, C, H, W), self._padding) if winograd else ((B, C, T, H, W), (0, *self._padding))
-            self._weights = context.prepared(layer, partial(self._prepared, shape, padding))
+        B, C, _, H, W = window.shape
+        shape, padding = ((B, C, H, W), self._padding) if winograd else (window.shape, (0, *self._padding))
 
-    def _prepared(self, shape: tuple[int, ...], padding: tuple[int, ...]) -> tuple[Tensor, ...]:
-        weight: Tensor = self._layer.conv.weight
-        if self._widens:
-            weight = weight.detach().float()
-        weights = winograd_filters(weight) if self._winograd else (weight,)
-        return tuple(packed(w, padding, shape) for w in weights) if self._packs else weights
+        def prepare() -> tuple[Tensor, ...]:
+            weight = conv.weight.detach().float() if widens else conv.weight
+            weights = winograd_filters(weight) if winograd else (weight,)
+            return tuple(packed(w, padding, shape) for w in weights) if self._packs else weights
 
-    def fresh(self) -> Tensor:
-        """The output of the block that is in the window."""
+        changes = winograd or widens or self._packs
+        self._weights = context.prepared(layer, prepare) if changes else (conv.weight,)
+
+    def __call__(self, out: Tensor | None, *, onto: bool) -> Tensor:
+        """The output of the block that is in the window: new, written into ``out``, or added ``onto`` what is there."""
         x = self._window.input()
-        return self._context.attempt(lambda: self._convolve(x, self._weights[0]))
-
-    def write_to(self, out: Tensor, *, onto: bool = False) -> None:
-        """Write it, or add it to what is there."""
-        x = self._window.input()
-        if not self._winograd:
-            self._write(out, x, self._weights[0], onto)
-            return
+        if not self._winograd or out is None:
+            return self._write(out, x, self._weights[0], onto)
         for t in range(0, out.shape[2] - 1, 2):
             target = out[:, :, t : t + 2]
             frames = two_frames(
@@ -296,31 +262,29 @@ class _BlockConv:
             del frames
         if out.shape[2] % 2:
             self._write(out[:, :, -1:], x[:, :, -3:], self._context.weight(self._layer.conv), onto)
+        return out
 
-    def _write(self, out: Tensor, x: Tensor, weight: Tensor, onto: bool) -> None:
-        if onto and self._fuses:
-            self._accumulate(out, x, weight)
-            return
-        y = self._context.attempt(lambda: self._convolve(x, weight))
-        if onto:
-            out.add_(y)
-        else:
-            out.copy_(y)
-
-    def _accumulate(self, out: Tensor, x: Tensor, weight: Tensor) -> None:
-        """In tiles by way of a copy that is dense, since one call for all frames takes less than one for each."""
-        as_it_is = len(out) > 1 or out.is_contiguous(memory_format=torch.channels_last_3d) or not self._packs
-        target = out if as_it_is else self._dense(out).copy_(out)
+    def _write(self, out: Tensor | None, x: Tensor, weight: Tensor, onto: bool) -> Tensor:
+        if out is None or not (onto and self._fuses):
+            y = self._context.attempt(lambda: self._convolve(x, weight))
+            if out is None:
+                return y
+            return out.add_(y) if onto else out.copy_(y)
+        # In tiles by way of a copy that is dense, since one call for all frames takes less than one for each.
+        copies = self._packs and len(out) == 1 and not out.is_contiguous(memory_format=torch.channels_last_3d)
+        target = self._dense(out).copy_(out) if copies else out
         padding, bias = (0, *self._padding), self._layer.conv.bias
         accumulate(target, x, weight, bias, padding=padding, attempt=self._context.attempt)
-        if target is not out:
-            out.copy_(target)
+        return out.copy_(target) if copies else out
 
     def _dense(self, out: Tensor) -> Tensor:
         """A dense tensor of the same shape, which a kernel writes without leaps; the same memory for every block."""
         B, C, T, H, W = out.shape
         if self._memory is None:
-            take = partial(self._context.buffers.take, self._largest, TensorKind.of(out), brief=True)
+            largest = self._window.shape
+            rows_around = self._layer.conv.kernel_size[1] - 1 if self._tiled else 0
+            shape = (B, C, largest[2] - self._layer.context_frames, largest[3] - rows_around, W)
+            take = partial(self._context.buffers.take, shape, TensorKind.of(out), brief=True)
             self._memory = self._context.attempt(take)
         return dense_within(self._memory, (B, C, T, H, W))
 

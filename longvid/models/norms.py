@@ -17,8 +17,6 @@ Axes: B batch, C channels, T time, H height, W width; lower-case t h w are those
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,36 +32,41 @@ _NORM_CALLS = 4
 "in how many parts moments are gathered where the kernel writes a copy that nobody needs"
 
 
-class Producer(Protocol):
-    """Something that can write the input of a convolution, any part of it, into the convolution's window."""
+class Producer:
+    """Writes the input of a convolution, any part of it, into the convolution's window; this one has it already.
+
+    Args:
+        x_BCTHW: what it reads, which has the shape, dtype, device and layout of that input; held until :meth:`release`.
+    """
+
+    def __init__(self, x_BCTHW: Tensor) -> None:
+        self._x: Tensor | None = x_BCTHW
+        self.row_step = 1
+        "rows that are computed at once, counted from the first: row tiles begin there, so that they change no bit"
 
     @property
     def like(self) -> Tensor:
-        """A tensor with the shape (B, C, T, H, W), dtype, device and layout of that input."""
-        ...
+        """What it reads."""
+        assert self._x is not None
+        return self._x
 
-    @property
-    def row_step(self) -> int:
-        """Rows that are computed at once, counted from the first: row tiles begin there, so that they change no bit."""
-        ...
+    def release(self) -> None:
+        """Let go of what it reads; it cannot write any more."""
+        self._x = None
 
     def write(self, frames: range, rows: range, out_BCTHW: Tensor) -> None:
         """Write these rows of these frames of the input into ``out`` (B, C, frames, rows, W). Harmless to repeat.
 
         Rows begin at a multiple of ``row_step``, and end there or with the frame.
         """
-        ...
-
-    def release(self) -> Tensor:
-        """Let go of what it reads, which is returned; it cannot write any more."""
-        ...
+        out_BCTHW.copy_(self.like[:, :, frames.start : frames.stop, rows.start : rows.stop])
 
 
-class Fitted:
+class Fitted(Producer):
     """silu(norm(x)) of a chunk whose statistics are known and whose values are not computed yet.
 
     Args:
-        x_BCTHW: what is normalised; held until :meth:`release`.
+        x_BCTHW: what is normalised.
         scale_BC: float32, the norm's own weight in it.
         shift_BC: float32; the norm is x * scale + shift.
         maps: y and b at the latent's size, (B, C, t, h, w): the norm is then multiplied by y, and b added.
@@ -72,8 +75,14 @@ class Fitted:
     def __init__(
         self, x_BCTHW: Tensor, scale_BC: Tensor, shift_BC: Tensor, maps: tuple[Tensor, Tensor] | None = None
     ) -> None:
-        self._x: Tensor | None = x_BCTHW
+        super().__init__(x_BCTHW)
         self._scale, self._shift, self._maps = scale_BC, shift_BC, maps
+        # A kernel processes most elements as vectors and those at the ends one by one, which may differ in the last
+        # bits. So each call is for a slab of one frame, whatever slices and row tiles there are: what stays in a core's
+        # cache from one operation to the next, and whole rows of the maps.
+        _, C, _, H, W = x_BCTHW.shape
+        repeat = 1 if maps is None else H // maps[0].shape[3]
+        self.row_step = max(repeat, _SLAB_BYTES // (C * W * x_BCTHW.element_size()) // repeat * repeat)
         self._triton = triton_norms.available(x_BCTHW)
         self._folded: tuple[Tensor, Tensor] | None = None
         last = layout_of(x_BCTHW) == torch.channels_last_3d and not self._triton
@@ -83,58 +92,39 @@ class Fitted:
             wide = (slice(None), slice(None), None, None, None)
             self._folded = (y * scale_BC[wide], torch.addcmul(b, y, shift_BC[wide]))
 
-    @property
-    def like(self) -> Tensor:
-        """What is normalised."""
-        if self._x is None:
-            raise ValueError("what was normalised has been released")
-        return self._x
-
-    def release(self) -> Tensor:
-        """Let go of what is normalised, and return it."""
-        x, self._x = self.like, None
-        return x
-
-    @property
-    def row_step(self) -> int:
-        """Rows of a slab: what stays in a core's cache from one operation to the next, and whole rows of the maps.
-
-        A kernel processes most elements as vectors and those at the ends one by one, which may differ in the last bits.
-        So each call is for a slab of one frame, whatever slices and row tiles there are.
-        """
-        _, C, _, H, W = self.like.shape
-        repeat = 1 if self._maps is None else H // self._maps[0].shape[3]
-        rows = _SLAB_BYTES // (C * W * self.like.element_size())
-        return max(repeat, rows // repeat * repeat)
-
     def write(self, frames: range, rows: range, out_BCTHW: Tensor) -> None:
-        """Write silu(norm(x)) of these frames and rows into ``out`` (B, C, frames, rows, W); see :class:`Producer`."""
+        """Write silu(norm(x)) of these frames and rows; see :meth:`Producer.write`."""
         x = self.like[:, :, frames.start : frames.stop, rows.start : rows.stop]
         if self._triton:
-            # Its kernel wants frames that lie one behind the other: row tiles go frame by frame.
-            step = len(frames) if triton_norms.is_channels_last(x) and triton_norms.is_channels_last(out_BCTHW) else 1
-            for i in range(0, len(frames), step):
-                part = slice(i, i + step)
-                self._write_triton(x[:, :, part], out_BCTHW[:, :, part], frames[part], rows)
-        elif layout_of(self.like) != torch.channels_last_3d:
-            self._write_frames(x, out_BCTHW, frames, rows)
+            self._write_triton(x, out_BCTHW, frames, rows)
+        elif layout_of(self.like) == torch.channels_last_3d:
+            self._write_slabs(x, out_BCTHW, frames, rows)
         else:
-            step = self.row_step if x.device.type in ("cpu", "meta") else len(rows)
-            constants = _constants(self._scale)
-            slabs = [range(row, min(row + step, rows.stop)) for row in range(rows.start, rows.stop, step)]
-            # On meta tensors one slab is enough, since all of them allocate and free the same.
-            for i, t in enumerate(_allocating(frames, x)):
-                for slab in slabs[:1] if x.is_meta else slabs:
-                    inner = slice(slab.start - rows.start, slab.stop - rows.start)
-                    self._write_slab(x[:, :, i, inner], out_BCTHW[:, :, i, inner], self._maps_of(t, slab), constants)
+            self._write_frames(x, out_BCTHW, frames, rows)
 
     def _write_triton(self, x: Tensor, out: Tensor, frames: range, rows: range) -> None:
-        if self._maps is None:
-            triton_norms.apply_silu(x, out, self._scale, self._shift)
+        T, H = self.like.shape[2:4]
+        maps = None if self._maps is None else (_rows_of(self._maps[0], rows, H), _rows_of(self._maps[1], rows, H))
+        # Its kernel wants frames that lie one behind the other: row tiles go frame by frame.
+        step = len(frames) if triton_norms.is_channels_last(x) and triton_norms.is_channels_last(out) else 1
+        for i in range(0, len(frames), step):
+            part = slice(i, i + step)
+            latents = None if maps is None else [_latent_frame(t, T, maps[0].shape[2]) for t in frames[part]]
+            triton_norms.apply_silu(x[:, :, part], out[:, :, part], self._scale, self._shift, maps, latents)
+
+    def _write_slabs(self, x: Tensor, out: Tensor, frames: range, rows: range) -> None:
+        """In channels last, slab by slab, one operation after the other on each."""
+        # Mean and variance that change nothing, and two places for statistics that nobody asks for.
+        zeros = torch.zeros_like(self._scale[0])
+        constants = zeros, torch.ones_like(zeros), zeros.new_empty(0), zeros.new_empty(0)
+        if x.is_meta:  # nothing more is allocated
             return
-        y, b = (_rows_of(m, rows, self.like.shape[3]) for m in self._maps)
-        latents = [_latent_frame(t, self.like.shape[2], y.shape[2]) for t in frames]
-        triton_norms.apply_silu(x, out, self._scale, self._shift, (y, b), latents)
+        step = self.row_step if x.is_cpu else len(rows)
+        for i, t in enumerate(frames):
+            for start in range(rows.start, rows.stop, step):
+                slab = range(start, min(start + step, rows.stop))
+                inner = slice(slab.start - rows.start, slab.stop - rows.start)
+                self._write_slab(x[:, :, i, inner], out[:, :, i, inner], self._maps_of(t, slab), constants)
 
     def _write_frames(self, x: Tensor, out: Tensor, frames: range, rows: range) -> None:
         """Frame by frame, rounded where plain modules round."""
@@ -157,13 +147,9 @@ class Fitted:
     def _write_slab(
         self, x_BCHW: Tensor, out_BCHW: Tensor, maps: tuple[Tensor, Tensor] | None, constants: tuple[Tensor, ...]
     ) -> None:
-        """Rows of one frame in channels last, one operation after the other.
-
-        Of a narrow dtype, batch norm with given statistics (0 and 1) is the kernel that computes x * scale + shift in
-        float32 and rounds once.
+        """Rows of one frame. Of a narrow dtype, batch norm with given statistics (0 and 1) is the kernel that computes
+        x * scale + shift in float32 and rounds once.
         """
-        if x_BCHW.is_meta:  # nothing more is allocated
-            return
         for batch in range(len(x_BCHW)):
             one = slice(batch, batch + 1)
             slab, target = x_BCHW[one], out_BCHW[one]
@@ -189,12 +175,6 @@ class Fitted:
         T, H = self.like.shape[2:4]
         y, b = (_rows_of(m, rows, H)[:, :, _latent_frame(t, T, m.shape[2])] for m in maps)
         return y, b
-
-
-def _constants(scale_BC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean and variance that change nothing, and two places for statistics that nobody asks for."""
-    mean = torch.zeros_like(scale_BC[0])
-    return mean, torch.ones_like(mean), mean.new_empty(0), mean.new_empty(0)
 
 
 def _rows_of(map_BCthw: Tensor, rows: range, height: int) -> Tensor:
@@ -316,22 +296,15 @@ class SpatialNormSiLU(nn.Module):
     def __init__(self, channels: int, latent_channels: int, *, num_groups: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.norm_layer = nn.GroupNorm(num_groups, channels, eps=eps)
-        self.conv_y = _Named(latent_channels, channels)
-        self.conv_b = _Named(latent_channels, channels)
+        # Checkpoints name both ``.conv``.
+        self.conv_y = nn.ModuleDict({"conv": nn.Conv3d(latent_channels, channels, 1)})
+        self.conv_b = nn.ModuleDict({"conv": nn.Conv3d(latent_channels, channels, 1)})
 
     def fit(self, x_BCTHW: Tensor, latent: Tensor | None = None) -> Fitted:
         """First pass: the statistics of x and the maps of the latent (B, c, t, h, w), which this norm needs."""
         if latent is None:
             raise ValueError("a spatial norm is steered by a latent; none was given")
-        return _fit(self.norm_layer, x_BCTHW, (self.conv_y.conv(latent), self.conv_b.conv(latent)))
-
-
-class _Named(nn.Module):
-    """A 1x1 convolution under the name that checkpoints have for it."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv3d(in_channels, out_channels, 1)
+        return _fit(self.norm_layer, x_BCTHW, (self.conv_y["conv"](latent), self.conv_b["conv"](latent)))
 
 
 def _allocating(frames: range, x: Tensor) -> range:

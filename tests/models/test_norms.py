@@ -116,10 +116,3 @@ def test_rows_in_bands_and_frames_in_slices_are_the_same(dtype, latent, threads,
     finally:
         torch.set_num_threads(before)
     assert torch.equal(out, whole)
-
-
-def test_what_was_released_cannot_be_written():
-    fitted = GroupNormSiLU(2, 4).fit(torch.zeros(1, 4, 1, 2, 2))
-    fitted.release()
-    with pytest.raises(ValueError, match="released"):
-        fitted.write(range(1), range(2), torch.zeros(1, 4, 1, 2, 2))

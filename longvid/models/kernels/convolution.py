@@ -198,20 +198,23 @@ def _accumulate(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, pad
 
 @cache
 def fuses_residuals(dtype: torch.dtype) -> bool:
-    """Whether the CPU's library adds onto a tensor here, in this version of PyTorch, and what it should."""
+    """Whether the CPU's library packs kernels and adds onto a tensor here, in this version of PyTorch, as it should."""
     if not has_onednn() or dtype not in (torch.float32, torch.bfloat16):
         return False
-    last = torch.channels_last_3d
+    channels, padding = _PACKED_CHANNELS, (0, 1, 1)
     with torch.inference_mode():
-        ramp = torch.linspace(-1, 1, 8 * 3 * 4 * 4).view(1, 8, 3, 4, 4).to(dtype).contiguous(memory_format=last)
-        weight = torch.linspace(-1, 1, 8 * 8 * 27).view(8, 8, 3, 3, 3).to(dtype)
-        expected = 1 + F.conv3d(ramp, weight, padding=(0, 1, 1)).float()
-        out = torch.ones((1, 8, 1, 4, 4), dtype=dtype).contiguous(memory_format=last)
+        x = torch.linspace(-1, 1, channels * 48).view(1, channels, 3, 4, 4).to(dtype)
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        weight = torch.linspace(-0.1, 0.1, channels * channels * 27).view(channels, channels, 3, 3, 3).to(dtype)
+        plain = _call(x, weight, None, padding)
         try:
-            _accumulate(out, ramp, weight, None, (0, 1, 1))
+            found = _call(x, _pack(weight, padding, tuple(x.shape)), None, padding)
+            added = torch.ones_like(plain)
+            _accumulate(added, x, weight, None, padding)
         except (AttributeError, RuntimeError, TypeError):  # gone, not built in, or other arguments
             return False
-    return bool(torch.allclose(out.float(), expected, rtol=0.02, atol=0.02))
+    pairs = (found.float(), plain.float()), (added.float(), 1 + plain.float())
+    return all(torch.allclose(got, expected, rtol=0.02, atol=0.02) for got, expected in pairs)
 
 
 def packed(weight: Tensor, padding: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
@@ -228,7 +231,7 @@ def packed(weight: Tensor, padding: tuple[int, ...], shape: tuple[int, ...]) -> 
         return weight
     if weight.is_meta:
         return torch.empty_like(weight)
-    if weight.device.type != "cpu" or not _packs(weight.dtype):
+    if weight.device.type != "cpu" or not fuses_residuals(weight.dtype):
         return weight
     return _pack(weight, padding, shape)
 
@@ -236,31 +239,6 @@ def packed(weight: Tensor, padding: tuple[int, ...], shape: tuple[int, ...]) -> 
 def _pack(weight: Tensor, padding: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
     ones = (1,) * (weight.ndim - 2)
     return cast("Tensor", torch.ops.mkldnn._reorder_convolution_weight(weight, padding, ones, ones, 1, shape))
-
-
-def _call_packed(
-    x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], stride: tuple[int, ...]
-) -> Tensor:
-    ones = (1,) * (x.ndim - 2)
-    op = torch.ops.mkldnn._convolution_pointwise.default
-    return cast("Tensor", op(x, weight, bias, padding, stride, ones, 1, "none", [], None))
-
-
-@cache
-def _packs(dtype: torch.dtype) -> bool:
-    """Whether the CPU's library packs kernels here, in this version of PyTorch, and then gives what it should."""
-    if not has_onednn() or dtype not in (torch.float32, torch.bfloat16):
-        return False
-    channels, padding, ones = _PACKED_CHANNELS, (0, 1, 1), (1, 1, 1)
-    with torch.inference_mode():
-        x = torch.linspace(-1, 1, channels * 48).view(1, channels, 3, 4, 4).to(dtype)
-        x = x.contiguous(memory_format=torch.channels_last_3d)
-        weight = torch.linspace(-0.1, 0.1, channels * channels * 27).view(channels, channels, 3, 3, 3).to(dtype)
-        try:
-            found = _call_packed(x, _pack(weight, padding, tuple(x.shape)), None, padding, ones)
-        except (AttributeError, RuntimeError, TypeError):  # gone, not built in, or other arguments
-            return False
-        return torch.allclose(found.float(), _call(x, weight, None, padding, ones).float(), rtol=0.02, atol=0.02)
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -280,7 +258,8 @@ def _call(
     ones = (1,) * (x.ndim - 2)
     stride = stride or ones
     if weight.is_mkldnn:
-        return _call_packed(x, weight, bias, padding, stride)
+        op = torch.ops.mkldnn._convolution_pointwise.default
+        return cast("Tensor", op(x, weight, bias, padding, stride, ones, 1, "none", [], None))
     if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled() and has_onednn():
         return torch.mkldnn_convolution(x, weight, bias, padding, stride, ones, 1)
     y = (F.conv3d if x.ndim == 5 else F.conv2d)(x, weight, bias, stride=stride, padding=padding)

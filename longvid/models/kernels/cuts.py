@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-__all__ = ["even_parts", "row_tiles", "tiles_with_halo", "time_slices"]
+__all__ = ["even_parts", "row_tiles", "tiles_with_halo"]
 
 
 def even_parts(length: int, longest: int, *, multiple: int = 1) -> list[range]:
@@ -16,38 +16,6 @@ def even_parts(length: int, longest: int, *, multiple: int = 1) -> list[range]:
     num_parts = -(-num_units // max(1, longest // multiple))
     edges = [*(num_units * i // num_parts * multiple for i in range(num_parts)), length]
     return [range(a, b) for a, b in pairwise(edges)]
-
-
-def time_slices(
-    num_frames: int,
-    *,
-    context_frames: int,
-    in_frame: int,
-    out_frame: int,
-    window_limit: int,
-    slice_limit: int,
-    multiple: int = 1,
-) -> list[range]:
-    """Cut the output frames of a causal convolution into slices.
-
-    The slice for output frames ``[a, b)`` reads input frames ``[a - context_frames, b)``, so none is ever shorter than
-    the kernel, however large a frame is.
-
-    Args:
-        num_frames: output frames.
-        context_frames: kernel size in time minus 1.
-        in_frame: elements of one input frame, batch and channels included.
-        out_frame: elements of one output frame, likewise.
-        window_limit: most elements of a slice's input, context included, and of its output.
-        slice_limit: most elements of a slice's new input frames and of its output.
-        multiple: all slices but the last end with a multiple of this many frames, whatever the limits say.
-    """
-    longest = min(
-        window_limit // in_frame - context_frames,
-        window_limit // out_frame,
-        slice_limit // max(in_frame, out_frame),
-    )
-    return even_parts(num_frames, longest, multiple=multiple)
 
 
 def tiles_with_halo(height: int, *, halo: int, row: int, limit: int) -> list[tuple[range, range]]:
