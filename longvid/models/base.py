@@ -5,9 +5,11 @@ Axes: B batch, C channels, T time, H height, W width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from longvid.errors import ScheduleError
@@ -15,7 +17,7 @@ from longvid.models.cache import ConvCache
 from longvid.models.context import ForwardContext
 from longvid.schedule import ChunkSchedule
 
-__all__ = ["CausalVAE", "LatentGeometry", "model_name"]
+__all__ = ["CausalVAE", "LatentGeometry", "NativeVAE", "model_name"]
 
 _LONGEST_CHUNK = 1024
 "frames; host memory holds several chunks"
@@ -100,6 +102,84 @@ class CausalVAE(Protocol):
     def describe(self) -> dict[str, Any]:
         """Facts for the record, ready for JSON: class, config, origin and digest of the weights, latent scaling."""
         ...
+
+
+class NativeVAE(nn.Module):
+    """What the models of this package have in common: a config, the origin of their weights, and the record of both.
+
+    Args:
+        config: the architecture, an instance of ``config_class``.
+        origin: where the weights are from, for the record: ``name_or_path``, ``revision``, ``weights_sha256``,
+            ``random_weights``; set by :func:`longvid.load_model`.
+    """
+
+    class_name: ClassVar[str]
+    "the class that a ``config.json`` names"
+    config_class: ClassVar[Any]
+    weights_dtype: ClassVar[torch.dtype | None] = None
+    "what weights are read as; None for as they are stored"
+    geometry: LatentGeometry
+    encoder: nn.Module
+    decoder: nn.Module
+
+    def __init__(self, config: Any, origin: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.origin = dict(origin or {})
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], origin: Mapping[str, Any] | None = None) -> Self:
+        """Build the modules for a ``config.json``, with PyTorch's initial weights."""
+        return cls(cls.config_class.from_dict(config), origin)
+
+    @torch.inference_mode()
+    def encode(self, x_BCTHW: Tensor, context: ForwardContext | ConvCache) -> Tensor:
+        """One chunk of pixels in [-1, 1] to moments (B, 2 c, t, h, w): mean, then log variance.
+
+        Raises:
+            ScheduleError: the model cannot take a chunk of this shape.
+            CacheError: the cache is of another module or another video.
+        """
+        context = ForwardContext.of(context)
+        self._check_chunk(x_BCTHW, context)
+        with context.chunk():
+            return self._encode(x_BCTHW, context)
+
+    @torch.inference_mode()
+    def decode(self, z_BCTHW: Tensor, context: ForwardContext | ConvCache) -> Tensor:
+        """One chunk of raw latents (B, c, t, h, w) to pixels (B, 3, T, H, W).
+
+        Raises:
+            CacheError: the cache is of another module or another video.
+        """
+        context = ForwardContext.of(context)
+        with context.chunk():
+            return self._decode(z_BCTHW, context)
+
+    def _check_chunk(self, x_BCTHW: Tensor, context: ForwardContext) -> None:
+        """Raise ScheduleError if the model cannot encode a chunk of this shape; the cache stays usable."""
+
+    def _encode(self, x_BCTHW: Tensor, context: ForwardContext) -> Tensor:
+        raise NotImplementedError
+
+    def _decode(self, z_BCTHW: Tensor, context: ForwardContext) -> Tensor:
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """Class, config, origin of the weights and the facts that turn raw latents into the model's own scale."""
+        return {
+            "class_name": self.class_name,
+            **self.origin,
+            "config": asdict(self.config),
+            **self.scaling,
+            "temporal_compression_ratio": self.geometry.frames_per_latent,
+            "spatial_compression_ratio": self.geometry.pixels_per_latent,
+        }
+
+    @property
+    def scaling(self) -> dict[str, Any]:
+        """How raw latents become those that other models work on; these need none."""
+        return {"scaling_factor": 1.0, "shift_factor": None, "latents_mean": None, "latents_std": None}
 
 
 def model_name(model: CausalVAE) -> str:

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from longvid.errors import CacheError
+from longvid.memory.buffer_pool import TensorKind
 from longvid.memory.offloader import Offloader
 
-__all__ = ["CausalLayer", "ConvCache", "Entry"]
+__all__ = ["CausalLayer", "ConvCache"]
 
 Signature: TypeAlias = dict[str, object]
 
@@ -47,7 +48,7 @@ class _State(Enum):
 
 
 @dataclass(slots=True)
-class Entry:
+class _Entry:
     """What the cache knows of one layer, apart from its context."""
 
     path: str
@@ -71,12 +72,13 @@ class ConvCache:
     def __init__(self, module: nn.Module, *, offloader: Offloader | None = None) -> None:
         self.offloader = offloader or Offloader()
         self._entries = {
-            layer: Entry(path) for path, layer in module.named_modules() if getattr(layer, "context_frames", 0) > 0
+            layer: _Entry(path) for path, layer in module.named_modules() if getattr(layer, "context_frames", 0) > 0
         }
         self._state = _State.UNOPENED
         self._chunk = -1
         self._in_chunk = False
-        self._open_path: str | None = None
+        self._open: _Entry | None = None
+        "whose window is open"
 
     def __enter__(self) -> Self:
         if self._state is not _State.UNOPENED:
@@ -166,7 +168,7 @@ class ConvCache:
         if self._state is not _State.OPEN:
             raise CacheError(f"no {what}: the cache is {self._state.value}")
         if self._in_chunk:
-            raise CacheError(f"no {what} while a chunk is running")
+            raise CacheError(f"no {what}: a chunk is already running on this cache, which serves one video at a time")
 
     @contextmanager
     def chunk(self) -> Iterator[None]:
@@ -175,42 +177,38 @@ class ConvCache:
         Raises:
             CacheError: the cache is not open, another chunk is running, or a layer did not run in this chunk.
         """
-        if self._state is not _State.OPEN:
-            raise CacheError(f"no chunk can run: the cache is {self._state.value}")
-        if self._in_chunk:
-            raise CacheError("a chunk is already running on this cache; one cache serves one video, chunk by chunk")
+        self._require_between_chunks("chunk can run")
         self._in_chunk = True
-        self._open_path = None
+        self._open = None
         self._chunk += 1
         try:
             yield
-            self._require_all_advanced()
+            left = [entry.path for entry in self._entries.values() if entry.chunk != self._chunk]
+            if left:
+                raise CacheError(
+                    f"chunk {self._chunk} ended, but {len(left)} of {len(self._entries)} layers did not run in it, "
+                    f"among them {left[0]!r}; a context that misses a chunk is wrong from then on"
+                )
         except BaseException:
             self._drop(_State.FAILED)
             raise
         finally:
             self._in_chunk = False
 
-    def _require_all_advanced(self) -> None:
-        left = [entry.path for entry in self._entries.values() if entry.chunk != self._chunk]
-        if left:
-            raise CacheError(
-                f"chunk {self._chunk} ended, but {len(left)} of {len(self._entries)} layers did not run in it, "
-                f"among them {left[0]!r}; a context that misses a chunk is wrong from then on"
-            )
-
     # ------------------------------------------------------------------------------------------- for windows
 
-    def entry(self, layer: CausalLayer, like: Tensor) -> Entry:
-        """The entry of a layer that is about to run in the present chunk.
+    def open_window(self, layer: CausalLayer, shape: tuple[int, int, int, int, int], kind: TensorKind) -> str:
+        """Say that a layer's window opens; return the layer's path. One is open at a time: plans and offloading count
+        on that.
 
         Args:
             layer: a layer of the module this cache was made for, with ``context_frames > 0``.
-            like: a tensor (B, C, T, H, W) with the shape, dtype and device of the layer's input.
+            shape: (B, C, any T, H, W) of the layer's input.
+            kind: of that input.
 
         Raises:
-            CacheError: the layer is not of this module, ran already in this chunk, or its context is of another
-                batch, size, dtype or device.
+            CacheError: the layer is not of this module, ran already in this chunk, its context is of another batch,
+                size, dtype or device, or another window is open.
         """
         entry = self._entries.get(layer) if isinstance(layer, nn.Module) else None
         if entry is None:
@@ -218,51 +216,37 @@ class ConvCache:
                 f"{type(layer).__name__} is not a layer of the module this cache was made for; an encoder and a "
                 "decoder, and two models, each need a cache of their own"
             )
+        path = entry.path
         if not self._in_chunk:
-            raise CacheError(f"layer {entry.path!r} ran outside a chunk; wrap the call in: with cache.chunk()")
+            raise CacheError(f"layer {path!r} ran outside a chunk; wrap the call in: with cache.chunk()")
         if entry.chunk == self._chunk:
+            raise CacheError(f"layer {path!r} ran twice in chunk {self._chunk}; every call needs a layer of its own")
+        B, C, _, H, W = shape
+        got = _signature(B, C, H, W, kind.dtype, kind.device)
+        have = entry.signature = entry.signature or got
+        wrong = [f"{name} {got[name]} instead of {have[name]}" for name in have if have[name] != got[name]]
+        if wrong:
             raise CacheError(
-                f"layer {entry.path!r} ran twice in chunk {self._chunk}; every call needs a layer of its own"
+                f"layer {path!r} got {', '.join(wrong)}; a cache serves one video, so use a new one for another video"
             )
-        _require_same_video(entry, like)
-        return entry
-
-    def open_window(self, entry: Entry) -> None:
-        """Say that a layer's window opens. One is open at a time: plans and offloading count on that.
-
-        Raises:
-            CacheError: another window is open.
-        """
-        if self._open_path is not None:
+        if self._open is not None:
             raise CacheError(
-                f"layer {entry.path!r} opened its window inside that of {self._open_path!r}; leave one before the next"
+                f"layer {path!r} opened its window inside that of {self._open.path!r}; leave one before the next"
             )
-        self._open_path = entry.path
+        self._open = entry
+        return path
 
-    def close_window(self, entry: Entry, *, failed: bool) -> None:
-        """Say that a layer's window is closed, and whether an exception did that."""
-        self._open_path = None
-        if not failed:
-            self.offloader.done(entry.path)
+    def close_window(self, *, failed: bool) -> None:
+        """Say that the open window is closed, and whether an exception did that."""
+        if self._open is not None and not failed:
+            self.offloader.done(self._open.path)
+        self._open = None
 
-    def keep(self, entry: Entry, context: Tensor) -> None:
-        """Make ``context`` that of a layer for the next chunk. The layer has then run in the present one."""
-        self.offloader.keep(entry.path, context)
-        entry.chunk = self._chunk
-
-
-def _require_same_video(entry: Entry, like: Tensor) -> None:
-    B, C, _, H, W = like.shape
-    got = _signature(B, C, H, W, like.dtype, like.device)
-    have = entry.signature
-    if have is None:
-        entry.signature = got
-        return
-    wrong = [f"{name} {got[name]} instead of {have[name]}" for name in have if have[name] != got[name]]
-    if wrong:
-        raise CacheError(
-            f"layer {entry.path!r} got {', '.join(wrong)}; a cache serves one video, so use a new one for another video"
-        )
+    def keep(self, context: Tensor) -> None:
+        """Make ``context`` that of the open window's layer for the next chunk. The layer has then run in this one."""
+        assert self._open is not None
+        self.offloader.keep(self._open.path, context)
+        self._open.chunk = self._chunk
 
 
 def _signature(B: int, C: int, H: int, W: int, dtype: torch.dtype, device: torch.device) -> Signature:

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from longvid.errors import ModelError
-from longvid.models.base import LatentGeometry
-from longvid.models.cache import ConvCache
+from longvid.models.base import LatentGeometry, NativeVAE
 from longvid.models.context import ForwardContext
 from longvid.models.layers import CausalConv3d, ResnetBlock
 from longvid.models.norms import GroupNormSiLU, SpatialNormSiLU
@@ -95,11 +93,19 @@ class CogVideoXConfig:
 class _Stage(nn.Module):
     """Some blocks at one resolution and the change to the next one. A list with names, not a layer."""
 
-    def __init__(self, resnets: list[ResnetBlock], **resamplers: nn.Module) -> None:
+    def __init__(self, config: CogVideoXConfig, widths: tuple[int, int], num_blocks: int, latents: int | None) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(resnets)
-        for name, resampler in resamplers.items():
-            self.add_module(name, nn.ModuleList([resampler]))
+        before, width = widths
+        self.resnets = nn.ModuleList(
+            ResnetBlock(
+                before if i == 0 else width,
+                width,
+                num_groups=config.norm_num_groups,
+                eps=config.norm_eps,
+                latent_channels=latents,
+            )
+            for i in range(num_blocks)
+        )
 
     def layers(self) -> Iterator[nn.Module]:
         """The layers in order; each takes ``(x, context, latent)``."""
@@ -107,98 +113,77 @@ class _Stage(nn.Module):
             yield from group.children()
 
 
-class Encoder(nn.Module):
+class _Half(nn.Module):
+    """Encoder or decoder: a convolution, stages in the order in which they were made, a norm and a convolution."""
+
+    steered = False
+    "whether the input is a latent, which then steers every norm"
+    conv_in: CausalConv3d
+    norm_out: GroupNormSiLU | SpatialNormSiLU
+    conv_out: CausalConv3d
+
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        """One chunk. The loop is flat so that no caller up the stack keeps a block's input alive."""
+        latent = x if self.steered else None
+        x = self.conv_in(x, context)
+        for stage in (module for module in self.modules() if isinstance(module, _Stage)):
+            for layer in stage.layers():
+                x = layer(x, context, latent)
+        normed = context.attempt(partial(self.norm_out.fit, x, latent))
+        del x
+        return self.conv_out.stream(normed, context)
+
+
+class Encoder(_Half):
     """Pixels (B, 3, T, H, W) to moments (B, 2 x latent channels, t, h, w)."""
 
     def __init__(self, config: CogVideoXConfig) -> None:
         super().__init__()
-        widths = config.block_out_channels
-
-        def block(in_channels: int, out_channels: int) -> ResnetBlock:
-            return ResnetBlock(in_channels, out_channels, num_groups=config.norm_num_groups, eps=config.norm_eps)
-
-        self.conv_in = CausalConv3d(config.in_channels, widths[0], 3)
-        self.down_blocks = nn.ModuleList()
+        widths, levels = config.block_out_channels, config.temporal_levels
         channels = widths[0]
+        self.conv_in = CausalConv3d(config.in_channels, channels, 3)
+        self.down_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
-            last = i == len(widths) - 1
-            time = not last and i < config.temporal_levels
-            resnets = [block(channels if j == 0 else width, width) for j in range(config.layers_per_block)]
-            down = {} if last else {"downsamplers": Downsample(width, time=time)}
-            self.down_blocks.append(_Stage(resnets, **down))
+            stage = _Stage(config, (channels, width), config.layers_per_block, None)
+            if i < len(widths) - 1:
+                stage.downsamplers = nn.ModuleList([Downsample(width, time=i < levels)])
+            self.down_blocks.append(stage)
             channels = width
-        self.mid_block = _Stage([block(channels, channels) for _ in range(2)])
+        self.mid_block = _Stage(config, (channels, channels), 2, None)
         self.norm_out = GroupNormSiLU(config.norm_num_groups, channels, eps=1e-6)
         self.conv_out = CausalConv3d(channels, 2 * config.latent_channels, 3)
 
-    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
-        """One chunk. The loop is flat so that no caller up the stack keeps a block's input alive."""
-        x = self.conv_in(x, context)
-        for stage in (*self.down_blocks, self.mid_block):
-            for layer in stage.layers():
-                x = layer(x, context)
-        normed = context.attempt(partial(self.norm_out.fit, x))
-        del x
-        return self.conv_out.stream(normed, context)
 
-
-class Decoder(nn.Module):
+class Decoder(_Half):
     """Latents (B, c, t, h, w) to pixels (B, 3, T, H, W)."""
+
+    steered = True
 
     def __init__(self, config: CogVideoXConfig) -> None:
         super().__init__()
-        widths = config.block_out_channels[::-1]
-
-        def block(in_channels: int, out_channels: int) -> ResnetBlock:
-            return ResnetBlock(
-                in_channels,
-                out_channels,
-                num_groups=config.norm_num_groups,
-                eps=config.norm_eps,
-                latent_channels=config.latent_channels,
-            )
-
-        self.conv_in = CausalConv3d(config.latent_channels, widths[0], 3)
-        self.mid_block = _Stage([block(widths[0], widths[0]) for _ in range(2)])
-        self.up_blocks = nn.ModuleList()
+        widths, levels, latents = config.block_out_channels[::-1], config.temporal_levels, config.latent_channels
         channels = widths[0]
+        self.conv_in = CausalConv3d(latents, channels, 3)
+        self.mid_block = _Stage(config, (channels, channels), 2, latents)
+        self.up_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
-            resnets = [block(channels if j == 0 else width, width) for j in range(config.layers_per_block + 1)]
-            last = i == len(widths) - 1
-            up = {} if last else {"upsamplers": Upsample(width, time=i < config.temporal_levels)}
-            self.up_blocks.append(_Stage(resnets, **up))
+            stage = _Stage(config, (channels, width), config.layers_per_block + 1, latents)
+            if i < len(widths) - 1:
+                stage.upsamplers = nn.ModuleList([Upsample(width, time=i < levels)])
+            self.up_blocks.append(stage)
             channels = width
-        self.norm_out = SpatialNormSiLU(channels, config.latent_channels, num_groups=config.norm_num_groups)
+        self.norm_out = SpatialNormSiLU(channels, latents, num_groups=config.norm_num_groups)
         self.conv_out = CausalConv3d(channels, config.out_channels, 3)
 
-    def forward(self, z: Tensor, context: ForwardContext) -> Tensor:
-        """One chunk; the latent also steers every norm."""
-        x = self.conv_in(z, context)
-        for stage in (self.mid_block, *self.up_blocks):
-            for layer in stage.layers():
-                x = layer(x, context, z)
-        normed = context.attempt(partial(self.norm_out.fit, x, z))
-        del x
-        return self.conv_out.stream(normed, context)
 
-
-class CogVideoXVAE(nn.Module):
-    """Encoder and decoder of CogVideoX behind the :class:`~longvid.models.base.CausalVAE` protocol.
-
-    Args:
-        config: the architecture.
-        origin: where the weights are from, for the record: ``name_or_path``, ``revision``, ``weights_sha256``,
-            ``random_weights``; set by :func:`longvid.load_model`.
-    """
+class CogVideoXVAE(NativeVAE):
+    """Encoder and decoder of CogVideoX behind the :class:`~longvid.models.base.CausalVAE` protocol."""
 
     class_name = "AutoencoderKLCogVideoX"
-    weights_dtype: ClassVar[torch.dtype | None] = None
-    "what weights are read as; None for as they are stored"
+    config_class = CogVideoXConfig
 
     def __init__(self, config: CogVideoXConfig, origin: Mapping[str, Any] | None = None) -> None:
-        super().__init__()
-        self.config = config
-        self.origin = dict(origin or {})
+        super().__init__(config, origin)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         channels = config.out_channels
@@ -211,46 +196,18 @@ class CogVideoXVAE(nn.Module):
             chunk_frames=2 * config.temporal_compression_ratio,
         )
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], origin: Mapping[str, Any] | None = None) -> CogVideoXVAE:
-        """Build the modules for a diffusers ``config.json``, with PyTorch's initial weights."""
-        return cls(CogVideoXConfig.from_dict(config), origin)
+    def _encode(self, x_BCTHW: Tensor, context: ForwardContext) -> Tensor:
+        moments: Tensor = self.encoder(x_BCTHW, context)
+        return moments if self.quant_conv is None else context.attempt(partial(self.quant_conv, moments))
 
-    @torch.inference_mode()
-    def encode(self, x_BCTHW: Tensor, context: ForwardContext | ConvCache) -> Tensor:
-        """One chunk of pixels in [-1, 1] to moments (B, 2 c, t, h, w): mean, then log variance.
+    def _decode(self, z_BCTHW: Tensor, context: ForwardContext) -> Tensor:
+        conv = self.post_quant_conv
+        z = z_BCTHW if conv is None else context.attempt(partial(conv, z_BCTHW))
+        pixels: Tensor = self.decoder(z, context)
+        return pixels
 
-        Raises:
-            CacheError: the cache is of another module or another video.
-        """
-        context = ForwardContext.of(context)
-        with context.chunk():
-            moments: Tensor = self.encoder(x_BCTHW, context)
-            return moments if self.quant_conv is None else context.attempt(partial(self.quant_conv, moments))
-
-    @torch.inference_mode()
-    def decode(self, z_BCTHW: Tensor, context: ForwardContext | ConvCache) -> Tensor:
-        """One chunk of raw latents (B, c, t, h, w) to pixels (B, 3, T, H, W).
-
-        Raises:
-            CacheError: the cache is of another module or another video.
-        """
-        context = ForwardContext.of(context)
-        with context.chunk():
-            conv = self.post_quant_conv
-            z = z_BCTHW if conv is None else context.attempt(partial(conv, z_BCTHW))
-            pixels: Tensor = self.decoder(z, context)
-            return pixels
-
-    def describe(self) -> dict[str, Any]:
-        """Class, config, origin of the weights and the facts that turn raw latents into a model's own scale."""
-        scaling = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "invert_scale_latents")
-        config = asdict(self.config)
-        return {
-            "class_name": self.class_name,
-            **self.origin,
-            "config": config,
-            **{key: config[key] for key in scaling},
-            "temporal_compression_ratio": self.geometry.frames_per_latent,
-            "spatial_compression_ratio": self.geometry.pixels_per_latent,
-        }
+    @property
+    def scaling(self) -> dict[str, Any]:
+        """The config's facts that turn raw latents into the model's own scale."""
+        keys = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "invert_scale_latents")
+        return {key: getattr(self.config, key) for key in keys}

@@ -17,7 +17,7 @@ from longvid.models.cache import ConvCache
 from longvid.models.numerics import Numerics
 from longvid.units import format_bytes
 
-__all__ = ["ForwardContext", "Limits", "PreparedWeights"]
+__all__ = ["ForwardContext", "Limits"]
 
 T = TypeVar("T")
 
@@ -37,42 +37,6 @@ class Limits:
     16 rows at least, and with packed weights; None for whole frames. Saves memory, and time if a tile fits a cache"""
 
 
-class PreparedWeights:
-    """What layers make of their weights, such as Winograd filters.
-
-    Args:
-        keep: keep them for all chunks, so the weights must not change; otherwise they are made in each call.
-    """
-
-    def __init__(self, *, keep: bool = False) -> None:
-        self._keep = keep
-        self._kept: dict[nn.Module, tuple[Tensor, ...]] = {}
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of what is kept, beside the weights that it was made of."""
-        return sum(tensor.nbytes for tensors in self._kept.values() for tensor in tensors)
-
-    def get(self, layer: nn.Module, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """What is kept for a layer, or else what ``make`` returns, which is then kept if anything is."""
-        found = self._kept.get(layer)
-        if found is None:
-            found = make()
-            # Weights that were not changed need no keeping.
-            if self._keep and not any(isinstance(tensor, nn.Parameter) for tensor in found):
-                self._kept[layer] = found
-        return found
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._kept.clear()
-
-    def give_up(self) -> None:
-        """Forget everything and keep nothing from now on."""
-        self.clear()
-        self._keep = False
-
-
 @dataclass(slots=True)
 class ForwardContext:
     """The contexts of one video, the memory that its layers share, and how they compute.
@@ -84,10 +48,13 @@ class ForwardContext:
     cache: ConvCache
     buffers: BufferPool = field(default_factory=BufferPool)
     "memory that windows and outputs take turns with; empty between chunks unless it is kept"
-    kernels: PreparedWeights = field(default_factory=PreparedWeights)
     numerics: Numerics = field(default_factory=Numerics)
     "which of several forms the layers compute in, beside the layout, which is that of their input"
     limits: Limits = field(default_factory=Limits)
+    keeps_kernels: bool = False
+    """whether what layers make of their weights, such as Winograd filters, is kept for all chunks, so the weights must
+    not change; otherwise it is made in each call"""
+    _kernels: dict[nn.Module, tuple[Tensor, ...]] = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)
 
     @classmethod
@@ -104,7 +71,7 @@ class ForwardContext:
 
     def close(self) -> None:
         """Free every context, buffer and prepared weight. May be called again."""
-        self.kernels.clear()
+        self._kernels.clear()
         self.buffers.clear()
         self.cache.close()
 
@@ -115,16 +82,27 @@ class ForwardContext:
             with self.cache.chunk():
                 yield
         except BaseException:
-            self.kernels.clear()
+            self._kernels.clear()
             self.buffers.clear()
             raise
         finally:
             if not self.buffers.keeps:
                 self.buffers.clear()
 
+    @property
+    def kernel_bytes(self) -> int:
+        """Bytes of the prepared weights that are kept, beside the weights that they were made of."""
+        return sum(tensor.nbytes for tensors in self._kernels.values() for tensor in tensors)
+
     def prepared(self, layer: nn.Module, prepare: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """What ``prepare`` makes of a layer's weights. It allocates all that it returns, and is harmless to repeat."""
-        return self.kernels.get(layer, lambda: self.attempt(prepare))
+        found = self._kernels.get(layer)
+        if found is None:
+            found = self.attempt(prepare)
+            # Weights that were not changed need no keeping.
+            if self.keeps_kernels and not any(isinstance(tensor, nn.Parameter) for tensor in found):
+                self._kernels[layer] = found
+        return found
 
     def weight(self, layer: nn.Conv2d | nn.Conv3d) -> Tensor:
         """A convolution's weight, in float32 where products are."""
@@ -153,8 +131,9 @@ class ForwardContext:
             if not is_out_of_memory(exc) or not self.cache.is_open:
                 raise
             failure = exc.with_traceback(None)  # the frames would keep alive what the function had allocated
-        idle_bytes = self.buffers.idle_bytes + self.kernels.num_bytes
-        self.kernels.give_up()
+        idle_bytes = self.buffers.idle_bytes + self.kernel_bytes
+        self._kernels.clear()
+        self.keeps_kernels = False
         self.buffers.clear()
         if self.buffers.keeps:
             self.buffers = BufferPool()

@@ -10,29 +10,28 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from longvid.errors import ModelError
-from longvid.models.base import CausalVAE
+from longvid.models.base import CausalVAE, NativeVAE
 from longvid.models.cogvideox import CogVideoXVAE
 from longvid.models.device import weights_digest
 from longvid.models.tiny import TinyVAE
 
 __all__ = ["ARCHITECTURES", "BUILT_IN", "load_architecture", "load_model"]
 
-Native: TypeAlias = CogVideoXVAE | TinyVAE
-
-FAMILIES: tuple[type[Native], ...] = (CogVideoXVAE, TinyVAE)
+FAMILIES: tuple[type[NativeVAE], ...] = (CogVideoXVAE, TinyVAE)
 "Model families; each one reads the configs that name its ``class_name``."
 
 BUILT_IN: dict[str, Path] = {"tiny": Path(__file__).parent.with_name("weights") / "tiny"}
@@ -149,30 +148,23 @@ def _exists(name: str) -> bool:
 def _build_architecture(name: str, seed: int | None) -> CausalVAE:
     origin = {"name_or_path": name, "revision": None}
     if seed is None:
-        with torch.device("meta"):
-            return _build(ARCHITECTURES[name], origin).eval()
+        return _build(ARCHITECTURES[name], origin)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _build(ARCHITECTURES[name], {**origin, "random_weights": seed})
-    return _sealed(model)
+        model = _build(ARCHITECTURES[name], {**origin, "random_weights": seed}, device="cpu")
+    return _assign(model, model.state_dict(), name)
 
 
 def _download(repo_id: str, revision: str | None, *, weights: bool) -> Path:
     """The local copy of a hub repository: config and safetensors, or the config alone."""
     try:
         import huggingface_hub
-        from huggingface_hub.errors import EntryNotFoundError
     except ImportError as exc:
         raise ModelError(f"{repo_id} is a hub id; install longvid[hub], or download it and pass the folder") from exc
+    files = ["config.json", f"{_WEIGHTS}*.safetensors", f"{_WEIGHTS}*.safetensors.index.json"][: 3 if weights else 1]
+    patterns = [*files, *(f"vae/{file}" for file in files)]  # of a pipeline, the VAE has a folder of its own
     try:
-        if weights:
-            files = ("config.json", f"{_WEIGHTS}*.safetensors", f"{_WEIGHTS}*.safetensors.index.json")
-            patterns = [*files, *(f"vae/{file}" for file in files)]
-            return Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
-        try:
-            return Path(huggingface_hub.hf_hub_download(repo_id, "config.json", revision=revision)).parent
-        except EntryNotFoundError:  # a pipeline, whose VAE has a folder of its own
-            return Path(huggingface_hub.hf_hub_download(repo_id, "vae/config.json", revision=revision)).parents[1]
+        return Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except Exception as exc:  # the hub's client raises errors of several libraries
         raise ModelError(
             f"there is no local folder {repo_id}, and it could not be downloaded from the hub: {_one_line(exc)}"
@@ -188,17 +180,15 @@ def _load_folder(folder: Path, origin: Mapping[str, Any], *, allow_pickle: bool)
         weights = _read_pickle(_pickle_file(folder, allow=allow_pickle), model)
     if model.weights_dtype is not None:
         weights = {key: tensor.to(model.weights_dtype) for key, tensor in weights.items()}
-    _assign(model, weights, str(folder))
-    return _sealed(model)
+    return _assign(model, weights, str(folder))
 
 
-def _read_architecture(folder: Path, origin: Mapping[str, Any]) -> tuple[Native, Path]:
+def _read_architecture(folder: Path, origin: Mapping[str, Any]) -> tuple[NativeVAE, Path]:
     """The model that a folder's config describes, without weights, and the folder that holds the config."""
     if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
         folder = folder / "vae"
     config = _read_json(folder / "config.json", _MAX_CONFIG_BYTES)
-    with torch.device("meta"):
-        return _build(config, {"revision": None, **origin}).eval(), folder
+    return _build(config, {"revision": None, **origin}), folder
 
 
 def _wrap_instance(instance: Any) -> CausalVAE:
@@ -208,24 +198,22 @@ def _wrap_instance(instance: Any) -> CausalVAE:
             f"a {type(instance).__name__} cannot be loaded; pass a folder, a hub id, the name of an architecture, a "
             "diffusers AutoencoderKLCogVideoX or an object with the CausalVAE protocol"
         )
-    name = getattr(instance, "name_or_path", None) or config.get("_name_or_path")
-    with torch.device("meta"):
-        model = _build(
-            {"_class_name": type(instance).__name__, **config}, {"name_or_path": name or None, "revision": None}
-        )
+    where, name = type(instance).__name__, getattr(instance, "name_or_path", None) or config.get("_name_or_path")
+    model = _build({"_class_name": where, **config}, {"name_or_path": name or None, "revision": None})
     weights = instance.state_dict()
-    _require_fit(model, {name: tuple(t.shape) for name, t in weights.items()}, type(instance).__name__)
-    _assign(model, weights, type(instance).__name__)
-    return _sealed(model)
+    _require_fit(model, {name: tuple(t.shape) for name, t in weights.items()}, where)
+    return _assign(model, weights, where)
 
 
-def _build(config: Mapping[str, Any], origin: Mapping[str, Any]) -> Native:
+def _build(config: Mapping[str, Any], origin: Mapping[str, Any], *, device: str = "meta") -> NativeVAE:
+    """The model that a config describes; without weights on ``meta``, which takes no memory."""
     class_name = config.get("_class_name")
     for family in FAMILIES:
         if family.class_name == class_name:
             _require_sane(config)
             try:
-                return family.from_config(config, origin)
+                with torch.device(device):
+                    return family.from_config(config, origin).eval()
             except ModelError:
                 raise
             except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as exc:
@@ -249,21 +237,18 @@ def _require_sane(config: Mapping[str, Any]) -> None:
                 raise ModelError(f"the config gives {_shown(key)} = {_shown(number)}; at most {most:,} makes sense")
 
 
-def _require_fit(model: Native, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+def _require_fit(model: NativeVAE, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Raise ModelError unless names and shapes are those of the model, which takes no memory yet."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = [f"missing {name}" for name in expected if name not in shapes]
-    problems += [f"unknown {_shown(name)}" for name in shapes if name not in expected]
-    problems += [
-        f"{name} is {shapes[name]} instead of {shape}"
+    problems = [
+        f"{name} is {shapes[name]} instead of {shape}" if name in shapes else f"missing {name}"
         for name, shape in expected.items()
-        if name in shapes and shapes[name] != shape
+        if shapes.get(name) != shape
     ]
+    problems += [f"unknown {_shown(name)}" for name in shapes if name not in expected]
     if problems:
-        raise ModelError(
-            f"the weights in {where} do not fit its config: {'; '.join(problems[:3])}"
-            + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-        )
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ModelError(f"the weights in {where} do not fit its config: {'; '.join(problems[:3])}{more}")
 
 
 def _require_dtype(dtypes: Mapping[str, Any], where: str) -> None:
@@ -276,8 +261,8 @@ def _require_dtype(dtypes: Mapping[str, Any], where: str) -> None:
         raise ModelError(f"the weights in {where} have several dtypes ({', '.join(kinds)}); convert them to one")
 
 
-def _assign(model: Native, weights: Mapping[str, Tensor], where: str) -> None:
-    """Put the tensors of ``weights`` into the model without a copy, if all values are finite."""
+def _assign(model: NativeVAE, weights: Mapping[str, Tensor], where: str) -> NativeVAE:
+    """Put the tensors of ``weights`` into the model without a copy, if all values are finite; record their digest."""
     for name, tensor in weights.items():
         # Three to twenty times as fast as isfinite and as exact: both ends are NaN if any value is.
         if tensor.dtype not in _DTYPES.values() or not tensor.numel():
@@ -285,11 +270,7 @@ def _assign(model: Native, weights: Mapping[str, Tensor], where: str) -> None:
         if not all(math.isfinite(end) for end in torch.stack(tensor.detach().aminmax()).tolist()):
             raise ModelError(f"{name} in {where} holds values that are not finite; these weights are damaged")
     model.load_state_dict(weights, assign=True)
-
-
-def _sealed(model: Native) -> Native:
-    """The model made ready for inference, with the digest of its weights recorded."""
-    model.requires_grad_(False).eval()
+    model.requires_grad_(False)
     model.origin["weights_sha256"] = weights_digest(model)
     return model
 
@@ -344,29 +325,23 @@ def _inside(folder: Path, name: str) -> Path:
 
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of the folder: one, or the shards that its index names; empty if there are none."""
-    index = folder / f"{_WEIGHTS}.safetensors.index.json"
-    if index.is_symlink() or index.exists():
-        names = _shard_names(_read_json(index, _MAX_INDEX_BYTES), index)
-    else:
-        single = folder / f"{_WEIGHTS}.safetensors"
-        found = [single] if single.is_symlink() or single.exists() else sorted(folder.glob(f"{_WEIGHTS}*.safetensors"))
-        names = [file.name for file in found[:1]]
+    index, single = folder / f"{_WEIGHTS}.safetensors.index.json", f"{_WEIGHTS}.safetensors"
+    if os.path.lexists(index):
+        shards = _read_json(index, _MAX_INDEX_BYTES).get("weight_map")
+        if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+            raise ModelError(f"{index} names no files in weight_map")
+        names = sorted(set(shards.values()))
+        other = [name for name in names if not name.endswith(".safetensors")]
+        if other:
+            raise ModelError(f"{index} names {_shown(other[0])}; shards are safetensors files")
+    else:  # the usual name, or else the first variant, such as fp16
+        found = (file.name for file in folder.glob(f"{_WEIGHTS}*.safetensors"))
+        names = sorted(found, key=lambda name: (name != single, name))[:1]
     with _broken_files(folder):
         return [_inside(folder, name) for name in names]
 
 
-def _shard_names(index: Mapping[str, Any], path: Path) -> list[str]:
-    shards = index.get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-        raise ModelError(f"{path} names no files in weight_map")
-    names = sorted(set(shards.values()))
-    other = [name for name in names if not name.endswith(".safetensors")]
-    if other:
-        raise ModelError(f"{path} names {_shown(other[0])}; shards are safetensors files")
-    return names
-
-
-def _read_safetensors(files: list[Path], model: Native, folder: Path) -> dict[str, Tensor]:
+def _read_safetensors(files: list[Path], model: NativeVAE, folder: Path) -> dict[str, Tensor]:
     """All tensors, once the names, shapes and dtypes in the headers have been compared with the model.
 
     safetensors itself checks that a header fits its file and that no two tensors overlap.
@@ -404,7 +379,7 @@ def _pickle_file(folder: Path, *, allow: bool) -> Path:
         return _inside(folder, usual[0])
 
 
-def _read_pickle(file: Path, model: Native) -> dict[str, Tensor]:
+def _read_pickle(file: Path, model: NativeVAE) -> dict[str, Tensor]:
     """Tensors of a checkpoint, read by PyTorch's restricted unpickler. Compressed archives are refused as zip bombs."""
     try:
         zipped = zipfile.is_zipfile(file)

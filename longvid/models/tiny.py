@@ -22,16 +22,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longvid.errors import ModelError, ScheduleError
-from longvid.models.base import LatentGeometry
-from longvid.models.cache import ConvCache
+from longvid.models.base import LatentGeometry, NativeVAE
 from longvid.models.context import ForwardContext
 from longvid.models.kernels.convolution import run_once
 from longvid.models.layers import CausalConv3d
@@ -194,25 +193,21 @@ class Decoder(nn.Module):
         return z
 
 
-class TinyVAE(nn.Module):
+class TinyVAE(NativeVAE):
     """The built-in model behind the :class:`~longvid.models.base.CausalVAE` protocol.
-
-    Args:
-        config: the architecture.
-        origin: where the weights are from, for the record; set by :func:`longvid.load_model`.
 
     Source: the residual design around a linear block coder is ours; causal convolutions in time as in CogVideoX,
     Yang et al. 2024, arXiv 2408.06072.
     """
 
     class_name = "LongvidTinyVAE"
-    weights_dtype: ClassVar[torch.dtype | None] = torch.float32
-    "stored in float16 to be small, which CPUs are slow in"
+    config_class = TinyConfig
+    weights_dtype = torch.float32  # stored in float16 to be small, which CPUs are slow in
+    encoder: Encoder
+    decoder: Decoder
 
     def __init__(self, config: TinyConfig, origin: Mapping[str, Any] | None = None) -> None:
-        super().__init__()
-        self.config = config
-        self.origin = dict(origin or {})
+        super().__init__(config, origin)
         self.transform = BlockTransform(config.coefficients)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
@@ -224,64 +219,24 @@ class TinyVAE(nn.Module):
             chunk_invariant=True,
         )
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], origin: Mapping[str, Any] | None = None) -> TinyVAE:
-        """Build the modules for a ``config.json``, with PyTorch's initial weights."""
-        return cls(TinyConfig.from_dict(config), origin)
-
-    @torch.inference_mode()
-    def encode(self, x_BCTHW: Tensor, context: ForwardContext | ConvCache) -> Tensor:
-        """One chunk of pixels in [-1, 1] to moments (B, 2 c, t, h, w): mean, then log variance.
-
-        The first chunk of a video has 1 + 4 n frames, the others 4 n; n may differ from chunk to chunk.
-
-        Raises:
-            ScheduleError: another number of frames, or a size that is not a multiple of 8.
-            CacheError: the cache is of another module or another video.
-        """
-        context = ForwardContext.of(context)
+    def _check_chunk(self, x_BCTHW: Tensor, context: ForwardContext) -> None:
+        """The first chunk of a video has 1 + 4 n frames, the others 4 n; n may differ from chunk to chunk."""
         first = context.cache.num_chunks == 0
-        _require_blocks(x_BCTHW, first)
-        with context.chunk():
-            coefficients = context.attempt(lambda: self.transform(x_BCTHW, first))
-            mean: Tensor = self.encoder(coefficients, context, first)
-            return context.attempt(lambda: self._moments(mean))
+        T, H, W = x_BCTHW.shape[2:]
+        if (T - first) % FRAMES or T < 1:
+            expected = f"1 + {FRAMES} n frames, the first chunk of a video" if first else f"{FRAMES} n frames"
+            raise ScheduleError(f"a chunk of {T} frames does not fit: this one must have {expected}")
+        if H % PIXELS or W % PIXELS:
+            raise ScheduleError(f"frames of {W}x{H} are not whole blocks of {PIXELS}x{PIXELS}; pad them first")
 
-    def _moments(self, mean: Tensor) -> Tensor:
-        return torch.cat([mean, torch.full_like(mean, 2 * math.log(self.config.posterior_std))], dim=1)
-
-    @torch.inference_mode()
-    def decode(self, z_BCTHW: Tensor, context: ForwardContext | ConvCache) -> Tensor:
-        """One chunk of latents (B, c, t, h, w) to pixels (B, 3, T, H, W); the first latent of a video is one frame.
-
-        Raises:
-            CacheError: the cache is of another module or another video.
-        """
-        context = ForwardContext.of(context)
+    def _encode(self, x_BCTHW: Tensor, context: ForwardContext) -> Tensor:
         first = context.cache.num_chunks == 0
-        with context.chunk():
-            coefficients = self.decoder(z_BCTHW, context, first)
-            return context.attempt(lambda: self.transform.inverse(coefficients, first))
+        coefficients = context.attempt(lambda: self.transform(x_BCTHW, first))
+        mean: Tensor = self.encoder(coefficients, context, first)
+        log_variance = 2 * math.log(self.config.posterior_std)
+        return context.attempt(lambda: torch.cat([mean, torch.full_like(mean, log_variance)], dim=1))
 
-    def describe(self) -> dict[str, Any]:
-        """Class, config and origin of the weights. The latents need no scaling: their spread is about 1."""
-        return {
-            "class_name": self.class_name,
-            **self.origin,
-            "config": asdict(self.config),
-            "scaling_factor": 1.0,
-            "shift_factor": None,
-            "latents_mean": None,
-            "latents_std": None,
-            "temporal_compression_ratio": FRAMES,
-            "spatial_compression_ratio": PIXELS,
-        }
-
-
-def _require_blocks(x_BCTHW: Tensor, first: bool) -> None:
-    T, H, W = x_BCTHW.shape[2:]
-    if (T - first) % FRAMES or T < 1:
-        expected = f"1 + {FRAMES} n frames, the first chunk of a video" if first else f"{FRAMES} n frames"
-        raise ScheduleError(f"a chunk of {T} frames does not fit: this one must have {expected}")
-    if H % PIXELS or W % PIXELS:
-        raise ScheduleError(f"frames of {W}x{H} are not whole blocks of {PIXELS}x{PIXELS}; pad them first")
+    def _decode(self, z_BCTHW: Tensor, context: ForwardContext) -> Tensor:
+        first = context.cache.num_chunks == 0
+        coefficients = self.decoder(z_BCTHW, context, first)
+        return context.attempt(lambda: self.transform.inverse(coefficients, first))

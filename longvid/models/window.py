@@ -71,10 +71,8 @@ class Window:
         blocks: Sequence[Block] | None = None,
         halo: int = 0,
     ) -> None:
-        self._forward = context
-        self._entry = context.cache.entry(layer, like)
-        self._initial_context = layer.initial_context
-        self._context_frames = layer.context_frames
+        self._forward, self._layer, self._context_frames = context, layer, layer.context_frames
+        self._path = ""
         B, C, T, self._height, W = like.shape
         self._blocks = [Block(range(T), range(self._height))] if blocks is None else blocks
         rows = max(len(block.rows) for block in self._blocks)
@@ -101,21 +99,21 @@ class Window:
         self._had_context = self._is_read = False
 
     def __enter__(self) -> Self:
-        self._forward.cache.open_window(self._entry)
+        self._path = self._forward.cache.open_window(self._layer, self._context_shape, self._kind)
         self._memory = self._forward.attempt(self._open)
         self._tensor = self._part(self._block)
         self._begin(self._block)
         return self
 
     def _open(self) -> Tensor:
-        self._context = self._forward.cache.offloader.open(self._entry.path)
+        self._context = self._forward.cache.offloader.open(self._path)
         self._had_context = self._context is not None
         return self._forward.buffers.take(self.shape, self._kind)
 
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
         if exc_type is None:
             self.input()
-        self._forward.cache.close_window(self._entry, failed=exc_type is not None)
+        self._forward.cache.close_window(failed=exc_type is not None)
         self._memory = self._tensor = self._context = None
         if len(self._blocks) == 1 and not self._forward.buffers.keeps:
             # Memory of this size is better given up than kept beside the statistics of the next norm.
@@ -173,7 +171,7 @@ class Window:
 
     def _require(self) -> Tensor:
         if self._tensor is None:
-            raise CacheError(f"the window of layer {self._entry.path!r} is not open")
+            raise CacheError(f"the window of layer {self._path!r} is not open")
         return self._tensor
 
     @property
@@ -197,7 +195,7 @@ class Window:
     def _fill_front(self) -> None:
         new = self.new
         front = self._require()[:, :, : self._context_frames, self._first_row : self._first_row + len(self.rows)]
-        if self._initial_context == "zeros":
+        if self._layer.initial_context == "zeros":
             front.zero_()
         else:
             front.copy_(new[:, :, :1].expand_as(front))
@@ -210,7 +208,7 @@ class Window:
         context[:, :, :, rows.start : rows.stop].copy_(tail)
         if self._block is self._blocks[-1]:
             # Before the layer computes, so that a context that leaves is on its way meanwhile.
-            self._forward.attempt(lambda: self._forward.cache.keep(self._entry, context))
+            self._forward.attempt(lambda: self._forward.cache.keep(context))
 
 
 def _allocating(blocks: Sequence[Block]) -> Iterator[Block]:

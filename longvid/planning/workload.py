@@ -11,7 +11,7 @@ from longvid.events import Direction
 from longvid.memory.buffer_pool import BufferPool
 from longvid.memory.offloader import Offloader
 from longvid.models.cache import ConvCache
-from longvid.models.context import ForwardContext, Limits, PreparedWeights
+from longvid.models.context import ForwardContext, Limits
 from longvid.models.numerics import Numerics
 from longvid.schedule import ChunkSchedule
 
@@ -66,7 +66,7 @@ class Execution:
         return ForwardContext(
             ConvCache(module, offloader=offloader),
             BufferPool(keep=self.keeps_buffers),
-            PreparedWeights(keep=self.keeps_kernels),
             self.numerics,
             Limits(slice_elements=self.slicing.elements, tile_elements=self.slicing.band_elements),
+            self.keeps_kernels,
         )

@@ -176,23 +176,23 @@ def test_kept_kernels_are_made_once_and_given_up_before_a_chunk_fails():
         return (torch.ones(5),)
 
     def fails_once():
-        if context.kernels.num_bytes:
+        if context.kernel_bytes:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return "done"
 
     with forward_context(layer, keep_kernels=True) as context:
         kernels = context.prepared(layer, prepare)
         assert context.prepared(layer, prepare) is kernels
-        assert (len(made), context.kernels.num_bytes) == (1, 20)
+        assert (len(made), context.kernel_bytes) == (1, 20)
         with pytest.warns(UserWarning, match="was given up, which set 20 B free"):
             assert context.attempt(fails_once) == "done"
         assert torch.equal(context.prepared(layer, prepare)[0], kernels[0])
-        assert (len(made), context.kernels.num_bytes) == (2, 0)  # there is no room for them any more
+        assert (len(made), context.kernel_bytes) == (2, 0)  # there is no room for them any more
     with forward_context(layer, keep_kernels=True) as context:
         assert context.prepared(layer, lambda: (layer.conv.weight,))[0] is layer.conv.weight
-        assert context.kernels.num_bytes == 0  # it is the model's
+        assert context.kernel_bytes == 0  # it is the model's
         context.prepared(layer, prepare)
-    assert context.kernels.num_bytes == 0
+    assert context.kernel_bytes == 0
     with forward_context(layer) as thrifty:
         thrifty.prepared(layer, prepare)
-        assert thrifty.kernels.num_bytes == 0
+        assert thrifty.kernel_bytes == 0

@@ -121,8 +121,8 @@ def run_for_real(model, direction, height, width, dtype, numerics=None, slicing=
                 tracker.reset_peak()
                 step(ready, context, host, device=device, dtype=dtype)
             peaks.append(tracker.peak_bytes)
-            assert tracker.live_bytes == context.cache.nbytes + context.buffers.num_bytes + context.kernels.num_bytes
-            assert kernels or not context.kernels.num_bytes
+            assert tracker.live_bytes == context.cache.nbytes + context.buffers.num_bytes + context.kernel_bytes
+            assert kernels or not context.kernel_bytes
             assert keep == bool(context.buffers.num_bytes)
     assert tracker.live_bytes == 0
     return peaks

@@ -2,7 +2,7 @@
 
 from longvid import ConvCache, ForwardContext
 from longvid.memory.buffer_pool import BufferPool
-from longvid.models.context import Limits, PreparedWeights
+from longvid.models.context import Limits
 from longvid.models.numerics import Numerics
 
 
@@ -10,7 +10,7 @@ def forward_context(module, *, numerics=None, offloader=None, keep_buffers=False
     return ForwardContext(
         ConvCache(module, offloader=offloader),
         BufferPool(keep=keep_buffers),
-        PreparedWeights(keep=keep_kernels),
         numerics or Numerics(),
         Limits(**limits),
+        keep_kernels,
     )
