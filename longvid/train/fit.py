@@ -46,15 +46,8 @@ class LinearCoder:
 
     def save(self, path: Path, channels: int) -> None:
         """Write what :meth:`reconstruct` needs for ``channels``."""
-        safetensors.torch.save_file(
-            {
-                "mean": self.mean,
-                "basis": self.basis[:channels].contiguous(),
-                "first_mean": self.first_mean,
-                "first_basis": self.first_basis[:channels].contiguous(),
-            },
-            path,
-        )
+        bases = {name: getattr(self, name)[:channels].contiguous() for name in ("basis", "first_basis")}
+        safetensors.torch.save_file({"mean": self.mean, "first_mean": self.first_mean, **bases}, path)
 
     @classmethod
     def load(cls, path: Path) -> LinearCoder:
@@ -128,22 +121,17 @@ def _set_linear_paths(model: TinyVAE, mean: Tensor, basis: Tensor, variance: Ten
     first_std = first_variance.flip(0)[:C].clamp(min=1e-9).float().sqrt()
 
     encoder, decoder = model.encoder.linear.conv, model.decoder.linear.conv
-    assert encoder.bias is not None
-    assert decoder.bias is not None
-    for parameter in (encoder.weight, encoder.bias, decoder.weight, decoder.bias):
+    halves = (model.encoder, model.decoder)
+    for parameter in (p for half in halves for conv in (half.linear, half.head) for p in conv.parameters()):
         parameter.zero_()
     encoder.weight[:C, :, 0, 0, 0] = first / first_std[:, None]
     encoder.weight[C:, :C, 0, 0, 0] = torch.diag(1 / std)
     decoder.weight[:, :C, 0, 1, 1] = (first * first_std[:, None]).T
     decoder.weight[:C, C:, 0, 1, 1] = torch.diag(std)
-    for path in (model.encoder, model.decoder):
-        assert path.head.conv.bias is not None
-        path.head.conv.weight.zero_()
-        path.head.conv.bias.zero_()
-        for block in (m for m in path.modules() if isinstance(m, Block)):
-            assert block.temporal.conv.bias is not None
-            block.temporal.conv.weight.mul_(0.1)
-            block.temporal.conv.bias.zero_()
+    for block in (m for half in halves for m in half.modules() if isinstance(m, Block)):
+        weight, bias = block.temporal.conv.parameters()
+        weight.mul_(0.1)
+        bias.zero_()
     # The network sees the coefficients at comparable size: their spread falls a hundredfold over 192 of them.
     spread = variance[:K].sqrt()
     model.encoder.stem.conv.weight.mul_((3 / (spread * spread[0]).sqrt())[None, :, None, None, None])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -25,11 +26,10 @@ import torch
 import torch.nn.functional as F
 
 from longvid.errors import SourceError
+from longvid.frames import Frames
 from longvid.media.video_file import VideoFile
 
 __all__ = ["Footage", "HoldOut", "find_files", "read_middle"]
-
-Frames = npt.NDArray[np.uint8]
 
 IMAGES = (".png", ".jpg", ".jpeg")
 VIDEOS = (".mp4", ".mpg", ".mkv", ".mov", ".webm", ".avi", ".3gp", ".m4v")
@@ -54,15 +54,9 @@ class HoldOut:
         Raises:
             ValueError: neither of them.
         """
-        pattern, _, seconds = text.partition("@")
-        if not seconds:
-            return cls(pattern)
-        start, dash, stop = seconds.partition("-")
-        try:
-            found = cls(pattern, float(start), float(stop))
-        except ValueError:
-            dash = ""
-        if not dash or not pattern or not 0 <= found.start < found.stop:
+        parts = re.fullmatch(r"([^@]+)(?:@([\d.]+)-([\d.]+|inf))?", text)
+        found = parts and (cls(parts[1], float(parts[2]), float(parts[3])) if parts[2] else cls(parts[1]))
+        if not found or found.start >= found.stop:
             raise ValueError(f"{text!r} names no footage; write a file name pattern, or one and seconds: name*@240-270")
         return found
 
@@ -162,23 +156,18 @@ class Footage:
             height, width, rate = video.info.height, video.info.width, float(video.info.frame_rate or 25)
         ranges = [h.frame_range(rate) for h in held]
         key = hashlib.sha256(f"{path.resolve()} {path.stat().st_size} {ranges}".encode()).hexdigest()[:8]
-
-        def runs(name: str, frame_size: tuple[int, int], keep: int, every: int) -> list[Frames]:
+        heights = {w: max(8, round(height * w / width / 8) * 8) for w in (320, 640)}
+        kinds = [(self.motion, "320", (heights[320], 320), 1 << 30, 1 << 30)]
+        if width >= 640:
+            kinds.append((self.closer, "640", (heights[640], 640), STRETCH, EVERY))
+            kinds.append((self.stills, "stills", (height, width), 1, STILL_EVERY))
+        for files, name, size, keep, every in kinds:
             folder = cache / f"{path.stem}-{key}-{name}"
             if not folder.exists():
-                _decode_runs(path, folder, frame_size, ranges, keep, every)
-            return [np.load(file, mmap_mode="r") for file in sorted(folder.iterdir())]
-
-        def at_width(w: int) -> tuple[int, int]:
-            return max(8, round(height * w / width / 8) * 8), w
-
-        found = [(self.motion, runs("320", at_width(320), 1 << 30, 1 << 30))]
-        if width >= 640:
-            found.append((self.closer, runs("640", at_width(640), STRETCH, EVERY)))
-            found.append((self.stills, runs("stills", (height, width), 1, STILL_EVERY)))
-        for files, kept in found:
-            if kept:
-                files.append(kept)
+                _decode_runs(path, folder, size, ranges, keep, every)
+            runs = [np.load(file, mmap_mode="r") for file in sorted(folder.iterdir())]
+            if runs:
+                files.append(runs)
 
     def clip(
         self, rng: np.random.Generator, *, num_frames: int, size: int, augment: bool = True
