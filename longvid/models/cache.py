@@ -156,8 +156,7 @@ class ConvCache:
             if context.shape[2] != frames:
                 raise CacheError(f"the context of {path!r} has {context.shape[2]} frames, {frames} were due")
             self.offloader.restore(path, context, device)
-            B, C, _, H, W = context.shape
-            entry.signature = _signature(B, C, H, W, context.dtype, device)
+            entry.signature = _signature(context.shape, context.dtype, device)
             entry.chunk = num_chunks - 1
         if entries:
             self._drop(_State.FAILED)
@@ -198,17 +197,10 @@ class ConvCache:
     # ------------------------------------------------------------------------------------------- for windows
 
     def open_window(self, layer: CausalLayer, shape: tuple[int, int, int, int, int], kind: TensorKind) -> str:
-        """Say that a layer's window opens; return the layer's path. One is open at a time: plans and offloading count
-        on that.
+        """Say that the window of a layer opens whose input has this shape, whatever T is; return the layer's path.
 
-        Args:
-            layer: a layer of the module this cache was made for, with ``context_frames > 0``.
-            shape: (B, C, any T, H, W) of the layer's input.
-            kind: of that input.
-
-        Raises:
-            CacheError: the layer is not of this module, ran already in this chunk, its context is of another batch,
-                size, dtype or device, or another window is open.
+        Raises CacheError if the layer is not of the cache's module, ran already in this chunk, or has a context of
+        another batch, size, dtype or device; or if another window is open: plans and offloading count on one.
         """
         entry = self._entries.get(layer) if isinstance(layer, nn.Module) else None
         if entry is None:
@@ -221,8 +213,7 @@ class ConvCache:
             raise CacheError(f"layer {path!r} ran outside a chunk; wrap the call in: with cache.chunk()")
         if entry.chunk == self._chunk:
             raise CacheError(f"layer {path!r} ran twice in chunk {self._chunk}; every call needs a layer of its own")
-        B, C, _, H, W = shape
-        got = _signature(B, C, H, W, kind.dtype, kind.device)
+        got = _signature(shape, kind.dtype, kind.device)
         have = entry.signature = entry.signature or got
         wrong = [f"{name} {got[name]} instead of {have[name]}" for name in have if have[name] != got[name]]
         if wrong:
@@ -249,5 +240,6 @@ class ConvCache:
         self._open.chunk = self._chunk
 
 
-def _signature(B: int, C: int, H: int, W: int, dtype: torch.dtype, device: torch.device) -> Signature:
+def _signature(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Signature:
+    B, C, _, H, W = shape
     return {"batch": B, "channels": C, "size": f"{W}x{H}", "dtype": dtype, "device": device}

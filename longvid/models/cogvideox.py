@@ -67,11 +67,7 @@ class CogVideoXConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> CogVideoXConfig:
-        """Take what matters from a diffusers ``config.json``.
-
-        Raises:
-            ModelError: a value has the wrong type, or a block type is not one of this family.
-        """
+        """Take what matters from a diffusers ``config.json``; ModelError if it is not one of this family."""
         for key, only in (("down_block_types", "CogVideoXDownBlock3D"), ("up_block_types", "CogVideoXUpBlock3D")):
             if set(config.get(key, [only])) != {only}:
                 raise ModelError(f"{key} {config[key]!r} is not supported; this family is made of {only}")

@@ -54,11 +54,7 @@ def tensor_bytes(module: nn.Module) -> int:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """A device by name; ``"auto"`` is the accelerator if there is one, else the CPU.
-
-    Raises:
-        ModelError: it cannot be used here.
-    """
+    """A device by name; ``"auto"`` is the accelerator if there is one, else the CPU. ModelError if it is of no use."""
     if not isinstance(device, (str, torch.device)):
         raise ModelError(f'device {device!r} is not a device; pass a name such as "cuda:0", or "auto"')
     if device == "auto":

@@ -32,13 +32,12 @@ def encode_chunk(
     dtype: torch.dtype,
 ) -> Tensor:
     """uint8 frames (T, H, W, 3) on any device to moments (1, 2 c, t, h, w) on ``device``."""
-    layout = memory_format(context.numerics)
-    return model.encode(context.attempt(lambda: _to_pixels(frames_THWC, device, dtype, layout)), context)
 
+    def pixels() -> Tensor:
+        x = frames_THWC.to(device, copy=True, non_blocking=True).permute(3, 0, 1, 2)[None]
+        return x.to(torch.float32, memory_format=memory_format(context.numerics)).div_(127.5).sub_(1.0).to(dtype)
 
-def _to_pixels(frames_THWC: Tensor, device: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
-    x = frames_THWC.to(device, copy=True, non_blocking=True).permute(3, 0, 1, 2)[None]
-    return x.to(torch.float32, memory_format=layout).div_(127.5).sub_(1.0).to(dtype)
+    return model.encode(context.attempt(pixels), context)
 
 
 @torch.inference_mode()
@@ -52,11 +51,14 @@ def decode_chunk(
 ) -> Tensor:
     """Raw latents (t, c, h, w) on any device to uint8 frames (T, H, W, 3) on ``device``.
 
-    Raises:
-        ModelError: the latents or the model's output are not finite.
+    Raises ModelError if the latents or the model's output are not finite.
     """
-    layout = memory_format(context.numerics)
-    x = model.decode(context.attempt(lambda: _to_latents(latents_TCHW, device, dtype, layout)), context)
+
+    def latents() -> Tensor:
+        z = latents_TCHW.to(device, copy=True, non_blocking=True).movedim(0, 1)[None].to(dtype)
+        return z.contiguous(memory_format=memory_format(context.numerics))
+
+    x = model.decode(context.attempt(latents), context)
     try:
         return context.attempt(lambda: _to_frames(x))
     except ModelError:
@@ -66,11 +68,6 @@ def decode_chunk(
                 f"latent {bad[0]} of the chunk is not finite, so its frames are not; check where the latents come from"
             ) from None
         raise
-
-
-def _to_latents(latents_TCHW: Tensor, device: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
-    z = latents_TCHW.to(device, copy=True, non_blocking=True).movedim(0, 1)[None].to(dtype)
-    return z.contiguous(memory_format=layout)
 
 
 def _to_frames(x_BCTHW: Tensor) -> Tensor:

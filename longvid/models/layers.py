@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +43,6 @@ __all__ = ["CausalConv3d", "ResnetBlock"]
 _LEAST_WINOGRAD_CHANNELS = 16
 _LEAST_TILE_ROWS = 16
 "a tile that is meant to save time has at least this many rows; calls of fewer rows cost more than a cache gives back"
-
-Finish: TypeAlias = Callable[[Block, Tensor], None]
-"""Changes a block of the output in place."""
 
 
 class CausalConv3d(nn.Module):
@@ -136,22 +133,17 @@ class CausalConv3d(nn.Module):
         context: ForwardContext,
         *,
         onto: Tensor | None = None,
-        finish: Finish | None = None,
+        finish: Callable[[Block, Tensor], None] | None = None,
         overwrite: bool = False,
     ) -> Tensor:
-        """Convolve what ``source`` writes, block by block, into T output frames.
+        """Convolve what ``source`` writes, block by block, into T output frames in the layout of the input.
 
         Args:
-            source: writes the input into the window; released as soon as nothing reads from it any more.
-            context: of the video; its limits decide what the blocks are.
+            source: released as soon as nothing reads from it any more.
+            context: its limits decide what the blocks are.
             onto: a residual in the shape of the output: the output is added to it in place, and it is returned.
-            finish: changes the output of a block in place, before it is stored: the place of a residual that has yet
-                to be computed.
-            overwrite: the output may take the place of what the source reads, if it is in blocks and its frames are
-                of the same shape. Blocks of the output then overwrite what the source has read.
-
-        Returns:
-            (B, out_channels, T, H, W) in the layout of the input.
+            finish: called with each block of the output, such as to add a residual that has yet to be computed.
+            overwrite: the output may take the place of what the source reads, if it is in blocks and of that shape.
         """
         like = source.like
         B, C, T, H, W = like.shape

@@ -110,9 +110,6 @@ def load_architecture(source: Any = "tiny", *, revision: str | None = None) -> C
     Args:
         source: as for :func:`load_model`. Of a hub id only ``config.json`` is downloaded; an object is loaded as it is.
         revision: branch, tag or commit of a hub id.
-
-    Raises:
-        ModelError: no usable config is found there.
     """
     if not isinstance(source, (str, Path)) or (str(source) in ARCHITECTURES and not _exists(str(source))):
         return load_model(source)
@@ -120,9 +117,7 @@ def load_architecture(source: Any = "tiny", *, revision: str | None = None) -> C
 
 
 def _find_folder(name: str, revision: str | None, *, weights: bool) -> tuple[Path, dict[str, Any]]:
-    """The local folder of a named model, and its origin for the record. Hub files are downloaded; without ``weights``
-    only the config.
-    """
+    """The local folder of a named model, downloaded from the hub if it is an id, and its origin for the record."""
     if name in BUILT_IN:
         return BUILT_IN[name], {"name_or_path": name}
     if _exists(name):
@@ -299,12 +294,9 @@ def _read_json(path: Path, max_bytes: int) -> dict[str, Any]:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The path of a regular file in a model's folder.
+    """The path of a regular file in a model's folder; ModelError if there is none, or if it leads out of the folder.
 
     A symbolic link has to stay in the folder; in the cache of the hub's client, files are links into ``blobs``.
-
-    Raises:
-        ModelError: there is no such file, or the name or a link leads out of the folder.
     """
     if name in ("", ".", "..") or any(c in "/\\:" for c in name) or not name.isprintable():
         raise ModelError(f"{folder} names the file {_shown(name)}; files of a model lie in its folder")

@@ -89,8 +89,8 @@ class Fitted(Producer):
         if maps is not None and last and x_BCTHW.dtype == torch.float32:
             # (x s + t) y + b = x (s y) + (t y + b)
             y, b = (m.to(torch.float32, memory_format=torch.channels_last_3d) for m in maps)
-            wide = (slice(None), slice(None), None, None, None)
-            self._folded = (y * scale_BC[wide], torch.addcmul(b, y, shift_BC[wide]))
+            scale, shift = (vector[:, :, None, None, None] for vector in (scale_BC, shift_BC))
+            self._folded = (y * scale, torch.addcmul(b, y, shift))
 
     def write(self, frames: range, rows: range, out_BCTHW: Tensor) -> None:
         """Write silu(norm(x)) of these frames and rows; see :meth:`Producer.write`."""
@@ -153,18 +153,15 @@ class Fitted(Producer):
         for batch in range(len(x_BCHW)):
             one = slice(batch, batch + 1)
             slab, target = x_BCHW[one], out_BCHW[one]
-            y, b = (None, None) if maps is None else (m[one] for m in maps)
             if x_BCHW.dtype != torch.float32:
                 scale, shift, (mean, variance, *unused) = self._scale[batch], self._shift[batch], constants
                 written = (target, *unused)
                 torch.native_batch_norm(slab, scale, shift, mean, variance, False, 0.0, 0.0, out=written)
-                if y is not None and b is not None:
-                    _multiply_add(target, y, b, out=target)
-            elif y is None or b is None:
-                wide = (one, slice(None), None, None)
-                torch.addcmul(self._shift[wide], slab, self._scale[wide], out=target)
-            else:
-                _multiply_add(slab, y, b, out=target)
+                slab = target
+            elif maps is None:
+                torch.addcmul(self._shift[one, :, None, None], slab, self._scale[one, :, None, None], out=target)
+            if maps is not None:
+                _multiply_add(slab, maps[0][one], maps[1][one], out=target)
             F.silu(target, inplace=True)
 
     def _maps_of(self, t: int, rows: range) -> tuple[Tensor, Tensor] | None:
@@ -210,20 +207,19 @@ def _native_moments(x_BCTHW: Tensor, num_groups: int, eps: float) -> tuple[Tenso
     mean = torch.empty((B, num_groups), dtype=torch.float32, device=x_BCTHW.device)
     rstd = torch.empty_like(mean)
     for batch in range(B):
-        for group in range(0, num_groups, at_once):
-            groups = slice(group, min(group + at_once, num_groups))
-            width = C // num_groups * (groups.stop - groups.start)
-            part = x_BCTHW[batch : batch + 1, groups.start * (C // num_groups) :][:, :width]
+        parts = torch.split(x_BCTHW[batch : batch + 1], at_once * (C // num_groups), dim=1)
+        for part, *moments in zip(parts, *(torch.split(m[batch], at_once) for m in (mean, rstd)), strict=True):
+            width, num = part.shape[1], len(moments[0])
             # float32 weights make the kernel return float32 moments, unrounded.
             weight = torch.ones(width, dtype=torch.float32, device=part.device)
             bias = torch.zeros_like(weight)
-            num = groups.stop - groups.start
             if part.is_meta:  # its kernel would give moments of x's dtype: allocate what the real one does
                 normed = torch.empty_like(part), weight.new_empty((1, num)), weight.new_empty((1, num))
             else:
                 normed = torch.native_group_norm(part, weight, bias, 1, width, T * H * W, num, eps)
-            mean[batch, groups], rstd[batch, groups] = normed[1][0], normed[2][0]
-            del normed
+            for target, found in zip(moments, normed[1:], strict=True):
+                target.copy_(found[0])
+            del normed, found
             if part.is_meta:  # the other parts allocate the same
                 return mean, rstd
     return mean, rstd

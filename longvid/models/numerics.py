@@ -67,11 +67,7 @@ class Numerics:
 
 
 def parse_layout(layout: str) -> Layout | None:
-    """A layout by name; None for ``"auto"``.
-
-    Raises:
-        ModelError: there is no such layout.
-    """
+    """A layout by name; None for ``"auto"``, and ModelError for any other word."""
     known: dict[str, Layout | None] = {"auto": None, **{name: name for name in get_args(Layout)}}
     if layout not in known:
         raise ModelError(f"layout {layout!r} is not known; choose {', '.join(known)}")
@@ -79,11 +75,7 @@ def parse_layout(layout: str) -> Layout | None:
 
 
 def parse_paired_frames(paired_frames: str | bool) -> bool | None:
-    """``True`` or ``"on"``, ``False`` or ``"off"``; None for ``"auto"``.
-
-    Raises:
-        ModelError: it is none of these.
-    """
+    """``True`` or ``"on"``, ``False`` or ``"off"``; None for ``"auto"``, and ModelError for anything else."""
     known = {"auto": None, "on": True, "off": False, True: True, False: False}
     if paired_frames not in known:
         raise ModelError(f"paired_frames {paired_frames!r} is not known; choose auto, on or off")

@@ -17,12 +17,6 @@ from longvid.models.kernels.cuts import tiles_with_halo
 __all__ = ["Downsample", "Upsample"]
 
 
-def _sources(num_frames: int) -> list[tuple[int, int]]:
-    """The two frames of each average. An odd number starts with a video's first frame, which stays alone."""
-    lead = num_frames % 2
-    return [(0, 0)] * lead + [(t, t + 1) for t in range(lead, num_frames, 2)]
-
-
 class Downsample(nn.Module):
     """Half the height and width by a strided convolution, and half the frames by averaging pairs if asked.
 
@@ -41,7 +35,9 @@ class Downsample(nn.Module):
 
     def _downsample(self, x_BCTHW: Tensor, context: ForwardContext, weight: Tensor) -> Tensor:
         B, C, T, H, W = x_BCTHW.shape
-        sources = _sources(T) if self.time else [(t, t) for t in range(T)]
+        sources = [(t, t) for t in range(T)]
+        if self.time:
+            sources = sources[: T % 2] + [(t, t + 1) for t in range(T % 2, T, 2)]
         kind = TensorKind.of(x_BCTHW)
         out = context.buffers.take((B, C, len(sources), H // 2, W // 2), kind)
         padded = context.buffers.take((B, C, 1, H + 1, W + 1), kind, brief=True)[:, :, 0]

@@ -62,11 +62,7 @@ class TinyConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> TinyConfig:
-        """Take the known keys.
-
-        Raises:
-            ModelError: a value has the wrong type or is out of range.
-        """
+        """Take the known keys; ModelError if a value has the wrong type or is out of range."""
         known = {f.name: f.type for f in fields(cls)}
         values = {k: v for k, v in config.items() if k in known}
         for key, value in values.items():

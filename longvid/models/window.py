@@ -96,7 +96,7 @@ class Window:
         "that of the block, in this memory"
         self._context: Tensor | None = None
         "what stands before the frames of the block; overwritten row by row with what stands before the next ones"
-        self._had_context = self._is_read = False
+        self._had_context = self._has_context = self._is_read = False
 
     def __enter__(self) -> Self:
         self._path = self._forward.cache.open_window(self._layer, self._context_shape, self._kind)
@@ -158,16 +158,13 @@ class Window:
             tensor[:, :, :, end:].zero_()
         self._first_row = self.rows.start - above + halo
         self._block, self._is_read = block, False
+        self._has_context = self._had_context or block.frames.start > 0
         if block.frames.start and not self._tiled:  # what stands before these frames is in the window itself
             for i in range(self._context_frames):
                 tensor[:, :, i].copy_(held[:, :, len(last.frames) + i])
         elif self._has_context and self._context is not None:
             there = self._context[:, :, :, self.rows.start : self.rows.stop]
             tensor[:, :, : self._context_frames, self._first_row : end].copy_(there)
-
-    @property
-    def _has_context(self) -> bool:
-        return self._had_context or self._block.frames.start > 0
 
     def _require(self) -> Tensor:
         if self._tensor is None:
@@ -187,18 +184,15 @@ class Window:
         if not self._is_read:
             self._is_read = True
             if not self._has_context:
-                self._fill_front()
+                new, rows = self.new, slice(self._first_row, self._first_row + len(self.rows))
+                front = tensor[:, :, : self._context_frames, rows]
+                if self._layer.initial_context == "zeros":
+                    front.zero_()
+                else:
+                    front.copy_(new[:, :, :1].expand_as(front))
             if self._tiled or self._block is self._blocks[-1]:
                 self._keep(tensor[:, :, num_frames:, self._halo : self._halo + num_rows].detach())
         return tensor
-
-    def _fill_front(self) -> None:
-        new = self.new
-        front = self._require()[:, :, : self._context_frames, self._first_row : self._first_row + len(self.rows)]
-        if self._layer.initial_context == "zeros":
-            front.zero_()
-        else:
-            front.copy_(new[:, :, :1].expand_as(front))
 
     def _keep(self, tail: Tensor) -> None:
         rows = self._block.rows

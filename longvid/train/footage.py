@@ -49,11 +49,7 @@ class HoldOut:
 
     @classmethod
     def parse(cls, text: str) -> HoldOut:
-        """Read ``"city*"`` or ``"bunny*@240-270"`` (seconds).
-
-        Raises:
-            ValueError: neither of them.
-        """
+        """Read ``"city*"`` or ``"bunny*@240-270"`` (seconds); ValueError if it is neither of them."""
         parts = re.fullmatch(r"([^@]+)(?:@([\d.]+)-([\d.]+|inf))?", text)
         found = parts and (cls(parts[1], float(parts[2]), float(parts[3])) if parts[2] else cls(parts[1]))
         if not found or found.start >= found.stop:
@@ -80,8 +76,7 @@ class HoldOut:
 def find_files(paths: Sequence[Path], leave_out: Sequence[Path] = ()) -> list[Path]:
     """The videos and images among ``paths`` and in the folders among them, but not in ``leave_out``; sorted by name.
 
-    Raises:
-        SourceError: a path does not exist, or there is nothing to train on.
+    Raises SourceError if a path does not exist, or there is nothing to train on.
     """
     found: set[Path] = set()
     for path in paths:
@@ -102,8 +97,7 @@ def find_files(paths: Sequence[Path], leave_out: Sequence[Path] = ()) -> list[Pa
 def read_middle(path: Path, held: HoldOut, *, size: tuple[int, int], frames: int) -> Frames:
     """The middle of what is held out of a video, resized to (height, width): ``frames`` or fewer, cut to 1 + 4 n.
 
-    Raises:
-        SourceError: fewer than 5 frames are held out.
+    Raises SourceError if fewer than 5 frames are held out.
     """
     with VideoFile(path) as video:
         # Some containers do not say how long they are; then they are counted.

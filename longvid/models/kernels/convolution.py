@@ -122,9 +122,9 @@ def convolution(
 
     Args:
         x: (B, C, T, H, W) with a 3-D kernel, (B, C, H, W) with a 2-D one.
-        weight: (out channels, C, *kernel).
+        weight: (out channels, C, *kernel), in x's dtype, or float32 and then rounded once; or from :func:`packed`.
         bias: (out channels,) or None.
-        padding: zeros on both sides of each axis: half a kernel in height and width, none in time.
+        padding: half a kernel in height and width, none in time.
         limit: most elements of the input and of the output of one call of a kernel, as far as rows can be cut.
     """
     kernel = tuple(weight.shape[2:]) if x.ndim == 5 else (1, *weight.shape[2:])
@@ -165,12 +165,8 @@ def accumulate(
 ) -> None:
     """``out += convolution(x)``, rounded once, and without a tensor for the convolution's own result.
 
-    The other arguments are those of :func:`convolution`, of a size that one call can take.
-
-    Args:
-        out: what the convolution would return, in channels last; dense in every frame, so that it may be a tile of the
-            rows of larger frames. With more than one batch element, the two are separate operations.
-        attempt: calls a function that takes memory and may be repeated; see :meth:`longvid.ForwardContext.attempt`.
+    ``out`` is in channels last and dense in every frame, so that it may be a tile of the rows of larger frames. With
+    more than one batch element, the two are separate operations. x is of a size that one call can take.
     """
     if out.shape[0] > 1:
         out.add_(attempt(lambda: convolution(x, weight, bias, padding=padding)))
@@ -220,12 +216,8 @@ def fuses_residuals(dtype: torch.dtype) -> bool:
 def packed(weight: Tensor, padding: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
     """A kernel in the order in which the CPU's library reads it, for any of the functions here; or as it is.
 
-    Without this, each call does it again. The result of a convolution is the same, bit for bit.
-
-    Args:
-        weight: (out channels, C, *kernel).
-        padding: that of the calls.
-        shape: of the input of most calls, in channels last.
+    Without this, each call does it again. The result of a convolution is the same, bit for bit. ``padding`` and
+    ``shape`` are those of most calls, in channels last.
     """
     if any(channels % _PACKED_CHANNELS for channels in weight.shape[:2]):  # the library would pad them
         return weight

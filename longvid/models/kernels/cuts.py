@@ -19,13 +19,9 @@ def even_parts(length: int, longest: int, *, multiple: int = 1) -> list[range]:
 
 
 def tiles_with_halo(height: int, *, halo: int, row: int, limit: int) -> list[tuple[range, range]]:
-    """Cut a frame into row tiles: the rows that each reads, halo included, and the rows that it gives.
+    """Cut a frame into row tiles: the rows that each reads, with ``halo`` more on both sides, and those that it gives.
 
-    Args:
-        height: rows of a frame.
-        halo: rows above and below that an output row depends on.
-        row: elements of one row.
-        limit: most elements of the rows that a tile reads; a tile gives at least one row.
+    A tile reads at most ``limit`` elements, of which each row has ``row``; but it gives at least one row.
     """
     longest = height if row * height <= limit else max(1, limit // row - 2 * halo)
     tiles = even_parts(height, longest)

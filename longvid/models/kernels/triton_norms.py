@@ -77,9 +77,7 @@ def channel_moments(x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
     _check_operand("x", x_BCTHW)
     B, C, T, H, W = x_BCTHW.shape
     num_rows = T * H * W
-    block_c = min(_power_of_2(C), _MOMENTS_CHANNELS)
-    block_r = _TILE_ELEMENTS // block_c
-    channel_blocks = _ceil_div(C, block_c)
+    block_r, block_c, channel_blocks = _tiles(C, _MOMENTS_CHANNELS)
     num_tiles = _ceil_div(_ceil_div(num_rows, block_r), max(1, _MOMENTS_PROGRAMS // (B * channel_blocks)))
     rows_each = num_tiles * block_r
     parts = _ceil_div(num_rows, rows_each)
@@ -140,9 +138,7 @@ def apply_silu(
         frames = torch.tensor(latent_frames, dtype=torch.int32).to(x_BCTHW.device, non_blocking=True)
         sizes, strides = y.shape[3:], (*y.stride(), *b.stride())
 
-    block_c = min(_power_of_2(C), _APPLY_CHANNELS)
-    block_r = _TILE_ELEMENTS // block_c
-    channel_blocks = _ceil_div(C, block_c)
+    block_r, block_c, channel_blocks = _tiles(C, _APPLY_CHANNELS)
     _, apply = _kernels()
     with torch.cuda.device(x_BCTHW.get_device()):
         # The first axis of a grid is the only one that may be longer than 65,535.
@@ -162,9 +158,10 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _power_of_2(n: int) -> int:
-    """The smallest power of two that is not below n."""
-    return 1 << (n - 1).bit_length()
+def _tiles(num_channels: int, most: int) -> tuple[int, int, int]:
+    """Rows and channels of a tile, both powers of two, and how many tiles cover the channels."""
+    channels = min(1 << (num_channels - 1).bit_length(), most)
+    return _TILE_ELEMENTS // channels, channels, _ceil_div(num_channels, channels)
 
 
 @functools.cache

@@ -45,11 +45,7 @@ def two_frames(
     Sums of inputs and of taps are rounded to the dtype. In float32 the result is as near to the truth as the plain
     form; in bfloat16 its error is about twice that of the plain form. Filters in float32 (made of widened weights) make
     everything float32, rounded once at the end, also for a bfloat16 input.
-
-    Args:
-        x_BCTHW: four frames.
-        filters: from :func:`winograd_filters`, packed or not.
-        out_BCTHW: where the two frames are written, dense in each frame; None for new memory.
+    ``filters`` may be packed. The frames are written into ``out_BCTHW``, dense in each frame; None is for new memory.
     """
     if filters[0].dtype != x_BCTHW.dtype:
         wide = attempt(partial(x_BCTHW.to, filters[0].dtype))
