@@ -36,11 +36,14 @@ _RECENT = 2
 "requests that idle memory outlives: a layer asks for a window and an output"
 
 
-def layout_of(x_BCTHW: Tensor) -> torch.memory_format:
-    """Channels last only if a tensor is unmistakably so; slices of either layout count as what they are cut from."""
-    strides = x_BCTHW.stride()
-    last = x_BCTHW.ndim == 5 and x_BCTHW.shape[1] > 1 and strides[1] == 1 and max(strides[2:]) > 1
-    return torch.channels_last_3d if last else torch.contiguous_format
+def layout_of(x: Tensor) -> torch.memory_format:
+    """Channels last only if a video (B, C, T, H, W) or an image (B, C, H, W) is unmistakably so; slices of either
+    layout count as what they are cut from.
+    """
+    strides = x.stride()
+    if x.ndim not in (4, 5) or x.shape[1] == 1 or strides[1] != 1 or max(strides[2:]) <= 1:
+        return torch.contiguous_format
+    return torch.channels_last_3d if x.ndim == 5 else torch.channels_last
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, Protocol, Self, TypeAlias, cast
+from typing import Literal, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,6 @@ from longvid.memory.buffer_pool import TensorKind
 from longvid.memory.offloader import Offloader
 
 __all__ = ["CausalLayer", "ConvCache"]
-
-Signature: TypeAlias = dict[str, object]
 
 
 class CausalLayer(Protocol):
@@ -54,7 +52,7 @@ class _Entry:
     path: str
     chunk: int = -1
     "the last chunk in which the layer ran"
-    signature: Signature | None = None
+    signature: dict[str, object] | None = None
     "facts of the layer's input that must not change within a video; None before the first chunk"
 
 
@@ -194,8 +192,6 @@ class ConvCache:
         finally:
             self._in_chunk = False
 
-    # ------------------------------------------------------------------------------------------- for windows
-
     def open_window(self, layer: CausalLayer, shape: tuple[int, int, int, int, int], kind: TensorKind) -> str:
         """Say that the window of a layer opens whose input has this shape, whatever T is; return the layer's path.
 
@@ -240,6 +236,6 @@ class ConvCache:
         self._open.chunk = self._chunk
 
 
-def _signature(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Signature:
+def _signature(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, object]:
     B, C, _, H, W = shape
     return {"batch": B, "channels": C, "size": f"{W}x{H}", "dtype": dtype, "device": device}

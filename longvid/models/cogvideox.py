@@ -9,7 +9,7 @@ Source: CogVideoX, Yang et al. 2024, arXiv 2408.06072. Axes: B batch, C channels
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -103,11 +103,6 @@ class _Stage(nn.Module):
             for i in range(num_blocks)
         )
 
-    def layers(self) -> Iterator[nn.Module]:
-        """The layers in order; each takes ``(x, context, latent)``."""
-        for group in self.children():
-            yield from group.children()
-
 
 class _Half(nn.Module):
     """Encoder or decoder: a convolution, stages in the order in which they were made, a norm and a convolution."""
@@ -122,9 +117,9 @@ class _Half(nn.Module):
         """One chunk. The loop is flat so that no caller up the stack keeps a block's input alive."""
         latent = x if self.steered else None
         x = self.conv_in(x, context)
-        for stage in (module for module in self.modules() if isinstance(module, _Stage)):
-            for layer in stage.layers():
-                x = layer(x, context, latent)
+        stages = (module for module in self.modules() if isinstance(module, _Stage))
+        for layer in (layer for stage in stages for group in stage.children() for layer in group.children()):
+            x = layer(x, context, latent)
         normed = context.attempt(partial(self.norm_out.fit, x, latent))
         del x
         return self.conv_out.stream(normed, context)

@@ -140,19 +140,17 @@ class ForwardContext:
         freed = self.cache.offloader.evict()
         if not freed and not idle_bytes:
             raise failure
-        if freed:
-            self._warn("all contexts were moved to the host", freed, "stay there")
-        else:
-            self._warn("memory that the layers keep was given up", idle_bytes, "is not kept")
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
-        return forward()
-
-    def _warn(self, what: str, num_bytes: int, then: str) -> None:
+        what, then = "all contexts were moved to the host", "stay there"
+        if not freed:
+            what, then = "memory that the layers keep was given up", "is not kept"
         if what not in self._warned:
             self._warned.add(what)
             warnings.warn(
                 f"the device ran out of memory in chunk {self.cache.num_chunks}; {what}, which set "
-                f"{format_bytes(num_bytes)} free, and {then} for the rest of this video, which will be slower",
-                stacklevel=3,
+                f"{format_bytes(freed or idle_bytes)} free, and {then} for the rest of this video, which will be "
+                "slower",
+                stacklevel=2,
             )
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        return forward()

@@ -24,16 +24,16 @@ def placed(module: _Module, device: torch.device, dtype: torch.dtype | None) -> 
     """
     tensors = [*module.parameters(), *module.buffers()]
 
-    def moved(tensor: Tensor) -> Tensor:
-        new_dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        return tensor.detach().to(device=device, dtype=new_dtype)
+    def wanted(tensor: Tensor) -> torch.dtype:
+        return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
-    if all(t.device == device and (dtype is None or not t.is_floating_point() or t.dtype == dtype) for t in tensors):
+    if all(tensor.device == device and tensor.dtype == wanted(tensor) for tensor in tensors):
         return module
     # deepcopy takes what it finds in its memo, so the structure is copied and the tensors are not.
-    memo: dict[int, Any] = {
-        id(t): nn.Parameter(moved(t), requires_grad=False) if isinstance(t, nn.Parameter) else moved(t) for t in tensors
-    }
+    memo: dict[int, Any] = {}
+    for tensor in tensors:
+        moved = tensor.detach().to(device=device, dtype=wanted(tensor))
+        memo[id(tensor)] = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
     return copy.deepcopy(module, memo)
 
 
@@ -54,7 +54,7 @@ def tensor_bytes(module: nn.Module) -> int:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """A device by name; ``"auto"`` is the accelerator if there is one, else the CPU. ModelError if it is of no use."""
+    """A device by name; ``"auto"`` is the accelerator if there is one, else the CPU. ModelError if it fails."""
     if not isinstance(device, (str, torch.device)):
         raise ModelError(f'device {device!r} is not a device; pass a name such as "cuda:0", or "auto"')
     if device == "auto":

@@ -24,12 +24,7 @@ def memory_format(numerics: Numerics) -> torch.memory_format:
 
 @torch.inference_mode()
 def encode_chunk(
-    model: CausalVAE,
-    context: ForwardContext,
-    frames_THWC: Tensor,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
+    model: CausalVAE, context: ForwardContext, frames_THWC: Tensor, *, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """uint8 frames (T, H, W, 3) on any device to moments (1, 2 c, t, h, w) on ``device``."""
 
@@ -42,12 +37,7 @@ def encode_chunk(
 
 @torch.inference_mode()
 def decode_chunk(
-    model: CausalVAE,
-    context: ForwardContext,
-    latents_TCHW: Tensor,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
+    model: CausalVAE, context: ForwardContext, latents_TCHW: Tensor, *, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """Raw latents (t, c, h, w) on any device to uint8 frames (T, H, W, 3) on ``device``.
 

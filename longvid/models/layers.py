@@ -189,9 +189,8 @@ class CausalConv3d(nn.Module):
             if weight.dtype == x.dtype:
                 return self._flat(x, weight, bias)
             return self._flat(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
-        if weight is self.conv.weight:
-            return self.conv.in_parts(x, limit)
-        return convolution(x, weight, bias, padding=(0, kh // 2, kw // 2), limit=limit)
+        own = self.conv if weight is self.conv.weight else None
+        return convolution(x, weight, bias, padding=(0, kh // 2, kw // 2), limit=limit, call=own)
 
     def _flat(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         kt, kh, kw = self.conv.kernel_size
@@ -299,13 +298,7 @@ class ResnetBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        num_groups: int,
-        eps: float,
-        latent_channels: int | None = None,
+        self, in_channels: int, out_channels: int, *, num_groups: int, eps: float, latent_channels: int | None = None
     ) -> None:
         super().__init__()
 

@@ -117,20 +117,31 @@ def load_architecture(source: Any = "tiny", *, revision: str | None = None) -> C
 
 
 def _find_folder(name: str, revision: str | None, *, weights: bool) -> tuple[Path, dict[str, Any]]:
-    """The local folder of a named model, downloaded from the hub if it is an id, and its origin for the record."""
+    """The local folder of a named model and its origin for the record. A hub id is downloaded, or its config alone."""
     if name in BUILT_IN:
         return BUILT_IN[name], {"name_or_path": name}
     if _exists(name):
         if not Path(name).is_dir():
             raise ModelError(f"{name} is a file; pass the folder that holds a model's config.json and weights")
         return Path(name), {"name_or_path": name}
-    if _HUB_ID.fullmatch(name) and not Path(name).parent.is_dir():
-        folder = _download(name, revision, weights=weights)
-        return folder, {"name_or_path": name, "revision": revision or folder.name}
-    raise ModelError(
-        f"no model {_shown(name)}: there is no such folder, and it is neither a hub id (owner/name) nor one of "
-        f"{', '.join(BUILT_IN)} (with weights) and {', '.join(ARCHITECTURES)} (architectures)"
-    )
+    if not _HUB_ID.fullmatch(name) or Path(name).parent.is_dir():
+        raise ModelError(
+            f"no model {_shown(name)}: there is no such folder, and it is neither a hub id (owner/name) nor one of "
+            f"{', '.join(BUILT_IN)} (with weights) and {', '.join(ARCHITECTURES)} (architectures)"
+        )
+    try:
+        import huggingface_hub
+    except ImportError as exc:
+        raise ModelError(f"{name} is a hub id; install longvid[hub], or download it and pass the folder") from exc
+    files = ["config.json", f"{_WEIGHTS}*.safetensors", f"{_WEIGHTS}*.safetensors.index.json"][: 3 if weights else 1]
+    patterns = [*files, *(f"vae/{file}" for file in files)]  # of a pipeline, the VAE has a folder of its own
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as exc:  # the hub's client raises errors of several libraries
+        raise ModelError(
+            f"there is no local folder {name}, and it could not be downloaded from the hub: {_one_line(exc)}"
+        ) from exc
+    return folder, {"name_or_path": name, "revision": revision or folder.name}
 
 
 def _exists(name: str) -> bool:
@@ -150,29 +161,10 @@ def _build_architecture(name: str, seed: int | None) -> CausalVAE:
     return _assign(model, model.state_dict(), name)
 
 
-def _download(repo_id: str, revision: str | None, *, weights: bool) -> Path:
-    """The local copy of a hub repository: config and safetensors, or the config alone."""
-    try:
-        import huggingface_hub
-    except ImportError as exc:
-        raise ModelError(f"{repo_id} is a hub id; install longvid[hub], or download it and pass the folder") from exc
-    files = ["config.json", f"{_WEIGHTS}*.safetensors", f"{_WEIGHTS}*.safetensors.index.json"][: 3 if weights else 1]
-    patterns = [*files, *(f"vae/{file}" for file in files)]  # of a pipeline, the VAE has a folder of its own
-    try:
-        return Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
-    except Exception as exc:  # the hub's client raises errors of several libraries
-        raise ModelError(
-            f"there is no local folder {repo_id}, and it could not be downloaded from the hub: {_one_line(exc)}"
-        ) from exc
-
-
 def _load_folder(folder: Path, origin: Mapping[str, Any], *, allow_pickle: bool) -> CausalVAE:
     model, folder = _read_architecture(folder, origin)
     files = _weight_files(folder)
-    if files:
-        weights = _read_safetensors(files, model, folder)
-    else:
-        weights = _read_pickle(_pickle_file(folder, allow=allow_pickle), model)
+    weights = _read_safetensors(files, model, folder) if files else _read_pickle(folder, model, allow=allow_pickle)
     if model.weights_dtype is not None:
         weights = {key: tensor.to(model.weights_dtype) for key, tensor in weights.items()}
     return _assign(model, weights, str(folder))
@@ -353,8 +345,11 @@ def _read_safetensors(files: list[Path], model: NativeVAE, folder: Path) -> dict
         return {name: handle.get_tensor(name) for name, handle in holders.items()}
 
 
-def _pickle_file(folder: Path, *, allow: bool) -> Path:
-    """The one pickled checkpoint of a folder without safetensors, if the caller allows it."""
+def _read_pickle(folder: Path, model: NativeVAE, *, allow: bool) -> dict[str, Tensor]:
+    """Tensors of the one checkpoint in a folder without safetensors, if the caller allows it.
+
+    PyTorch's restricted unpickler reads it. Compressed archives are refused as zip bombs.
+    """
     pickles = [f.name for f in sorted(folder.iterdir()) if f.suffix in _PICKLES]
     if not pickles:
         raise ModelError(f"{folder} has a config but no {_WEIGHTS}.safetensors; it holds {_listing(folder)}")
@@ -368,11 +363,7 @@ def _pickle_file(folder: Path, *, allow: bool) -> Path:
     if len(usual) > 1:
         raise ModelError(f"{folder} holds several pickled files ({', '.join(usual[:5])}); leave one there")
     with _broken_files(folder / usual[0]):
-        return _inside(folder, usual[0])
-
-
-def _read_pickle(file: Path, model: NativeVAE) -> dict[str, Tensor]:
-    """Tensors of a checkpoint, read by PyTorch's restricted unpickler. Compressed archives are refused as zip bombs."""
+        file = _inside(folder, usual[0])
     try:
         zipped = zipfile.is_zipfile(file)
         if zipped:

@@ -40,19 +40,13 @@ class Producer:
     """
 
     def __init__(self, x_BCTHW: Tensor) -> None:
-        self._x: Tensor | None = x_BCTHW
+        self.like = x_BCTHW
         self.row_step = 1
         "rows that are computed at once, counted from the first: row tiles begin there, so that they change no bit"
 
-    @property
-    def like(self) -> Tensor:
-        """What it reads."""
-        assert self._x is not None
-        return self._x
-
     def release(self) -> None:
         """Let go of what it reads; it cannot write any more."""
-        self._x = None
+        del self.like
 
     def write(self, frames: range, rows: range, out_BCTHW: Tensor) -> None:
         """Write these rows of these frames of the input into ``out`` (B, C, frames, rows, W). Harmless to repeat.
@@ -103,13 +97,12 @@ class Fitted(Producer):
             self._write_frames(x, out_BCTHW, frames, rows)
 
     def _write_triton(self, x: Tensor, out: Tensor, frames: range, rows: range) -> None:
-        T, H = self.like.shape[2:4]
-        maps = None if self._maps is None else (_rows_of(self._maps[0], rows, H), _rows_of(self._maps[1], rows, H))
+        maps = self._maps_of(rows)
         # Its kernel wants frames that lie one behind the other: row tiles go frame by frame.
         step = len(frames) if triton_norms.is_channels_last(x) and triton_norms.is_channels_last(out) else 1
         for i in range(0, len(frames), step):
             part = slice(i, i + step)
-            latents = None if maps is None else [_latent_frame(t, T, maps[0].shape[2]) for t in frames[part]]
+            latents = None if maps is None else [self._latent_frame(t) for t in frames[part]]
             triton_norms.apply_silu(x[:, :, part], out[:, :, part], self._scale, self._shift, maps, latents)
 
     def _write_slabs(self, x: Tensor, out: Tensor, frames: range, rows: range) -> None:
@@ -124,7 +117,7 @@ class Fitted(Producer):
             for start in range(rows.start, rows.stop, step):
                 slab = range(start, min(start + step, rows.stop))
                 inner = slice(slab.start - rows.start, slab.stop - rows.start)
-                self._write_slab(x[:, :, i, inner], out[:, :, i, inner], self._maps_of(t, slab), constants)
+                self._write_slab(x[:, :, i, inner], out[:, :, i, inner], self._maps_of(slab, t), constants)
 
     def _write_frames(self, x: Tensor, out: Tensor, frames: range, rows: range) -> None:
         """Frame by frame, rounded where plain modules round."""
@@ -132,14 +125,14 @@ class Fitted(Producer):
         B, C, _, H, W = x.shape
         narrow = out.dtype != torch.float32
         wide = torch.empty((B, C, H, W), dtype=torch.float32, device=x.device) if narrow else None
-        for i, t in enumerate(_allocating(frames, x)):
+        for i, t in enumerate(frames[:1] if x.is_meta else frames):  # all of them allocate and free the same
             frame = out[:, :, i]
             if wide is None:
                 torch.addcmul(shift, x[:, :, i], scale, out=frame)
             else:
                 wide.copy_(x[:, :, i])
                 frame.copy_(torch.addcmul(shift, wide, scale, out=wide))
-            maps = self._maps_of(t, rows)
+            maps = self._maps_of(rows, t)
             if maps is not None:
                 _modulate(frame, *maps)
             F.silu(frame, inplace=True)
@@ -164,19 +157,22 @@ class Fitted(Producer):
                 _multiply_add(slab, maps[0][one], maps[1][one], out=target)
             F.silu(target, inplace=True)
 
-    def _maps_of(self, t: int, rows: range) -> tuple[Tensor, Tensor] | None:
-        """What rows of a feature frame read of them, (B, C, some rows, w) each; folded if they are."""
+    def _maps_of(self, rows: range, t: int | None = None) -> tuple[Tensor, Tensor] | None:
+        """What rows of feature frame ``t``, or of all frames, read of the maps; folded if they are."""
         maps = self._folded or self._maps
         if maps is None:
             return None
-        T, H = self.like.shape[2:4]
-        y, b = (_rows_of(m, rows, H)[:, :, _latent_frame(t, T, m.shape[2])] for m in maps)
-        return y, b
+        repeat = self.like.shape[3] // maps[0].shape[3]
+        y, b = (m[:, :, :, rows.start // repeat : rows.stop // repeat] for m in maps)
+        return (y, b) if t is None else (y[:, :, self._latent_frame(t)], b[:, :, self._latent_frame(t)])
 
-
-def _rows_of(map_BCthw: Tensor, rows: range, height: int) -> Tensor:
-    repeat = height // map_BCthw.shape[3]
-    return map_BCthw[:, :, :, rows.start // repeat : rows.stop // repeat]
+    def _latent_frame(self, t: int) -> int:
+        """The latent frame that feature frame ``t`` belongs to: the first one alone when the chunk has it."""
+        assert self._maps is not None
+        num_frames, num_latents = self.like.shape[2], self._maps[0].shape[2]
+        if num_frames > 1 and num_frames % 2 == 1:
+            return 0 if t == 0 else 1 + (t - 1) * (num_latents - 1) // (num_frames - 1)
+        return t * num_latents // num_frames
 
 
 def _fit(norm: nn.GroupNorm, x: Tensor, maps: tuple[Tensor, Tensor] | None) -> Fitted:
@@ -236,7 +232,7 @@ def _channel_moments(x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
     # The running statistics are not wanted, but float32 ones make the kernel return float32 moments.
     running = torch.zeros(C, dtype=torch.float32, device=device), torch.ones(C, dtype=torch.float32, device=device)
     for batch in range(B):
-        for t in _allocating(range(T), x_BCTHW):
+        for t in range(1 if x_BCTHW.is_meta else T):  # all of them allocate and free the same
             frame = x_BCTHW[batch : batch + 1, :, t]
             if frame.is_meta:
                 mean, variance = (torch.empty_like(running[0]) for _ in range(2))
@@ -301,18 +297,6 @@ class SpatialNormSiLU(nn.Module):
         if latent is None:
             raise ValueError("a spatial norm is steered by a latent; none was given")
         return _fit(self.norm_layer, x_BCTHW, (self.conv_y["conv"](latent), self.conv_b["conv"](latent)))
-
-
-def _allocating(frames: range, x: Tensor) -> range:
-    """The frames to go over: on meta tensors one is enough, since all of them allocate and free the same."""
-    return frames[:1] if x.is_meta else frames
-
-
-def _latent_frame(t: int, num_frames: int, num_latents: int) -> int:
-    """The latent frame that feature frame ``t`` belongs to: the first one alone when the chunk has it."""
-    if num_frames > 1 and num_frames % 2 == 1:
-        return 0 if t == 0 else 1 + (t - 1) * (num_latents - 1) // (num_frames - 1)
-    return t * num_latents // num_frames
 
 
 def _multiply_add(x_BCHW: Tensor, y_BChw: Tensor, b_BChw: Tensor, *, out: Tensor) -> None:

@@ -47,12 +47,9 @@ class Numerics:
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Numerics:
         """Read what :meth:`to_dict` gave, in this version or an earlier one."""
-        return cls(
-            layout=parse_layout(facts.get("layout", "auto")) or "contiguous",
-            paired_frames=bool(facts.get("paired_frames")),
-            fused_residuals=bool(facts.get("fused_residuals")),
-            float32_products=bool(facts.get("float32_products")),
-        )
+        pairs, fuses, widens = (bool(facts.get(f)) for f in ("paired_frames", "fused_residuals", "float32_products"))
+        layout = parse_layout(facts.get("layout", "auto")) or "contiguous"
+        return cls(layout=layout, paired_frames=pairs, fused_residuals=fuses, float32_products=widens)
 
     @property
     def words(self) -> str:

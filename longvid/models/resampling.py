@@ -5,6 +5,8 @@ Axes: B batch, C channels, T time, H height, W width.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,8 +32,7 @@ class Downsample(nn.Module):
 
     def forward(self, x_BCTHW: Tensor, context: ForwardContext, latent: Tensor | None = None) -> Tensor:
         """(B, C, T, H, W) to (B, C, (T + 1) // 2 or T, H / 2, W / 2)."""
-        weight = context.weight(self.conv)
-        return context.attempt(lambda: self._downsample(x_BCTHW, context, weight))
+        return context.attempt(partial(self._downsample, x_BCTHW, context, context.weight(self.conv)))
 
     def _downsample(self, x_BCTHW: Tensor, context: ForwardContext, weight: Tensor) -> Tensor:
         B, C, T, H, W = x_BCTHW.shape
@@ -66,8 +67,7 @@ class Upsample(nn.Module):
 
     def forward(self, x_BCTHW: Tensor, context: ForwardContext, latent: Tensor | None = None) -> Tensor:
         """(B, C, T, H, W) to (B, C, T, 2 T - 1 or 2 T, 2 H, 2 W)."""
-        weight = context.weight(self.conv)
-        return context.attempt(lambda: self._upsample(x_BCTHW, context, weight))
+        return context.attempt(partial(self._upsample, x_BCTHW, context, context.weight(self.conv)))
 
     def _upsample(self, x_BCTHW: Tensor, context: ForwardContext, weight: Tensor) -> Tensor:
         B, C, T, H, W = x_BCTHW.shape

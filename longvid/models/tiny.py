@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from longvid.errors import ModelError, ScheduleError
 from longvid.models.base import LatentGeometry, NativeVAE
 from longvid.models.context import ForwardContext
-from longvid.models.kernels.convolution import run_once
+from longvid.models.kernels.convolution import Attempt, run_once
 from longvid.models.layers import CausalConv3d
 from longvid.models.window import Window
 
@@ -136,51 +136,51 @@ class Block(nn.Module):
         return out.add_(x_BCTHW)
 
 
-class Encoder(nn.Module):
+class _Half(nn.Module):
+    """Encoder or decoder: a linear path, and beside it a stem, blocks and a head."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int | tuple[int, int, int], *, width: int, num_blocks: int
+    ) -> None:
+        super().__init__()
+        self.stem = CausalConv3d(in_channels, width, kernel)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(num_blocks))
+        self.head = CausalConv3d(width, out_channels, 1)
+        self.linear = CausalConv3d(in_channels, out_channels, kernel)
+
+    def _both_paths(self, x_BCthw: Tensor, context: ForwardContext | None, attempt: Attempt) -> Tensor:
+        h = attempt(lambda: self.stem.whole(x_BCthw))
+        for block in self.blocks:
+            h = block(h, context)
+        return attempt(lambda: self.head.whole(F.silu(h)) + self.linear.whole(x_BCthw))
+
+
+class Encoder(_Half):
     """Coefficients (B, K, t, h, w) to the mean of the posterior (B, c, t, h, w)."""
 
     def __init__(self, config: TinyConfig) -> None:
-        super().__init__()
-        K, width, channels = config.coefficients, config.encoder_width, config.latent_channels
-        self.stem = CausalConv3d(K, width, 1)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(config.encoder_blocks))
-        # Two sets of channels: the first frame's, and those of the groups of four.
-        self.head = CausalConv3d(width, 2 * channels, 1)
-        self.linear = CausalConv3d(K, 2 * channels, 1)
+        channels = 2 * config.latent_channels  # two sets: the first frame's, and those of the groups of four
+        width, num_blocks = config.encoder_width, config.encoder_blocks
+        super().__init__(config.coefficients, channels, 1, width=width, num_blocks=num_blocks)
 
     def forward(self, c_BKthw: Tensor, context: ForwardContext | None, first: bool) -> Tensor:
         """One chunk, or without a cache a whole video; ``first`` if it starts with the video's first frame."""
         attempt = run_once if context is None else context.attempt
-        h = attempt(lambda: self.stem.whole(c_BKthw))
-        for block in self.blocks:
-            h = block(h, context)
-        return attempt(lambda: self._join(h, c_BKthw, first))
-
-    def _join(self, h: Tensor, c_BKthw: Tensor, first: bool) -> Tensor:
-        both = self.head.whole(F.silu(h)) + self.linear.whole(c_BKthw)
-        alone, grouped = both.chunk(2, dim=1)
-        return torch.cat([alone[:, :, :1], grouped[:, :, 1:]], dim=2) if first else grouped
+        alone, grouped = self._both_paths(c_BKthw, context, attempt).chunk(2, dim=1)
+        return attempt(lambda: torch.cat([alone[:, :, :1], grouped[:, :, 1:]], dim=2)) if first else grouped
 
 
-class Decoder(nn.Module):
+class Decoder(_Half):
     """Latents (B, c, t, h, w) to coefficients (B, K, t, h, w)."""
 
     def __init__(self, config: TinyConfig) -> None:
-        super().__init__()
-        K, width, channels = config.coefficients, config.decoder_width, config.latent_channels
-        self.stem = CausalConv3d(2 * channels, width, (1, 3, 3))
-        self.blocks = nn.ModuleList(Block(width) for _ in range(config.decoder_blocks))
-        self.head = CausalConv3d(width, K, 1)
-        self.linear = CausalConv3d(2 * channels, K, (1, 3, 3))
+        channels, width, num_blocks = 2 * config.latent_channels, config.decoder_width, config.decoder_blocks
+        super().__init__(channels, config.coefficients, (1, 3, 3), width=width, num_blocks=num_blocks)
 
     def forward(self, z_BCthw: Tensor, context: ForwardContext | None, first: bool) -> Tensor:
         """One chunk, or without a cache a whole video; ``first`` if it starts with the video's first latent."""
         attempt = run_once if context is None else context.attempt
-        z = attempt(lambda: self._two_sets(z_BCthw, first))
-        h = attempt(lambda: self.stem.whole(z))
-        for block in self.blocks:
-            h = block(h, context)
-        return attempt(lambda: self.head.whole(F.silu(h)) + self.linear.whole(z))
+        return self._both_paths(attempt(lambda: self._two_sets(z_BCthw, first)), context, attempt)
 
     def _two_sets(self, z_BCthw: Tensor, first: bool) -> Tensor:
         z = F.pad(z_BCthw, (0, 0, 0, 0, 0, 0, z_BCthw.shape[1], 0))  # the groups' set; the first frame's is empty

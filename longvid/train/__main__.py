@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +116,7 @@ class _Run:
             if parameter.dim() == 5:  # the layout in which convolutions train fastest
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
         self.optimizer = torch.optim.AdamW(self.trained, lr=args.rate, betas=(0.9, 0.95), weight_decay=0.01)
-        self.step = 0
-        self.seconds = 0.0
+        self.step, self.seconds = 0, 0.0
         self.log: list[dict[str, Any]] = []
         # Everything that the result depends on; a checkpoint with other settings is not resumed.
         self.settings = {
@@ -178,12 +177,11 @@ class _Run:
                 bar.update()
                 if self.step % args.every == 0 or self.step == args.steps:
                     self.seconds = time.perf_counter() - started
-                    clips_gain = {name: g["gain"] for name, g in evaluate(self.model, self.coder, held).items()}
-                    held_out = f", held out {np.mean(list(clips_gain.values())):.2f} dB" if clips_gain else ""
-                    self.log.append(
-                        {"step": self.step, "loss": loss, "train_gain": float(np.mean(gains)), "held_out": clips_gain}
-                    )
-                    bar.set_postfix_str(f"gain over linear: {np.mean(gains):.2f} dB{held_out}")
+                    figures = {name: g["gain"] for name, g in evaluate(self.model, self.coder, held).items()}
+                    held_out = f", held out {np.mean(list(figures.values())):.2f} dB" if figures else ""
+                    gain = float(np.mean(gains))
+                    self.log.append({"step": self.step, "loss": loss, "train_gain": gain, "held_out": figures})
+                    bar.set_postfix_str(f"gain over linear: {gain:.2f} dB{held_out}")
                     gains.clear()
                     self.save()
 
@@ -236,11 +234,10 @@ class _Run:
 def _held_out_clips(files: Sequence[Path], hold_out: Sequence[HoldOut]) -> dict[str, Tensor]:
     """Pixels (1, 3, T, H, W) of the middle of each held-out piece, by the name of its file and its seconds."""
     clips: dict[str, Tensor] = {}
-    for path in files:
-        for held in (h for h in hold_out if path.suffix.lower() in VIDEOS and h.matches(path)):
-            frames = read_middle(path, held, size=EVALUATED, frames=EVALUATED_FRAMES)
-            x = torch.from_numpy(frames).float().div_(127.5).sub_(1).permute(3, 0, 1, 2)[None]
-            clips[path.name if held.whole else f"{path.name}@{held.start:g}-{held.stop:g}"] = x
+    for path in (path for path in files if path.suffix.lower() in VIDEOS):
+        for held in (h for h in hold_out if h.matches(path)):
+            frames = torch.from_numpy(read_middle(path, held, size=EVALUATED, frames=EVALUATED_FRAMES))
+            clips[str(replace(held, pattern=path.name))] = frames.float().div_(127.5).sub_(1).permute(3, 0, 1, 2)[None]
     return clips
 
 

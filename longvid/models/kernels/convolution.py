@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longvid.memory.buffer_pool import layout_of
 from longvid.models.kernels.cpu import has_onednn
 from longvid.models.kernels.cuts import even_parts, tiles_with_halo
 
@@ -110,13 +111,15 @@ class Conv3d(nn.Conv3d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _call(input, weight, bias, cast("tuple[int, ...]", self.padding), self.stride)
 
-    def in_parts(self, x_BCTHW: Tensor, limit: int = MAX_ELEMENTS) -> Tensor:
-        """The same in slices of frames and row tiles, if it is too large for one call; see :func:`convolution`."""
-        return _in_parts(self, x_BCTHW, self.out_channels, self.kernel_size, limit)
-
 
 def convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, padding: tuple[int, ...], limit: int = MAX_ELEMENTS
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    padding: tuple[int, ...],
+    limit: int = MAX_ELEMENTS,
+    call: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """A 2-D or 3-D convolution of any size, with stride 1.
 
@@ -126,23 +129,18 @@ def convolution(
         bias: (out channels,) or None.
         padding: half a kernel in height and width, none in time.
         limit: most elements of the input and of the output of one call of a kernel, as far as rows can be cut.
+        call: what computes each part, a module with these weights and this padding whose hooks see it.
     """
-    kernel = tuple(weight.shape[2:]) if x.ndim == 5 else (1, *weight.shape[2:])
-    return _in_parts(lambda part: _call(part, weight, bias, padding), x, len(weight), kernel, limit)
-
-
-def _in_parts(
-    call: Callable[[Tensor], Tensor], x: Tensor, out_channels: int, kernel: tuple[int, ...], limit: int
-) -> Tensor:
-    taps, halo = kernel[0], kernel[1] // 2
-    num_frames = x.shape[2] if x.ndim == 5 else 1
+    call = call or (lambda part: _call(part, weight, bias, padding))
+    out_channels, halo = weight.shape[0], weight.shape[-2] // 2
+    num_frames, taps = (x.shape[2], weight.shape[2]) if x.ndim == 5 else (1, 1)
     frame = max(x.shape[1], out_channels) * x.shape[0] * x.shape[-2] * x.shape[-1]
     if frame * num_frames <= limit:
         return call(x)
     time, longest = num_frames - taps + 1, max(1, limit // frame - taps + 1)
     tiles = tiles_with_halo(x.shape[-2], halo=halo, row=frame // x.shape[-2] * (longest + taps - 1), limit=limit)
     shape = (x.shape[0], out_channels, *((time,) if x.ndim == 5 else ()), *x.shape[-2:])
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
     for frames in even_parts(time, longest):
         part, target = x, out
         if x.ndim == 5:
@@ -181,7 +179,7 @@ def accumulate(
 
 
 def _accumulate(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> Tensor:
-    x, ones = x.contiguous(memory_format=_layout(x)), (1,) * (x.ndim - 2)
+    x, ones = x.contiguous(memory_format=layout_of(x)), (1,) * (x.ndim - 2)
     if out.is_meta:  # what a dry run has to see are the operations and that nothing is allocated
         zeros = (0,) * (x.ndim - 2)
         result = torch.ops.aten.convolution.out(x, weight, bias, ones, padding, ones, False, zeros, 1, out=out)
@@ -233,12 +231,6 @@ def _pack(weight: Tensor, padding: tuple[int, ...], shape: tuple[int, ...]) -> T
     return cast("Tensor", torch.ops.mkldnn._reorder_convolution_weight(weight, padding, ones, ones, 1, shape))
 
 
-def _layout(x: Tensor) -> torch.memory_format:
-    if x.shape[1] > 1 and x.stride(1) == 1 and max(x.stride()[2:]) > 1:
-        return torch.channels_last_3d if x.ndim == 5 else torch.channels_last
-    return torch.contiguous_format
-
-
 def _call(
     x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], stride: tuple[int, ...] | None = None
 ) -> Tensor:
@@ -246,7 +238,7 @@ def _call(
         y = _call(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype), padding, stride)
         return y.to(x.dtype)
     # Kernels want dense input. Slices that are not are copied here, where a dry run sees it, and not within a kernel.
-    x = x.contiguous(memory_format=_layout(x))
+    x = x.contiguous(memory_format=layout_of(x))
     ones = (1,) * (x.ndim - 2)
     stride = stride or ones
     if weight.is_mkldnn:
@@ -255,7 +247,7 @@ def _call(
     if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled() and has_onednn():
         return torch.mkldnn_convolution(x, weight, bias, padding, stride, ones, 1)
     y = (F.conv3d if x.ndim == 5 else F.conv2d)(x, weight, bias, stride=stride, padding=padding)
-    if y.is_meta and _layout(x) == torch.channels_last_3d:  # its kernel forgets the layout, real ones do not
+    if y.is_meta and layout_of(x) == torch.channels_last_3d:  # its kernel forgets the layout, real ones do not
         _, C, T, H, W = y.shape
         y = y.as_strided(y.shape, (T * H * W * C, 1, H * W * C, W * C, C))
     return y

@@ -48,9 +48,9 @@ def available(x_BCTHW: Tensor) -> bool:
     """
     if x_BCTHW.dtype not in _DTYPES or x_BCTHW.numel() == 0 or not is_channels_last(x_BCTHW):
         return False
-    if x_BCTHW.is_cuda:
-        return _has_triton() and _runs_on(x_BCTHW.device)
-    return x_BCTHW.is_cpu and os.environ.get("TRITON_INTERPRET") == "1" and _has_triton()
+    if not x_BCTHW.is_cuda and not (x_BCTHW.is_cpu and os.environ.get("TRITON_INTERPRET") == "1"):
+        return False
+    return importlib.util.find_spec("triton") is not None and _runs_on(x_BCTHW.device)
 
 
 def is_channels_last(x_BCTHW: Tensor) -> bool:
@@ -66,13 +66,11 @@ def is_channels_last(x_BCTHW: Tensor) -> bool:
 def channel_moments(x_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel over time, height and width, (B, C) each, in float32.
 
-    One pass over x, stable for large means, and the same bits on every call. Takes about 6 MiB for a moment.
+    One pass over x, stable for large means, and the same bits on every call. Takes about 6 MiB for a moment. The batch
+    stride of x is free.
 
     Source: Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance", for joining parts; Welford
     1962 within a part.
-
-    Args:
-        x_BCTHW: float32, bfloat16 or float16; see :func:`is_channels_last`. The batch stride is free.
     """
     _check_operand("x", x_BCTHW)
     B, C, T, H, W = x_BCTHW.shape
@@ -165,14 +163,9 @@ def _tiles(num_channels: int, most: int) -> tuple[int, int, int]:
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
 def _runs_on(device: torch.device) -> bool:
-    """Whether a kernel compiles for a CUDA device, runs on it and computes what it should."""
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    """Whether a kernel compiles for a device, runs on it and computes what it should."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return False  # no bfloat16 there, and Triton's support of such devices comes and goes
     try:
         x = torch.arange(16.0, device=device).view(1, 1, 2, 2, 4)
@@ -311,5 +304,4 @@ def _apply_kernel(
         b_place = (batch * b_batch + frame * b_frame) + row * b_row + column * b_column
         b = tl.load(b_ptr + b_place[:, None] + (wide * b_channel)[None, :], mask=mask, other=0.0).to(tl.float32)
         value = (value + b).to(dtype).to(tl.float32)
-    silu = (value / (1.0 + tl.exp(-value))).to(dtype)
-    tl.store(out_ptr + (batch * out_batch + start) + offsets, silu, mask=mask)
+    tl.store(out_ptr + (batch * out_batch + start) + offsets, (value / (1.0 + tl.exp(-value))).to(dtype), mask=mask)
