@@ -123,8 +123,7 @@ class Fitted(Producer):
         """Frame by frame, rounded where plain modules round."""
         scale, shift = self._scale[:, :, None, None], self._shift[:, :, None, None]
         B, C, _, H, W = x.shape
-        narrow = out.dtype != torch.float32
-        wide = torch.empty((B, C, H, W), dtype=torch.float32, device=x.device) if narrow else None
+        wide = None if out.dtype == torch.float32 else torch.empty((B, C, H, W), dtype=torch.float32, device=x.device)
         for i, t in enumerate(frames[:1] if x.is_meta else frames):  # all of them allocate and free the same
             frame = out[:, :, i]
             if wide is None:

@@ -65,9 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=128, help="height and width of a clip (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: %(default)s)")
-    parser.add_argument(
-        "--fit-clips", type=int, default=400, help="clips for the closed-form part (default: %(default)s)"
-    )
+    parser.add_argument("--fit-clips", type=int, default=400, help="clips for the closed form (default: %(default)s)")
     parser.add_argument("--every", type=int, default=250, help="steps between checkpoints (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="compute threads (default: all cores)")
     return parser
