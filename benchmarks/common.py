@@ -30,10 +30,9 @@ from longvid.models.base import CausalVAE
 from longvid.models.cogvideox import CogVideoXVAE
 from longvid.models.context import Limits
 from longvid.models.numerics import Numerics
-from longvid.planning.options import ComputeOptions, Setting
+from longvid.planning.options import ComputeOptions
 from longvid.planning.plan import DirectionPlan
 from longvid.planning.planner import Planner
-from longvid.planning.workload import Slicing
 
 Step: TypeAlias = Callable[[Tensor], Tensor]
 """Runs the next chunk of a video."""
@@ -97,8 +96,9 @@ def fixed_plan(
 ) -> DirectionPlan:
     """The plan of a direction on a CPU with given numerics, contiguous and plain by default."""
     options = replace(options, numerics=options.numerics or Numerics())
-    setting = replace(Setting.of(model, options, CPU), tile_bytes=tile_bytes)
-    return Planner(model, setting).plan(size, options, (direction,)).direction(direction)
+    planner = Planner(model, CPU)
+    planner.tile_bytes = tile_bytes
+    return planner.plan(size, options, (direction,)).direction(direction)
 
 
 def open_diffusers(vae: Any, direction: str) -> Step:
@@ -118,13 +118,12 @@ def open_model(
     model: CausalVAE,
     direction: Direction,
     offloader: Offloader,
-    slicing: Slicing,
+    limits: Limits,
     layout: torch.memory_format,
     **options: Any,
 ) -> tuple[Step, ConvCache]:
     """A video of longvid's model; ``options`` are those of its context, which lives as long as the stack."""
     module, run = (model.encoder, model.encode) if direction == "encode" else (model.decoder, model.decode)
-    limits = Limits(slice_elements=slicing.elements, tile_elements=slicing.band_elements)
     cache = ConvCache(module, offloader=offloader)
     context = stack.enter_context(ForwardContext(cache, limits=limits, **options))
     return lambda x: run(x.contiguous(memory_format=layout), context), cache

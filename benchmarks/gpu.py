@@ -167,7 +167,9 @@ def chunks(theirs: Any, ours: CogVideoXVAE, direction: Direction, size: str, rou
             part = fixed_plan(ours, direction, (height, width), asked)
             transfer = stack.enter_context(CopyEngine(CUDA))
             offloader = Offloader(part.placement, transfer, host_sizes=part.host_sizes)
-            steps[f"longvid {offload}"], cache = open_model(stack, ours, direction, offloader, part.slicing, LAST)
+            steps[f"longvid {offload}"], cache = open_model(
+                stack, ours, direction, offloader, part.execution.limits, LAST
+            )
             held[f"longvid {offload}"] = partial(held_bytes, ours, cache)
             row[f"planned longvid {offload}"] = part.steady_chunk_bytes
             row["reserved"] = reserved

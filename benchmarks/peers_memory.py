@@ -64,12 +64,12 @@ from longvid.memory.host import peak_rss_bytes
 from longvid.memory.offload import OffloadPolicy, Placement
 from longvid.memory.offloader import Offloader
 from longvid.models.cogvideox import CogVideoXVAE
+from longvid.models.context import Limits
 from longvid.models.device import placed
 from longvid.models.numerics import Numerics
 from longvid.planning.kernel_choice import preferred_band_bytes
 from longvid.planning.options import ComputeOptions, parse_dtype
 from longvid.planning.plan import DirectionPlan
-from longvid.planning.workload import Slicing
 from longvid.units import format_bytes, parse_size
 
 Opener: TypeAlias = Callable[[ExitStack], Step]
@@ -145,7 +145,7 @@ def open_longvid(
     placement: Placement | None,
     device: torch.device,
     folder: Path | None = None,
-    slicing: Slicing | None = None,
+    limits: Limits | None = None,
     layout: torch.memory_format = torch.contiguous_format,
 ) -> Opener:
     """longvid with this placement, or with blocking moves if there is none."""
@@ -154,7 +154,7 @@ def open_longvid(
         offloader: Offloader = BlockingOffloader()
         if placement is not None:
             offloader = Offloader(placement, stack.enter_context(CopyEngine(device, directory=folder)))
-        return open_model(stack, model, direction, offloader, slicing or Slicing(), layout)[0]
+        return open_model(stack, model, direction, offloader, limits or Limits(), layout)[0]
 
     return opened
 
@@ -182,10 +182,10 @@ def contestants(
         "diffusers": lambda _: open_diffusers(theirs, direction),
         "blocking .cpu()": open_longvid(ours, direction, None, device),
         REFERENCE: open_longvid(ours, direction, part.placement, device),
-        "longvid auto": open_longvid(ours, direction, halfway.placement, device, slicing=halfway.slicing),
+        "longvid auto": open_longvid(ours, direction, halfway.placement, device, limits=halfway.execution.limits),
         "longvid all": open_longvid(ours, direction, everything, device),
         "longvid all, slices": open_longvid(
-            ours, direction, least.cost_model.least, device, None, least.slicing, torch.channels_last_3d
+            ours, direction, least.cost_model.least, device, None, least.execution.limits, torch.channels_last_3d
         ),
     }
     if device == META:

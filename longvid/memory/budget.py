@@ -23,31 +23,36 @@ _ACCELERATOR_RESERVED_BYTES = 512 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryBudget:
-    """How many device bytes a session may use; ``allowed_bytes=None`` is no limit."""
+    """How many device bytes a video may use beside others; ``allowed_bytes=None`` is no limit."""
 
     allowed_bytes: int | None = None
     reserved_bytes: int = 0
+    held_bytes: int = 0
+    "contexts of other open videos that are on the device while this one computes"
+    idle_limit_bytes: int | None = None
+    "most bytes of contexts that the video may have on the device between chunks"
 
     def fits(self, needed_bytes: int) -> bool:
-        """Whether ``needed_bytes`` and the reserve are within the limit."""
+        """Whether ``needed_bytes`` are within the limit, beside the reserve and what others hold."""
         left = self.left(needed_bytes)
         return left is None or left >= 0
 
     def left(self, needed_bytes: int) -> int | None:
-        """What remains for others beside ``needed_bytes`` and the reserve; None if there is no limit."""
-        return None if self.allowed_bytes is None else self.allowed_bytes - self.reserved_bytes - needed_bytes
+        """What remains beside ``needed_bytes``; None if there is no limit."""
+        if self.allowed_bytes is None:
+            return None
+        return self.allowed_bytes - self.reserved_bytes - self.held_bytes - needed_bytes
 
-    def check(self, projected_bytes: int, parts: Mapping[str, int], what: str, would_fit: Sequence[str] = ()) -> None:
-        """Raise MemoryBudgetError if ``projected_bytes`` and the reserve do not fit.
+    def check(self, needed_bytes: int, parts: Mapping[str, int], what: str, would_fit: Sequence[str] = ()) -> None:
+        """Raise MemoryBudgetError if ``needed_bytes``, weights included, do not fit.
 
-        Args:
-            projected_bytes: the peak of the run, weights included.
-            parts: what it is made of, for the message.
-            what: what was to be done, for the message.
-            would_fit: settings that are known to fit, for the message.
+        The message says ``what`` was to be done, what the bytes are made of, and which settings are known to fit.
         """
-        if self.allowed_bytes is None or self.fits(projected_bytes):
+        if self.allowed_bytes is None or self.fits(needed_bytes):
             return
+        if self.held_bytes:
+            parts = {**parts, "contexts of other open videos": self.held_bytes}
+        projected_bytes = needed_bytes + self.held_bytes
         listing = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
         reserve = f", of which {format_bytes(self.reserved_bytes)} are reserved" if self.reserved_bytes else ""
         advice = "raise the budget, choose a smaller frame size or a narrower dtype"

@@ -52,7 +52,7 @@ def dry_run(
     resumed; the highest of them counts. ``like`` is the cost model of the same workload in another execution, from
     which FLOPs are taken over: those of row tiles cannot be counted, since tiles that are alike are left out.
     """
-    if like is None and execution.slicing.band_elements is not None:
+    if like is None and execution.limits.tile_elements is not None:
         like = dry_run(model, workload, Execution(numerics=execution.numerics))
     run = encode_chunk if workload.direction == "encode" else decode_chunk
     first_host, middle_host = (_host_chunk(model, workload, i) for i in range(2))  # outside the tracker

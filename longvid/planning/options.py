@@ -1,4 +1,4 @@
-"""Options: what a user asks of the computation, and what follows from them for a device."""
+"""Options: what a user asks of the computation."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 
 from longvid.errors import ModelError, ScheduleError
 from longvid.events import Direction
 from longvid.memory.budget import default_reserved_bytes
 from longvid.memory.offload import OffloadPolicy
-from longvid.models.base import CausalVAE
 from longvid.models.device import resolve_device
 from longvid.models.numerics import Layout, Numerics
 from longvid.planning.cost_model import DeviceRates
-from longvid.planning.kernel_choice import fresh_memory_is_slow, preferred_band_bytes
 from longvid.planning.profile import Profile
 
-__all__ = ["ComputeOptions", "OtherVideos", "Setting", "default_dtype", "parse_dtype", "planned_device"]
+__all__ = ["ComputeOptions", "default_dtype", "parse_dtype", "planned_device"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,50 +71,6 @@ class ComputeOptions:
         if self.profile is None or self.offload.kind != "auto" or self.allowed_bytes is not None:
             return None
         return self.profile.directions.get(direction)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OtherVideos:
-    """What other open videos leave of the budget."""
-
-    held_bytes: int = 0
-    "contexts of other videos on the device while this one computes"
-    idle_limit_bytes: int | None = None
-    "most bytes of contexts that this video may have on the device between chunks"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """What follows from a device and the options of a user, for plans and runs alike."""
-
-    device: torch.device
-    is_here: bool
-    "whether this machine has the device, so that kernels can be measured on it"
-    dtype: torch.dtype
-    reserved_bytes: int
-    "part of the budget for what a plan cannot see"
-    tile_bytes: int | None
-    "most bytes of a layer's window, beyond which it runs in row tiles; None for whole frames"
-    keeps_buffers: bool
-    "whether fresh memory is slow there, so that buffers are kept from chunk to chunk if they fit"
-
-    @classmethod
-    def of(cls, model: CausalVAE, options: ComputeOptions, device: torch.device, *, is_here: bool = True) -> Setting:
-        """The setting for a model; its dtype is that of its weights if none was asked for.
-
-        Raises:
-            ModelError: the model is not a torch module.
-        """
-        if not isinstance(model, nn.Module):
-            raise ModelError(f"{type(model).__name__} is not a torch module, so its memory cannot be planned")
-        return cls(
-            device=device,
-            is_here=is_here,
-            dtype=options.dtype or next((weight.dtype for weight in model.parameters()), torch.float32),
-            reserved_bytes=options.reserved_on(device),
-            tile_bytes=preferred_band_bytes(device),
-            keeps_buffers=fresh_memory_is_slow(device),
-        )
 
 
 def planned_device(device: str | torch.device) -> tuple[torch.device, bool]:

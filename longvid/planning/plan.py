@@ -9,26 +9,21 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from longvid.events import Direction
+from longvid.events import Direction, LayerContext
 from longvid.memory.budget import MemoryBudget
 from longvid.memory.offload import Placement
-from longvid.models.numerics import Numerics
 from longvid.planning.cost_model import CostModel, DeviceRates
 from longvid.planning.plan_table import explain
-from longvid.planning.workload import Execution, Slicing, Workload
+from longvid.planning.workload import Execution, Workload
 from longvid.schedule import ChunkSchedule
 
 __all__ = ["DirectionPlan", "LayerPlan", "Plan"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerPlan:
+class LayerPlan(LayerContext):
     """The context of one layer in a plan."""
 
-    name: str
-    bytes: int
-    resident: bool
-    "whether it stays on the device between chunks"
     exposure: float
     "predicted time of its transfer divided by the computing time of its own step; above 1 it cannot hide there"
 
@@ -54,31 +49,6 @@ class DirectionPlan:
     def chunk_frames(self) -> int:
         """Frames of a chunk after the first."""
         return self.workload.schedule.chunk_frames
-
-    @property
-    def frame_size(self) -> tuple[int, int]:
-        """Height and width after padding to whole latents."""
-        return self.workload.height, self.workload.width
-
-    @property
-    def numerics(self) -> Numerics:
-        """Layout and forms of the kernels."""
-        return self.execution.numerics
-
-    @property
-    def slicing(self) -> Slicing:
-        """Slices and row tiles in which layers run."""
-        return self.execution.slicing
-
-    @property
-    def keeps_buffers(self) -> bool:
-        """Whether the buffers of the layers are kept from chunk to chunk."""
-        return self.execution.keeps_buffers
-
-    @property
-    def keeps_kernels(self) -> bool:
-        """Whether weights that layers have prepared for their kernels are kept as well."""
-        return self.execution.keeps_kernels
 
     @property
     def projected_bytes(self) -> int:
@@ -163,16 +133,13 @@ class DirectionPlan:
             "cache_bytes", "activation_bytes", "resident_cache_bytes", "offloaded_cache_bytes", "idle_bytes", "offload",
             "chunk_frames",
         )  # fmt: skip
-        needs = self.cost_model.steady_needs(self.placement)
+        needs, execution = self.cost_model.steady_needs(self.placement), self.execution
         return {
             **{name: getattr(self, name) for name in names},
             "prefetch_bytes": self.placement.prefetch_bytes,
-            "slice_frames": self.slicing.frames,
-            "slice_elements": self.slicing.elements,
-            "band_elements": self.slicing.band_elements,
-            "keeps_buffers": self.keeps_buffers,
-            "keeps_kernels": self.keeps_kernels,
-            "numerics": self.numerics.to_dict(),
+            **asdict(execution.limits),
+            **{name: getattr(execution, name) for name in ("slice_frames", "keeps_buffers", "keeps_kernels")},
+            "numerics": execution.numerics.to_dict(),
             "suggestions": list(self.suggestions),
             "rates": asdict(self.rates),
             "predicted_compute_seconds": self.cost_model.compute_seconds(self.rates),
@@ -197,11 +164,8 @@ class Plan:
     device: str
     "the device that was planned for, such as cpu or cuda"
     schedule: ChunkSchedule
-    allowed_bytes: int | None
-    reserved_bytes: int
-    "part of the budget that is set aside for what a dry run cannot see"
-    held_bytes: int = 0
-    "contexts of other videos that are open at the same time"
+    budget: MemoryBudget
+    "the limit that the plan was made for, and what other open videos hold"
     parts: Mapping[Direction, DirectionPlan]
     "what was planned, by direction"
 
@@ -224,24 +188,17 @@ class Plan:
         """The part for encoding or decoding."""
         return self.parts[direction]
 
-    @property
-    def budget(self) -> MemoryBudget:
-        """The limit that the plan was made for."""
-        return MemoryBudget(allowed_bytes=self.allowed_bytes, reserved_bytes=self.reserved_bytes)
-
     def fits(self, direction: Direction) -> bool:
         """Whether the direction is within the budget."""
-        return self.budget.fits(self.direction(direction).projected_bytes + self.held_bytes)
+        return self.budget.fits(self.direction(direction).projected_bytes)
 
     def check(self, direction: Direction) -> None:
         """Raise MemoryBudgetError if the direction does not fit the budget."""
         part = self.direction(direction)
-        others = {"contexts of other open videos": self.held_bytes} if self.held_bytes else {}
         what = f"{direction} at {self.width}x{self.height} in {self.dtype}"
         if part.placement.offloaded:
             what += f" with {len(part.placement.offloaded)} of {len(part.layers)} contexts offloaded"
-        needed = part.projected_bytes + self.held_bytes
-        self.budget.check(needed, {**part.parts, **others}, what, part.suggestions)
+        self.budget.check(part.projected_bytes, part.parts, what, part.suggestions)
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, ready for JSON."""
@@ -252,9 +209,7 @@ class Plan:
             "dtype": self.dtype,
             "device": self.device,
             "schedule": self.schedule.to_dict(),
-            "allowed_bytes": self.allowed_bytes,
-            "reserved_bytes": self.reserved_bytes,
-            "held_bytes": self.held_bytes,
+            **{name: getattr(self.budget, name) for name in ("allowed_bytes", "reserved_bytes", "held_bytes")},
             "projected_bytes": self.projected_bytes,
             **{direction: part.to_dict() for direction, part in self.parts.items()},
         }

@@ -32,9 +32,10 @@ def explain(plan: Plan) -> str:
     """The plan as tables: peaks by direction, then the contexts."""
     directions, parts = list(plan.parts), list(plan.parts.values())
     first = 1 + plan.schedule.chunk_frames
-    budget = "no limit" if plan.allowed_bytes is None else f"{format_bytes(plan.allowed_bytes)} allowed"
-    if plan.reserved_bytes:
-        budget += f", {format_bytes(plan.reserved_bytes)} of it reserved for kernels and the allocator"
+    allowed, reserved = plan.budget.allowed_bytes, plan.budget.reserved_bytes
+    budget = "no limit" if allowed is None else f"{format_bytes(allowed)} allowed"
+    if reserved:
+        budget += f", {format_bytes(reserved)} of it reserved for kernels and the allocator"
     lines = [
         f"{plan.model} at {plan.width}x{plan.height} in {plan.dtype} on {plan.device}, {budget}",
         f"chunks of {first}, {plan.schedule.chunk_frames}, {plan.schedule.chunk_frames}, ... frames",
@@ -44,10 +45,11 @@ def explain(plan: Plan) -> str:
     ]
     for label, key in _ROWS:
         lines.append(f"{label:28}" + "".join(f"{format_bytes(getattr(part, key)):>14}" for part in parts))
-    lines.append(f"{'layers run in':28}" + "".join(f"{part.slicing!s:>14}" for part in parts))
-    kept = (("all kept" if p.keeps_kernels else "buffers kept") if p.keeps_buffers else "freed" for p in parts)
+    lines.append(f"{'layers run in':28}" + "".join(f"{part.execution.slices:>14}" for part in parts))
+    how = [part.execution for part in parts]
+    kept = (("all kept" if e.keeps_kernels else "buffers kept") if e.keeps_buffers else "freed" for e in how)
     lines.append(f"{'memory between chunks':28}" + "".join(f"{words:>14}" for words in kept))
-    if plan.allowed_bytes is not None:
+    if allowed is not None:
         lines.append(f"{'fits':28}" + "".join(f"{'yes' if plan.fits(d) else 'no':>14}" for d in directions))
     for direction, part in zip(directions, parts, strict=True):
         lines += ["", *_explain_direction(direction, part)]
@@ -87,7 +89,7 @@ def _explain_direction(direction: Direction, part: DirectionPlan) -> list[str]:
 
 def _by_direction(parts: Mapping[Direction, DirectionPlan]) -> str:
     """The numerics in words, by direction where they differ."""
-    words_of = {direction: part.numerics.words for direction, part in parts.items()}
+    words_of = {direction: part.execution.numerics.words for direction, part in parts.items()}
     if len(set(words_of.values())) == 1:
         return next(iter(words_of.values()))
     return "; ".join(f"{words} ({direction})" for direction, words in words_of.items())

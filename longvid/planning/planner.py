@@ -10,11 +10,13 @@ numbers; the budget sets ``reserved_bytes`` aside for them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
+from torch import nn
 
-from longvid.errors import ScheduleError
+from longvid.errors import ModelError, ScheduleError
 from longvid.events import Direction
 from longvid.memory.budget import MemoryBudget
 from longvid.memory.offload import OffloadPolicy
@@ -22,8 +24,8 @@ from longvid.models.base import CausalVAE, model_name
 from longvid.models.loading import load_architecture
 from longvid.models.numerics import Numerics, parse_layout, parse_paired_frames
 from longvid.planning.dry_run import DryRuns
-from longvid.planning.kernel_choice import choose_numerics
-from longvid.planning.options import ComputeOptions, OtherVideos, Setting, default_dtype, parse_dtype, planned_device
+from longvid.planning.kernel_choice import choose_numerics, fresh_memory_is_slow, preferred_band_bytes
+from longvid.planning.options import ComputeOptions, default_dtype, parse_dtype, planned_device
 from longvid.planning.plan import DirectionPlan, Plan
 from longvid.planning.search import PlanSearch, schedules
 from longvid.planning.workload import Workload
@@ -34,7 +36,6 @@ __all__ = ["Offload", "Planner", "make_plan"]
 
 Offload: TypeAlias = str | int | OffloadPolicy
 _BOTH: tuple[Direction, ...] = ("encode", "decode")
-_ALONE = OtherVideos()
 
 
 def make_plan(
@@ -91,8 +92,7 @@ def make_plan(
         reserved_bytes=None if reserved is None else parse_reserve(reserved),
         keep_buffers=keep_buffers,
     )
-    vae = load_architecture(model)
-    return Planner(vae, Setting.of(vae, options, where, is_here=is_here)).plan((height, width), options)
+    return Planner(load_architecture(model), where, is_here=is_here).plan((height, width), options)
 
 
 class Planner:
@@ -100,11 +100,19 @@ class Planner:
 
     Args:
         model: with weights or without.
-        setting: where and in which dtype it computes.
+        device: where it computes.
+        is_here: whether this machine has the device, so that kernels can be measured on it.
+
+    Raises:
+        ModelError: the model is not a torch module.
     """
 
-    def __init__(self, model: CausalVAE, setting: Setting) -> None:
-        self._model, self._setting = model, setting
+    def __init__(self, model: CausalVAE, device: torch.device, *, is_here: bool = True) -> None:
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"{type(model).__name__} is not a torch module, so its memory cannot be planned")
+        self._model, self._device, self._is_here = model, device, is_here
+        self._weights_dtype = next((weight.dtype for weight in model.parameters()), torch.float32)
+        self.tile_bytes = preferred_band_bytes(device)
         self._runs = DryRuns(model)
         self._numerics: dict[tuple[object, ...], Numerics] = {}
         self._plans: dict[tuple[object, ...], Plan] = {}
@@ -114,15 +122,13 @@ class Planner:
         size: tuple[int, int],
         options: ComputeOptions,
         directions: Sequence[Direction] = _BOTH,
-        others: OtherVideos = _ALONE,
+        *,
+        held_bytes: int = 0,
+        idle_limit_bytes: int | None = None,
     ) -> Plan:
-        """The plan for frames of ``size`` (height, width); the same call gives the same plan.
+        """The plan for frames of ``size`` (height, width), padded to whole latents; the same call gives the same plan.
 
-        Args:
-            size: of a frame; sizes that are not whole latents are padded up.
-            options: what the user asked for.
-            directions: what to plan; both share the length of a chunk.
-            others: what other open videos leave of the budget.
+        All ``directions`` share the length of a chunk. For the last two see :class:`MemoryBudget`.
 
         Raises:
             ScheduleError: the frame size is not positive, or the chunk length is not for this model.
@@ -130,24 +136,34 @@ class Planner:
         if min(size) < 1:
             raise ScheduleError(f"a frame of {size[1]}x{size[0]} pixels has no area")
         padded = self._model.geometry.padded_size(*size)
-        key = (padded, options, tuple(directions), others)
+        budget = MemoryBudget(
+            allowed_bytes=options.allowed_bytes,
+            reserved_bytes=options.reserved_on(self._device),
+            held_bytes=held_bytes,
+            idle_limit_bytes=idle_limit_bytes,
+        )
+        key = (padded, options, tuple(directions), budget)
         if key not in self._plans:
-            self._plans[key] = self._make(padded, options, directions, others)
+            self._plans[key] = self._make(padded, options, directions, budget)
         return self._plans[key]
 
     def _make(
-        self, size: tuple[int, int], options: ComputeOptions, directions: Sequence[Direction], others: OtherVideos
+        self, size: tuple[int, int], options: ComputeOptions, directions: Sequence[Direction], budget: MemoryBudget
     ) -> Plan:
-        setting = self._setting
-        budget = MemoryBudget(allowed_bytes=options.allowed_bytes, reserved_bytes=setting.reserved_bytes)
-        searches = {
-            d: PlanSearch(self._runs, setting, budget, others, options, self._numerics_for(d, size, options))
+        may_keep = options.keep_buffers and fresh_memory_is_slow(self._device)
+        dtype = options.dtype or self._weights_dtype
+        workloads = {
+            d: Workload(direction=d, height=size[0], width=size[1], dtype=dtype, schedule=self._model.geometry.schedule)
             for d in directions
+        }
+        searches = {
+            d: PlanSearch(self._runs, budget, options, self._numerics_for(workload, options), self.tile_bytes, may_keep)
+            for d, workload in workloads.items()
         }
         parts: dict[Direction, DirectionPlan] = {}
         for schedule, policies in self._attempts(options, directions):
             for d, search in searches.items():
-                parts[d] = search.plan(self._workload(d, size, schedule), policies[d])
+                parts[d] = search.plan(replace(workloads[d], schedule=schedule), policies[d])
             if all(searches[d].fits(part, part.placement) for d, part in parts.items()):
                 break
         else:
@@ -156,12 +172,10 @@ class Planner:
             model=model_name(self._model),
             height=size[0],
             width=size[1],
-            dtype=str(setting.dtype).removeprefix("torch."),
-            device=str(setting.device),
+            dtype=str(dtype).removeprefix("torch."),
+            device=str(self._device),
             schedule=schedule,
-            allowed_bytes=options.allowed_bytes,
-            reserved_bytes=setting.reserved_bytes,
-            held_bytes=others.held_bytes,
+            budget=budget,
             parts=parts,
         )
 
@@ -176,21 +190,16 @@ class Planner:
             yield from ((schedule, staying) for schedule in lengths)
         yield from ((schedule, policies) for schedule in lengths)
 
-    def _workload(self, direction: Direction, size: tuple[int, int], schedule: ChunkSchedule) -> Workload:
-        height, width = size
-        return Workload(direction=direction, height=height, width=width, dtype=self._setting.dtype, schedule=schedule)
-
-    def _numerics_for(self, direction: Direction, size: tuple[int, int], options: ComputeOptions) -> Numerics:
+    def _numerics_for(self, workload: Workload, options: ComputeOptions) -> Numerics:
         """The numerics for frames of this size; chosen once, so that all videos of a session are computed alike."""
         if options.numerics is not None:
             return options.numerics
-        setting, layout, paired_frames = self._setting, options.layout, options.paired_frames
-        if not setting.is_here:  # nothing can be measured
+        layout, paired_frames = options.layout, options.paired_frames
+        if not self._is_here:  # nothing can be measured
             layout, paired_frames = layout or "channels_last", bool(paired_frames)
-        key = (direction, size, layout, paired_frames)
+        key = (workload, layout, paired_frames)
         if key not in self._numerics:
-            workload = self._workload(direction, size, self._model.geometry.schedule)
             self._numerics[key] = choose_numerics(
-                self._model, workload, device=setting.device, layout=layout, paired_frames=paired_frames
+                self._model, workload, device=self._device, layout=layout, paired_frames=paired_frames
             )
         return self._numerics[key]

@@ -12,12 +12,13 @@ import torch
 from longvid.memory.budget import MemoryBudget
 from longvid.memory.offload import OffloadPolicy, Placement
 from longvid.models.base import CausalVAE
+from longvid.models.context import Limits
 from longvid.models.numerics import Numerics
 from longvid.planning.cost_model import choose_placement
 from longvid.planning.dry_run import DryRuns
-from longvid.planning.options import ComputeOptions, OtherVideos, Setting
+from longvid.planning.options import ComputeOptions
 from longvid.planning.plan import DirectionPlan
-from longvid.planning.workload import Execution, Slicing, Workload
+from longvid.planning.workload import Execution, Workload
 from longvid.schedule import ChunkSchedule
 
 __all__ = ["PlanSearch", "schedules"]
@@ -38,21 +39,20 @@ class PlanSearch:
     """Looks for the fastest execution of one direction that fits the budget."""
 
     runs: DryRuns
-    setting: Setting
     budget: MemoryBudget
-    others: OtherVideos
     options: ComputeOptions
     numerics: Numerics
+    tile_bytes: int | None
+    "most bytes of a layer's window, beyond which it runs in row tiles; None for whole frames"
+    may_keep: bool
+    "whether buffers may be kept from chunk to chunk"
 
     def fits(self, part: DirectionPlan, placement: Placement) -> bool:
         """Whether the direction would be within all limits with this placement."""
-        limit = self.others.idle_limit_bytes
+        limit = self.budget.idle_limit_bytes
         if limit is not None and part.cost_model.idle_need(placement).total_bytes > limit:
             return False
-        return self._within(part.weights_bytes + part.cost_model.peak(placement).total_bytes)
-
-    def _within(self, peak_bytes: int) -> bool:
-        return self.budget.fits(peak_bytes + self.others.held_bytes)
+        return self.budget.fits(part.weights_bytes + part.cost_model.peak(placement).total_bytes)
 
     def plan(self, workload: Workload, policy: OffloadPolicy) -> DirectionPlan:
         """The direction with the slices and the placement that the policy and the limits give it.
@@ -60,10 +60,10 @@ class PlanSearch:
         Memory that is kept saves time, shorter slices cost next to nothing, transfers may cost a lot: contexts leave
         only if the shortest slices are not enough.
         """
-        tried = [Execution(numerics=self.numerics, slicing=slicing) for slicing in self._slicings(workload)]
+        tried = self._slicings(workload)
         least = self.runs.cost_model(workload, tried[-1])
         staying = OffloadPolicy("none") if policy.kind == "auto" else policy
-        if self.options.keep_buffers and self.setting.keeps_buffers and staying.kind == "none":
+        if self.may_keep and staying.kind == "none":
             kept = replace(tried[0], keeps_buffers=True)
             tried[:0] = [replace(kept, keeps_kernels=True), kept]
         for execution in tried:
@@ -86,26 +86,30 @@ class PlanSearch:
         chosen = choose_placement(part.cost_model, policy, partial(self.fits, part), part.rates)
         return replace(part, placement=chosen)
 
-    def _slicings(self, workload: Workload) -> list[Slicing]:
+    def _slicings(self, workload: Workload) -> list[Execution]:
         """Slicings to try, the longest first. The unit is a frame of the layer whose frames are the largest."""
-        tile_bytes = self.setting.tile_bytes
-        tile_elements = None if tile_bytes is None else tile_bytes // self.setting.dtype.itemsize
+        tile_elements = None if self.tile_bytes is None else self.tile_bytes // workload.dtype.itemsize
         # A layout that has no row tiles has slices of that size instead.
         last = self.numerics.layout == "channels_last"
         most = 2**31 - 1 if last or tile_elements is None else tile_elements
-        whole = Slicing(most, band_elements=tile_elements if last else None)
-        frame = self.runs.largest_frame(workload, Execution(numerics=self.numerics, slicing=whole))
+        limits = Limits(slice_elements=most, tile_elements=tile_elements if last else None)
+        whole = Execution(numerics=self.numerics, limits=limits)
+        frame = self.runs.largest_frame(workload, whole)
         if not frame:
             return [whole]
+
+        def slices(frames: int) -> Execution:
+            return replace(whole, limits=replace(limits, slice_elements=frames * frame), slice_frames=frames)
+
         asked = self.options.slices(workload.direction)
         if asked is not None:
-            return [replace(whole, elements=asked * frame, frames=asked)]
+            return [slices(asked)]
         shortest = 2 if self.numerics.paired_frames else 1
         longest = max(shortest, most // frame)
-        found = [whole if longest >= workload.schedule.chunk_frames else replace(whole, frames=longest)]
+        found = [whole if longest >= workload.schedule.chunk_frames else replace(whole, slice_frames=longest)]
         frames = min(longest, workload.schedule.chunk_frames) // 2
         while frames >= shortest:
-            found.append(replace(whole, elements=frames * frame, frames=frames))
+            found.append(slices(frames))
             frames //= 2
         return found
 
@@ -133,13 +137,13 @@ class PlanSearch:
 
     def _budget_text(self, peak_bytes: int) -> str:
         """A budget that, read back, holds this peak."""
-        needed = peak_bytes + self.others.held_bytes + self.budget.reserved_bytes
+        needed = peak_bytes + self.budget.held_bytes + self.budget.reserved_bytes
         return f"{math.ceil(needed / 2**20)}MiB"
 
     def _smaller_size(self, part: DirectionPlan) -> tuple[int, int] | None:
         """The largest frame of about the same shape whose smallest plan fits. Bytes grow with the area."""
         workload, p = part.workload, self.runs.model.geometry.pixels_per_latent
-        free = self.budget.left(part.weights_bytes + self.others.held_bytes)
+        free = self.budget.left(part.weights_bytes)
         if free is None or free <= 0:
             return None
         scale = min(1.0, math.sqrt(free / (part.minimum_bytes - part.weights_bytes)))
@@ -154,6 +158,5 @@ class PlanSearch:
         return None
 
     def _minimum_fits(self, workload: Workload) -> bool:
-        shortest = Execution(numerics=self.numerics, slicing=self._slicings(workload)[-1])
-        cost_model = self.runs.cost_model(workload, shortest)
-        return self._within(self.runs.weights_bytes(workload.dtype) + cost_model.peak(cost_model.least).total_bytes)
+        cost_model = self.runs.cost_model(workload, self._slicings(workload)[-1])
+        return self.budget.fits(self.runs.weights_bytes(workload.dtype) + cost_model.peak(cost_model.least).total_bytes)

@@ -15,7 +15,7 @@ from longvid.models.context import ForwardContext, Limits
 from longvid.models.numerics import Numerics
 from longvid.schedule import ChunkSchedule
 
-__all__ = ["Execution", "Slicing", "Workload"]
+__all__ = ["Execution", "Workload"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,32 +30,15 @@ class Workload:
     schedule: ChunkSchedule
 
 
-@dataclass(frozen=True, slots=True)
-class Slicing:
-    """How large the slices of frames and the row tiles are in which layers run.
-
-    On some processors another size changes the last bits of a result; on most it changes none.
-    """
-
-    elements: int = 2**31 - 1
-    "most elements of a slice's new input frames and of its output; at least one frame"
-    frames: int | None = None
-    "frames of a slice in the layer with the largest frames, more in the others; None for whole chunks"
-    band_elements: int | None = None
-    "most elements of a window, beyond which layers run in row tiles; None for whole frames"
-
-    def __str__(self) -> str:
-        if self.band_elements is None:
-            return "whole chunks" if self.frames is None else f"slices of {self.frames}"
-        return "row tiles" if self.frames is None else f"{self.frames}-frame tiles"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Execution:
     """How the layers compute a workload."""
 
     numerics: Numerics = field(default_factory=Numerics)
-    slicing: Slicing = field(default_factory=Slicing)
+    limits: Limits = field(default_factory=Limits)
+    "slices and row tiles; on some processors another size changes the last bits of a result, on most it changes none"
+    slice_frames: int | None = None
+    "frames of a slice in the layer with the largest frames, more in the others; None for whole chunks"
     keeps_buffers: bool = False
     "whether the buffers of the layers are kept from chunk to chunk"
     keeps_kernels: bool = False
@@ -67,6 +50,14 @@ class Execution:
             ConvCache(module, offloader=offloader),
             BufferPool(keep=self.keeps_buffers),
             self.numerics,
-            Limits(slice_elements=self.slicing.elements, tile_elements=self.slicing.band_elements),
+            self.limits,
             self.keeps_kernels,
         )
+
+    @property
+    def slices(self) -> str:
+        """Slices and row tiles in words."""
+        frames = self.slice_frames
+        if self.limits.tile_elements is None:
+            return "whole chunks" if frames is None else f"slices of {frames}"
+        return "row tiles" if frames is None else f"{frames}-frame tiles"

@@ -24,7 +24,7 @@ from longvid.memory.host import host_available_bytes
 from longvid.memory.host_buffer import HostBuffer
 from longvid.models.numerics import Numerics
 from longvid.planning.kernel_choice import can_compute
-from longvid.planning.options import ComputeOptions, OtherVideos, Setting
+from longvid.planning.options import ComputeOptions
 from longvid.planning.plan import DirectionPlan, Plan
 from longvid.planning.planner import Planner
 from longvid.runtime.engine import Engine
@@ -162,7 +162,7 @@ class AdmissionControl:
         self.engine = engine
         self._options = replace(options, dtype=engine.dtype)
         self._offload_dir = offload_dir
-        self._planner = Planner(engine.model, Setting.of(engine.model, self._options, engine.device))
+        self._planner = Planner(engine.model, engine.device)
         self._held: list[Admission] = []
 
     def admit(
@@ -180,15 +180,15 @@ class AdmissionControl:
         # What this video may hold while the largest of the others computes.
         room = [budget.left(other.projected_bytes + held_bytes - other.idle_bytes) for other in others]
         idle_limit = min((r for r in room if r is not None), default=None)
-        beside_others = OtherVideos(held_bytes=held_bytes, idle_limit_bytes=idle_limit)
-        plan = self.plan(size, (direction,), self._options_for(earlier, whole), beside_others)
+        options = self._options_for(earlier, whole)
+        plan = self.plan(size, (direction,), options, held_bytes=held_bytes, idle_limit_bytes=idle_limit)
         plan.check(direction)
         part = plan.direction(direction)
         for other in others:
             beside = held_bytes - other.idle_bytes + part.idle_bytes
-            budget.check(
-                other.projected_bytes + beside,
-                {**other.parts, "contexts of other open videos": beside},
+            replace(budget, held_bytes=beside).check(
+                other.projected_bytes,
+                other.parts,
                 f"{direction} at {plan.width}x{plan.height} beside a larger video that is open",
             )
         self._check_host(part)
@@ -207,7 +207,9 @@ class AdmissionControl:
         size: Size,
         directions: tuple[Direction, ...] = ("encode", "decode"),
         options: ComputeOptions | None = None,
-        others: OtherVideos | None = None,
+        *,
+        held_bytes: int = 0,
+        idle_limit_bytes: int | None = None,
     ) -> Plan:
         """The plan under what other videos leave of the budget, with the options of the session if none are given."""
         engine, profile = self.engine, self._options.profile
@@ -215,7 +217,9 @@ class AdmissionControl:
             profile.check(engine.scope(size))
         if engine.model.geometry.chunk_invariant and self._options.allowed_bytes is not None:
             directions = ("encode", "decode")  # the budget may shorten chunks, and both directions share their length
-        return self._planner.plan(size, options or self._options, directions, others or OtherVideos())
+        return self._planner.plan(
+            size, options or self._options, directions, held_bytes=held_bytes, idle_limit_bytes=idle_limit_bytes
+        )
 
     def _options_for(self, earlier: StoreMetadata | None, whole: bool) -> ComputeOptions:
         """The options of the session, with the choices of the run that is continued where the user left them."""

@@ -75,7 +75,7 @@ class _Task:
             },
             "window": list(self.window),
             "size": [latents.height, latents.width],
-            **self.job.engine.fingerprint(self.admission.part.numerics),
+            **self.job.engine.fingerprint(self.admission.part.execution.numerics),
             "chunk_plan": self.admission.schedule.to_dict(),
         }
 
@@ -127,7 +127,7 @@ def _sink(
         facts=RunFacts(
             fingerprint=fingerprint,
             vae=latents.vae,
-            extra={"numerics": task.admission.part.numerics.to_dict(), "latents": str(latents.path)},
+            extra={"numerics": task.admission.part.execution.numerics.to_dict(), "latents": str(latents.path)},
         ),
         options=options,
     )

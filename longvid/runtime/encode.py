@@ -142,7 +142,7 @@ class _Task:
         return {
             "kind": "latents",
             "source": self.video.fingerprint(),
-            **self.job.engine.fingerprint(self.admission.part.numerics),
+            **self.job.engine.fingerprint(self.admission.part.execution.numerics),
             "chunk_plan": self.admission.schedule.to_dict(),
             "representation": self.options.representation,
             "store_dtype": self.options.store_dtype,
@@ -191,7 +191,7 @@ def _writer(task: _Task, store: Path, fingerprint: dict[str, Any]) -> LatentWrit
             extra={
                 "compute_dtype": engine.dtype_name,
                 "compute_device": engine.device.type,
-                "numerics": task.admission.part.numerics.to_dict(),
+                "numerics": task.admission.part.execution.numerics.to_dict(),
                 "padded_size": list(task.size),
                 "pixel_range": [-1, 1],
                 "run": {**reading, "source": info.name if info.kind == "video" else None},

@@ -25,7 +25,7 @@ from longvid.events import Direction
 from longvid.memory.offload import OffloadPolicy
 from longvid.models.base import CausalVAE
 from longvid.planning.cost_model import DeviceRates
-from longvid.planning.options import ComputeOptions, Setting
+from longvid.planning.options import ComputeOptions
 from longvid.planning.plan import DirectionPlan
 from longvid.planning.planner import Planner
 from longvid.planning.profile import DirectionProfile, Profile
@@ -142,8 +142,7 @@ def tune(
     engine = Engine.on_device(model, device, options.dtype, offload_dir=sweep.offload_dir)
     with engine.copy_engine:
         link = _link_rate(engine)
-        setting = Setting.of(engine.model, options, engine.device)
-        bench = _Bench(engine, Planner(engine.model, setting), (height, width), options, sweep, link, say)
+        bench = _Bench(engine, Planner(engine.model, engine.device), (height, width), options, sweep, link, say)
         points: list[ThresholdPoint] = []
         parts: dict[Direction, DirectionProfile] = {}
         excess = 0
@@ -251,7 +250,7 @@ class _Bench:
 def _chunks(run: EncodeRun | DecodeRun) -> Iterator[Callable[[], object]]:
     """The first chunks of a video of noise, each as a call that computes it."""
     geometry, random = run.engine.model.geometry, np.random.default_rng(0)
-    height, width = run.part.frame_size
+    height, width = run.part.workload.height, run.part.workload.width
     p = geometry.pixels_per_latent
     for index in range(_FIRST_TIMED + 2):
         chunk = run.part.workload.schedule.full(index)
@@ -285,7 +284,7 @@ def _as_points(
     return [
         ThresholdPoint(
             direction=part.workload.direction,
-            slice_frames=part.slicing.frames or part.chunk_frames,
+            slice_frames=part.execution.slice_frames or part.chunk_frames,
             resident_bytes=part.resident_cache_bytes,
             offloaded_bytes=part.offloaded_cache_bytes,
             prefetch_bytes=part.placement.prefetch_bytes,

@@ -347,7 +347,7 @@ class TestEngine:
         assert short.projected_bytes < own.projected_bytes
         between = plan(memory=(own.projected_bytes + short.projected_bytes) // 2)
         assert between.schedule.chunk_frames in (4, 8)
-        assert between.projected_bytes <= between.allowed_bytes
+        assert between.projected_bytes <= between.budget.allowed_bytes
         assert plan(memory=own.projected_bytes).schedule.chunk_frames == 16
         too_small = plan(memory=short.projected_bytes - 1, offload="none")
         assert too_small.schedule.chunk_frames == 4

@@ -1,7 +1,7 @@
 """The dry run is exact: equal to the byte to a tracked run on real CPU tensors, and pinned by golden numbers."""
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from longvid.models.kernels.cpu import has_bfloat16
 from longvid.models.numerics import Numerics
 from longvid.planning.kernel_choice import can_compute
 from longvid.planning.options import parse_dtype
-from longvid.planning.workload import Slicing
+from longvid.planning.workload import Execution
 
 # bytes at 720x480 in bfloat16: projected peak of the run and all contexts, weights (431,167,814) included in the first
 GOLDEN = {"encode": (4_726_285_638, 1_801_267_200), "decode": (7_144_795_462, 2_809_382_400)}
@@ -98,16 +98,16 @@ def as_computed_here(numerics, dtype):
     return numerics
 
 
-def run_for_real(model, direction, height, width, dtype, numerics=None, slicing=None, keep=False, kernels=False):
+def run_for_real(model, direction, height, width, dtype, execution=None):
     """Peak bytes of the first and of four middle chunks on CPU tensors."""
-    numerics = numerics or Numerics()
+    execution = execution or Execution()
     device = torch.device("cpu")
     ready, tracker, peaks = placed(model, device, dtype), AllocationTracker(), []
     plan, p = model.geometry.schedule, model.geometry.pixels_per_latent
     module = ready.encoder if direction == "encode" else ready.decoder
-    slicing = slicing or Slicing()
-    limits = {"slice_elements": slicing.elements, "tile_elements": slicing.band_elements}
-    with forward_context(module, **limits, numerics=numerics, keep_buffers=keep, keep_kernels=kernels) as context:
+    keep, kernels = execution.keeps_buffers, execution.keeps_kernels
+    options = {"numerics": execution.numerics, "keep_buffers": keep, "keep_kernels": kernels}
+    with forward_context(module, **asdict(execution.limits), **options) as context:
         for chunk in (plan.full(i) for i in range(5)):
             if direction == "encode":
                 host, step = (
@@ -166,8 +166,8 @@ def test_projection_equals_a_tracked_run_to_the_byte(vae, direction, size, dtype
 
 
 def assert_planned(plan, model, direction, size, dtype, keep):
-    first, *middle = run_for_real(model, direction, *size, dtype, plan.numerics, plan.slicing, keep, plan.keeps_kernels)
-    assert plan.keeps_buffers == keep
+    first, *middle = run_for_real(model, direction, *size, dtype, plan.execution)
+    assert plan.execution.keeps_buffers == keep
     if not keep:
         assert len(set(middle)) == 1
     assert max(middle) == middle[-1] == plan.steady_chunk_bytes - plan.weights_bytes
@@ -200,14 +200,14 @@ def test_tiles_and_packed_kernels_are_in_the_projection(
     setting["slice_frames"] = slice_frames
     whole = fixed_plan(packable, **setting).direction(direction)
     plan = fixed_plan(packable, **setting, tile_bytes=2**16).direction(direction)
-    assert plan.slicing.band_elements == 2**16 // dtype.itemsize
+    assert plan.execution.limits.tile_elements == 2**16 // dtype.itemsize
     if not keep:  # or else the kernels are kept, which are larger than all else of such frames
         assert plan.projected_bytes < whole.projected_bytes
-    assert plan.keeps_kernels == keep
+    assert plan.execution.keeps_kernels == keep
     assert_planned(plan, packable, direction, (72, 24), dtype, keep)
     if keep:  # kernels are the first thing to do without
         less = fixed_plan(packable, **setting, tile_bytes=2**16, memory=plan.projected_bytes - 1).direction(direction)
-        assert not less.keeps_kernels
+        assert not less.execution.keeps_kernels
         assert_planned(less, packable, direction, (72, 24), dtype, keep)
 
 
@@ -220,14 +220,14 @@ def test_memory_is_kept_between_chunks_only_where_there_is_room(vae, direction):
 
     kept = planned()
     thrifty = fixed_plan(vae, **{**setting, "keep_buffers": False}).direction(direction)
-    assert kept.keeps_buffers
-    assert not thrifty.keeps_buffers
+    assert kept.execution.keeps_buffers
+    assert not thrifty.execution.keeps_buffers
     assert thrifty.projected_bytes < kept.projected_bytes < 1.25 * thrifty.projected_bytes
     assert planned(memory=kept.projected_bytes) == kept
     less = planned(memory=kept.projected_bytes - 1)
-    assert (less.keeps_buffers, less.projected_bytes) == (False, thrifty.projected_bytes)
+    assert (less.execution.keeps_buffers, less.projected_bytes) == (False, thrifty.projected_bytes)
     assert less.placement.offloaded == frozenset()  # it costs less than transfers
-    assert not planned(offload="all").keeps_buffers  # who offloads wants little memory
+    assert not planned(offload="all").execution.keeps_buffers  # who offloads wants little memory
     assert kept.minimum_bytes == thrifty.minimum_bytes
 
 
@@ -285,7 +285,7 @@ def test_slices_get_shorter_before_contexts_leave(vae, direction, numerics):
     """The longest slices that fit; transfers only when the shortest do not."""
     setting = {"height": 32, "width": 48, "numerics": numerics, "directions": (direction,)}
     free = fixed_plan(vae, **setting).direction(direction)
-    assert free.slicing.frames is None
+    assert free.execution.slice_frames is None
     # Slices that are in between may need as much as whole chunks: a longer window at a time, but an output beside it.
     shortest = fixed_plan(vae, **setting, slice_frames=2 if numerics.paired_frames else 1).direction(direction)
     assert shortest.projected_bytes < free.projected_bytes
@@ -295,11 +295,11 @@ def test_slices_get_shorter_before_contexts_leave(vae, direction, numerics):
         part = fixed_plan(vae, **setting, memory=memory).direction(direction)
         assert part.projected_bytes <= memory
         assert not part.placement.offloaded
-        seen.append(part.slicing.frames or 8)
+        seen.append(part.execution.slice_frames or 8)
     assert seen == sorted(seen)
-    assert fixed_plan(vae, **setting, memory=free.projected_bytes).direction(direction).slicing.frames is None
+    assert fixed_plan(vae, **setting, memory=free.projected_bytes).direction(direction).execution.slice_frames is None
     less = fixed_plan(vae, **setting, memory=shortest.projected_bytes - 1).direction(direction)
-    assert less.slicing == shortest.slicing
+    assert less.execution == shortest.execution
     assert less.placement.offloaded
     assert less.minimum_bytes == shortest.minimum_bytes < shortest.projected_bytes
 

@@ -304,7 +304,7 @@ def test_a_run_that_is_continued_needs_no_more_than_was_planned(vae, frames, tmp
         with VideoSession(vae, **numerics, callbacks=[stop]) as session:
             assert not session.encode(long, path).complete
         with VideoSession(vae, **numerics) as session:
-            assert session.plan(height=24, width=40).encode.keeps_buffers
+            assert session.plan(height=24, width=40).encode.execution.keeps_buffers
             report = session.encode(long, path)
         assert report.complete
         assert report.resumed_from_frame
@@ -329,13 +329,13 @@ def test_the_measured_peak_is_the_planned_one_whichever_thread_is_slow(vae, fram
 def test_kept_kernels_are_in_the_measured_peak_as_in_the_planned_one(packable, frames, tmp_path):
     with VideoSession(packable, device="cpu", layout="channels_last") as session:
         plan = session.plan(height=24, width=40)
-        assert plan.encode.keeps_kernels
+        assert plan.encode.execution.keeps_kernels
         peak = session.encode(np.concatenate([frames] * 3), tmp_path / "a.zarr").peak_device_bytes
         assert peak == plan.encode.projected_bytes
     with VideoSession(packable, device="cpu", layout="channels_last", memory=peak - 1) as session:
         plan = session.plan(height=24, width=40)
-        assert plan.encode.keeps_buffers
-        assert not plan.encode.keeps_kernels
+        assert plan.encode.execution.keeps_buffers
+        assert not plan.encode.execution.keeps_kernels
         report = session.encode(np.concatenate([frames] * 3), tmp_path / "b.zarr")
         assert report.peak_device_bytes == plan.encode.projected_bytes < peak
 

@@ -1,12 +1,10 @@
 """Plans with fixed numerics, whatever this machine would choose."""
 
-from dataclasses import replace
-
 from longvid.memory.offload import OffloadPolicy
 from longvid.models.loading import load_architecture
 from longvid.models.numerics import Numerics
 from longvid.planning import kernel_choice
-from longvid.planning.options import ComputeOptions, OtherVideos, Setting, parse_dtype, planned_device
+from longvid.planning.options import ComputeOptions, parse_dtype, planned_device
 from longvid.planning.planner import Planner
 from longvid.units import parse_bytes
 
@@ -22,9 +20,10 @@ def fixed_plan(
         dtype=parse_dtype(dtype), numerics=numerics or Numerics(), keep_buffers=keep_buffers,
         offload=OffloadPolicy.parse(offload), allowed_bytes=allowed, reserved_bytes=reserved, **options,
     )  # fmt: skip
-    setting = replace(Setting.of(vae, asked, planned_device("cpu")[0]), tile_bytes=tile_bytes)
-    others = OtherVideos(held_bytes=held_bytes, idle_limit_bytes=idle_limit_bytes)
-    return Planner(vae, setting).plan((height, width), asked, directions, others)
+    planner = Planner(vae, planned_device("cpu")[0])
+    planner.tile_bytes = tile_bytes
+    held = {"held_bytes": held_bytes, "idle_limit_bytes": idle_limit_bytes}
+    return planner.plan((height, width), asked, directions, **held)
 
 
 def without_measurements(monkeypatch):
