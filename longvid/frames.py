@@ -1,4 +1,4 @@
-"""Frames: the types and the protocol that sources of frames and the engine share.
+"""Frames: the types that sources of frames and the engine share.
 
 Axes: T time, H height, W width. Frames are always uint8 RGB, ``frames_THWC`` with three channels.
 """
@@ -6,10 +6,9 @@ Axes: T time, H height, W width. Frames are always uint8 RGB, ``frames_THWC`` wi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, Protocol, Self, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,6 @@ import numpy.typing as npt
 __all__ = [
     "ColorInfo",
     "FrameBlock",
-    "FrameSource",
     "Frames",
     "Marks",
     "OnError",
@@ -108,35 +106,3 @@ class SourcePosition:
 def frame_digest(frame_HWC: npt.NDArray[np.uint8]) -> str:
     """sha256 of a frame's RGB bytes in C order, in hexadecimal digits."""
     return hashlib.sha256(np.ascontiguousarray(frame_HWC).data).hexdigest()
-
-
-class FrameSource(Protocol):
-    """Frames of one video, read once from front to back, in blocks of any length.
-
-    ``blocks`` may be called once. ``close`` may be called at any time, also twice, also from another thread than
-    the one that iterates once that one has stopped.
-    """
-
-    @property
-    def info(self) -> SourceInfo:
-        """Facts known in advance."""
-        ...
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What decides the frames, ready for JSON; names and places are not in it. Two equal sources give the same."""
-        ...
-
-    def blocks(self, *, after: SourcePosition | None = None) -> Iterator[FrameBlock]:
-        """Yield the frames, those behind ``after`` only if that is given.
-
-        Raises SourceError where they cannot be read; of kind ``"changed"`` if ``after`` is not found.
-        """
-        ...
-
-    def close(self) -> None:
-        """Release the file."""
-        ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *_: object) -> None: ...

@@ -6,18 +6,28 @@ Torch tensors are recognised by the name of their module, so that neither torch 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from longvid.errors import SourceError
-from longvid.frames import FrameBlock, SourceInfo, SourcePosition, frame_digest
+from longvid.frames import FrameBlock, OnError, SourceInfo, SourcePosition, frame_digest
 from longvid.media.limits import Limits
 
-__all__ = ["ArrayFrames", "IterableFrames", "OnePass", "check_layout", "check_position", "is_array", "to_numpy"]
+__all__ = [
+    "ArrayFrames",
+    "FrameSource",
+    "IterableFrames",
+    "Reading",
+    "check_layout",
+    "check_position",
+    "is_array",
+    "to_numpy",
+]
 
 DEFAULT_FRAME_RATE = Fraction(24)
 _BLOCK_FRAMES = 16
@@ -27,13 +37,42 @@ _MOST_CHUNK_BYTES = 2 * 2**30
 _EXPECTED = "uint8 with axes (T, H, W, 3)"
 
 
-class OnePass:
-    """What every source shares: a window of frames, limits, and a single pass. Closing it twice does no harm."""
+class Reading(TypedDict, total=False):
+    """How frames are read; see :func:`longvid.media.sources.open_source`."""
+
+    start: int
+    frames: int | None
+    size: tuple[int, int] | None
+    frame_rate: Fraction | int | None
+    on_error: OnError
+    limits: Limits | None
+
+
+class FrameSource(ABC):
+    """Frames of one video, read once from front to back, in blocks of any length.
+
+    ``blocks`` may be called once. ``close`` may be called at any time, also twice, also from another thread than
+    the one that iterates once that one has stopped.
+    """
 
     info: SourceInfo
     "facts known in advance"
 
-    def __init__(self, name: str, start: int, frames: int | None, limits: Limits | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        start: int = 0,
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        frame_rate: Fraction | int | None = None,
+        on_error: OnError = "stop",
+        limits: Limits | None = None,
+    ) -> None:
+        if on_error not in get_args(OnError):
+            raise SourceError(
+                f"on_error {on_error!r} is not known; choose {', '.join(get_args(OnError))}", kind="range"
+            )
         if start < 0:
             raise SourceError(
                 f"start={start} is before the first frame; give the index of a frame, from 0", kind="range"
@@ -43,9 +82,21 @@ class OnePass:
         self._name = name
         self._begin = start
         self._end = None if frames is None else start + frames
+        self._size, self._frame_rate, self._on_error = size, frame_rate, on_error
         self._limits = limits or Limits()
         self._started = False
         self._closed = False
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the frames, ready for JSON; names and places are not in it. Two equal sources give the same."""
+
+    @abstractmethod
+    def blocks(self, *, after: SourcePosition | None = None) -> Iterator[FrameBlock]:
+        """Yield the frames, those behind ``after`` only if that is given.
+
+        Raises SourceError where they cannot be read; of kind ``"changed"`` if ``after`` is not found.
+        """
 
     def close(self) -> None:
         """Release the frames; reading on afterwards raises SourceError."""
@@ -62,16 +113,9 @@ class OnePass:
             raise SourceError(f"the frames of {self._name} were already read once; open the source again")
         self._started = True
 
-    def _set_info(
-        self,
-        kind: str,
-        frame_size: tuple[int, ...],
-        size: tuple[int, int] | None,
-        num_frames: int | None,
-        frame_rate: Fraction | int | None,
-    ) -> None:
-        """Set ``info`` of frames without time stamps, for which ``size`` and ``frame_rate`` were asked."""
-        height, width = frame_size
+    def _set_info(self, kind: str, frame_size: tuple[int, ...], num_frames: int | None) -> None:
+        """Set ``info`` of frames without time stamps."""
+        (height, width), size, frame_rate = frame_size, self._size, self._frame_rate
         if size is not None and tuple(size) != (height, width):
             raise SourceError(
                 f"{self._name} has frames of {width}x{height} pixels and {size[1]}x{size[0]} were asked for; "
@@ -125,36 +169,26 @@ class OnePass:
         self.close()
 
 
-class ArrayFrames(OnePass):
+class ArrayFrames(FrameSource):
     """Frames of a numpy array, a torch tensor or a ``zarr.Array`` of shape (T, H, W, 3), sliced as they are needed.
 
     ``size`` can only be that of the array, since arrays are not resized here. Without ``frame_rate`` 24 frames per
     second are assumed, and ``info`` says so. For the rest see :func:`longvid.media.sources.open_source`.
     """
 
-    def __init__(
-        self,
-        array: Any,
-        *,
-        start: int = 0,
-        frames: int | None = None,
-        size: tuple[int, int] | None = None,
-        frame_rate: Fraction | int | None = None,
-        name: str | None = None,
-        limits: Limits | None = None,
-    ) -> None:
+    def __init__(self, array: Any, *, name: str | None = None, **reading: Unpack[Reading]) -> None:
         kind = "tensor" if type(array).__name__ == "Tensor" else "array"
         module = type(array).__module__.partition(".")[0]
-        super().__init__(name or f"the {module} {kind}", start, frames, limits)
+        super().__init__(name or f"the {module} {kind}", **reading)
         check_layout(array, self._name, ranks=(4,))
         count, height, width = (int(length) for length in array.shape[:3])
         if not count:
             raise SourceError(f"{self._name} holds no frames: its shape is {tuple(array.shape)}", kind="no-frames")
-        if start >= count:
+        if self._begin >= count:
             raise self._beyond_end(count)
         self._array = array
         self._stop = count if self._end is None else min(count, self._end)
-        self._set_info("array", (height, width), size, self._stop - start, frame_rate)
+        self._set_info("array", (height, width), self._stop - self._begin)
         self._step = _aligned_step(array, height, width, self._name)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -206,31 +240,22 @@ class ArrayFrames(OnePass):
             raise SourceError(f"frames {begin} to {end - 1} of {self._name} cannot be read: {exc}") from exc
 
 
-class IterableFrames(OnePass):
+class IterableFrames(FrameSource):
     """Frames from an iterable of uint8 pieces of shape (T, H, W, 3) or (H, W, 3); their number is not known in advance.
 
     The first piece is taken at once to learn the size, and none is taken beyond the window. Every piece is copied, so
     that a generator may reuse its buffer. What the iterable raises comes out unchanged.
     """
 
-    def __init__(
-        self,
-        pieces: Iterable[Any],
-        *,
-        start: int = 0,
-        frames: int | None = None,
-        size: tuple[int, int] | None = None,
-        frame_rate: Fraction | int | None = None,
-        limits: Limits | None = None,
-    ) -> None:
-        super().__init__(f"the {type(pieces).__name__}", start, frames, limits)
+    def __init__(self, pieces: Iterable[Any], **reading: Unpack[Reading]) -> None:
+        super().__init__(f"the {type(pieces).__name__}", **reading)
         self._iterator = iter(pieces)
         self._num_pieces = 0
         first = self._next_piece()
         if first is None:
             raise SourceError(f"{self._name} gave no frames", kind="no-frames")
         self._first: npt.NDArray[np.uint8] | None = first
-        self._set_info("iterable", first.shape[1:3], size, None, frame_rate)
+        self._set_info("iterable", first.shape[1:3], None)
 
     def fingerprint(self) -> dict[str, Any]:
         """Size, window and first frame; later frames are compared when a run resumes."""

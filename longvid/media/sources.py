@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Unpack
 
 from longvid.errors import SourceError, StoreError
-from longvid.frames import FrameSource, OnError
-from longvid.media.arrays import ArrayFrames, IterableFrames, is_array
-from longvid.media.limits import Limits
+from longvid.media.arrays import ArrayFrames, FrameSource, IterableFrames, Reading, is_array
 
 if TYPE_CHECKING:
     from longvid.store.reader import FrameStore
@@ -19,16 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["open_source"]
 
 
-def open_source(
-    source: Any,
-    *,
-    start: int = 0,
-    frames: int | None = None,
-    size: tuple[int, int] | None = None,
-    frame_rate: Fraction | int | None = None,
-    on_error: OnError = "stop",
-    limits: Limits | None = None,
-) -> FrameSource:
+def open_source(source: Any, **reading: Unpack[Reading]) -> FrameSource:
     """Open what frames are read from.
 
     Args:
@@ -45,25 +33,17 @@ def open_source(
     Raises:
         SourceError: the source cannot be read, or is of a kind that has no frames.
     """
-    if on_error not in get_args(OnError):
-        raise SourceError(f"on_error {on_error!r} is not known; choose {', '.join(get_args(OnError))}", kind="range")
-    window: dict[str, Any] = {"start": start, "frames": frames, "size": size, "limits": limits}
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         if (path / "zarr.json").is_file():
             store = _open_store(path)
-            return ArrayFrames(store, frame_rate=frame_rate or store.frame_rate, name=str(path), **window)
-        if frame_rate is not None:
-            raise SourceError(
-                f"frame_rate={frame_rate} was given for {path}, but a media file carries its own time stamps; leave it "
-                "out",
-                kind="layout",
-            )
+            reading["frame_rate"] = reading.get("frame_rate") or store.frame_rate
+            return ArrayFrames(store, name=str(path), **reading)
         from longvid.media.video_file import VideoFile
 
-        return VideoFile(source, on_error=on_error, **window)
+        return VideoFile(source, **reading)
     if is_array(source):
-        return ArrayFrames(source, frame_rate=frame_rate, **window)
+        return ArrayFrames(source, **reading)
     kind = type(source)
     if kind.__module__.partition(".")[0] == "zarr":
         raise SourceError(
@@ -72,7 +52,7 @@ def open_source(
             kind="layout",
         )
     if isinstance(source, Iterable) and not isinstance(source, (bytes, bytearray, Mapping)):
-        return IterableFrames(source, frame_rate=frame_rate, **window)
+        return IterableFrames(source, **reading)
     raise SourceError(
         f"a {kind.__name__} was given as the source; give the path of a video file or of a store of frames, a numpy "
         "array, a torch tensor or a zarr array, uint8 with axes (T, H, W, 3), or an iterable of such arrays",

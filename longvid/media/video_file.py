@@ -8,7 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any
+from typing import Any, Unpack
 
 import av
 import numpy as np
@@ -17,12 +17,11 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from longvid.errors import SourceError
-from longvid.frames import FrameBlock, OnError, SourceInfo, SourcePosition, frame_digest
-from longvid.media.arrays import DEFAULT_FRAME_RATE, OnePass, check_position
+from longvid.frames import FrameBlock, SourceInfo, SourcePosition, frame_digest
+from longvid.media.arrays import DEFAULT_FRAME_RATE, FrameSource, Reading, check_position
 from longvid.media.container import MediaFile, declared_end, lost_samples, pick_stream
 from longvid.media.convert import REVISION, Converter
 from longvid.media.decoder import Decoder, Fault, Picture
-from longvid.media.limits import Limits
 from longvid.media.watchdog import Watchdog
 
 __all__ = ["VideoFile"]
@@ -34,7 +33,7 @@ _SECONDS_BACK = (0.0, 0.5, 2.0)
 "how long before the wanted frame to seek: containers differ in where a seek ends"
 
 
-class VideoFile(OnePass):
+class VideoFile(FrameSource):
     """The video stream of a local media file.
 
     Opening reads the header and the first frame, so that ``info`` is known and a file that cannot be read is refused
@@ -43,26 +42,23 @@ class VideoFile(OnePass):
 
     Args:
         path: a regular file; addresses are refused.
-        start, frames, size, on_error, limits: see :func:`longvid.media.sources.open_source`.
+        reading: see :func:`longvid.media.sources.open_source`.
 
     Raises:
         SourceError: the file is missing, is not a video, is cut short, or holds no frames.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        start: int = 0,
-        frames: int | None = None,
-        size: tuple[int, int] | None = None,
-        on_error: OnError = "stop",
-        limits: Limits | None = None,
-    ) -> None:
-        super().__init__(os.fspath(path), start, frames, limits)
+    def __init__(self, path: str | os.PathLike[str], **reading: Unpack[Reading]) -> None:
+        super().__init__(os.fspath(path), **reading)
+        size = self._size
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise SourceError(f"size={size} is not (height, width) in pixels, both at least 1", kind="range")
-        self._on_error = on_error
+        if self._frame_rate is not None:
+            raise SourceError(
+                f"frame_rate={self._frame_rate} was given for {self._name}, but a media file carries its own time "
+                "stamps; leave it out",
+                kind="layout",
+            )
         self._ahead: deque[Picture] = deque()
         "pictures that were decoded to describe the file"
         self._file = MediaFile(self._name, self._limits)
@@ -70,7 +66,7 @@ class VideoFile(OnePass):
         self._watchdog = Watchdog(self._name, self._limits.stall_seconds)
         try:
             self._open()
-            self._describe_all(size)
+            self._describe_all()
         except BaseException:
             self.close()
             raise
@@ -136,7 +132,7 @@ class VideoFile(OnePass):
         self._ahead.clear()
         self._clock = _Clock(stream)
 
-    def _describe_all(self, size: tuple[int, int] | None) -> None:
+    def _describe_all(self) -> None:
         assert self._container is not None
         self._formats = self._container.format.name.split(",")
         self._shortfall = self._find_shortfall(self._container)
@@ -149,7 +145,7 @@ class VideoFile(OnePass):
         self._limits.check_pixels(self._name, first.height, first.width)
         self._frame_size = (first.height, first.width)
         self._first_pts = self._ahead[0].pts or 0
-        self._converter = Converter(first, self._stream, size, self._name)
+        self._converter = Converter(first, self._stream, self._size, self._name)
         self.info = self._describe(self._stream, first)
         self._check_known_length()
         transfer = self._converter.color.info.transfer

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from longvid.errors import ModelError, NonFiniteError, StoreError
 from longvid.events import RunReport
-from longvid.frames import Frames, FrameSource, Marks, SourcePosition, Times, frame_digest
+from longvid.frames import Frames, Marks, SourcePosition, Times, frame_digest
+from longvid.media.arrays import FrameSource
 from longvid.media.limits import Limits
 from longvid.media.sources import open_source
 from longvid.runtime.admission import Admission, Job, RunOptions
