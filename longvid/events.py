@@ -1,14 +1,14 @@
 """Events: what the engine reports while it runs, in numbers and names of layers, without tensors.
 
 The engine prints nothing and logs nothing per chunk. A progress bar, a recorder or a report page is a callback that
-takes a :class:`ChunkEvent`. A callback may also have the methods of :class:`RunObserver`.
+takes a :class:`ChunkEvent`. A callback may also be, or look like, a :class:`RunObserver`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 __all__ = [
     "Callback",
@@ -174,16 +174,23 @@ class RunReport:
 Callback: TypeAlias = Callable[[ChunkEvent], None]
 
 
-class RunObserver(Protocol):
-    """Methods that a callback may have beside being callable; each is looked up, none is required."""
+class RunObserver:
+    """Methods and attributes that a callback may have beside being callable; each is looked up, none is required."""
 
-    wants_spans: bool
+    wants_spans = False
     "whether events should carry spans"
 
     def run_started(self, start: RunStart) -> None:
         """Before the first chunk."""
-        ...
 
     def run_finished(self, report: RunReport | None) -> None:
         """After the last chunk; None if the run failed."""
-        ...
+
+    def close(self) -> None:
+        """At the end of a ``with`` block. May be called again."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -67,14 +67,8 @@ class CopyEngine:
     def __init__(self, device: torch.device, *, directory: Path | None = None) -> None:
         self.device = device
         self.directory = directory
-        self._made: _InlineStreams | None = None
+        self._streams = _streams_of(device)
         self._spare: HostBuffer | None = None
-
-    @property
-    def _streams(self) -> _InlineStreams:
-        if self._made is None:
-            self._made = _streams_of(self.device)
-        return self._made
 
     @property
     def spare_bytes(self) -> int:
@@ -94,9 +88,8 @@ class CopyEngine:
 
     def close(self) -> None:
         """Wait for all copies, end the copy streams and give the host memory back. May be called again."""
-        if self._made is not None:
-            self._made.close()
-        self._made = self._spare = None
+        self._streams.close()
+        self._spare = None
 
     def host_buffer(self, sizes: Sequence[int]) -> HostBuffer:
         """Host room for contexts of these sizes, if possible that of an earlier video: page-locking is slow.
@@ -121,8 +114,7 @@ class CopyEngine:
 
     def drain(self) -> None:
         """Block until no copy is under way on any stream."""
-        if self._made is not None:
-            self._made.drain()
+        self._streams.drain()
 
     def release(self, buffer: HostBuffer) -> None:
         """Take a buffer back whose slots are not used any more, by copies neither: see :meth:`drain`."""

@@ -1,7 +1,4 @@
-"""HostBuffer: the memory off the device that the contexts of one video live in: host memory, or an unnamed file.
-
-Taken once, before the run, and given back as a whole.
-"""
+"""HostBuffer: the memory off the device that the contexts of one video live in: host memory, or an unnamed file."""
 
 from __future__ import annotations
 
@@ -20,7 +17,6 @@ import torch
 from torch import Tensor
 
 from longvid.errors import MemoryBudgetError, StoreError
-from longvid.memory.buffer_pool import layout_of
 from longvid.units import format_bytes
 
 __all__ = ["HostBuffer", "HostSlot", "Pin"]
@@ -64,17 +60,13 @@ class HostBuffer:
         return sum(_aligned(size) for size in sizes)
 
     def take(self, like: Tensor) -> HostSlot:
-        """Room for a tensor of ``like``'s shape, dtype and layout."""
+        """Room for a dense tensor of ``like``'s shape, dtype and layout."""
         size = like.numel() * like.element_size()
         start, self._used = self._used, self._used + _aligned(size)
         if self._used > self.num_bytes:
             raise ValueError(f"the buffer of {self.num_bytes} bytes is full; {self._used} are needed")
         with torch.inference_mode(False):
-            tensor = self._buffer[start : start + size].view(like.dtype)
-            if layout_of(like) == torch.channels_last_3d:
-                tensor = tensor.view(like.movedim(1, -1).shape).movedim(-1, 1)
-            else:
-                tensor = tensor.view(like.shape)
+            tensor = self._buffer[start : start + size].view(like.dtype).as_strided(like.shape, like.stride())
         return HostSlot(tensor, partial(self._settle, start, size))
 
     @property

@@ -46,12 +46,9 @@ class _Home:
 class Offloader:
     """All contexts of one video, by the path of their layer.
 
-    Args:
-        placement: which of them leave the device between chunks.
-        copies: what moves them; may be None if nothing is to be moved or timed.
-        host_sizes: bytes of every context that will leave, so that the host memory is taken at once and now; without
-            it, each takes its own when it first leaves.
-        traced: whether moves and computations are timed, see :meth:`collect_spans`.
+    ``copies`` moves them; it may be None if nothing is to be moved or timed. With ``host_sizes``, the bytes of every
+    context that will leave, the host memory is taken at once and now; else each takes its own when it first leaves.
+    Moves and computations are timed if ``traced``, see :meth:`collect_spans`.
     """
 
     def __init__(
@@ -154,9 +151,7 @@ class Offloader:
     def keep(self, path: str, context: Tensor) -> None:
         """Make ``context`` that of a layer for the next chunk. It is taken over: nobody else may write to it.
 
-        Args:
-            path: of the layer.
-            context: what :meth:`open` gave, changed in place, or in the first chunk a tensor of :func:`empty_context`.
+        It is what :meth:`open` gave, changed in place, or in the first chunk a tensor of :func:`empty_context`.
         """
         home = self._homes[path]
         home.device, home.num_bytes = context, context.numel() * context.element_size()

@@ -77,18 +77,9 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _aliases(storage: torch.UntypedStorage, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether a result only looks into the storage of one of its inputs, such as a view of a weight."""
     for value in (*args, *kwargs.values()):
-        leaves = (
-            (value,)
-            if isinstance(value, torch.Tensor)
-            else tree_leaves(value)
-            if isinstance(value, (list, tuple, dict))
-            else ()
-        )
-        if any(
-            isinstance(x, torch.Tensor) and not x.is_mkldnn and x.untyped_storage()._cdata == storage._cdata
-            for x in leaves
-        ):
-            return True
+        for x in tree_leaves(value) if isinstance(value, (list, tuple, dict)) else (value,):
+            if isinstance(x, torch.Tensor) and not x.is_mkldnn and x.untyped_storage()._cdata == storage._cdata:
+                return True
     return False
 
 

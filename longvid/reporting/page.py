@@ -6,10 +6,9 @@ import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Self
 
 from longvid.errors import LongvidError, SessionStateError
-from longvid.events import ChunkEvent, RunReport, RunStart
+from longvid.events import ChunkEvent, RunObserver, RunReport, RunStart
 from longvid.files import check_file_target, write_whole
 from longvid.reporting.history import RunHistory
 from longvid.reporting.text import UNFINISHED, headline, page, section, short_section
@@ -19,7 +18,7 @@ __all__ = ["ReportPage"]
 _MAX_DRAWN_RUNS = 5
 
 
-class ReportPage:
+class ReportPage(RunObserver):
     """Callback that writes a page about a run when the run is over, also when it failed.
 
     The page shows memory, the contexts on the device, transfers beside computation, throughput and how busy reading,
@@ -88,12 +87,6 @@ class ReportPage:
         """Record a run that is left open as failed. May be called again."""
         if self._run is not None:
             self.run_finished(None)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _is_unfinished(path: Path) -> bool:

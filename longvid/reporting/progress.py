@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any, Self, TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from longvid.events import ChunkEvent, RunStart
+from longvid.events import ChunkEvent, RunObserver, RunStart
 from longvid.units import format_bytes
 
 __all__ = ["ProgressBar"]
 
 
-class ProgressBar:
+class ProgressBar(RunObserver):
     """Callback that shows a tqdm bar on a terminal, and a line every ``interval`` seconds elsewhere.
 
     Args:
@@ -68,9 +68,3 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

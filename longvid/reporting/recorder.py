@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self, TextIO, TypeAlias
+from typing import Any, TextIO, TypeAlias
 
 from longvid.errors import SessionStateError, StoreError
-from longvid.events import ChunkEvent, LayerContext, RunReport, RunStart, Span
+from longvid.events import ChunkEvent, LayerContext, RunObserver, RunReport, RunStart, Span
 from longvid.files import check_file_target
 
 __all__ = ["Recorded", "Recorder", "read_recording"]
@@ -21,7 +21,7 @@ Recorded: TypeAlias = RunStart | ChunkEvent | RunReport | None
 _FIRST_BYTES = b'{"event":"start"'
 
 
-class Recorder:
+class Recorder(RunObserver):
     """Callback that writes one line for the start of a run, one for each chunk, and one for its end.
 
     Every line is an object with ``event``, which is ``"start"``, ``"chunk"`` or ``"finish"``, and the fields of
@@ -80,12 +80,6 @@ class Recorder:
             with suppress(OSError):  # every line was flushed, and a full disk was reported then
                 self._file.close()
             self._file = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def read_recording(path: str | os.PathLike[str]) -> Iterator[Recorded]:

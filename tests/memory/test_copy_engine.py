@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def copies(request, tmp_path):
     with CopyEngine(CPU, directory=tmp_path if request.param == "file" else None) as copies:
         if request.param == "inline":
-            copies._made = _InlineStreams()
+            copies._streams = _InlineStreams()
         yield copies
 
 
@@ -176,7 +176,7 @@ class _PinnedStreams(_InlineStreams):
 
 def test_memory_that_cannot_be_locked_falls_back_with_a_warning():
     copies = CopyEngine(CPU)
-    copies._made = _PinnedStreams()
+    copies._streams = _PinnedStreams()
     with pytest.warns(UserWarning, match=r"8\.00 KiB of host memory could not be page-locked"):
         buffer = copies.host_buffer([5000])
     assert not buffer.pinned

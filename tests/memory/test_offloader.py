@@ -107,14 +107,14 @@ def test_every_placement_gives_the_same_bits(model, video, lanes):
     for placement in placements(model):
         with CopyEngine(CPU) as copies:
             if lanes == "lazy":
-                copies._made = _LazyStreams()
+                copies._streams = _LazyStreams()
             assert torch.equal(run(model, video, placement, copies), expected), placement
 
 
 def test_negative_control_a_copy_that_nobody_waits_for_is_seen(model, video, monkeypatch):
     monkeypatch.setattr(_LazyTicket, "wait", lambda self: None)
     with CopyEngine(CPU) as copies:
-        copies._made = lanes = _LazyStreams()
+        copies._streams = lanes = _LazyStreams()
         got = run(model, video, Placement(offloaded=frozenset(sizes(model))), copies)
         lanes.pending.clear()
     assert not torch.equal(got, run(model, video))
@@ -188,7 +188,7 @@ class _OrderingStreams(_InlineStreams):
 def test_no_arena_is_given_back_while_a_copy_may_be_under_way(model, video, monkeypatch, fails_in):
     released, real = [], CopyEngine.release
     monkeypatch.setattr(
-        CopyEngine, "release", lambda self, buffer: released.append(self._made.under_way) or real(self, buffer)
+        CopyEngine, "release", lambda self, buffer: released.append(self._streams.under_way) or real(self, buffer)
     )
     calls = []
 
@@ -200,7 +200,7 @@ def test_no_arena_is_given_back_while_a_copy_may_be_under_way(model, video, monk
     handle = None if fails_in is None else model.layers[fails_in].conv.register_forward_pre_hook(fail)
     placement = Placement(offloaded=frozenset(sizes(model)), prefetch_bytes=3000)
     with CopyEngine(CPU) as copies, contextlib.suppress(ZeroDivisionError):
-        copies._made = _OrderingStreams()
+        copies._streams = _OrderingStreams()
         run(model, video, placement, copies, host_sizes=tuple(sizes(model).values()))
     if handle is not None:
         handle.remove()
