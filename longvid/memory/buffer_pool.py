@@ -56,7 +56,7 @@ class TensorKind:
 
     @classmethod
     def of(cls, x_BCTHW: Tensor) -> TensorKind:
-        """That of a tensor."""
+        """The kind of a tensor."""
         return cls(x_BCTHW.dtype, x_BCTHW.device, layout_of(x_BCTHW))
 
 
@@ -74,11 +74,7 @@ def dense_within(tensor: Tensor, shape: tuple[int, int, int, int, int]) -> Tenso
 
 
 class BufferPool:
-    """Hands out uninitialised tensors and takes their memory back when they are gone.
-
-    Args:
-        keep: whether to keep it for later, see above.
-    """
+    """Hands out uninitialised tensors, takes their memory back when they are gone, and may ``keep`` it, see above."""
 
     def __init__(self, *, keep: bool = False) -> None:
         self.keeps = keep
@@ -97,13 +93,13 @@ class BufferPool:
 
     @property
     def num_bytes(self) -> int:
-        """Their sum."""
+        """Bytes of everything that is held."""
         return sum(self.sizes)
 
     @property
     def idle_bytes(self) -> int:
         """What of it is not in use."""
-        return sum(storage.nbytes() for storage in self._storages.values() if _is_idle(storage))
+        return sum(self._storages[n].nbytes() for n in self._idle())
 
     def take(self, shape: tuple[int, int, int, int, int], kind: TensorKind, *, brief: bool = False) -> Tensor:
         """A tensor of this shape and kind. Its content is undefined.
@@ -115,19 +111,24 @@ class BufferPool:
         if not self.keeps if brief else self.keeps and num_bytes * _SMALL < self._most_bytes:
             return _fresh(shape, kind)
         self._requests += 1
-        idle = [n for n, storage in self._storages.items() if _is_idle(storage)]
+        idle = self._idle()
         found = self._fitting(idle, num_bytes, kind.device)
         for n in self._superfluous(idle, found, num_bytes):
             del self._storages[n]
         if found is not None:
             storage = self._storages.pop(found)
-            tensor = _over(storage, shape, kind)
+            empty = torch.empty(0, dtype=kind.dtype, device=kind.device)
+            tensor = empty.set_(storage, 0, shape, _dense_strides(shape, kind.layout))
         else:
             tensor = _fresh(shape, kind)
             storage = tensor.untyped_storage()
         self._storages[self._requests] = storage
         self._asked_bytes = {n: self._asked_bytes.get(n, num_bytes) for n in self._storages}
         return tensor
+
+    def _idle(self) -> list[int]:
+        """What nothing but the pool refers to: no tensor, no view."""
+        return [n for n, s in self._storages.items() if int(torch._C._storage_Use_Count(s._cdata)) == 1]
 
     def _fitting(self, idle: list[int], num_bytes: int, device: torch.device) -> int | None:
         """The smallest idle storage that is large enough, or just as large if nothing is kept."""
@@ -157,20 +158,10 @@ class BufferPool:
         self._asked_bytes.clear()
 
 
-def _is_idle(storage: torch.UntypedStorage) -> bool:
-    """Whether nothing but the pool refers to it: no tensor, no view."""
-    return int(torch._C._storage_Use_Count(storage._cdata)) == 1
-
-
 def _fresh(shape: tuple[int, int, int, int, int], kind: TensorKind) -> Tensor:
     tensor = torch.empty(shape, dtype=kind.dtype, device=kind.device, memory_format=kind.layout)
     _advise(tensor)
     return tensor
-
-
-def _over(storage: torch.UntypedStorage, shape: tuple[int, int, int, int, int], kind: TensorKind) -> Tensor:
-    empty = torch.empty(0, dtype=kind.dtype, device=kind.device)
-    return empty.set_(storage, 0, shape, _dense_strides(shape, kind.layout))
 
 
 def _dense_strides(shape: tuple[int, int, int, int, int], layout: torch.memory_format) -> tuple[int, ...]:

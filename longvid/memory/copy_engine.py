@@ -59,9 +59,7 @@ class Ticket:
 class CopyEngine:
     """Moves contexts of every video of one session. Use it in a ``with`` statement; leaving waits for all copies.
 
-    Args:
-        device: where computing happens.
-        directory: folder for contexts that leave the device; None for host memory.
+    Contexts that leave the device go to a file in ``directory``, or to host memory if that is None.
     """
 
     def __init__(self, device: torch.device, *, directory: Path | None = None) -> None:
@@ -149,7 +147,7 @@ class _InlineStreams:
     wants_pinned = False
 
     def pin(self, buffer: Tensor) -> Callable[[], None] | None:
-        """Page-lock a host buffer; what undoes it, or None."""
+        """See :data:`Pin`."""
         return None
 
     def to_host(self, source: Tensor, target: HostSlot) -> Ticket:

@@ -30,12 +30,9 @@ _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 class HostBuffer:
-    """Host memory for the contexts of one video, taken once and given back as a whole.
+    """Host memory for the contexts of one video, or an unnamed file in ``directory``; slots are rounded up to pages.
 
-    Args:
-        num_bytes: how much; slots are rounded up to pages.
-        directory: folder for an unnamed file instead of memory.
-        pin: page-locks a buffer and returns what undoes it, or None if it cannot; None for pageable memory.
+    It is taken once and given back as a whole.
 
     Raises:
         MemoryBudgetError: the machine, or the disk, does not have that much.
@@ -126,8 +123,8 @@ def _map_file(num_bytes: int, directory: Path) -> mmap.mmap:
                 allowed_bytes=stat.f_bavail * stat.f_frsize,
             ) from exc
         raise StoreError(
-            f"contexts cannot be kept in {directory} ({exc.strerror}); name a folder that can be written to with "
-            "offload_dir (--offload-dir)",
+            f"contexts cannot be kept in {directory} ({exc.strerror}); name another folder with offload_dir "
+            "(--offload-dir)",
             kind="missing" if isinstance(exc, FileNotFoundError) else "other",
         ) from exc
 

@@ -64,9 +64,8 @@ class Placement:
     def staged(self, position: int, contexts: Sequence[tuple[str, int]]) -> Iterator[int]:
         """Positions of the offloaded contexts that are on the device while layer ``position`` runs, its own first.
 
-        Args:
-            position: of the layer, in the order in which layers run.
-            contexts: path and bytes of every layer in that order; after the last comes the first, in the next chunk.
+        ``contexts`` are path and bytes of every layer in running order; after the last comes the first, of the next
+        chunk.
         """
         n, room = len(contexts), self.prefetch_bytes
         if contexts[position][0] in self.offloaded:

@@ -105,11 +105,7 @@ class DeviceMeter:
 
     @contextmanager
     def measure(self, held_bytes: int = 0) -> Iterator[None]:
-        """Count what is allocated inside; one stretch is one chunk.
-
-        Args:
-            held_bytes: device bytes, beside the weights, that the run holds when the stretch begins.
-        """
+        """Count what is allocated inside, one chunk; ``held_bytes``, beside the weights, are there when it begins."""
         index, self._count = self._count, self._count + 1
         self.chunk_peak_bytes = None
         if self._tracker is None:

@@ -12,7 +12,7 @@ what to expect.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from longvid.memory.offload import OffloadPolicy, Placement
@@ -113,19 +113,15 @@ class CostModel:
 
     def idle_need(self, placement: Placement) -> Need:
         """Between two chunks: the last step's contexts are still there, and nothing is computed."""
-        if not self.steps:
-            return Need(working_bytes=0, resident_bytes=0, transit_bytes=0)
-        transit = self._transit(len(self.steps) - 1, placement)
+        transit = self._transit(len(self.steps) - 1, placement) if self.steps else 0
         return Need(working_bytes=0, resident_bytes=self.resident_bytes(placement), transit_bytes=transit)
 
     def steady_needs(self, placement: Placement) -> list[Need]:
         """A chunk in the middle, the lead first."""
-        idle = self.idle_need(placement)
-        resident, transit = idle.resident_bytes, idle.transit_bytes
-        needs = [Need(working_bytes=self.steady_lead_bytes, resident_bytes=resident, transit_bytes=transit)]
+        needs = [replace(self.idle_need(placement), working_bytes=self.steady_lead_bytes)]
         for position, step in enumerate(self.steps):
             transit = self._transit(position, placement)
-            needs.append(Need(working_bytes=step.steady_bytes, resident_bytes=resident, transit_bytes=transit))
+            needs.append(replace(needs[0], working_bytes=step.steady_bytes, transit_bytes=transit))
         return needs
 
     def first_needs(self, placement: Placement) -> list[Need]:
@@ -194,13 +190,8 @@ def choose_placement(
 ) -> Placement:
     """The placement with the least cost among those that the policy allows and that fit; if none fits, the smallest.
 
-    Cost is the predicted time of a chunk, then the bytes that move.
-
-    Args:
-        cost_model: of the direction.
-        policy: what may leave the device.
-        fits: whether a placement is within all limits. It must hold for any placement that needs less at each moment.
-        rates: of the device, for the predicted times.
+    Cost is the predicted time of a chunk, then the bytes that move. If ``fits`` holds for a placement, it must hold for
+    any that needs less at each moment.
     """
     if policy.kind == "none":
         return Placement()
@@ -251,9 +242,9 @@ def _covering_sets(
 ) -> list[frozenset[str]]:
     """Sets whose leaving makes the plan fit and of which no member can stay; none if there are none.
 
-    Layers join in the order of what their transfer costs per byte: those whose transfer hides before those whose does
-    not. Two such orders are tried, the least exposed first and the largest first, since one large context may do the
-    work of several small ones. Then each set is thinned out, the costliest member first.
+    Layers whose transfer hides join before those whose does not. Two such orders are tried, the least exposed first and
+    the largest first, since one large context may do the work of several small ones. Then each set is thinned out, the
+    costliest member first.
     """
 
     def placement(offloaded: Iterable[str]) -> Placement:

@@ -110,11 +110,7 @@ def _host_chunk(model: CausalVAE, workload: Workload, index: int) -> Tensor:
 
 
 class DryRuns:
-    """The dry runs of one model. Each one is made once.
-
-    Args:
-        model: with or without weights.
-    """
+    """The dry runs of one model, with or without weights. Each one is made once."""
 
     def __init__(self, model: CausalVAE) -> None:
         self.model = model
@@ -123,15 +119,14 @@ class DryRuns:
         self._frames: dict[Direction, tuple[int, int]] = {}
         "elements of the largest frame of a layer's input, and the area of the frames it was found for"
 
-    def skeleton(self, dtype: torch.dtype) -> CausalVAE:
-        """The model in ``dtype``, without weights."""
+    def _skeleton(self, dtype: torch.dtype) -> CausalVAE:
         if dtype not in self._skeletons:
             self._skeletons[dtype] = skeleton_of(self.model, dtype)
         return self._skeletons[dtype]
 
     def weights_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the weights in ``dtype``."""
-        return tensor_bytes(cast("nn.Module", self.skeleton(dtype)))
+        return tensor_bytes(cast("nn.Module", self._skeleton(dtype)))
 
     def cost_model(self, workload: Workload, execution: Execution) -> CostModel:
         """What a workload costs in an execution."""
@@ -140,7 +135,7 @@ class DryRuns:
             alike = (workload, execution.numerics)  # other kernel forms have other FLOPs
             known = self._cost_models.items()
             like = next((cost for (other, how), cost in known if (other, how.numerics) == alike), None)
-            self._cost_models[key] = dry_run(self.skeleton(workload.dtype), workload, execution, like=like)
+            self._cost_models[key] = dry_run(self._skeleton(workload.dtype), workload, execution, like=like)
         return self._cost_models[key]
 
     def largest_frame(self, workload: Workload, execution: Execution) -> int:

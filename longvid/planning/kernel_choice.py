@@ -62,19 +62,16 @@ def choose_numerics(
     layout: Layout | None = None,
     paired_frames: bool | None = None,
 ) -> Numerics:
-    """The numerics of one workload, by the rules above unless asked for.
-
-    Args:
-        model: on its device.
-        workload: what it computes there.
-        device: where it computes.
-        layout: None to choose.
-        paired_frames: None to choose.
-    """
+    """The numerics of one workload, by the rules above where layout or pairing are left open."""
     on_cpu, dtype = device.type == "cpu", workload.dtype
     widens = on_cpu and dtype == torch.bfloat16 and has_onednn() and not has_bfloat16()
     plain = Numerics(layout=layout or "contiguous", paired_frames=bool(paired_frames), float32_products=widens)
-    layers = _layers_of(model, workload)
+    module = model.encoder if workload.direction == "encode" else model.decoder
+    layers = {
+        path: layer
+        for path, layer in module.named_modules()
+        if isinstance(layer, CausalConv3d) and min(layer.conv.kernel_size) > 1
+    }
     if not layers or layout == "contiguous":  # no choice left
         return plain
     fused = on_cpu and not widens and _hides_roundings(workload) and fuses_residuals(dtype)
@@ -111,16 +108,6 @@ def _hides_roundings(workload: Workload) -> bool:
     return workload.dtype == torch.float32 or (workload.direction == "decode" and workload.dtype == torch.bfloat16)
 
 
-def _layers_of(model: CausalVAE, workload: Workload) -> dict[str, CausalConv3d]:
-    """The layers that a choice is about, by path."""
-    module = model.encoder if workload.direction == "encode" else model.decoder
-    return {
-        path: layer
-        for path, layer in module.named_modules()
-        if isinstance(layer, CausalConv3d) and min(layer.conv.kernel_size) > 1
-    }
-
-
 def preferred_band_bytes(device: torch.device) -> int | None:
     """How large the windows of row tiles are at most; None for whole frames.
 
@@ -140,7 +127,7 @@ class _Forms:
     """The forms of one convolution, ready to be measured. Weights are zeros, so a model without weights is enough."""
 
     shape: tuple[int, ...]
-    "shape of its weight"
+    "that of its weight"
     area: int
     "pixels of its input frames; a part of them is measured if that is enough"
     dtype: torch.dtype

@@ -45,7 +45,7 @@ class ComputeOptions:
             raise ScheduleError(f"slices of {self.slice_frames} frames were asked for; one frame is the least")
 
     def policy(self, direction: Direction) -> OffloadPolicy:
-        """The offload policy; the threshold of the profile where neither a policy nor a budget was asked for."""
+        """The threshold of the profile where neither a policy nor a budget was asked for."""
         part = self._tuned(direction)
         return self.offload if part is None else part.policy
 

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -28,7 +28,6 @@ from longvid.planning.cost_model import DeviceRates
 __all__ = ["DirectionProfile", "Profile", "ProfileScope"]
 
 _FORMAT_VERSION = 2
-_NAMES = {"model": "model", "architecture": "architecture", "size": "frame size", "dtype": "dtype", "device": "device"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,18 +101,21 @@ class Profile:
     def check(self, scope: ProfileScope) -> None:
         """Raise ModelError, with what differs, unless the profile holds for ``scope``. Names of models may differ."""
         mine, asked = asdict(self.scope), asdict(scope)
-        differs = [key for key in _NAMES if key != "model" and mine[key] != asked[key]]
-        if not differs:
-            return
-        listing = ", ".join(
-            _other_model(mine["model"], asked["model"])
-            if key == "architecture"
-            else f"{_NAMES[key]} {mine[key]} instead of {asked[key]}"
-            for key in differs
-        )
-        raise ModelError(
-            f"the profile was measured in another setting: {listing}; run longvid tune for this one, or leave it out"
-        )
+        differs = {key: f"{key} {mine[key]} instead of {asked[key]}" for key in mine if mine[key] != asked[key]}
+        if "size" in differs:
+            differs["size"] = f"frame {differs['size']}"
+        same_name = differs.pop("model", None) is None
+        if "architecture" in differs:
+            differs["architecture"] = (
+                f"another configuration of {self.scope.model}"
+                if same_name
+                else f"model {self.scope.model} instead of {scope.model}"
+            )
+        if differs:
+            raise ModelError(
+                f"the profile was measured in another setting: {', '.join(differs.values())}; run longvid tune for "
+                "this one, or leave it out"
+            )
 
     def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the TOML file, all or nothing.
@@ -150,25 +152,20 @@ class Profile:
         try:
             if content["longvid"]["kind"] != "profile" or content["longvid"]["format_version"] != _FORMAT_VERSION:
                 raise ValueError(f"it says {content['longvid']}")
-            names: tuple[Direction, ...] = ("encode", "decode")
-            directions: dict[Direction, DirectionProfile] = {}
-            for name in names:
-                if name in content:
-                    directions[name] = DirectionProfile(**_numbers(content[name], name))
+            directions = {
+                name: DirectionProfile(**_numbers(content[name], name))
+                for name in get_args(Direction)
+                if name in content
+            }
             if not directions:
                 raise ValueError("it has neither encode nor decode")
-            profile = cls(
+            return cls(
                 scope=ProfileScope(**content["scope"]),
                 **_numbers({"reserved_bytes": content["reserved_bytes"]}, "profile"),
                 directions=directions,
             )
         except (KeyError, TypeError, ValueError) as exc:
             raise ModelError(f"{where} is not a profile that longvid tune wrote: {exc}") from exc
-        return profile
-
-
-def _other_model(mine: str, asked: str) -> str:
-    return f"another configuration of {mine}" if mine == asked else f"model {mine} instead of {asked}"
 
 
 def _numbers(table: Mapping[str, Any], name: str) -> dict[str, Any]:
