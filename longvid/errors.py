@@ -96,7 +96,13 @@ class SessionStateError(LongvidError, RuntimeError):
     """A session or one of its scopes is used when it is not open, is busy, or from the wrong thread or process."""
 
 
-class SourceError(LongvidError, OSError):
+class _KindedError(LongvidError, OSError):
+    def __init__(self, message: str, *, kind: str = "other") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class SourceError(_KindedError):
     """Frames cannot be read.
 
     Attributes:
@@ -107,12 +113,8 @@ class SourceError(LongvidError, OSError):
             ``"other"``.
     """
 
-    def __init__(self, message: str, *, kind: str = "other") -> None:
-        super().__init__(message)
-        self.kind = kind
 
-
-class StoreError(LongvidError, OSError):
+class StoreError(_KindedError):
     """A store, or the place where one should be written, cannot be used.
 
     Attributes:
@@ -121,7 +123,3 @@ class StoreError(LongvidError, OSError):
             ``"read-only"``, ``"refused"`` (metadata that is not safe to read, or an address), ``"range"`` (a value
             that the stored dtype cannot hold), ``"format"`` or ``"other"``.
     """
-
-    def __init__(self, message: str, *, kind: str = "other") -> None:
-        super().__init__(message)
-        self.kind = kind

@@ -38,7 +38,8 @@ from longvid.units import format_bytes
 if TYPE_CHECKING:
     from longvid.models.base import CausalVAE
     from longvid.runtime.session import VideoSession
-    from longvid.store.reader import LatentStore, StoreReader
+    from longvid.store.metadata import StoreMetadata
+    from longvid.store.reader import LatentStore
 
 __all__ = ["main"]
 
@@ -115,71 +116,63 @@ def _decode(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
+    from longvid.models.numerics import Numerics
     from longvid.store.reader import LatentStore, open_reader
 
     reader = open_reader(args.store)
-    of_frames = reader.metadata.kind == "frames"
-    facts, words = _frame_facts(reader) if of_frames else _latent_facts(LatentStore(reader))
+    store, model = reader.metadata, reader.metadata.vae
+    own, words = _frame_facts(store) if store.kind == "frames" else _latent_facts(LatentStore(reader))
+    facts = {
+        "kind": store.kind,
+        **own,
+        **{name: getattr(store, name) for name in ("complete", "numerics", "source")},
+        "model": model,
+        "stored_bytes": reader.stored_bytes,
+    }
     if args.json:
         print(json.dumps(facts))
-    else:
-        print(f"{args.store}: {'complete' if facts['complete'] else 'incomplete'}, {facts['frames']} {words}")
-        print(f"source    {(facts['source'] or {}).get('name')}")
-        print(f"stored    {format_bytes(facts['stored_bytes'])}")
+        return 0
+    print(f"{args.store}: {'complete' if store.complete else 'incomplete'}, {facts['frames']} {words}")
+    if store.numerics:
+        print(f"computed  {Numerics.from_dict(store.numerics).words}")
+    seed, factor = model.get("random_weights"), model.get("scaling_factor")
+    print(
+        f"model     {model.get('name_or_path') or model.get('class_name')}"
+        + ("" if seed is None else f" with random weights (seed {seed})")
+        + ("" if store.kind == "frames" else f", scaling_factor {factor}")
+    )
+    print(f"source    {(store.source or {}).get('name')}")
+    print(f"stored    {format_bytes(reader.stored_bytes)}")
     return 0
 
 
 def _latent_facts(store: LatentStore) -> tuple[dict[str, Any], str]:
     """Facts of a store of latents, for JSON and in words."""
     facts = {
-        "kind": "latents",
         "frames": store.num_frames,
         "latent_shape": list(store.latents.shape),
         "latent_dtype": str(store.latents.dtype),
-        "complete": store.complete,
         "representation": store.representation,
-        "model": store.vae,
         "chunk_plan": store.schedule.to_dict(),
-        "numerics": store.metadata.numerics,
-        "source": store.source,
-        "stored_bytes": store.stored_bytes,
     }
     shape, n = "x".join(map(str, store.latents.shape)), store.schedule.chunk_frames
     return facts, (
         f"frames of {store.width}x{store.height}\n"
         f"latents   {shape} (t c y x) {store.latents.dtype}, {store.representation}, raw (not scaled)\n"
-        f"chunks    {1 + n}, {n}, {n}, ... frames\n"
-        f"{_computed(facts)}, scaling_factor {store.vae.get('scaling_factor')}"
+        f"chunks    {1 + n}, {n}, {n}, ... frames"
     )
 
 
-def _frame_facts(reader: StoreReader) -> tuple[dict[str, Any], str]:
+def _frame_facts(store: StoreMetadata) -> tuple[dict[str, Any], str]:
     """Facts of a store of frames, for JSON and in words."""
-    store = reader.metadata
     num_frames, height, width, _ = shape = store.main.shape
     facts = {
-        "kind": "frames",
         "frames": num_frames,
         "frame_shape": list(shape),
-        "complete": store.complete,
         "frame_rate": store.attributes["longvid"].get("frame_rate"),
-        "model": store.vae,
         "latents": store.origin,
-        "numerics": store.numerics,
-        "source": store.source,
-        "stored_bytes": reader.stored_bytes,
     }
-    return facts, f"decoded frames of {width}x{height}\nlatents   {facts['latents']}\n{_computed(facts)}"
-
-
-def _computed(facts: Mapping[str, Any]) -> str:
-    """How a store was computed, and the name of the model."""
-    from longvid.models.numerics import Numerics
-
-    words = f"computed  {Numerics.from_dict(facts['numerics']).words}\n" if facts["numerics"] else ""
-    model, seed = facts["model"], facts["model"].get("random_weights")
-    name = model.get("name_or_path") or model.get("class_name")
-    return f"{words}model     {name}" + ("" if seed is None else f" with random weights (seed {seed})")
+    return facts, f"decoded frames of {width}x{height}\nlatents   {store.origin}"
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -350,12 +343,12 @@ def _dtype(args: argparse.Namespace) -> Any:
     return parse_dtype(args.dtype) or default_dtype(args.model, planned_device(args.device)[0])
 
 
-def _take_recorded_model(args: argparse.Namespace, vae: Mapping[str, Any] | None) -> None:
+def _take_recorded_model(args: argparse.Namespace, vae: Mapping[str, Any]) -> None:
     """Where ``--model`` was not given, put the model that a store records in its place."""
     if args.model is not None:
         return
-    name = (vae or {}).get("name_or_path")
-    if vae is None or not name:
+    name = vae.get("name_or_path")
+    if not name:
         raise ModelError(f"{args.store} does not record where its model is; name it with --model")
     args.model, args.model_from, args.random_weights = str(name), args.store, vae.get("random_weights")
     args.revision = None if args.random_weights is not None else vae.get("revision")

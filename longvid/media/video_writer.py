@@ -15,7 +15,6 @@ import av
 import numpy as np
 import numpy.typing as npt
 from av.container import OutputContainer
-from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
@@ -43,15 +42,9 @@ class VideoWriter:
     the block raises. Even sizes are written as yuv420p, odd ones as yuv444p, so that the size comes back exactly.
     Matroska keeps time in milliseconds; mp4 and mov keep the time base.
 
-    Args:
-        path: the file to make: .mp4, .mov or .mkv.
-        size: (height, width) of the frames in pixels.
-        time_base: seconds per unit of the time stamps.
-        frame_rate: mean frames per second, if known; a hint to players.
-        color: how the source was read. The matrix is used again if it is bt601 or bt709, else the rule decides
-            (bt709 from 720 lines up); primaries and transfer are passed on.
-        overwrite: replace an existing file.
-        crf: quality of x264, 0 (lossless) to 51.
+    ``size`` is (height, width); ``frame_rate`` is a hint to players. ``color`` says how the source was read: the matrix
+    is used again if it is bt601 or bt709, else the rule decides (bt709 from 720 lines up); primaries and transfer are
+    passed on. ``crf`` is the quality of x264, 0 (lossless) to 51.
 
     Raises:
         StoreError: the target exists and may not be replaced, its folder does not, or its format is not one of these.
@@ -72,7 +65,7 @@ class VideoWriter:
         self._height, self._width = size
         self._time_base = Fraction(time_base)
         self._frame_rate = frame_rate
-        self._color = color
+        self._color = color or ColorInfo(matrix="", range="")
         self._overwrite = overwrite
         self._crf = crf
         self._partial = self._path.with_name(f"{self._path.stem}.partial-{secrets.token_hex(4)}{self._path.suffix}")
@@ -104,7 +97,6 @@ class VideoWriter:
     def __enter__(self) -> Self:
         if self._container is not None:
             raise StoreError(f"{self._path} is already being written by this writer; make another one")
-        check_file_target(self._path, overwrite=self._overwrite, what="video")
         with self._wrapped(), contextlib.ExitStack() as undo:
             undo.callback(self._discard)
             format_name = _FORMATS[self._path.suffix.lower()]
@@ -143,16 +135,13 @@ class VideoWriter:
         context.pix_fmt = "yuv444p" if self._height % 2 or self._width % 2 else "yuv420p"
         # swscale puts chroma between the pixels; without this option H.264 decoders expect it half a pixel off
         context.options = {"crf": str(self._crf), "x264-params": "chromaloc=1"}
-        self._tag(context)
-        return stream
-
-    def _tag(self, context: VideoCodecContext) -> None:
-        matrix = self._color.matrix if self._color else ""
-        tag, self._coefficients = _MATRICES.get(matrix) or _MATRICES[matrix_by_rule(self._height)]
+        color = self._color
+        tag, self._coefficients = _MATRICES.get(color.matrix) or _MATRICES[matrix_by_rule(self._height)]
         context.colorspace = tag
         context.color_range = ColorRange.MPEG
-        context.color_primaries = _PRIMARIES.get(self._color.primaries or "", tag) if self._color else tag
-        context.color_trc = _TRANSFERS.get(self._color.transfer or "", tag) if self._color else tag
+        context.color_primaries = _PRIMARIES.get(color.primaries or "", tag)
+        context.color_trc = _TRANSFERS.get(color.transfer or "", tag)
+        return stream
 
     def _opened(self) -> OutputContainer:
         if self._container is None:

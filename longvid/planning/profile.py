@@ -104,13 +104,9 @@ class Profile:
         differs = {key: f"{key} {mine[key]} instead of {asked[key]}" for key in mine if mine[key] != asked[key]}
         if "size" in differs:
             differs["size"] = f"frame {differs['size']}"
-        same_name = differs.pop("model", None) is None
+        model = differs.pop("model", f"another configuration of {self.scope.model}")
         if "architecture" in differs:
-            differs["architecture"] = (
-                f"another configuration of {self.scope.model}"
-                if same_name
-                else f"model {self.scope.model} instead of {scope.model}"
-            )
+            differs["architecture"] = model
         if differs:
             raise ModelError(
                 f"the profile was measured in another setting: {', '.join(differs.values())}; run longvid tune for "
