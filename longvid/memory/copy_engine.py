@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longvid.events import Lane
 from longvid.memory.buffer_pool import flattened
 from longvid.memory.host_buffer import HostBuffer, HostSlot
 from longvid.units import format_bytes
@@ -62,10 +63,16 @@ class CopyEngine:
     Contexts that leave the device go to a file in ``directory``, or to host memory if that is None.
     """
 
+    wants_pinned = False
+
+    def __new__(cls, device: torch.device, **_: object) -> CopyEngine:
+        """An engine for the device: this class itself copies at once, where there is nothing to copy beside."""
+        kinds = {"cpu": _ThreadCopies, "cuda": _StreamCopies, "xpu": _StreamCopies}
+        return super().__new__(kinds.get(device.type, cls) if cls is CopyEngine else cls)
+
     def __init__(self, device: torch.device, *, directory: Path | None = None) -> None:
         self.device = device
         self.directory = directory
-        self._streams = _streams_of(device)
         self._spare: HostBuffer | None = None
 
     @property
@@ -86,7 +93,7 @@ class CopyEngine:
 
     def close(self) -> None:
         """Wait for all copies, end the copy streams and give the host memory back. May be called again."""
-        self._streams.close()
+        self.drain()
         self._spare = None
 
     def host_buffer(self, sizes: Sequence[int]) -> HostBuffer:
@@ -100,8 +107,8 @@ class CopyEngine:
         if spare is not None and num_bytes <= spare.num_bytes <= 2 * num_bytes:
             return spare
         del spare  # given back before more is taken
-        buffer = HostBuffer(num_bytes, self.directory, self._streams.pin)
-        if self._streams.wants_pinned and self.directory is None and not buffer.pinned:
+        buffer = HostBuffer(num_bytes, self.directory, self.pin)
+        if self.wants_pinned and self.directory is None and not buffer.pinned:
             warnings.warn(
                 f"{format_bytes(buffer.num_bytes)} of host memory could not be page-locked; contexts are copied "
                 "through pageable memory, which makes the device wait (raise the limit of locked memory, ulimit -l, "
@@ -110,10 +117,6 @@ class CopyEngine:
             )
         return buffer
 
-    def drain(self) -> None:
-        """Block until no copy is under way on any stream."""
-        self._streams.drain()
-
     def release(self, buffer: HostBuffer) -> None:
         """Take a buffer back whose slots are not used any more, by copies neither: see :meth:`drain`."""
         buffer.clear()
@@ -121,90 +124,56 @@ class CopyEngine:
 
     def to_host(self, source: Tensor, target: HostSlot) -> Ticket:
         """Copy a dense device tensor out, once all that was computed so far is done."""
-        return self._streams.to_host(source, target)
+        return self._copy("to_host", target.tensor, source, target, None)
 
     def to_device(self, source: HostSlot, target: Tensor, after: Ticket | None) -> Ticket:
         """Copy into a new tensor of the slot's layout, once ``after``, the copy that filled the slot, is done."""
-        return self._streams.to_device(source, target, after)
-
-    def mark(self) -> Mark:
-        """This moment in the computation."""
-        return self._streams.mark()
-
-
-# --------------------------------------------------------------------------------------------------- copy streams
-
-
-def _streams_of(device: torch.device) -> _InlineStreams:
-    if device.type == "cpu":
-        return _ThreadStreams()
-    return _DeviceStreams(device) if device.type in ("cuda", "xpu") else _InlineStreams()
-
-
-class _InlineStreams:
-    """Copies at once, for devices without streams of their own to copy on."""
-
-    wants_pinned = False
+        return self._copy("to_device", target, source.tensor, source, after)
 
     def pin(self, buffer: Tensor) -> Callable[[], None] | None:
         """See :data:`Pin`."""
         return None
 
-    def to_host(self, source: Tensor, target: HostSlot) -> Ticket:
-        return self._copy(target.tensor, source, target)
+    def mark(self) -> Mark:
+        """This moment in the computation."""
+        seconds = time.perf_counter()
+        return lambda: seconds
 
-    def to_device(self, source: HostSlot, target: Tensor, after: Ticket | None) -> Ticket:
-        return self._copy(target, source.tensor, source)
+    def drain(self) -> None:
+        """Block until no copy is under way on any stream."""
 
-    def _copy(self, target: Tensor, source: Tensor, slot: HostSlot) -> Ticket:
+    def _copy(self, lane: Lane, target: Tensor, source: Tensor, slot: HostSlot, after: Ticket | None) -> Ticket:
         started = self.mark()
         target.copy_(source)
         slot.settle()
         return Ticket(started, self.mark(), wait=lambda: None, synchronize=lambda: None)
 
-    def mark(self) -> Mark:
-        seconds = time.perf_counter()
-        return lambda: seconds
 
-    def drain(self) -> None:
-        """Block until no copy is under way."""
-
-    def close(self) -> None:
-        """Wait for what is under way and end the copy streams."""
-        self.drain()
-
-
-class _ThreadStreams(_InlineStreams):
+class _ThreadCopies(CopyEngine):
     """One thread for each direction. They start with the first copy.
 
     Bytes are copied by numpy: it lets go of the interpreter and stays in its thread, where a torch copy would open a
     second team of OpenMP threads that fights the computing one for the cores.
     """
 
-    def __init__(self) -> None:
-        self._out: ThreadPoolExecutor | None = None
-        self._in: ThreadPoolExecutor | None = None
+    def __init__(self, device: torch.device, *, directory: Path | None = None) -> None:
+        super().__init__(device, directory=directory)
+        self._threads: dict[Lane, ThreadPoolExecutor] = {}
 
-    def to_host(self, source: Tensor, target: HostSlot) -> Ticket:
-        if self._out is None:
-            self._out = ThreadPoolExecutor(1, thread_name_prefix="longvid-to-host")
-        return _ticket(self._out.submit(_copy_bytes, [target.tensor, source], target, None))
-
-    def to_device(self, source: HostSlot, target: Tensor, after: Ticket | None) -> Ticket:
-        if self._in is None:
-            self._in = ThreadPoolExecutor(1, thread_name_prefix="longvid-to-device")
-        return _ticket(self._in.submit(_copy_bytes, [target, source.tensor], source, after))
+    def _copy(self, lane: Lane, target: Tensor, source: Tensor, slot: HostSlot, after: Ticket | None) -> Ticket:
+        if lane not in self._threads:
+            self._threads[lane] = ThreadPoolExecutor(1, thread_name_prefix=f"longvid-{lane.replace('_', '-')}")
+        return _ticket(self._threads[lane].submit(_copy_bytes, [target, source], slot, after))
 
     def drain(self) -> None:
-        for stream in (self._out, self._in):
-            if stream is not None:
-                stream.submit(lambda: None).result()  # one thread each, in order
+        for thread in self._threads.values():
+            thread.submit(lambda: None).result()  # one thread each, in order
 
     def close(self) -> None:
-        for stream in (self._in, self._out):
-            if stream is not None:
-                stream.shutdown(wait=True)
-        self._in = self._out = None
+        for thread in self._threads.values():
+            thread.shutdown(wait=True)
+        self._threads.clear()
+        super().close()
 
 
 def _ticket(future: Future[tuple[float, float]]) -> Ticket:
@@ -229,14 +198,16 @@ def _bytes_of(tensor: Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
     return flattened(tensor.detach()).view(torch.uint8).numpy()
 
 
-class _DeviceStreams(_InlineStreams):
+class _StreamCopies(CopyEngine):
     """One stream for each direction; an accelerator copies both ways at once while it computes."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, directory: Path | None = None) -> None:
+        super().__init__(device, directory=directory)
         self.wants_pinned = device.type == "cuda"
-        self._device = device
-        self._out = torch.Stream(device=device)
-        self._in = torch.Stream(device=device)
+        self._streams: dict[Lane, torch.Stream] = {
+            "to_host": torch.Stream(device=device),
+            "to_device": torch.Stream(device=device),
+        }
         self._origin = torch.Event(device=device, enable_timing=True)
         self._origin.record(torch.accelerator.current_stream(device))
         torch.accelerator.synchronize(device)
@@ -244,7 +215,7 @@ class _DeviceStreams(_InlineStreams):
 
     def pin(self, buffer: Tensor) -> Callable[[], None] | None:
         # Not torch's pin_memory: its allocator rounds up to a power of two, so that 2.7 GB would lock 4.
-        if self._device.type != "cuda":
+        if self.device.type != "cuda":
             return None
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         address = buffer.data_ptr()
@@ -252,20 +223,15 @@ class _DeviceStreams(_InlineStreams):
             return lambda: runtime.cudaHostUnregister(address)
         # The runtime reports a failed call once more, at whatever is launched next: let it be nothing that matters.
         with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device=self._device).add_(1)
-            torch.accelerator.synchronize(self._device)
+            torch.zeros(1, device=self.device).add_(1)
+            torch.accelerator.synchronize(self.device)
         return None
 
-    def to_host(self, source: Tensor, target: HostSlot) -> Ticket:
-        return self._enqueue(self._out, target.tensor, source, target)
-
-    def to_device(self, source: HostSlot, target: Tensor, after: Ticket | None) -> Ticket:
+    def _copy(self, lane: Lane, target: Tensor, source: Tensor, slot: HostSlot, after: Ticket | None) -> Ticket:
+        stream = self._streams[lane]
         if after is not None and after.event is not None:
-            self._in.wait_event(after.event)
-        return self._enqueue(self._in, target, source.tensor, source)
-
-    def _enqueue(self, stream: torch.Stream, target: Tensor, source: Tensor, slot: HostSlot) -> Ticket:
-        stream.wait_stream(torch.accelerator.current_stream(self._device))
+            stream.wait_event(after.event)
+        stream.wait_stream(torch.accelerator.current_stream(self.device))
         with stream:
             started = self._record(stream)
             target.copy_(source, non_blocking=True)
@@ -274,13 +240,13 @@ class _DeviceStreams(_InlineStreams):
         return Ticket(
             partial(self._seconds, started),
             partial(self._seconds, stopped),
-            wait=lambda: torch.accelerator.current_stream(self._device).wait_event(stopped),
+            wait=lambda: torch.accelerator.current_stream(self.device).wait_event(stopped),
             synchronize=stopped.synchronize,
             event=stopped,
         )
 
     def _record(self, stream: torch.Stream) -> torch.Event:
-        event = torch.Event(device=self._device, enable_timing=True)
+        event = torch.Event(device=self.device, enable_timing=True)
         event.record(stream)
         return event
 
@@ -290,8 +256,8 @@ class _DeviceStreams(_InlineStreams):
         return self._origin_seconds + self._origin.elapsed_time(event) / 1000.0
 
     def mark(self) -> Mark:
-        return partial(self._seconds, self._record(torch.accelerator.current_stream(self._device)))
+        return partial(self._seconds, self._record(torch.accelerator.current_stream(self.device)))
 
     def drain(self) -> None:
-        self._out.synchronize()
-        self._in.synchronize()
+        for stream in self._streams.values():
+            stream.synchronize()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from longvid.errors import MemoryBudgetError, StoreError
-from longvid.memory.copy_engine import CopyEngine, _InlineStreams
+from longvid.memory.copy_engine import CopyEngine
 from longvid.memory.host_buffer import HostBuffer
 
 CPU = torch.device("cpu")
@@ -19,9 +19,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=["memory", "file", "inline"])
 def copies(request, tmp_path):
-    with CopyEngine(CPU, directory=tmp_path if request.param == "file" else None) as copies:
-        if request.param == "inline":
-            copies._streams = _InlineStreams()
+    device = torch.device("meta") if request.param == "inline" else CPU  # one without streams of its own
+    with CopyEngine(device, directory=tmp_path if request.param == "file" else None) as copies:
         yield copies
 
 
@@ -45,7 +44,7 @@ def test_a_copy_in_waits_for_the_copy_out(tmp_path):
         slot = copies.host_buffer([source.nbytes]).take(source)
         gate = threading.Event()
         copies.to_host(torch.zeros(1), copies.host_buffer([4]).take(torch.zeros(1))).wait()  # starts the lane
-        copies._streams._out.submit(gate.wait)
+        copies._threads["to_host"].submit(gate.wait)
         out = copies.to_host(source, slot)
         back = torch.empty_like(source)
         ticket = copies.to_device(slot, back, out)
@@ -165,7 +164,7 @@ def test_a_system_that_cannot_allocate_a_file_writes_it(tmp_path, monkeypatch):
         assert torch.equal(slot.tensor, source)
 
 
-class _PinnedStreams(_InlineStreams):
+class _PinnedCopies(CopyEngine):
     """Those of an accelerator, which cannot be here, on a system that refuses to lock memory."""
 
     wants_pinned = True
@@ -175,8 +174,7 @@ class _PinnedStreams(_InlineStreams):
 
 
 def test_memory_that_cannot_be_locked_falls_back_with_a_warning():
-    copies = CopyEngine(CPU)
-    copies._streams = _PinnedStreams()
+    copies = _PinnedCopies(CPU)
     with pytest.warns(UserWarning, match=r"8\.00 KiB of host memory could not be page-locked"):
         buffer = copies.host_buffer([5000])
     assert not buffer.pinned

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from longvid import AllocationTracker, CausalConv3d, ConvCache
-from longvid.memory.copy_engine import CopyEngine, _InlineStreams
+from longvid.memory.copy_engine import CopyEngine
 from longvid.memory.offload import Placement
 from longvid.memory.offloader import Offloader
 
@@ -55,21 +55,19 @@ def run(model, video, placement=None, copies=None, **options):
     return out
 
 
-class _LazyStreams(_InlineStreams):
+class _LazyCopies(CopyEngine):
     """The worst lanes that are allowed: a copy happens when somebody waits for it, and not a moment sooner."""
 
-    def __init__(self):
+    def __init__(self, device):
+        super().__init__(device)
         self.pending = []
 
-    def _copy(self, target, source, slot):
+    def _copy(self, lane, target, source, slot, after):
+        if lane == "to_device":
+            target.fill_(torch.nan)  # a layer that reads too early sees this
         ticket = _LazyTicket(self, target, source)
-        self.pending.append(ticket)
-        return ticket
-
-    def to_device(self, source, target, after):
-        target.fill_(torch.nan)  # a layer that reads too early sees this
-        ticket = self._copy(target, source.tensor, source)
         ticket.after = after
+        self.pending.append(ticket)
         return ticket
 
     def drain(self):
@@ -105,18 +103,15 @@ def placements(model):
 def test_every_placement_gives_the_same_bits(model, video, lanes):
     expected = run(model, video)
     for placement in placements(model):
-        with CopyEngine(CPU) as copies:
-            if lanes == "lazy":
-                copies._streams = _LazyStreams()
+        with (_LazyCopies if lanes == "lazy" else CopyEngine)(CPU) as copies:
             assert torch.equal(run(model, video, placement, copies), expected), placement
 
 
 def test_negative_control_a_copy_that_nobody_waits_for_is_seen(model, video, monkeypatch):
     monkeypatch.setattr(_LazyTicket, "wait", lambda self: None)
-    with CopyEngine(CPU) as copies:
-        copies._streams = lanes = _LazyStreams()
+    with _LazyCopies(CPU) as copies:
         got = run(model, video, Placement(offloaded=frozenset(sizes(model))), copies)
-        lanes.pending.clear()
+        copies.pending.clear()
     assert not torch.equal(got, run(model, video))
 
 
@@ -170,15 +165,14 @@ def test_offloading_without_anything_to_move_with_is_refused():
         Offloader(Placement(offloaded=frozenset("a")))
 
 
-class _OrderingStreams(_InlineStreams):
+class _OrderingCopies(CopyEngine):
     """As on a stream: to wait orders what is computed next; only draining knows that a copy is done."""
 
-    def __init__(self):
-        self.under_way = 0
+    under_way = 0
 
-    def _copy(self, target, source, slot):
+    def _copy(self, *copy):
         self.under_way += 1
-        return super()._copy(target, source, slot)
+        return super()._copy(*copy)
 
     def drain(self):
         self.under_way = 0
@@ -188,7 +182,7 @@ class _OrderingStreams(_InlineStreams):
 def test_no_arena_is_given_back_while_a_copy_may_be_under_way(model, video, monkeypatch, fails_in):
     released, real = [], CopyEngine.release
     monkeypatch.setattr(
-        CopyEngine, "release", lambda self, buffer: released.append(self._streams.under_way) or real(self, buffer)
+        CopyEngine, "release", lambda self, buffer: released.append(self.under_way) or real(self, buffer)
     )
     calls = []
 
@@ -199,8 +193,7 @@ def test_no_arena_is_given_back_while_a_copy_may_be_under_way(model, video, monk
 
     handle = None if fails_in is None else model.layers[fails_in].conv.register_forward_pre_hook(fail)
     placement = Placement(offloaded=frozenset(sizes(model)), prefetch_bytes=3000)
-    with CopyEngine(CPU) as copies, contextlib.suppress(ZeroDivisionError):
-        copies._streams = _OrderingStreams()
+    with _OrderingCopies(CPU) as copies, contextlib.suppress(ZeroDivisionError):
         run(model, video, placement, copies, host_sizes=tuple(sizes(model).values()))
     if handle is not None:
         handle.remove()
