@@ -44,10 +44,8 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _EXIT_CODES = {OptionError: 2, ScheduleError: 2, SourceError: 3, StoreError: 4, MemoryBudgetError: 5, ModelError: 6}
-_SESSION_OPTIONS = (
-    "device", "memory", "offload", "offload_dir", "reserved", "profile", "chunk_frames", "slice_frames", "layout",
-    "paired_frames",
-)  # fmt: skip
+_PLANNED = ("device", "memory", "offload", "reserved", "chunk_frames", "slice_frames", "layout", "paired_frames")
+"""options of plans and sessions alike"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,7 +145,6 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _latent_facts(store: LatentStore) -> tuple[dict[str, Any], str]:
-    """Facts of a store of latents, for JSON and in words."""
     facts = {
         "frames": store.num_frames,
         "latent_shape": list(store.latents.shape),
@@ -164,7 +161,6 @@ def _latent_facts(store: LatentStore) -> tuple[dict[str, Any], str]:
 
 
 def _frame_facts(store: StoreMetadata) -> tuple[dict[str, Any], str]:
-    """Facts of a store of frames, for JSON and in words."""
     num_frames, height, width, _ = shape = store.main.shape
     facts = {
         "frames": num_frames,
@@ -206,10 +202,7 @@ def _plan(args: argparse.Namespace) -> int:
     from longvid.planning.planner import make_plan
 
     height, width = args.size
-    names = (
-        "device", "dtype", "memory", "offload", "reserved", "chunk_frames", "slice_frames", "layout", "paired_frames",
-    )  # fmt: skip
-    plan = make_plan(args.model, height=height, width=width, **_options(args, names))
+    plan = make_plan(args.model, height=height, width=width, **_options(args, (*_PLANNED, "dtype")))
     print(json.dumps(plan.to_dict()) if args.json else plan.explain())
     return 0
 
@@ -277,7 +270,6 @@ _COMMANDS: dict[str, Command] = {
 
 @contextmanager
 def _session(args: argparse.Namespace, *, output_complete: bool = False) -> Iterator[VideoSession]:
-    """An open session with the callbacks and the model that the arguments ask for."""
     map_large_allocations()
     from longvid.runtime.session import VideoSession
 
@@ -285,7 +277,10 @@ def _session(args: argparse.Namespace, *, output_complete: bool = False) -> Iter
         nothing_to_do = output_complete and not (args.overwrite or args.no_resume)
         callbacks = [stack.enter_context(callback) for callback in _callbacks(args, nothing_to_do)]
         session = VideoSession(
-            _load_model(args), dtype=_dtype(args), callbacks=callbacks, **_options(args, _SESSION_OPTIONS)
+            _load_model(args),
+            dtype=_dtype(args),
+            callbacks=callbacks,
+            **_options(args, (*_PLANNED, "offload_dir", "profile")),
         )
         stack.enter_context(session)
         if not args.quiet:
@@ -328,7 +323,6 @@ def _load_model(args: argparse.Namespace) -> CausalVAE:
 
 
 def _announce(args: argparse.Namespace) -> None:
-    """Print which model encodes, and for any command that its weights are random."""
     if args.random_weights is not None:
         print(f"longvid: the weights are random (seed {args.random_weights}); results mean nothing", file=sys.stderr)
     elif args.command == "encode":
@@ -337,14 +331,12 @@ def _announce(args: argparse.Namespace) -> None:
 
 
 def _dtype(args: argparse.Namespace) -> Any:
-    """The dtype that was asked for, or that of a model that is given by name."""
     from longvid.planning.options import default_dtype, parse_dtype, planned_device
 
     return parse_dtype(args.dtype) or default_dtype(args.model, planned_device(args.device)[0])
 
 
 def _take_recorded_model(args: argparse.Namespace, vae: Mapping[str, Any]) -> None:
-    """Where ``--model`` was not given, put the model that a store records in its place."""
     if args.model is not None:
         return
     name = vae.get("name_or_path")
@@ -355,7 +347,6 @@ def _take_recorded_model(args: argparse.Namespace, vae: Mapping[str, Any]) -> No
 
 
 def _safety(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of a run that decide what it replaces, what it resumes and when results are safe."""
     from longvid.store.durability import Durability
 
     return {

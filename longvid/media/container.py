@@ -100,7 +100,6 @@ class MediaFile:
         return name if os.path.exists(name) else os.path.abspath(self._path)
 
     def _refusal(self, exc: Exception) -> SourceError:
-        """The reason why FFmpeg does not open a file."""
         if isinstance(exc, av.error.ExitError):
             return SourceError(
                 f"{self._path} could not be opened within {self._limits.stall_seconds:g} s; convert the file, or allow "

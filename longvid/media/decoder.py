@@ -258,7 +258,6 @@ class Decoder:
         self._num_packets += 1
 
     def _emptied(self) -> list[VideoFrame | None]:
-        """Frames that are still in the decoder after the last packet."""
         try:
             return list(self._stream.codec_context.decode(None))
         except (av.FFmpegError, OSError):

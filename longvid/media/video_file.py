@@ -175,7 +175,6 @@ class VideoFile(FrameSource):
         return SourceError(f"{self._name} {shortfall.why}; copy the file again", kind="truncated")
 
     def _error(self, fault: Fault, index: int) -> SourceError:
-        """The error for a picture with a fault."""
         num_pixels = self._stream.codec_context.height * self._stream.codec_context.width
         if isinstance(fault.cause, av.ArgumentError) and not 0 < num_pixels <= self._limits.max_pixels:
             return self._limits.exceeded("max_pixels", f"{self._name} has frames of more pixels, or of no size at all")
@@ -188,7 +187,6 @@ class VideoFile(FrameSource):
         return error
 
     def _find_shortfall(self, container: InputContainer) -> Fault | None:
-        """The fault of a file that is shorter than its header declares."""
         end, have = declared_end(self._file.file, container, self._stream), self._file.num_bytes
         if end is not None and end > have:
             return Fault("truncated", f"is cut short: its header declares {end} bytes and the file has {have}")

@@ -194,7 +194,6 @@ class VideoWriter:
             self._partial.replace(self._path)
 
     def _discard(self) -> None:
-        """Close what is open and remove the partial file, if it is still there."""
         container, self._container = self._container, None
         with contextlib.suppress(av.FFmpegError, OSError):
             if container is not None:

@@ -100,7 +100,6 @@ def dry_run(
 
 
 def _host_chunk(model: CausalVAE, workload: Workload, index: int) -> Tensor:
-    """A chunk as it lies in host memory: frames to encode or latents to decode."""
     chunk, p = workload.schedule.full(index), model.geometry.pixels_per_latent
     height, width = workload.height, workload.width
     if workload.direction == "encode":

@@ -38,7 +38,7 @@ from longvid.models.numerics import Layout, Numerics
 from longvid.planning.dry_run import dry_run, skeleton_of
 from longvid.planning.workload import Workload
 
-__all__ = ["can_compute", "choose_numerics", "fresh_memory_is_slow", "preferred_band_bytes"]
+__all__ = ["can_compute", "choose_numerics", "preferred_band_bytes"]
 
 _SMALL_BYTES = 32 * 2**20
 "limit for the largest window of a chunk; up to this size the C library reuses memory without asking the system"
@@ -117,11 +117,6 @@ def preferred_band_bytes(device: torch.device) -> int | None:
     return _BAND_BYTES if device.type == "cpu" else None
 
 
-def fresh_memory_is_slow(device: torch.device) -> bool:
-    """Whether it is worth keeping memory between chunks: not where an allocator of the device's own does so."""
-    return device.type == "cpu"
-
-
 @dataclass(frozen=True, slots=True)
 class _Forms:
     """The forms of one convolution, ready to be measured. Weights are zeros, so a model without weights is enough."""
@@ -142,7 +137,6 @@ class _Forms:
         return torch.zeros(shape, dtype=self.dtype, device=self.device).contiguous(memory_format=layout)
 
     def _weights(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias."""
         dtype = torch.float32 if self.widens else self.dtype
         weight = torch.zeros(self.shape, dtype=dtype, device=self.device)
         return weight, torch.zeros(self.shape[:1], dtype=self.dtype, device=self.device)

@@ -288,7 +288,6 @@ def _explain_direction(direction: Direction, part: DirectionPlan) -> list[str]:
 
 
 def _by_direction(parts: Mapping[Direction, DirectionPlan]) -> str:
-    """The numerics in words, by direction where they differ."""
     words_of = {direction: part.execution.numerics.words for direction, part in parts.items()}
     if len(set(words_of.values())) == 1:
         return next(iter(words_of.values()))

@@ -28,7 +28,7 @@ from longvid.models.loading import load_architecture
 from longvid.models.numerics import Numerics, parse_layout, parse_paired_frames
 from longvid.planning.cost_model import choose_placement
 from longvid.planning.dry_run import DryRuns
-from longvid.planning.kernel_choice import choose_numerics, fresh_memory_is_slow, preferred_band_bytes
+from longvid.planning.kernel_choice import choose_numerics, preferred_band_bytes
 from longvid.planning.options import ComputeOptions, default_dtype, parse_dtype, planned_device
 from longvid.planning.plan import DirectionPlan, Plan
 from longvid.planning.workload import Execution, Workload
@@ -153,7 +153,8 @@ class Planner:
     def _make(
         self, size: tuple[int, int], options: ComputeOptions, directions: Sequence[Direction], budget: MemoryBudget
     ) -> Plan:
-        may_keep = options.keep_buffers and fresh_memory_is_slow(self._device)
+        # The allocator of an accelerator keeps memory between chunks by itself.
+        may_keep = options.keep_buffers and self._device.type == "cpu"
         dtype = options.dtype or self._weights_dtype
         workloads = {
             d: Workload(direction=d, height=size[0], width=size[1], dtype=dtype, schedule=self._model.geometry.schedule)

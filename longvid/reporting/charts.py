@@ -55,7 +55,6 @@ def draw(history: RunHistory) -> tuple[str, dict[str, str]]:
 
 
 def _time_unit(seconds: float) -> tuple[float, str]:
-    """Seconds per unit, and the unit, for a time axis of this length."""
     if seconds < 1:
         return 1e-3, "ms"
     if seconds < 180:
@@ -70,7 +69,6 @@ def _byte_unit(num_bytes: float) -> tuple[float, str]:
 
 
 def _hover(chart: figure, drawn: Any, *tooltips: tuple[str, str], mode: Any = "mouse") -> None:
-    """Show values at the pointer."""
     chart.add_tools(HoverTool(visible=False, renderers=[drawn], mode=mode, tooltips=list(tooltips)))
 
 
@@ -122,7 +120,6 @@ def _line(chart: figure, x: Iterable[float], y: Iterable[float], color: str, lab
 
 
 def _draw_memory(history: RunHistory) -> figure:
-    """Device bytes of each measured chunk against the projection and the budget."""
     start = history.start
     points = [p for p in history.points if p.peak_bytes is not None]
     top = max(start.projected_bytes, history.peak_device_bytes, history.allowed_in_view or 0)
@@ -139,7 +136,6 @@ def _draw_memory(history: RunHistory) -> figure:
 
 
 def _draw_process(history: RunHistory) -> figure:
-    """Resident set size of the process."""
     top = max(p.rss_bytes for p in history.points)
     scale, unit = _byte_unit(top)
     factor, x_range, x_label = _run_axis(history)
@@ -150,7 +146,6 @@ def _draw_process(history: RunHistory) -> figure:
 
 
 def _draw_throughput(history: RunHistory) -> figure:
-    """Mean frames per second of each step."""
     windows = history.windows
     factor, x_range, x_label = _run_axis(history)
     rates = [p.frames_per_second for p in windows]
@@ -282,7 +277,6 @@ def _label_groups(chart: figure, layers: Sequence[LayerContext], row_height: int
 
 
 def _draw_lanes(history: RunHistory) -> figure:
-    """Computation and the two directions of transfer, one row each."""
     views = list(history.views)
     clock = _Clock(views)
     chart = _blank(190, (0, clock.stop), clock.label, (len(_LANES), 0), None, _LEFT_OF_VIEWS)

@@ -214,14 +214,10 @@ def _visits(spans: Sequence[Span], begin: float, end: float, *, in_first_chunk: 
         elif span.lane == "compute":
             opened = start if opened is None else opened
         else:
-            arrived = _first_of(fetched, opened)
+            arrived = opened if fetched is None else fetched
             visits.append(Stay(span.layer, begin if arrived is None else arrived, max(begin, span.stop_seconds)))
             fetched = opened = None
-    still_here = _first_of(fetched, opened)
+    still_here = opened if fetched is None else fetched
     if still_here is not None:
         visits.append(Stay(spans[0].layer, still_here, end))
     return visits
-
-
-def _first_of(*moments: float | None) -> float | None:
-    return next((moment for moment in moments if moment is not None), None)

@@ -90,7 +90,6 @@ class ReportPage(RunObserver):
 
 
 def _is_unfinished(path: Path) -> bool:
-    """Whether ``path`` is a page whose last run was not completed."""
     if not path.is_file():
         return False
     with path.open(encoding="utf-8", errors="replace") as file:
