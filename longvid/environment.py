@@ -23,9 +23,7 @@ _M_MMAP_THRESHOLD = -3
 def describe_machine(device: str) -> dict[str, Any]:
     """Facts of this machine, ready for JSON. Holds no host name, no user name and no path.
 
-    Args:
-        device: where the model computes, such as ``"cpu"`` or ``"cuda:0"``. For an accelerator that this machine does
-            not have, this name is the only fact.
+    The name of a ``device`` that this machine does not have is the only fact of it.
     """
     import torch
 

@@ -20,8 +20,8 @@ def open_source(source: Any, **reading: Unpack[Reading]) -> FrameSource:
     """Open what frames are read from.
 
     Args:
-        source: a media file, a store of frames that longvid wrote, an array of frames (numpy,
-            torch or zarr), or an iterable of such arrays.
+        source: a media file, a store of frames that longvid wrote, an array of frames (numpy, torch or zarr), or an
+            iterable of such arrays.
         start: index of the first frame delivered.
         frames: how many frames at most; all by default.
         size: (height, width) to resize to; files only.

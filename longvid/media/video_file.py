@@ -40,10 +40,6 @@ class VideoFile(FrameSource):
     at once. Frames come in decoder order, turned upright, in RGB, each with its own time stamp; variable frame rates
     are kept. Frames before ``start`` are decoded and dropped, which is exact for every format.
 
-    Args:
-        path: a regular file; addresses are refused.
-        reading: see :func:`longvid.media.sources.open_source`.
-
     Raises:
         SourceError: the file is missing, is not a video, is cut short, or holds no frames.
     """

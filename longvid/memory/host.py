@@ -15,9 +15,7 @@ __all__ = ["host_available_bytes", "peak_rss_bytes", "rss_bytes"]
 def host_available_bytes(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
     """Bytes of host memory that this process can still take: the machine's, or what its container leaves if less.
 
-    Args:
-        cgroups: where control groups are mounted.
-        own: the file that names the groups of this process.
+    Control groups are mounted at ``cgroups``; those of this process are named in the file ``own``.
     """
     return max(0, min([int(psutil.virtual_memory().available), *_cgroup_headrooms(cgroups, own)]))
 
@@ -71,10 +69,8 @@ def rss_bytes() -> int:
 def peak_rss_bytes(status: Path = Path("/proc/self/status")) -> int:
     """Highest resident set size of this program since it started, as the operating system counts it.
 
-    On Linux this is VmHWM. ``ru_maxrss`` survives exec, so it includes the memory of the process that forked this one.
-
-    Args:
-        status: the file in which Linux describes this process.
+    On Linux this is VmHWM in ``status``. ``ru_maxrss`` survives exec, so it includes the memory of the process that
+    forked this one.
     """
     try:
         lines = status.read_text().splitlines()

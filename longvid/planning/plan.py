@@ -142,11 +142,7 @@ class DirectionPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, ready for JSON."""
-        names = (
-            "projected_bytes", "steady_chunk_bytes", "nothing_offloaded_bytes", "minimum_bytes", "weights_bytes",
-            "cache_bytes", "activation_bytes", "resident_cache_bytes", "offloaded_cache_bytes", "idle_bytes", "offload",
-            "chunk_frames",
-        )  # fmt: skip
+        names = (*(name for _, name in _ROWS), "idle_bytes", "offload", "chunk_frames")
         needs, execution = self.cost_model.steady_needs(self.placement), self.execution
         return {
             **{name: getattr(self, name) for name in names},

@@ -101,13 +101,7 @@ def make_plan(
 class Planner:
     """Plans of one model on one device, for calls of :func:`make_plan`, sessions and sweeps alike.
 
-    Args:
-        model: with weights or without.
-        device: where it computes.
-        is_here: whether this machine has the device, so that kernels can be measured on it.
-
-    Raises:
-        ModelError: the model is not a torch module.
+    Kernels are measured if the device ``is_here``. ModelError is raised for a model that is not a torch module.
     """
 
     def __init__(self, model: CausalVAE, device: torch.device, *, is_here: bool = True) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from bokeh.embed import components
@@ -23,10 +23,15 @@ __all__ = ["draw", "library_script"]
 
 _LANES = {"compute": "compute", "to_device": "to device", "to_host": "to host"}
 _STAGES = {"read": "reading", "compute": "compute", "write": "writing", "wait": "waiting"}
-_UNIT_WORDS = {"ms": "milliseconds", "s": "seconds", "min": "minutes", "h": "hours"}
+_TIME_UNITS: tuple[tuple[float, float, str, str], ...] = (
+    (1.0, 1e-3, "ms", "milliseconds"),
+    (180.0, 1.0, "s", "seconds"),
+    (3 * 3600.0, 60.0, "min", "minutes"),
+    (np.inf, 3600.0, "h", "hours"),
+)
+"longest axis for a unit, seconds per unit, and the unit"
 _LEFT, _LEFT_OF_VIEWS = 60, 112
 "pixels left of a chart, so that charts that share a time axis stand flush"
-_Range: TypeAlias = tuple[float, float]
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
 
 
@@ -54,12 +59,26 @@ def draw(history: RunHistory) -> tuple[str, dict[str, str]]:
     return str(script), {name: str(place) for name, place in places.items()}
 
 
-def _time_unit(seconds: float) -> tuple[float, str]:
-    if seconds < 1:
-        return 1e-3, "ms"
-    if seconds < 180:
-        return 1.0, "s"
-    return (60.0, "min") if seconds < 3 * 3600 else (3600.0, "h")
+class _TimeAxis:
+    """A time axis from one moment to another, in a unit that suits its length."""
+
+    def __init__(self, start: float, stop: float, since: str) -> None:
+        self._start, seconds = start, stop - start
+        _, self._factor, self.unit, words = next(row for row in _TIME_UNITS if seconds < row[0])
+        self.stop = seconds / self._factor or 1.0
+        self.label = f"{words} since {since}"
+
+    def __call__(self, seconds: float) -> float:
+        return (seconds - self._start) / self._factor
+
+
+def _run_axis(history: RunHistory) -> _TimeAxis:
+    return _TimeAxis(0.0, history.points[-1].stop_seconds, "the start")
+
+
+def _views_axis(views: Sequence[ChunkView]) -> _TimeAxis:
+    """For the chunks that are shown in full."""
+    return _TimeAxis(views[0].start_seconds, views[-1].stop_seconds, f"chunk {views[0].index:,} began")
 
 
 def _byte_unit(num_bytes: float) -> tuple[float, str]:
@@ -73,14 +92,14 @@ def _hover(chart: figure, drawn: Any, *tooltips: tuple[str, str], mode: Any = "m
 
 
 def _blank(
-    height: int, x_range: _Range, x_label: str, y_range: _Range, y_label: str | None, left: int = _LEFT
+    height: int, time: _TimeAxis, y_range: tuple[float, float], y_label: str | None, left: int = _LEFT
 ) -> figure:
     """An empty chart as wide as the page, which leaves swipes and the wheel to the page."""
     chart = figure(
         height=height,
         sizing_mode="stretch_width",
         min_width=200,
-        x_range=Range1d(start=x_range[0], end=x_range[1]),
+        x_range=Range1d(start=0, end=time.stop),
         y_range=Range1d(start=y_range[0], end=y_range[1]),
         tools="xbox_zoom,xpan,reset",
         active_drag=None,
@@ -93,7 +112,7 @@ def _blank(
         min_border_right=12,
     )
     chart.toolbar.logo = None
-    for axis, label in ((chart.xaxis, x_label), (chart.yaxis, y_label)):
+    for axis, label in ((chart.xaxis, time.label), (chart.yaxis, y_label)):
         axis.axis_label = label
         axis.axis_label_text_font_style = "normal"
         axis.axis_label_text_font = axis.major_label_text_font = _FONT
@@ -102,12 +121,6 @@ def _blank(
     chart.xaxis.ticker = BasicTicker(desired_num_ticks=6)
     chart.xgrid.visible = False
     return chart
-
-
-def _run_axis(history: RunHistory) -> tuple[float, _Range, str]:
-    """Seconds per unit, range and label of the time of a whole run."""
-    factor, unit = _time_unit(history.points[-1].stop_seconds)
-    return factor, (0, history.points[-1].stop_seconds / factor), f"{_UNIT_WORDS[unit]} since the start"
 
 
 def _line(chart: figure, x: Iterable[float], y: Iterable[float], color: str, label: str, unit: str) -> None:
@@ -124,13 +137,13 @@ def _draw_memory(history: RunHistory) -> figure:
     points = [p for p in history.points if p.peak_bytes is not None]
     top = max(start.projected_bytes, history.peak_device_bytes, history.allowed_in_view or 0)
     scale, unit = _byte_unit(top)
-    factor, x_range, x_label = _run_axis(history)
-    chart = _blank(280, x_range, x_label, (0, top / scale * 1.06), unit)
+    time = _run_axis(history)
+    chart = _blank(280, time, (0, top / scale * 1.06), unit)
     # Wide, to be seen under the measured line where the projection is exact.
     chart.hspan(y=start.projected_bytes / scale, line_color=COLORS["projected"], line_width=6, line_alpha=0.6)
     if history.allowed_in_view is not None:
         chart.hspan(y=history.allowed_in_view / scale, line_color=COLORS["allowed"], line_width=2, line_dash="dashed")
-    times = ((p.start_seconds + p.stop_seconds) / 2 / factor for p in points)
+    times = (time((p.start_seconds + p.stop_seconds) / 2) for p in points)
     _line(chart, times, ((p.peak_bytes or 0) / scale for p in points), COLORS["measured"], "peak", unit)
     return chart
 
@@ -138,23 +151,23 @@ def _draw_memory(history: RunHistory) -> figure:
 def _draw_process(history: RunHistory) -> figure:
     top = max(p.rss_bytes for p in history.points)
     scale, unit = _byte_unit(top)
-    factor, x_range, x_label = _run_axis(history)
-    chart = _blank(180, x_range, x_label, (0, top / scale * 1.08), unit)
-    times = (p.stop_seconds / factor for p in history.points)
+    time = _run_axis(history)
+    chart = _blank(180, time, (0, top / scale * 1.08), unit)
+    times = (time(p.stop_seconds) for p in history.points)
     _line(chart, times, (p.rss_bytes / scale for p in history.points), COLORS["process"], "process", unit)
     return chart
 
 
 def _draw_throughput(history: RunHistory) -> figure:
     windows = history.windows
-    factor, x_range, x_label = _run_axis(history)
+    time = _run_axis(history)
     rates = [p.frames_per_second for p in windows]
-    chart = _blank(200, x_range, x_label, (0, (max(rates) or 1) * 1.1), "frames/s")
-    source = ColumnDataSource({**_edges(windows, factor), "rate": np.array(rates)})
+    chart = _blank(200, time, (0, (max(rates) or 1) * 1.1), "frames/s")
+    source = ColumnDataSource({**_edges(windows, time), "rate": np.array(rates)})
     bars = chart.quad(
         "left", "right", "rate", 0, source=source, fill_color=COLORS["throughput"], fill_alpha=0.25, line_color=None
     )
-    x = np.repeat([windows[0].start_seconds, *(p.stop_seconds for p in windows)], 2)[1:-1] / factor
+    x = np.repeat([time(windows[0].start_seconds), *(time(p.stop_seconds) for p in windows)], 2)[1:-1]
     chart.line(x, np.repeat(rates, 2), color=COLORS["throughput"], line_width=2)
     _hover(chart, bars, ("frames/s", "@rate{0,0.00}"))
     return chart
@@ -163,11 +176,11 @@ def _draw_throughput(history: RunHistory) -> figure:
 def _draw_stages(history: RunHistory) -> figure:
     """One row per stage, filled to the share of each step in which it was at work."""
     windows = history.windows
-    factor, x_range, x_label = _run_axis(history)
-    chart = _blank(210, x_range, x_label, (len(_STAGES), 0), None)
+    time = _run_axis(history)
+    chart = _blank(210, time, (len(_STAGES), 0), None)
     for row, (stage, label) in enumerate(_STAGES.items()):
         share = np.array([p.stage_shares[stage] for p in windows])
-        source = ColumnDataSource({**_edges(windows, factor), "top": row + 1 - 0.8 * share, "share": share * 100})
+        source = ColumnDataSource({**_edges(windows, time), "top": row + 1 - 0.8 * share, "share": share * 100})
         style: dict[str, Any] = {"source": source, "color": COLORS[stage], "line_color": None}
         whole = chart.quad("left", "right", row + 0.2, row + 1.0, alpha=0.12, **style)
         chart.quad("left", "right", "top", row + 1.0, **style)
@@ -184,49 +197,35 @@ def _label_rows(chart: figure, labels: Sequence[str], offset: float) -> None:
     chart.ygrid.ticker = FixedTicker(ticks=list(range(len(labels) + 1)))
 
 
-def _edges(windows: Sequence[Point], factor: float) -> dict[str, Any]:
+def _edges(windows: Sequence[Point], time: _TimeAxis) -> dict[str, Any]:
     return {
-        "left": np.array([p.start_seconds / factor for p in windows]),
-        "right": np.array([p.stop_seconds / factor for p in windows]),
+        "left": np.array([time(p.start_seconds) for p in windows]),
+        "right": np.array([time(p.stop_seconds) for p in windows]),
     }
 
 
-class _Clock:
-    """Time axis of the chunks that are shown in full, from the start of the first one."""
-
-    def __init__(self, views: Sequence[ChunkView]) -> None:
-        self._begin = views[0].start_seconds
-        seconds = views[-1].stop_seconds - self._begin
-        self._factor, self.unit = _time_unit(seconds)
-        self.stop = seconds / self._factor or 1.0
-        self.label = f"{_UNIT_WORDS[self.unit]} since chunk {views[0].index:,} began"
-
-    def __call__(self, seconds: float) -> float:
-        return (seconds - self._begin) / self._factor
-
-
-def _bars(chart: figure, clock: _Clock, bars: Sequence[tuple[int, Span | Stay]], **style: Any) -> None:
+def _bars(chart: figure, time: _TimeAxis, bars: Sequence[tuple[int, Span | Stay]], **style: Any) -> None:
     """Bars in numbered rows, with their layer at the pointer."""
-    left = np.array([max(0.0, clock(bar.start_seconds)) for _, bar in bars])
-    right = np.array([min(clock.stop, clock(bar.stop_seconds)) for _, bar in bars])
+    left = np.array([max(0.0, time(bar.start_seconds)) for _, bar in bars])
+    right = np.array([min(time.stop, time(bar.stop_seconds)) for _, bar in bars])
     source = ColumnDataSource(
         {
             "row": np.array([row + 0.5 for row, _ in bars], np.float32),
             "left": left,
             "right": np.maximum(left, right),
             "layer": [bar.layer for _, bar in bars],
-            "duration": np.array([clock(bar.stop_seconds) - clock(bar.start_seconds) for _, bar in bars], np.float32),
+            "duration": np.array([time(bar.stop_seconds) - time(bar.start_seconds) for _, bar in bars], np.float32),
         }
     )
     drawn = chart.hbar(y="row", left="left", right="right", source=source, **style)
-    unit = clock.unit
+    unit = time.unit
     _hover(
         chart, drawn, ("layer", "@layer"), ("from", f"@left{{0,0.00}} {unit}"), ("for", f"@duration{{0,0.00}} {unit}")
     )
 
 
-def _mark_chunks(chart: figure, clock: _Clock, views: Sequence[ChunkView]) -> None:
-    ends = [clock(view.stop_seconds) for view in views[:-1]]
+def _mark_chunks(chart: figure, time: _TimeAxis, views: Sequence[ChunkView]) -> None:
+    ends = [time(view.stop_seconds) for view in views[:-1]]
     if ends:
         chart.vspan(x=ends, line_color="#7f8a98", line_dash="dotted", line_width=1.5)
 
@@ -234,19 +233,19 @@ def _mark_chunks(chart: figure, clock: _Clock, views: Sequence[ChunkView]) -> No
 def _draw_residency(history: RunHistory) -> figure:
     """One row per layer: when its context was on the device, and when the layer computed."""
     layers, views = history.start.layers, list(history.views)
-    clock = _Clock(views)
+    time = _views_axis(views)
     row_of = {layer.name: row for row, layer in enumerate(layers)}
     # Rows are low where no context moves, and where there are many layers.
     row_height = 8 if len(layers) > 60 or all(layer.resident for layer in layers) else 15
-    chart = _blank(len(layers) * row_height + 90, (0, clock.stop), clock.label, (len(layers), 0), None, _LEFT_OF_VIEWS)
+    chart = _blank(len(layers) * row_height + 90, time, (len(layers), 0), None, _LEFT_OF_VIEWS)
     _label_groups(chart, layers, row_height)
     for kind, is_resident in (("resident", True), ("offloaded", False)):
         stays = stays_on_device([layer for layer in layers if layer.resident == is_resident], views)
         bars = [(row_of[stay.layer], stay) for stay in stays]
-        _bars(chart, clock, bars, height=0.78, fill_color=COLORS[kind], line_color=None)
+        _bars(chart, time, bars, height=0.78, fill_color=COLORS[kind], line_color=None)
     computed = [s for view in views for s in view.spans if s.lane == "compute" and s.layer in row_of]
-    _bars(chart, clock, [(row_of[s.layer], s) for s in computed], height=0.78, color=COLORS["compute"], line_width=1)
-    _mark_chunks(chart, clock, views)
+    _bars(chart, time, [(row_of[s.layer], s) for s in computed], height=0.78, color=COLORS["compute"], line_width=1)
+    _mark_chunks(chart, time, views)
     return chart
 
 
@@ -278,12 +277,12 @@ def _label_groups(chart: figure, layers: Sequence[LayerContext], row_height: int
 
 def _draw_lanes(history: RunHistory) -> figure:
     views = list(history.views)
-    clock = _Clock(views)
-    chart = _blank(190, (0, clock.stop), clock.label, (len(_LANES), 0), None, _LEFT_OF_VIEWS)
+    time = _views_axis(views)
+    chart = _blank(190, time, (len(_LANES), 0), None, _LEFT_OF_VIEWS)
     for row, lane in enumerate(_LANES):
         bars = [(row, span) for view in views for span in view.spans if span.lane == lane]
-        _bars(chart, clock, bars, height=0.7, color=COLORS[lane], fill_alpha=0.7, line_width=1)
+        _bars(chart, time, bars, height=0.7, color=COLORS[lane], fill_alpha=0.7, line_width=1)
     chart.yaxis.major_tick_line_color = None
     _label_rows(chart, list(_LANES.values()), 0.5)
-    _mark_chunks(chart, clock, views)
+    _mark_chunks(chart, time, views)
     return chart
