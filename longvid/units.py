@@ -1,4 +1,4 @@
-"""Byte counts and frame sizes as people write them."""
+"""Byte counts, lengths of time and frame sizes as people write them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from longvid.errors import OptionError
 
-__all__ = ["format_bytes", "parse_bytes", "parse_reserve", "parse_size"]
+__all__ = ["format_bytes", "format_seconds", "parse_bytes", "parse_reserve", "parse_size"]
 
 _FACTORS = {"b": 1}
 for _power, _prefix in enumerate("kmgt", 1):
@@ -47,6 +47,19 @@ def format_bytes(num_bytes: float) -> str:
             return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"
         value /= 1024
     return f"{value:.2f} TiB"
+
+
+def format_seconds(seconds: float) -> str:
+    """A length of time as people write it: ``350 ms``, ``12.4 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The charts of a report page, drawn by bokeh. The only module that imports bokeh; it is imported when a run is over.
+"""The charts of a report page and their captions. The only module that imports bokeh, when a run is over.
 
 Colours of text and axes come from the page's style sheet, so that they suit light and dark pages.
 """
@@ -6,21 +6,31 @@ Colours of text and axes come from the page's style sheet, so that they suit lig
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 from bokeh.embed import components
-from bokeh.models import BasicTicker, ColumnDataSource, FixedTicker, HoverTool, Model, PlainText, Range1d
+from bokeh.models import BasicTicker, ColumnDataSource, FixedTicker, HoverTool, PlainText, Range1d
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 
 from longvid.events import LayerContext, Span
-from longvid.reporting.history import ChunkView, Point, RunHistory, Stay, stays_on_device
-from longvid.reporting.text import COLORS
+from longvid.reporting.history import ChunkView, Point, RunHistory, Stay, layer_count, stays_on_device
+from longvid.units import format_bytes, format_seconds
 
 __all__ = ["draw", "library_script"]
 
+_COLORS = {
+    **dict.fromkeys(("measured", "throughput", "compute"), "#1f83c7"),
+    **dict.fromkeys(("projected", "offloaded", "wait"), "#e69f00"),
+    **dict.fromkeys(("allowed", "to_host", "write"), "#d55e00"),
+    **dict.fromkeys(("process", "to_device", "read"), "#009e73"),
+    "resident": "#9aa5b170",
+}
+"""Colours of lines and bars in charts and legends, distinct for colour-blind readers too, on light and dark pages."""
 _LANES = {"compute": "compute", "to_device": "to device", "to_host": "to host"}
 _STAGES = {"read": "reading", "compute": "compute", "write": "writing", "wait": "waiting"}
 _TIME_UNITS: tuple[tuple[float, float, str, str], ...] = (
@@ -40,23 +50,49 @@ def library_script() -> str:
     return Resources(mode="inline", components=["bokeh"], log_level="warn").render_js()
 
 
-def draw(history: RunHistory) -> tuple[str, dict[str, str]]:
-    """A script element that draws the charts of a run, and the element that each appears in, by name of the chart.
+@dataclass(frozen=True, slots=True)
+class _Chart:
+    title: str
+    text: str
+    legend: list[str]
+    "its entries, as HTML"
+    figure: figure
+
+
+def draw(history: RunHistory) -> tuple[str, str]:
+    """A script element that draws the charts of a run, and the elements that they appear in, with their captions.
 
     Charts without data are left out.
     """
-    charts: dict[str, Model] = {}
+    charts = []
     if any(point.peak_bytes is not None for point in history.points):
-        charts["memory"] = _draw_memory(history)
+        charts.append(_memory(history))
     if history.points:
-        charts |= {"process": _draw_process(history), "throughput": _draw_throughput(history)}
-        charts["stages"] = _draw_stages(history)
+        charts.append(_process(history))
     if history.views and history.start.layers:
-        charts |= {"residency": _draw_residency(history), "lanes": _draw_lanes(history)}
+        charts += [_residency(history), _lanes(history)]
+    if history.points:
+        charts += [_throughput(history), _stages(history)]
     if not charts:
-        return "", {}
-    script, places = components(charts)
-    return str(script), {name: str(place) for name, place in places.items()}
+        return "", ""
+    script, places = components([chart.figure for chart in charts])
+    return str(script), "".join(map(_element, charts, places))
+
+
+def _element(chart: _Chart, place: str) -> str:
+    title, text = escape(chart.title), escape(chart.text)
+    return f"""
+<figure>
+<figcaption><h3>{title}</h3><p>{text}</p><ul class="legend">{"".join(chart.legend)}</ul></figcaption>
+<div class="chart" role="img" aria-label="Chart: {title}. {text}">{place}</div>
+</figure>
+"""
+
+
+def _key(color: str, text: str, shape: str = "box") -> str:
+    """One entry of a legend; the shape is ``box``, ``line`` or ``line dashed``."""
+    style = "background" if shape == "box" else "border-color"
+    return f'<li><i class="{shape}" style="{style}:{_COLORS[color]}"></i>{escape(text)}</li>'
 
 
 class _TimeAxis:
@@ -132,7 +168,7 @@ def _line(chart: figure, x: Iterable[float], y: Iterable[float], color: str, lab
     _hover(chart, line, (label, f"@y{{0,0.00}} {unit}"), mode="vline")
 
 
-def _draw_memory(history: RunHistory) -> figure:
+def _memory(history: RunHistory) -> _Chart:
     start = history.start
     points = [p for p in history.points if p.peak_bytes is not None]
     top = max(start.projected_bytes, history.peak_device_bytes, history.allowed_in_view or 0)
@@ -140,40 +176,51 @@ def _draw_memory(history: RunHistory) -> figure:
     time = _run_axis(history)
     chart = _blank(280, time, (0, top / scale * 1.06), unit)
     # Wide, to be seen under the measured line where the projection is exact.
-    chart.hspan(y=start.projected_bytes / scale, line_color=COLORS["projected"], line_width=6, line_alpha=0.6)
+    chart.hspan(y=start.projected_bytes / scale, line_color=_COLORS["projected"], line_width=6, line_alpha=0.6)
     if history.allowed_in_view is not None:
-        chart.hspan(y=history.allowed_in_view / scale, line_color=COLORS["allowed"], line_width=2, line_dash="dashed")
+        chart.hspan(y=history.allowed_in_view / scale, line_color=_COLORS["allowed"], line_width=2, line_dash="dashed")
     times = (time((p.start_seconds + p.stop_seconds) / 2) for p in points)
-    _line(chart, times, ((p.peak_bytes or 0) / scale for p in points), COLORS["measured"], "peak", unit)
-    return chart
+    _line(chart, times, ((p.peak_bytes or 0) / scale for p in points), _COLORS["measured"], "peak", unit)
+    legend = [
+        _key("measured", f"measured, highest {format_bytes(history.peak_device_bytes)}", "line"),
+        _key("projected", f"projected {format_bytes(start.projected_bytes)}", "line"),
+    ]
+    if start.allowed_bytes is not None:
+        beyond = "" if history.allowed_in_view else ", far above this chart"
+        legend.append(_key("allowed", f"allowed {format_bytes(start.allowed_bytes)}{beyond}", "line dashed"))
+    text = f"Peak of each chunk that was measured, weights included.{_per_point(history)}"
+    return _Chart("Device memory", text, legend, chart)
 
 
-def _draw_process(history: RunHistory) -> figure:
+def _process(history: RunHistory) -> _Chart:
     top = max(p.rss_bytes for p in history.points)
     scale, unit = _byte_unit(top)
     time = _run_axis(history)
     chart = _blank(180, time, (0, top / scale * 1.08), unit)
     times = (time(p.stop_seconds) for p in history.points)
-    _line(chart, times, (p.rss_bytes / scale for p in history.points), COLORS["process"], "process", unit)
-    return chart
+    _line(chart, times, (p.rss_bytes / scale for p in history.points), _COLORS["process"], "process", unit)
+    highest = top if history.report is None else max(top, history.report.peak_rss_bytes)
+    text = f"Resident set size after each chunk, as the operating system counts it.{_per_point(history)}"
+    return _Chart("Process memory", text, [_key("process", f"process, highest {format_bytes(highest)}", "line")], chart)
 
 
-def _draw_throughput(history: RunHistory) -> figure:
+def _throughput(history: RunHistory) -> _Chart:
     windows = history.windows
     time = _run_axis(history)
     rates = [p.frames_per_second for p in windows]
     chart = _blank(200, time, (0, (max(rates) or 1) * 1.1), "frames/s")
     source = ColumnDataSource({**_edges(windows, time), "rate": np.array(rates)})
     bars = chart.quad(
-        "left", "right", "rate", 0, source=source, fill_color=COLORS["throughput"], fill_alpha=0.25, line_color=None
+        "left", "right", "rate", 0, source=source, fill_color=_COLORS["throughput"], fill_alpha=0.25, line_color=None
     )
     x = np.repeat([time(windows[0].start_seconds), *(time(p.stop_seconds) for p in windows)], 2)[1:-1]
-    chart.line(x, np.repeat(rates, 2), color=COLORS["throughput"], line_width=2)
+    chart.line(x, np.repeat(rates, 2), color=_COLORS["throughput"], line_width=2)
     _hover(chart, bars, ("frames/s", "@rate{0,0.00}"))
-    return chart
+    rate = f"frames per second, {history.rate} over the whole run"
+    return _Chart("Throughput", _per_step(history), [_key("throughput", rate, "line")], chart)
 
 
-def _draw_stages(history: RunHistory) -> figure:
+def _stages(history: RunHistory) -> _Chart:
     """One row per stage, filled to the share of each step in which it was at work."""
     windows = history.windows
     time = _run_axis(history)
@@ -181,14 +228,20 @@ def _draw_stages(history: RunHistory) -> figure:
     for row, (stage, label) in enumerate(_STAGES.items()):
         share = np.array([p.stage_shares[stage] for p in windows])
         source = ColumnDataSource({**_edges(windows, time), "top": row + 1 - 0.8 * share, "share": share * 100})
-        style: dict[str, Any] = {"source": source, "color": COLORS[stage], "line_color": None}
+        style: dict[str, Any] = {"source": source, "color": _COLORS[stage], "line_color": None}
         whole = chart.quad("left", "right", row + 0.2, row + 1.0, alpha=0.12, **style)
         chart.quad("left", "right", "top", row + 1.0, **style)
         _hover(chart, whole, (label, "@share{0.0} %"))
     chart.yaxis.major_tick_in = chart.yaxis.major_tick_out = 0  # room for the labels, so that charts are aligned
     chart.yaxis.major_label_standoff = 4
     _label_rows(chart, list(_STAGES.values()), 0.6)
-    return chart
+    words = {**_STAGES, "compute": "computing", "wait": "compute waits"}
+    legend = [_key(stage, f"{words[stage]} {share:.1%}") for stage, share in history.whole.stage_shares.items()]
+    text = (
+        f"{_per_step(history)} A full row means that the stage was at work all the time. Stages run at the same time, "
+        "so their shares need not add up to 100 %. The numbers are those of the whole run."
+    )
+    return _Chart("Where the time went", text, legend, chart)
 
 
 def _label_rows(chart: figure, labels: Sequence[str], offset: float) -> None:
@@ -230,7 +283,7 @@ def _mark_chunks(chart: figure, time: _TimeAxis, views: Sequence[ChunkView]) -> 
         chart.vspan(x=ends, line_color="#7f8a98", line_dash="dotted", line_width=1.5)
 
 
-def _draw_residency(history: RunHistory) -> figure:
+def _residency(history: RunHistory) -> _Chart:
     """One row per layer: when its context was on the device, and when the layer computed."""
     layers, views = history.start.layers, list(history.views)
     time = _views_axis(views)
@@ -239,14 +292,18 @@ def _draw_residency(history: RunHistory) -> figure:
     row_height = 8 if len(layers) > 60 or all(layer.resident for layer in layers) else 15
     chart = _blank(len(layers) * row_height + 90, time, (len(layers), 0), None, _LEFT_OF_VIEWS)
     _label_groups(chart, layers, row_height)
-    for kind, is_resident in (("resident", True), ("offloaded", False)):
-        stays = stays_on_device([layer for layer in layers if layer.resident == is_resident], views)
-        bars = [(row_of[stay.layer], stay) for stay in stays]
-        _bars(chart, time, bars, height=0.78, fill_color=COLORS[kind], line_color=None)
+    legend = [_key("compute", "layer computes")]
+    for kind, words in (("resident", "resident context"), ("offloaded", "offloaded context while it is on the device")):
+        some = [layer for layer in layers if layer.resident == (kind == "resident")]
+        bars = [(row_of[stay.layer], stay) for stay in stays_on_device(some, views)]
+        _bars(chart, time, bars, height=0.78, fill_color=_COLORS[kind], line_color=None)
+        if some:
+            legend.append(_key(kind, f"{words} ({layer_count(some)})"))
     computed = [s for view in views for s in view.spans if s.lane == "compute" and s.layer in row_of]
-    _bars(chart, time, [(row_of[s.layer], s) for s in computed], height=0.78, color=COLORS["compute"], line_width=1)
+    _bars(chart, time, [(row_of[s.layer], s) for s in computed], height=0.78, color=_COLORS["compute"], line_width=1)
     _mark_chunks(chart, time, views)
-    return chart
+    text = f"One row per layer, in the order in which they run, in {_view_words(history)}."
+    return _Chart("Contexts on the device", text, legend, chart)
 
 
 def _group_of(layer: str) -> str:
@@ -275,14 +332,36 @@ def _label_groups(chart: figure, layers: Sequence[LayerContext], row_height: int
     chart.ygrid.ticker = FixedTicker(ticks=ends)
 
 
-def _draw_lanes(history: RunHistory) -> figure:
+def _lanes(history: RunHistory) -> _Chart:
     views = list(history.views)
     time = _views_axis(views)
     chart = _blank(190, time, (len(_LANES), 0), None, _LEFT_OF_VIEWS)
-    for row, lane in enumerate(_LANES):
-        bars = [(row, span) for view in views for span in view.spans if span.lane == lane]
-        _bars(chart, time, bars, height=0.7, color=COLORS[lane], fill_alpha=0.7, line_width=1)
+    legend = []
+    for row, (lane, words) in enumerate(_LANES.items()):
+        spans = [span for view in views for span in view.spans if span.lane == lane]
+        _bars(chart, time, [(row, s) for s in spans], height=0.7, color=_COLORS[lane], fill_alpha=0.7, line_width=1)
+        seconds = format_seconds(sum(s.stop_seconds - s.start_seconds for s in spans))
+        moved = "" if lane == "compute" else f"{format_bytes(sum(span.num_bytes for span in spans))} in "
+        if spans or lane == "compute":
+            legend.append(_key(lane, f"{words}, {moved}{seconds}"))
     chart.yaxis.major_tick_line_color = None
     _label_rows(chart, list(_LANES.values()), 0.5)
     _mark_chunks(chart, time, views)
-    return chart
+    nothing = " No context was moved." if len(legend) == 1 else ""
+    text = f"Compute and transfers over time, in {_view_words(history)}.{nothing}"
+    return _Chart("Transfers beside computation", text, legend, chart)
+
+
+def _per_point(history: RunHistory) -> str:
+    chunks = history.points[0].num_chunks
+    return f" Each point is the highest of {chunks:,} chunks." if chunks > 1 else ""
+
+
+def _view_words(history: RunHistory) -> str:
+    first, last = history.views[0].index, history.views[-1].index
+    return f"chunk {first:,}" if first == last else f"chunks {first:,} to {last:,}; dotted lines separate chunks"
+
+
+def _per_step(history: RunHistory) -> str:
+    chunks = history.windows[0].num_chunks
+    return "Each step is one chunk." if chunks == 1 else f"Each step is the mean of {chunks:,} chunks."

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from longvid.events import ChunkEvent, LayerContext, RunReport, RunStart, Span
 
-__all__ = ["MAX_POINTS", "ChunkView", "Point", "RunHistory", "Stay", "merged", "stays_on_device"]
+__all__ = ["MAX_POINTS", "ChunkView", "Point", "RunHistory", "Stay", "layer_count", "merged", "stays_on_device"]
 
 MAX_POINTS = 1500
 "points that a history keeps of one run; an even number, since points are merged in pairs"
@@ -126,6 +126,12 @@ class RunHistory:
         return self.num_frames / self.seconds if self.seconds > 0 else 0.0
 
     @property
+    def rate(self) -> str:
+        """Frames per second of the whole run, in three digits or more."""
+        rate = self.frames_per_second
+        return f"{rate:,.0f}" if rate >= 1000 else f"{rate:.3g}"
+
+    @property
     def peak_device_bytes(self) -> int:
         """The measured peak; 0 if nothing was measured."""
         source = self.report or self.last_event
@@ -178,6 +184,11 @@ class RunHistory:
         allowed = self.start.allowed_bytes
         highest = max(self.start.projected_bytes, self.peak_device_bytes)
         return allowed if allowed is not None and allowed <= 3 * highest else None
+
+
+def layer_count(layers: Sequence[object]) -> str:
+    """``1 layer``, ``3 layers``."""
+    return f"{len(layers)} layer" if len(layers) == 1 else f"{len(layers)} layers"
 
 
 def stays_on_device(layers: Iterable[LayerContext], views: Sequence[ChunkView]) -> list[Stay]:

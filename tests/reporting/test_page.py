@@ -27,7 +27,7 @@ from longvid import LongvidError, SessionStateError, StoreError
 from longvid.events import LayerContext, Span
 from longvid.reporting.history import MAX_POINTS, ChunkView, RunHistory, Stay, stays_on_device
 from longvid.reporting.page import ReportPage
-from longvid.reporting.text import format_seconds
+from longvid.units import format_seconds
 
 NASTY = "</script><script>alert(1)</script><img src=//evil.example/x onerror=alert(2)>'\"&amp;$$x$$"
 
