@@ -38,13 +38,19 @@ _EXPECTED = "uint8 with axes (T, H, W, 3)"
 
 
 class Reading(TypedDict, total=False):
-    """How frames are read; see :func:`longvid.media.sources.open_source`."""
+    """How frames are read."""
 
     start: int
+    "index of the first frame delivered"
     frames: int | None
+    "how many frames at most; all by default"
     size: tuple[int, int] | None
+    "(height, width) to resize to; files only"
     frame_rate: Fraction | int | None
+    "frames per second of a source without time stamps; a media file has its own"
     on_error: OnError
+    """what happens where a media file is damaged: ``"stop"`` raises, ``"keep"`` ends before the damage, ``"conceal"``
+    repeats the last good frame and marks it"""
     limits: Limits | None
 
 

@@ -17,18 +17,8 @@ __all__ = ["open_source"]
 
 
 def open_source(source: Any, **reading: Unpack[Reading]) -> FrameSource:
-    """Open what frames are read from.
-
-    Args:
-        source: a media file, a store of frames that longvid wrote, an array of frames (numpy, torch or zarr), or an
-            iterable of such arrays.
-        start: index of the first frame delivered.
-        frames: how many frames at most; all by default.
-        size: (height, width) to resize to; files only.
-        frame_rate: frames per second of a source without time stamps; a media file has its own.
-        on_error: what happens where a media file is damaged: ``"stop"`` raises, ``"keep"`` ends before the damage,
-            ``"conceal"`` repeats the last good frame and marks it.
-        limits: what the source may ask for at most.
+    """Open what frames are read from: a media file, a store of frames that longvid wrote, an array of frames (numpy,
+    torch or zarr), or an iterable of such arrays.
 
     Raises:
         SourceError: the source cannot be read, or is of a kind that has no frames.

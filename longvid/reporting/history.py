@@ -119,16 +119,10 @@ class RunHistory:
         return done if self.report is None else self.report.frames
 
     @property
-    def frames_per_second(self) -> float:
-        """Frames per second of the whole run."""
-        if self.report is not None:
-            return self.report.frames_per_second
-        return self.num_frames / self.seconds if self.seconds > 0 else 0.0
-
-    @property
     def rate(self) -> str:
         """Frames per second of the whole run, in three digits or more."""
-        rate = self.frames_per_second
+        so_far = self.num_frames / self.seconds if self.seconds > 0 else 0.0
+        rate = so_far if self.report is None else self.report.frames_per_second
         return f"{rate:,.0f}" if rate >= 1000 else f"{rate:.3g}"
 
     @property
