@@ -311,8 +311,7 @@ class VideoSession:
         return self._scope(PushDecoder(self._guard, self._control, num_frames, size))
 
     def _scope(self, scope: ScopeT) -> ScopeT:
-        self._scopes = [s for s in self._scopes if not s.closed]
-        self._scopes.append(scope)
+        self._scopes = [*(s for s in self._scopes if not s.closed), scope]
         return scope
 
 

@@ -136,11 +136,10 @@ def _sign(fd: int) -> dict[str, Any]:
 
 def _signature(fd: int) -> dict[str, Any]:
     """The owner as the file names it; empty if it does not yet."""
-    try:
-        owner = json.loads(os.pread(fd, 4096, 0))
-    except (OSError, ValueError):
-        return {}
-    return owner if isinstance(owner, dict) else {}
+    with suppress(OSError, ValueError):
+        owner: dict[str, Any] = json.loads(os.pread(fd, 4096, 0))
+        return owner if isinstance(owner, dict) else {}
+    return {}
 
 
 def _refusal(path: Path, owner: dict[str, Any]) -> StoreError:

@@ -165,9 +165,7 @@ class StoreWriter(ABC):
         if self._mend:
             return "resume"
         if decision == "done":
-            raise StoreError(
-                f"{self.path} exists: a complete store of this run; nothing is left to write", kind="exists"
-            )
+            raise StoreError(f"{self.path} is a complete store of this run; nothing is left to write", kind="exists")
         return decision
 
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
