@@ -23,6 +23,7 @@ from common import CPU, DIRECTIONS, new_parser, write_results
 from longvid.models.cogvideox import CogVideoXConfig, CogVideoXVAE
 from longvid.models.kernels.cpu import has_matrix_unit
 from longvid.planning import kernel_choice
+from longvid.planning.dry_run import DryRuns
 from longvid.planning.workload import Workload
 from longvid.units import parse_size
 
@@ -85,7 +86,7 @@ def measure(model: CogVideoXVAE, size: str, dtype: torch.dtype, direction: Any, 
         try:
             schedule = model.geometry.schedule
             workload = Workload(direction=direction, height=height, width=width, dtype=dtype, schedule=schedule)
-            numerics = kernel_choice.choose_numerics(model, workload, device=CPU)
+            numerics = kernel_choice.choose_numerics(DryRuns.of(model), workload, device=CPU)
         finally:
             kernel_choice._benchmark = real
         chosen.append(numerics.to_dict())

@@ -57,7 +57,7 @@ from longvid.memory.offload import OffloadPolicy
 from longvid.models.base import CausalVAE
 from longvid.models.forward import memory_format
 from longvid.models.numerics import Numerics
-from longvid.planning.dry_run import skeleton_of
+from longvid.planning.dry_run import DryRuns, skeleton_of
 from longvid.planning.kernel_choice import choose_numerics, preferred_band_bytes
 from longvid.planning.options import ComputeOptions
 from longvid.planning.workload import Workload
@@ -201,7 +201,7 @@ def measure(
     """One row of the results: every contestant at one setting."""
     height, width = parse_size(size)
     workload = Workload(direction=direction, height=height, width=width, dtype=dtype, schedule=ours.geometry.schedule)
-    numerics = choose_numerics(ours, workload, device=CPU)
+    numerics = choose_numerics(DryRuns.of(ours), workload, device=CPU)
     variants = {
         "longvid": numerics,
         "longvid plain": replace(numerics, paired_frames=False),

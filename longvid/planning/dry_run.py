@@ -5,9 +5,10 @@ It executes the code of the real run, without a device, without weights and with
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,9 @@ __all__ = ["DryRuns", "dry_run", "skeleton_of"]
 
 _META = torch.device("meta")
 _PLAIN = Execution()
+_MOST_KNOWN = 8
+"architectures whose dry runs a process remembers"
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _MOST_SETTLING = 8
 "chunks until the buffer pool is what it was a chunk ago; one or two are usual"
 
@@ -109,14 +113,27 @@ def _host_chunk(model: CausalVAE, workload: Workload, index: int) -> Tensor:
 
 
 class DryRuns:
-    """The dry runs of one model, with or without weights. Each one is made once."""
+    """The dry runs of one architecture, of a model with or without weights. Each one is made once."""
+
+    _known: ClassVar[dict[Hashable, DryRuns]] = {}
+    "of the architectures that this process planned last, in that order"
 
     def __init__(self, model: CausalVAE) -> None:
-        self.model = model
-        self._skeletons: dict[torch.dtype, CausalVAE] = {}
+        self.model = skeleton_of(model, torch.float32)
+        self._skeletons = {torch.float32: self.model}
         self._cost_models: dict[tuple[Workload, Execution], CostModel] = {}
         self._frames: dict[Direction, tuple[int, int]] = {}
         "elements of the largest frame of a layer's input, and the area of the frames it was found for"
+
+    @classmethod
+    def of(cls, model: CausalVAE) -> DryRuns:
+        """Those that all models of the same architecture share in this process."""
+        architecture = _architecture(cast("nn.Module", model))
+        runs = cls._known.pop(architecture, None) or cls(model)
+        cls._known[architecture] = runs
+        while len(cls._known) > _MOST_KNOWN:
+            cls._known.pop(next(iter(cls._known)), None)
+        return runs
 
     def _skeleton(self, dtype: torch.dtype) -> CausalVAE:
         if dtype not in self._skeletons:
@@ -150,6 +167,24 @@ class DryRuns:
             self._frames[workload.direction] = max(sizes, default=0) // workload.dtype.itemsize, area
         elements, known_area = self._frames[workload.direction]
         return elements * area // known_area
+
+
+def _architecture(module: nn.Module) -> Hashable:
+    """All that decides how a module computes, but for the values of its weights."""
+    return tuple(
+        (
+            path,
+            type(part),
+            type(part).forward,
+            *((name, repr(value)) for name, value in vars(part).items() if name not in _OF_EVERY_MODULE),
+            *(
+                (name, tuple(t.shape))
+                for name, t in (*part._parameters.items(), *part._buffers.items())
+                if t is not None
+            ),
+        )
+        for path, part in module.named_modules()
+    )
 
 
 @dataclass(frozen=True, slots=True)

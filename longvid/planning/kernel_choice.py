@@ -29,14 +29,13 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from longvid.models.base import CausalVAE
 from longvid.models.kernels.convolution import convolution, faithful, fuses_residuals
 from longvid.models.kernels.cpu import has_bfloat16, has_matrix_unit, has_onednn
 from longvid.models.kernels.winograd import two_frames, winograd_filters
 from longvid.models.layers import CausalConv3d
 from longvid.models.numerics import Layout, Numerics
-from longvid.planning.dry_run import dry_run, skeleton_of
-from longvid.planning.workload import Workload
+from longvid.planning.dry_run import DryRuns
+from longvid.planning.workload import Execution, Workload
 
 __all__ = ["can_compute", "choose_numerics", "preferred_band_bytes"]
 
@@ -55,7 +54,7 @@ _FASTER = 1.1
 
 
 def choose_numerics(
-    model: CausalVAE,
+    runs: DryRuns,
     workload: Workload,
     *,
     device: torch.device,
@@ -66,7 +65,7 @@ def choose_numerics(
     on_cpu, dtype = device.type == "cpu", workload.dtype
     widens = on_cpu and dtype == torch.bfloat16 and has_onednn() and not has_bfloat16()
     plain = Numerics(layout=layout or "contiguous", paired_frames=bool(paired_frames), float32_products=widens)
-    module = model.encoder if workload.direction == "encode" else model.decoder
+    module = runs.model.encoder if workload.direction == "encode" else runs.model.decoder
     layers = {
         path: layer
         for path, layer in module.named_modules()
@@ -77,7 +76,7 @@ def choose_numerics(
     fused = on_cpu and not widens and _hides_roundings(workload) and fuses_residuals(dtype)
     if layout is not None and paired_frames is not None:
         return replace(plain, fused_residuals=fused)
-    costs = dry_run(skeleton_of(model, dtype), workload).steps
+    costs = runs.cost_model(workload, Execution()).steps
     widest = max((step for step in costs if step.layer in layers), key=lambda step: step.context_bytes)
     layer = layers[widest.layer]
     frame_bytes = widest.context_bytes // layer.context_frames

@@ -110,7 +110,7 @@ class Planner:
         self._model, self._device, self._is_here = model, device, is_here
         self._weights_dtype = next((weight.dtype for weight in model.parameters()), torch.float32)
         self.tile_bytes = preferred_band_bytes(device)
-        self._runs = DryRuns(model)
+        self._runs = DryRuns.of(model)
         self._numerics: dict[tuple[object, ...], Numerics] = {}
         self._plans: dict[tuple[object, ...], Plan] = {}
 
@@ -198,7 +198,7 @@ class Planner:
         key = (workload, layout, paired_frames)
         if key not in self._numerics:
             self._numerics[key] = choose_numerics(
-                self._model, workload, device=self._device, layout=layout, paired_frames=paired_frames
+                self._runs, workload, device=self._device, layout=layout, paired_frames=paired_frames
             )
         return self._numerics[key]
 

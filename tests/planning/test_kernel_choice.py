@@ -14,6 +14,7 @@ from longvid.models.cogvideox import CogVideoXConfig, CogVideoXVAE
 from longvid.models.kernels.convolution import fuses_residuals
 from longvid.models.numerics import Numerics, parse_layout, parse_paired_frames
 from longvid.planning import kernel_choice
+from longvid.planning.dry_run import DryRuns
 from longvid.planning.kernel_choice import choose_numerics, preferred_band_bytes
 from longvid.planning.workload import Workload
 
@@ -54,7 +55,7 @@ def chosen(model, monkeypatch=None, seconds=(1.0, 1.0), dtype=torch.float32, dir
     workload = Workload(
         direction=direction, height=size[0], width=size[1], dtype=dtype, schedule=model.geometry.schedule
     )
-    return choose_numerics(model, workload, device=CPU, **asked)
+    return choose_numerics(DryRuns.of(model), workload, device=CPU, **asked)
 
 
 def test_small_frames_on_a_cpu_stay_contiguous_and_nothing_is_measured(wide, monkeypatch):

@@ -22,6 +22,7 @@ from longvid.models.device import placed
 from longvid.models.forward import decode_chunk, encode_chunk
 from longvid.models.kernels.cpu import has_bfloat16
 from longvid.models.numerics import Numerics
+from longvid.planning.dry_run import DryRuns
 from longvid.planning.kernel_choice import can_compute
 from longvid.planning.options import parse_dtype
 from longvid.planning.workload import Execution
@@ -192,7 +193,8 @@ def assert_planned(plan, model, direction, size, dtype, keep):
 def test_tiles_and_packed_kernels_are_in_the_projection(
     packable, monkeypatch, direction, dtype, numerics, keep, slice_frames
 ):
-    monkeypatch.setattr(norms, "_SLAB_BYTES", 1)  # of these frames, one slab is more than a tile
+    monkeypatch.setattr(norms, "_SLAB_BYTES", 2**15)  # a few rows of these frames, fewer than a tile has
+    monkeypatch.setattr(DryRuns, "_known", {})
     if not can_compute(numerics, dtype):
         pytest.skip("a kernel is missing here")
     numerics = as_computed_here(numerics, dtype)
@@ -255,6 +257,7 @@ def test_no_convolution_of_a_large_frame_exceeds_32_bit_indexing(monkeypatch, si
         return out
 
     monkeypatch.setattr(convolution, "_call", recording)
+    monkeypatch.setattr(DryRuns, "_known", {})
     plan = fixed_plan("cogvideox-2b", height=size[0], width=size[1], dtype="bfloat16", numerics=numerics)
     assert (plan.height, plan.width) == (size[0], size[1])
     assert plan.decode.projected_bytes > plan.encode.projected_bytes > 18e9
