@@ -10,7 +10,8 @@ from longvid import VideoSession, open_store
 from longvid.media.sources import open_source
 from longvid.media.video_writer import VideoWriter
 
-LENGTHS = range(1, 41)
+LENGTHS = range(1, 27)
+"every remainder of a chunk, in videos of one to four chunks"
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_every_length_pushed_there_and_back(session, num_frames):
     frames = noise(num_frames)
     latents = pushed(session, frames, num_frames)
     assert latents.shape[2] == session.plan(height=16, width=24).schedule.num_latents(num_frames)
-    for step in (1, 3, 7):
+    for step in (1, 7):
         assert torch.equal(pushed(session, frames, step), latents)
     back = pulled(session, latents, latents.shape[2], num_frames=num_frames, size=(16, 24))
     assert back.shape == frames.shape
@@ -49,7 +50,7 @@ def test_every_length_pushed_there_and_back(session, num_frames):
         np.testing.assert_array_equal(pulled(session, latents, step, num_frames=num_frames), back)
 
 
-@pytest.mark.parametrize("num_frames", LENGTHS)
+@pytest.mark.parametrize("num_frames", [*range(1, 11), 17, 18])
 def test_every_length_by_file_there_and_back(session, num_frames, tmp_path):
     clip, store, back = tmp_path / "clip.mp4", tmp_path / "a.zarr", tmp_path / "back.mp4"
     write_clip(clip, noise(num_frames))
@@ -74,7 +75,7 @@ def write_clip(path, frames):
         writer.write(frames, np.arange(len(frames)))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(sum))
 def test_any_slicing_gives_the_same_bits(session, lengths):
     frames = noise(sum(lengths), 8, 16)

@@ -241,6 +241,7 @@ def test_memory_that_runs_out_at_any_call_gives_the_same_bits_or_an_error(vae):
 
 def test_a_measured_peak_above_the_plan_is_told_once(vae, monkeypatch):
     from longvid.models.layers import CausalConv3d
+    from longvid.planning.dry_run import DryRuns
 
     real, kept = CausalConv3d.stream, []
 
@@ -250,6 +251,7 @@ def test_a_measured_peak_above_the_plan_is_told_once(vae, monkeypatch):
         return out
 
     monkeypatch.setattr(CausalConv3d, "stream", wasteful)
+    monkeypatch.setattr(DryRuns, "_known", {})
     with VideoSession(vae) as session, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         encode(session)

@@ -65,8 +65,9 @@ def check(config, num_frames, height, width, dtype):
     assert all(e <= TOLERANCE[dtype] for e in errors.values()), errors
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("num_frames", [1, 9, 17, 33])
+@pytest.mark.parametrize(
+    ("num_frames", "dtype"), [*((n, torch.float32) for n in (1, 9, 17, 33)), *((n, torch.bfloat16) for n in (1, 17))]
+)
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c != "time-8"])
 def test_small_configurations(config, num_frames, dtype):
     check(CONFIGS[config], num_frames, 32, 48, dtype)
@@ -78,7 +79,7 @@ def test_another_temporal_compression(num_frames):
 
 
 def test_full_configuration():
-    check({}, 17, 48, 64, torch.float32)
+    check({}, 17, 16, 24, torch.float32)
 
 
 @pytest.mark.slow
