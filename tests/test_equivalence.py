@@ -10,8 +10,8 @@ from longvid import VideoSession, open_store
 from longvid.media.sources import open_source
 from longvid.media.video_writer import VideoWriter
 
-LENGTHS = range(1, 27)
-"every remainder of a chunk, in videos of one to four chunks"
+LENGTHS = range(1, 19)
+"every remainder of a chunk, in videos of one to three chunks"
 
 
 @pytest.fixture(scope="module")

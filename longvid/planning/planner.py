@@ -333,9 +333,13 @@ class _Search:
             smaller = replace(workload, height=height, width=width)
             if smaller != workload and self._minimum_fits(smaller):
                 return height, width
-            scale -= 0.02
+            scale = min(scale - 0.02, scale * math.sqrt(free / self._minimum_bytes(smaller)))
         return None
 
     def _minimum_fits(self, workload: Workload) -> bool:
+        return self.budget.fits(self.runs.weights_bytes(workload.dtype) + self._minimum_bytes(workload))
+
+    def _minimum_bytes(self, workload: Workload) -> int:
+        """Bytes beside the weights, with the shortest slices and every context on the host as far as that helps."""
         cost_model = self.runs.cost_model(workload, self._slicings(workload)[-1])
-        return self.budget.fits(self.runs.weights_bytes(workload.dtype) + cost_model.peak(cost_model.least).total_bytes)
+        return cost_model.peak(cost_model.least).total_bytes

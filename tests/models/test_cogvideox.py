@@ -66,11 +66,16 @@ def check(config, num_frames, height, width, dtype):
 
 
 @pytest.mark.parametrize(
-    ("num_frames", "dtype"), [*((n, torch.float32) for n in (1, 9, 17, 33)), *((n, torch.bfloat16) for n in (1, 17))]
+    ("num_frames", "dtype"), [(1, torch.float32), (9, torch.float32), (17, torch.float32), (17, torch.bfloat16)]
 )
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c != "time-8"])
 def test_small_configurations(config, num_frames, dtype):
     check(CONFIGS[config], num_frames, 32, 48, dtype)
+
+
+@pytest.mark.parametrize(("num_frames", "dtype"), [(33, torch.float32), (1, torch.bfloat16)])
+def test_other_lengths(num_frames, dtype):
+    check(NANO, num_frames, 32, 48, dtype)
 
 
 @pytest.mark.parametrize("num_frames", [1, 17])

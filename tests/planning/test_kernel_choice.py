@@ -237,11 +237,12 @@ def test_what_is_overwritten_in_another_dtype_hands_down_no_numerics(wide, frame
 
 
 def test_a_video_comes_back_alike_in_every_form(wide, frames, tmp_path):
+    frames = frames[:17]
     with VideoSession(wide) as session:
         session.encode(frames, tmp_path / "a.zarr")
     found = {}
     for asked in ({}, {"layout": "channels_last"}, {"layout": "channels_last", "paired_frames": "on"}):
-        for slices in (None, 1, 3):
+        for slices in (None, 3):
             pieces = []
             with VideoSession(wide, **asked, slice_frames=slices) as session:
                 session.decode(tmp_path / "a.zarr", pieces.append)

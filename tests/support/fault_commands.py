@@ -128,11 +128,13 @@ def _main() -> None:
 
     import longvid.cli.commands
     import longvid.runtime.session  # noqa: F401 - for the children
-    from longvid import load_model
+    from longvid import VideoSession
     from longvid.store import latent_writer
 
     torch.set_num_threads(1)
-    load_model("tiny")  # computes nothing, and imports what would take every child a second
+    # Computes nothing, and does what would take every child a second.
+    with VideoSession("tiny", device="cpu", layout="contiguous") as session:
+        session.plan(height=HEIGHT, width=WIDTH)
     latent_writer.TARGET_CHUNK_BYTES = _UNIT_LATENTS * 16 * (HEIGHT // 8) * (WIDTH // 8) * 2
     serve(_child)
 

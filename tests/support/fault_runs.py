@@ -29,6 +29,7 @@ resumed after the last chunk has to know how many frames there were."""
 _LATENT_UNIT_BYTES = 4 * 16 * (HEIGHT // 8) * (WIDTH // 8) * 2
 _FRAME_UNIT_BYTES = 8 * HEIGHT * WIDTH * 3
 "of a frame store's unit this is half"
+SESSION = {"device": "cpu", "dtype": "float32", "layout": "contiguous", "paired_frames": "off"}
 _model = None
 "of the process that forks; children share it"
 
@@ -184,7 +185,7 @@ def _longvid(command: dict) -> None:
     from longvid import Durability, VideoSession
 
     durability = Durability(mode=command["mode"], publish_seconds=0, snapshot_seconds=0)
-    with VideoSession(_model, device="cpu", dtype="float32", layout="contiguous", paired_frames="off") as session:
+    with VideoSession(_model, **SESSION) as session:
         if command["job"] == "encode":
             session.encode(source_frames(), command["path"], durability=durability)
         else:
@@ -224,12 +225,15 @@ def _main() -> None:
     import zarr  # noqa: F401 - for the children
 
     import longvid.runtime.session  # noqa: F401 - for the children
-    from longvid import load_model
+    from longvid import VideoSession, load_model
     from longvid.store import frame_writer, latent_writer
 
     torch.set_num_threads(1)
     global _model
-    _model = load_model("tiny")  # computes nothing, and imports what would take every child a second
+    _model = load_model("tiny")
+    # Computes nothing, and does what would take every child a second.
+    with VideoSession(_model, **SESSION) as session:
+        session.plan(height=HEIGHT, width=WIDTH)
     latent_writer.TARGET_CHUNK_BYTES = _LATENT_UNIT_BYTES
     frame_writer.TARGET_CHUNK_BYTES = _FRAME_UNIT_BYTES
     serve(_child)
