@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from longvid.planning.plan import Plan as Plan
     from longvid.planning.planner import make_plan as make_plan
     from longvid.planning.profile import Profile as Profile
+    from longvid.planning.warmup import Warmup as Warmup, warmup as warmup
     from longvid.reporting.page import ReportPage as ReportPage
     from longvid.reporting.progress import ProgressBar as ProgressBar
     from longvid.reporting.recorder import Recorder as Recorder
@@ -56,6 +57,7 @@ _HOMES = {
     "planning.plan": "Plan",
     "planning.planner": "make_plan",
     "planning.profile": "Profile",
+    "planning.warmup": "Warmup warmup",
     "reporting.page": "ReportPage",
     "reporting.progress": "ProgressBar",
     "reporting.recorder": "Recorder",

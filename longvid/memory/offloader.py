@@ -137,7 +137,7 @@ class Offloader:
         if not home.num_bytes:
             self._mark_open(path)
             return None
-        if not self._contexts:
+        if len(self._contexts) < len(self._homes):  # in a cold start a few layers come in with each chunk
             self._contexts = [(other, home.num_bytes) for other, home in self._homes.items()]
             self._position = {other: i for i, other in enumerate(self._homes)}
         for position in self._placement.staged(self._position[path], self._contexts):

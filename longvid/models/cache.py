@@ -56,6 +56,10 @@ class _Entry:
     "facts of the layer's input that must not change within a video; None before the first chunk"
 
 
+class _EndOfChunk(BaseException):
+    """Ends a chunk of a cold start behind the last layer that counts in it."""
+
+
 class ConvCache:
     """All contexts of one video and one direction, and nothing else.
 
@@ -77,6 +81,9 @@ class ConvCache:
         self._in_chunk = False
         self._open: _Entry | None = None
         "whose window is open"
+        self.last_layer: str | None = None
+        """path of the layer whose context is the last that counts in a chunk of a cold start: the chunk ends there,
+        without an output; None for whole chunks"""
 
     def __enter__(self) -> Self:
         if self._state is not _State.UNOPENED:
@@ -131,6 +138,19 @@ class ConvCache:
         self._require_between_chunks("contexts can be read")
         return self.offloader.contexts()
 
+    def start_at(self, chunk: int) -> None:
+        """Start in the middle of a video: the next chunk is number ``chunk``, and no layer has a context yet.
+
+        Results are those of the whole video once as many chunks have run as :func:`longvid.warmup` says.
+
+        Raises:
+            CacheError: the cache is not open, or has run a chunk.
+        """
+        self._require_between_chunks("start in the middle")
+        if self._chunk >= 0:
+            raise CacheError(f"no start at chunk {chunk}: the cache has run {self.num_chunks} chunks already")
+        self._chunk = chunk - 1
+
     def restore(self, num_chunks: int, contexts: Iterable[tuple[str, Tensor]], device: torch.device) -> None:
         """Stand where another cache of the same module stood after ``num_chunks`` chunks.
 
@@ -171,6 +191,8 @@ class ConvCache:
     def chunk(self) -> Iterator[None]:
         """The life of one chunk. On any exception inside, every context is freed and the cache is unusable.
 
+        With a ``last_layer`` set, the block ends behind that layer, and what follows the ``with`` statement runs.
+
         Raises:
             CacheError: the cache is not open, another chunk is running, or a layer did not run in this chunk.
         """
@@ -186,6 +208,8 @@ class ConvCache:
                     f"chunk {self._chunk} ended, but {len(left)} of {len(self._entries)} layers did not run in it, "
                     f"among them {left[0]!r}; a context that misses a chunk is wrong from then on"
                 )
+        except _EndOfChunk:
+            self._open = None
         except BaseException:
             self._drop(_State.FAILED)
             raise
@@ -234,6 +258,8 @@ class ConvCache:
         assert self._open is not None
         self.offloader.keep(self._open.path, context)
         self._open.chunk = self._chunk
+        if self._open.path == self.last_layer:
+            raise _EndOfChunk
 
 
 def _signature(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, object]:

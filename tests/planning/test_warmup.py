@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from longvid import CausalConv3d, ConvCache, ForwardContext, LatentGeometry, ModelError, load_model
+from longvid import CausalConv3d, ConvCache, ForwardContext, LatentGeometry, ModelError, load_model, warmup
 from longvid.memory.copy_engine import CopyEngine
 from longvid.memory.offload import Placement
 from longvid.memory.offloader import Offloader
 from longvid.models.cogvideox import CogVideoXConfig, CogVideoXVAE
-from longvid.models.warmup import warmup
 
 
 @pytest.fixture(scope="module")
