@@ -78,6 +78,10 @@ class ChunkSchedule:
         """Frames that chunk ``index`` holds when it is full."""
         return self.chunk_frames + (index == 0)
 
+    def index_of_frame(self, frame: int) -> int:
+        """The chunk that holds a frame."""
+        return max(0, (frame - 1) // self.chunk_frames)
+
     def full(self, index: int) -> Chunk:
         """Chunk ``index`` with no padding: what runs as soon as that many frames have arrived."""
         return self.tail(index, self.capacity(index))

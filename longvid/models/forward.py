@@ -49,6 +49,8 @@ def decode_chunk(
         return z.contiguous(memory_format=memory_format(context.numerics))
 
     x = model.decode(context.attempt(latents), context)
+    if context.cache.last_layer is not None:  # a chunk of a warm-up ends before its output
+        return latents_TCHW
     try:
         return context.attempt(lambda: _to_frames(x))
     except ModelError:

@@ -27,6 +27,7 @@ from longvid.planning.kernel_choice import can_compute
 from longvid.planning.options import ComputeOptions
 from longvid.planning.plan import DirectionPlan, Plan
 from longvid.planning.planner import Planner
+from longvid.planning.warmup import Warmup, warmup
 from longvid.runtime.engine import Engine
 from longvid.runtime.prefetch import StopRequest
 from longvid.schedule import ChunkSchedule
@@ -164,6 +165,7 @@ class AdmissionControl:
         self._offload_dir = offload_dir
         self._planner = Planner(engine.model, engine.device)
         self._held: list[Admission] = []
+        self._warmups: dict[tuple[Direction, int], Warmup] = {}
 
     def admit(
         self, direction: Direction, size: Size, *, earlier: StoreMetadata | None = None, whole: bool = False
@@ -193,6 +195,13 @@ class AdmissionControl:
             )
         self._check_host(part)
         return Admission(plan, direction)
+
+    def warmup(self, direction: Direction, schedule: ChunkSchedule) -> Warmup:
+        """What a start in the middle of a video takes. Found once, since it takes a while."""
+        key = (direction, schedule.chunk_frames)
+        if key not in self._warmups:
+            self._warmups[key] = warmup(self.engine.model, direction, chunk_frames=schedule.chunk_frames)
+        return self._warmups[key]
 
     def hold(self, admission: Admission) -> None:
         """Count a video against those that come after it."""

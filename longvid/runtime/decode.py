@@ -26,6 +26,7 @@ from longvid.runtime.monitor import Monitor, nothing_done
 from longvid.runtime.prefetch import Prefetcher, Writer
 from longvid.runtime.run import DecodeRun
 from longvid.runtime.snapshot import Checkpoints
+from longvid.runtime.span import Span
 from longvid.schedule import Chunk, ChunkSchedule
 from longvid.store.frame_writer import FrameStoreWriter
 from longvid.store.metadata import RunFacts
@@ -62,6 +63,12 @@ class _Task:
     admission: Admission
     window: tuple[int, int]
     "frames that are written, half-open"
+
+    @property
+    def span(self) -> Span:
+        """The chunks that the window needs."""
+        schedule, control = self.admission.schedule, self.job.control
+        return Span.beginning_at(schedule.index_of_frame(self.window[0]), lambda: control.warmup("decode", schedule))
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides the bits of the frames."""
@@ -142,18 +149,27 @@ def _decode_chunks(
     pts, valid = latents.frame_pts, latents.frame_valid
     snapshot = None if checkpoints is None else checkpoints.restore()
     monitor.skip(snapshot, schedule, task.window)
-    chunks = latent_chunks(latents, schedule, last, first=0 if snapshot is None else snapshot.chunk)
+    span = Span() if snapshot else task.span
+    if span.start:
+        run.cache.start_at(span.start)
+        monitor.start_at(span.start)
+    chunks = latent_chunks(latents, schedule, last, first=span.start if snapshot is None else snapshot.chunk)
     with (
         Writer[tuple[Frames, Times, Any]](lambda piece: write(*piece), stop=stop) as writer,
         Prefetcher(chunks, check=writer.check, stop=stop) as reader,
     ):
         chunk = None
         for chunk, z_TCHW in reader:
+            if span.is_warmup(chunk.index):
+                run.check(chunk, z_TCHW)
+                with monitor.timed():
+                    run.warm_up(z_TCHW, span.last_layer(chunk.index))
+                monitor.emit(0, chunk.num_latents, reader, writer)
+                continue
             with monitor.timed():
                 pixels = run.frames(chunk, z_TCHW)
             a, b = (min(max(edge, first), last) for edge in (chunk.frame_start, chunk.frame_stop))
-            if b > a:
-                writer.put((pixels[a - chunk.frame_start : b - chunk.frame_start], pts[a:b], valid[a:b]))
+            writer.put((pixels[a - chunk.frame_start : b - chunk.frame_start], pts[a:b], valid[a:b]))
             monitor.emit(b - a, chunk.num_latents, reader, writer)
             if checkpoints is None:
                 continue
@@ -164,7 +180,7 @@ def _decode_chunks(
         if not reader.ended:
             if checkpoints is None:
                 raise _Stopped
-            if chunk is not None:
+            if chunk is not None and not span.is_warmup(chunk.index):
                 checkpoints.take(chunk.index + 1, None, writer)
             checkpoints.target.pause()
     return reader.ended

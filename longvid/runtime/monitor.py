@@ -103,6 +103,10 @@ class Monitor:
         self._chunks, self._latents = snapshot.chunk, last.latent_stop
         self._frames = self._resumed_from_frame = frames
 
+    def start_at(self, chunk: int) -> None:
+        """Count chunks from this one on."""
+        self._chunks = chunk
+
     @contextmanager
     def timed(self) -> Iterator[None]:
         """Around the computation of one chunk."""

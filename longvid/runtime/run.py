@@ -68,6 +68,14 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self.context.close()
 
+    def warm_up(self, chunk: npt.NDArray[Any], last_layer: str | None) -> None:
+        """Run one chunk for its contexts only, up to the last layer that counts; None for all layers."""
+        self.cache.last_layer = last_layer
+        try:
+            self._compute(chunk)
+        finally:
+            self.cache.last_layer = None
+
     def _compute(self, chunk: npt.NDArray[Any]) -> Tensor:
         """Run one chunk under the meter. MemoryBudgetError if the device runs out of memory."""
         index, engine = self.cache.num_chunks, self.engine
@@ -154,6 +162,13 @@ class DecodeRun(Run):
 
     def frames(self, chunk: Chunk, z_TCHW: npt.NDArray[np.float32]) -> Frames:
         """Latents of one chunk to its true frames (T, H, W, 3) on the host, cropped to size."""
+        self.check(chunk, z_TCHW)
+        frames = self._compute(z_TCHW)
+        height, width = self.size or frames.shape[1:3]
+        return cast("Frames", _to_host(frames).numpy()[: chunk.num_frames, :height, :width])
+
+    def check(self, chunk: Chunk, z_TCHW: npt.NDArray[np.float32]) -> None:
+        """Raise NonFiniteError if a latent holds a value that would spoil all that comes after it."""
         bad = np.flatnonzero(~np.isfinite(z_TCHW).all(axis=(1, 2, 3)))
         if len(bad):
             raise NonFiniteError(
@@ -161,9 +176,6 @@ class DecodeRun(Run):
                 "(NaN or infinity) before it is decoded; correct the latents, or encode the video again",
                 chunk=chunk.index,
             )
-        frames = self._compute(z_TCHW)
-        height, width = self.size or frames.shape[1:3]
-        return cast("Frames", _to_host(frames).numpy()[: chunk.num_frames, :height, :width])
 
 
 def _device_numbers(engine: Engine) -> str:

@@ -247,7 +247,7 @@ class VideoSession:
             store: a store that :meth:`encode` completed, or its path.
             out: path ending in ``.mp4``, ``.mov`` or ``.mkv`` for a video file, in ``.zarr`` for a store of frames;
                 or a callable that takes uint8 frames (T, H, W, 3); it is called in order, in a thread of its own.
-            start: frames to skip. They are decoded all the same, since every frame depends on those before it.
+            start: frames to skip. Of them, only as many are decoded as :func:`longvid.warmup` says, for the same bits.
             frames: frames to write at most.
             overwrite: replace what is there, unless it is an unfinished store of this very run, which is continued.
             resume: continue such a store. A video file cannot be continued and starts over.
