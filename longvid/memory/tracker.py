@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -58,6 +59,8 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if _returns_arguments(func):
+            return out
         # Nearly every operation returns one tensor; walking a tree would cost more than small operations do.
         for leaf in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
@@ -77,6 +80,17 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _remove(self, key: int) -> None:
         num_bytes, _ = self._storages.pop(key)
         self.live_bytes -= num_bytes
+
+
+@cache
+def _returns_arguments(func: Any) -> bool:
+    """Whether all that an operation returns is memory of its arguments: a view, or what it wrote in place.
+
+    Operations such as ``contiguous``, which may copy, are composites, and reach the mode whole in inference mode.
+    """
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    returns = func._schema.returns
+    return bool(returns) and not composite and all(value.alias_info is not None for value in returns)
 
 
 def _aliases(storage: torch.UntypedStorage, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

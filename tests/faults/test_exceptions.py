@@ -63,12 +63,12 @@ def run_and_drop(call, error):
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 def test_an_exception_in_any_layer_of_any_chunk(vae, direction, all_faults):
-    """In `make test` every third layer fails in one chunk, and the chunks take turns."""
+    """In `make test` every fifth layer fails in one chunk, and the chunks take turns."""
     module, run = (vae.encoder, encode) if direction == "encode" else (vae.decoder, decode)
     with VideoSession(vae) as session:
         expected = run(session)
         assert torch.equal(expected, run_fresh(vae, run))
-        for count, name in enumerate(convolutions(module)[:: 1 if all_faults else 3]):
+        for count, name in enumerate(convolutions(module)[:: 1 if all_faults else 5]):
             for chunk in range(NUM_CHUNKS) if all_faults else (count % NUM_CHUNKS,):
                 error = (Injected, KeyboardInterrupt)[(count + chunk) % 2]
                 hook, tracker = failing(module.get_submodule(name), chunk, error), AllocationTracker()
@@ -116,8 +116,10 @@ def test_negative_control_leaked_contexts_would_be_seen(vae):
     assert not torch.equal(first, leaked)
 
 
-@pytest.mark.parametrize("error", [Injected, KeyboardInterrupt])
-@pytest.mark.parametrize("chunk", range(NUM_CHUNKS + 1))
+@pytest.mark.parametrize(
+    ("chunk", "error"),
+    [(0, Injected), (1, KeyboardInterrupt), (NUM_CHUNKS - 1, Injected), (NUM_CHUNKS, KeyboardInterrupt)],
+)
 def test_a_whole_encode_that_fails_leaves_no_tensors_threads_or_half_written_store(vae, tmp_path, chunk, error):
     import threading
 
@@ -163,7 +165,7 @@ def test_memory_that_runs_out_in_a_layer_is_survived_bit_for_bit_or_told(vae, di
     module, run = (vae.encoder, encode) if direction == "encode" else (vae.decoder, decode)
     with VideoSession(vae, offload=offload) as session:
         expected, survived, told = run(session), 0, 0
-        layers = convolutions(module)[:: 1 if all_faults else 5 if direction == "encode" else 13]
+        layers = convolutions(module)[:: 1 if all_faults else 7 if direction == "encode" else 17]
         for count, name in enumerate(layers):
             hook = failing(module.get_submodule(name), count % NUM_CHUNKS, memory_error())
             tracker = AllocationTracker()

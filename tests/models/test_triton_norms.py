@@ -399,6 +399,7 @@ print("compiled")
 
 
 @needs_triton
+@pytest.mark.slow
 def test_kernels_compile_for_gpus_that_are_not_there(tmp_path):
     pytest.importorskip("triton.backends.nvidia", reason="this Triton has no compiler for NVIDIA devices")
     assert run(["-W", "error::UserWarning", "-c", COMPILE], TRITON_CACHE_DIR=str(tmp_path)).strip() == "compiled"
