@@ -73,6 +73,15 @@ def test_from_the_middle_of_a_deep_model_it_is_the_slice_of_the_whole(deep):
             assert events[-1].index == (start + 8 - 1) // 8
 
 
+@pytest.mark.slow
+def test_from_every_frame_of_a_deep_model_it_is_the_slice_of_the_whole(deep):
+    model, store, whole = deep
+    with VideoSession(model) as session:
+        for start in (*range(8 * 41), *np.random.default_rng(3).integers(0, len(whole) - 3, 20).tolist()):
+            part, _ = decoded(session, store, start=start, frames=3)
+            np.testing.assert_array_equal(part, whole[start : start + 3], err_msg=str(start))
+
+
 def test_negative_control_half_the_warmup_is_seen(deep, monkeypatch):
     model, store, whole = deep
     real = AdmissionControl.warmup

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from typing import Any, TypeAlias, cast
 
@@ -58,15 +58,25 @@ _cudnn_before: list[tuple[bool, bool, str]] = []
 
 @contextmanager
 def faithful(device: torch.device) -> Iterator[None]:
-    """Within this context, float32 convolutions on ``device`` are computed in float32, with the same bits every time.
+    """Within this context, settings of the program around it change no bit of what is computed on ``device``.
 
-    By default PyTorch lets cuDNN round the inputs of float32 convolutions to the 10 bits of TF32, and programs often
-    let it benchmark its kernels at run time. The settings belong to the process. They are restored when the last
-    thread that needs them has left.
+    They are a ``torch.autocast``, a default device, and those of cuDNN: by default PyTorch lets it round the inputs of
+    float32 convolutions to the 10 bits of TF32, and programs often let it benchmark its kernels at run time.
     """
-    if device.type != "cuda":
+    with ExitStack() as stack:
+        for kind in {"cpu", device.type} - {"meta"}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if device.type == "cuda":
+            stack.enter_context(_exact_cudnn())
         yield
-        return
+
+
+@contextmanager
+def _exact_cudnn() -> Iterator[None]:
+    """Settings of cuDNN belong to the process. They are restored when the last thread that needs them has left."""
     with _cudnn_lock:
         _cudnn_before.append(_set_cudnn(False, True, "ieee"))
     try:
