@@ -14,7 +14,7 @@ import psutil
 
 from longvid import __version__
 
-__all__ = ["describe_machine", "kernels_of", "map_large_allocations"]
+__all__ = ["describe_machine", "kernels_of", "map_large_allocations", "onednn_limit"]
 
 _M_MMAP_THRESHOLD = -3
 "as defined in malloc.h of glibc"
@@ -46,9 +46,17 @@ def kernels_of(device: str) -> str:
     """What decides, beside the version of torch, which kernels run: the instruction set of a CPU, the name of a GPU."""
     import torch
 
-    if torch.device(device).type == "cpu":
-        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
-    return str(_accelerator(device)[0])
+    if torch.device(device).type != "cpu":
+        return str(_accelerator(device)[0])
+    capability, limit = str(torch.backends.cpu.get_cpu_capability()), onednn_limit()
+    is_lower = limit and not (capability == "AVX2" and limit.startswith(("AVX2", "AVX512", "AVX10")))
+    return f"cpu {capability}" + (f", oneDNN up to {limit}" if is_lower else "")
+
+
+def onednn_limit() -> str:
+    """The instruction set that the user limits the CPU's library to; empty if there is no limit."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    return "" if limit in ("ALL", "DEFAULT") else limit
 
 
 def _cpu_model() -> str:

@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor
 
 from longvid.models.kernels.convolution import convolution, faithful, fuses_residuals
-from longvid.models.kernels.cpu import has_bfloat16, has_matrix_unit, has_onednn
+from longvid.models.kernels.cpu import compute_threads, has_bfloat16, has_matrix_unit, has_onednn
 from longvid.models.kernels.winograd import two_frames, winograd_filters
 from longvid.models.layers import CausalConv3d
 from longvid.models.numerics import Layout, Numerics
@@ -177,28 +176,12 @@ def _benchmark(makers: Sequence[Callable[[], Callable[[], object]]], device: tor
     A form for which an accelerator's library has no kernel takes forever.
     """
     runners = [make() for make in makers]
-    with faithful(device), _one_thread(device):
+    # Where several threads share the work, all wait for one that another program interrupts.
+    with faithful(device), compute_threads(1 if device.type == "cpu" else None):
         for run in runners:
             _timed(run, device)
         rounds = [[_timed(run, device) for run in runners] for _ in range(_ROUNDS)]
     return [min(times) for times in zip(*rounds, strict=True)]
-
-
-@contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    """Compute with one thread: where several share the work, all wait for one that another program interrupts.
-
-    The setting is that of the thread that calls, and of those that begin meanwhile.
-    """
-    if device.type != "cpu":
-        yield
-        return
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def _timed(run: Callable[[], object], device: torch.device) -> float:

@@ -16,6 +16,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
+
 from longvid.environment import kernels_of
 from longvid.errors import MemoryBudgetError, SessionStateError, StoreError
 from longvid.events import Callback, Direction
@@ -42,6 +44,9 @@ Size: TypeAlias = tuple[int, int]
 "height and width"
 _SHORT_RUN_ROWS = 256
 "a shorter run ends before a snapshot is worth its cost"
+
+
+_MOST_THREADS = 1024
 
 
 class _State(Enum):
@@ -106,6 +111,9 @@ class Admission:
 
     plan: Plan
     direction: Direction
+    num_threads: int | None = None
+    """threads that compute on a CPU, whose library may add in another order with another number: those of the run that
+    is continued, if there is one; None on an accelerator, and where that run did not record them"""
 
     @property
     def schedule(self) -> ChunkSchedule:
@@ -194,7 +202,10 @@ class AdmissionControl:
                 f"{direction} at {plan.width}x{plan.height} beside a larger video that is open",
             )
         self._check_host(part)
-        return Admission(plan, direction)
+        num_threads = None
+        if self.engine.device.type == "cpu":
+            num_threads = torch.get_num_threads() if earlier is None else _threads_of(earlier)
+        return Admission(plan, direction, num_threads)
 
     def warmup(self, direction: Direction, schedule: ChunkSchedule) -> Warmup:
         """What a start in the middle of a video takes. Found once, since it takes a while."""
@@ -265,6 +276,12 @@ class AdmissionControl:
                 allowed_bytes=available,
                 parts=parts,
             )
+
+
+def _threads_of(store: StoreMetadata) -> int | None:
+    """The number of compute threads that a store records; None if there is none that makes sense."""
+    recorded = store.compute.get("threads")
+    return recorded if type(recorded) is int and 1 <= recorded <= _MOST_THREADS else None
 
 
 def _numerics_of(store: StoreMetadata, engine: Engine) -> Numerics | None:

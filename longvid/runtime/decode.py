@@ -21,6 +21,7 @@ from longvid.events import RunReport
 from longvid.frames import ColorInfo, Frames, Times
 from longvid.media.video_writer import VideoWriter
 from longvid.models.base import CausalVAE, model_name
+from longvid.models.kernels.cpu import compute_threads
 from longvid.runtime.admission import Admission, Job, RunOptions
 from longvid.runtime.monitor import Monitor, nothing_done
 from longvid.runtime.prefetch import Prefetcher, Writer
@@ -82,7 +83,7 @@ class _Task:
             },
             "window": list(self.window),
             "size": [latents.height, latents.width],
-            **self.job.engine.fingerprint(self.admission.part.execution.numerics),
+            **self.job.engine.fingerprint(self.admission.part.execution.numerics, self.admission.num_threads),
             "chunk_plan": self.admission.schedule.to_dict(),
         }
 
@@ -106,6 +107,7 @@ def decode_video(
         options.check_disk(found, admission.part, window[1] - window[0], size[0] * size[1] * 3 * _SHRINK)
     sink, write = _sink(task, out, fingerprint)
     with ExitStack() as stack:
+        stack.enter_context(compute_threads(admission.num_threads))
         run = stack.enter_context(DecodeRun(job.engine, admission.part, size, traced=job.traced))
         monitor = stack.enter_context(Monitor(job.callbacks, run, admission.plan, window[1] - window[0]))
         checkpoints, ended = None, False

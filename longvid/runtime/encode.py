@@ -33,6 +33,7 @@ from longvid.frames import Frames, Marks, SourcePosition, Times, frame_digest
 from longvid.media.arrays import FrameSource
 from longvid.media.limits import Limits
 from longvid.media.sources import open_source
+from longvid.models.kernels.cpu import compute_threads
 from longvid.runtime.admission import Admission, Job, RunOptions
 from longvid.runtime.monitor import Monitor, nothing_done
 from longvid.runtime.prefetch import Prefetcher, Writer
@@ -143,7 +144,7 @@ class _Task:
         return {
             "kind": "latents",
             "source": self.video.fingerprint(),
-            **self.job.engine.fingerprint(self.admission.part.execution.numerics),
+            **self.job.engine.fingerprint(self.admission.part.execution.numerics, self.admission.num_threads),
             "chunk_plan": self.admission.schedule.to_dict(),
             "representation": self.options.representation,
             "store_dtype": self.options.store_dtype,
@@ -167,6 +168,7 @@ def _encode(job: Job, source: Any, store: Path, options: EncodeOptions, replaced
         options.check_disk(found, admission.part, num_latents, task.stored_bytes * _SHRINK)
         target = _writer(task, store, fingerprint)
         run = EncodeRun(engine, admission.part, options.representation, options.seed, traced=job.traced)
+        stack.enter_context(compute_threads(admission.num_threads))
         stack.enter_context(run)
         monitor = stack.enter_context(Monitor(job.callbacks, run, admission.plan, info.num_frames))
         with target:

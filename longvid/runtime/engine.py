@@ -106,7 +106,7 @@ class Engine:
         """The compute dtype as it is recorded, such as ``bfloat16``."""
         return str(self.dtype).removeprefix("torch.")
 
-    def fingerprint(self, numerics: Numerics) -> dict[str, Any]:
+    def fingerprint(self, numerics: Numerics, num_threads: int | None) -> dict[str, Any]:
         """The part of a run's fingerprint that the model and the way it computes decide."""
         facts = self.model.describe()
         return {
@@ -115,6 +115,7 @@ class Engine:
                 "dtype": self.dtype_name,
                 "kernels": kernels_of(str(self.device)),
                 "numerics": numerics.to_dict(),
+                **({} if num_threads is None else {"threads": num_threads}),
                 "torch": str(torch.__version__),
                 "longvid": __version__,
                 "format": FORMAT_VERSION,
