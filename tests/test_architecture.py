@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -60,6 +61,17 @@ def test_no_cycle():
     for module, target in edges():
         graph.setdefault(module, set()).add(target)
     TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_rooms_files_and_functions_stay_small():
+    rooms = Counter(path.parent for path in ROOT.rglob("*.py"))
+    assert {str(path): number for path, number in rooms.items() if number > 14} == {}
+    for module, tree in MODULES.items():
+        longest = max((node.end_lineno or 0 for node in ast.walk(tree) if hasattr(node, "end_lineno")), default=0)
+        assert longest <= 450, module
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{module}.{node.name}"
 
 
 def test_torch_stays_in_its_rooms():

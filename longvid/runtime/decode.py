@@ -25,9 +25,8 @@ from longvid.models.kernels.cpu import compute_threads
 from longvid.runtime.admission import Admission, Job, RunOptions
 from longvid.runtime.monitor import Monitor, nothing_done
 from longvid.runtime.prefetch import Prefetcher, Writer
-from longvid.runtime.run import DecodeRun
+from longvid.runtime.run import DecodeRun, Span
 from longvid.runtime.snapshot import Checkpoints
-from longvid.runtime.span import Span
 from longvid.schedule import Chunk, ChunkSchedule
 from longvid.store.frame_writer import FrameStoreWriter
 from longvid.store.metadata import RunFacts

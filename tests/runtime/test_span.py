@@ -8,7 +8,7 @@ from longvid import ModelError, VideoSession
 from longvid.models.cogvideox import CogVideoXConfig, CogVideoXVAE
 from longvid.planning.warmup import Warmup
 from longvid.runtime.admission import AdmissionControl
-from longvid.runtime.span import Span
+from longvid.runtime.run import Span
 
 WARMUP = Warmup(direction="decode", chunks=3, ready={"a": 1, "b": 2, "c": 3}, begins={"a": 1, "b": 2, "c": 3})
 
