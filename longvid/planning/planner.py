@@ -2,7 +2,7 @@
 
 A dry run of the first and of a middle chunk (:mod:`longvid.planning.dry_run`) gives a
 :class:`~longvid.planning.cost_model.CostModel`, from which the peak of every placement of the contexts follows to the
-byte: without a device, without weights, in about a second. The real run executes the same code, so on a CPU its tracked
+byte: without a device, without weights, in seconds. The real run executes the same code, so on a CPU its tracked
 peak is the same. Scratch memory of kernels and the rounding of an allocator are not tensors and are not in these
 numbers; the budget sets ``reserved_bytes`` aside for them.
 """
@@ -59,7 +59,7 @@ def make_plan(
 ) -> Plan:
     """Plan encoding and decoding of ``height`` x ``width`` frames as :class:`~longvid.VideoSession` would run them.
 
-    It needs no weights and takes about a second. The device need not exist here.
+    It needs no weights and takes from a second to half a minute on a CPU. The device need not exist here.
 
     Args:
         model: a model, or what :func:`longvid.load_model` takes; of a folder or a hub id only the config is read.
