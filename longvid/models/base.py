@@ -5,6 +5,7 @@ Axes: B batch, C channels, T time, H height, W width.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
@@ -104,7 +105,7 @@ class CausalVAE(Protocol):
         ...
 
 
-class NativeVAE(nn.Module):
+class NativeVAE(nn.Module, ABC):
     """What the models of this package have in common: a config, the origin of their weights, and the record of both.
 
     Args:
@@ -159,11 +160,13 @@ class NativeVAE(nn.Module):
     def _check_chunk(self, x_BCTHW: Tensor, context: ForwardContext) -> None:
         """Raise ScheduleError if the model cannot encode a chunk of this shape; the cache stays usable."""
 
+    @abstractmethod
     def _encode(self, x_BCTHW: Tensor, context: ForwardContext) -> Tensor:
-        raise NotImplementedError
+        """:meth:`encode` inside the chunk."""
 
+    @abstractmethod
     def _decode(self, z_BCTHW: Tensor, context: ForwardContext) -> Tensor:
-        raise NotImplementedError
+        """:meth:`decode` inside the chunk."""
 
     def describe(self) -> dict[str, Any]:
         """Class, config, origin of the weights and the facts that turn raw latents into the model's own scale."""

@@ -170,18 +170,15 @@ class DryRuns:
 
 
 def _architecture(module: nn.Module) -> Hashable:
-    """All that decides how a module computes, but for the values of its weights."""
+    """All that decides how a module computes, but for the values of its weights; no reference to any of them."""
     return tuple(
         (
             path,
             type(part),
             type(part).forward,
             *((name, repr(value)) for name, value in vars(part).items() if name not in _OF_EVERY_MODULE),
-            *(
-                (name, tuple(t.shape))
-                for name, t in (*part._parameters.items(), *part._buffers.items())
-                if t is not None
-            ),
+            *((name, tuple(tensor.shape)) for name, tensor in part.named_parameters(recurse=False)),
+            *((name, tuple(tensor.shape)) for name, tensor in part.named_buffers(recurse=False)),
         )
         for path, part in module.named_modules()
     )

@@ -44,9 +44,8 @@ Size: TypeAlias = tuple[int, int]
 "height and width"
 _SHORT_RUN_ROWS = 256
 "a shorter run ends before a snapshot is worth its cost"
-
-
 _MOST_THREADS = 1024
+"a store that records more compute threads than this is not believed"
 
 
 class _State(Enum):
