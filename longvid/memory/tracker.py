@@ -47,7 +47,7 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled inside the mode; PyTorch's guard of every call against that is a third of the cost."""
+        """Nothing is compiled inside the mode, so that PyTorch need not guard every call against it."""
         return False
 
     def reset_peak(self) -> None:

@@ -25,7 +25,7 @@ from longvid.events import Direction
 from longvid.models.base import CausalVAE, model_name
 from longvid.models.cache import ConvCache
 from longvid.models.context import ForwardContext
-from longvid.models.device import placed
+from longvid.models.numerics import Numerics
 from longvid.schedule import ChunkSchedule
 
 __all__ = ["Warmup", "warmup"]
@@ -49,10 +49,6 @@ class Warmup:
             return None
         return [path for path, first in self.begins.items() if first <= chunk + 1][-1]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return {"direction": self.direction, "chunks": self.chunks}
-
 
 def warmup(model: CausalVAE, direction: Direction, *, chunk_frames: int | None = None) -> Warmup:
     """Find how many chunks of warm-up make a start in the middle of a video exact.
@@ -74,7 +70,7 @@ def warmup(model: CausalVAE, direction: Direction, *, chunk_frames: int | None =
     most = sum(frames) + 1  # in every chunk at least one frame of one context becomes right
     ready: dict[str, int] = {}
     begins: dict[str, int] = {}
-    with torch.inference_mode(), ForwardContext(ConvCache(probe.module)) as context:
+    with torch.inference_mode(), probe.context() as context:
         for _ in range(1 + max(frames, default=0)):  # the past, longer than any context
             probe.run(context, float("nan"))
         for count in range(most + 1):
@@ -99,15 +95,16 @@ class _Probe:
 
     def __init__(self, model: CausalVAE, direction: Direction, schedule: ChunkSchedule) -> None:
         module = cast("nn.Module", model)
-        first = next(module.parameters())
-        if first.device.type == "cpu":  # where narrow dtypes may have no kernels
-            module = placed(module, first.device, torch.float32)
         weights = {id(weight): weight for weight in module.parameters()}
         self._model = cast("CausalVAE", copy.deepcopy(module, cast("dict[int, Any]", weights)))
         self._direction, self._schedule = direction, schedule
         weight = next(module.parameters())
         self._kind: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         self.module = self._model.encoder if direction == "encode" else self._model.decoder
+
+    def context(self) -> ForwardContext:
+        """The context of the copy. CPUs without bfloat16 kernels are slow beyond use, so products are in float32."""
+        return ForwardContext(ConvCache(self.module), numerics=Numerics(float32_products=True))
 
     def run(self, context: ForwardContext, value: float) -> Tensor:
         """The output of the next chunk, whose input is ``value`` everywhere."""
