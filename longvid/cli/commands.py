@@ -32,7 +32,7 @@ from longvid.errors import (
     SourceError,
     StoreError,
 )
-from longvid.events import RunReport
+from longvid.events import ChunkEvent, RunObserver, RunReport, RunStart
 from longvid.units import format_bytes
 
 if TYPE_CHECKING:
@@ -283,8 +283,6 @@ def _session(args: argparse.Namespace, *, output_complete: bool = False) -> Iter
             **_options(args, (*_PLANNED, "offload_dir", "profile")),
         )
         stack.enter_context(session)
-        if not args.quiet:
-            _announce(args)
         args.stop.session = session
         stack.callback(setattr, args.stop, "session", None)
         yield session
@@ -297,6 +295,7 @@ def _callbacks(args: argparse.Namespace, nothing_to_do: bool) -> Iterator[Any]:
     from longvid.reporting.recorder import Recorder
 
     if not args.quiet:
+        yield _Announcement(args)
         yield ProgressBar()
     if args.report is not None and not nothing_to_do:
         yield ReportPage(args.report, overwrite=args.overwrite)
@@ -322,12 +321,24 @@ def _load_model(args: argparse.Namespace) -> CausalVAE:
         ) from exc
 
 
-def _announce(args: argparse.Namespace) -> None:
-    if args.random_weights is not None:
-        print(f"longvid: the weights are random (seed {args.random_weights}); results mean nothing", file=sys.stderr)
-    elif args.command == "encode":
-        note = ", the built-in model for previews; choose another with --model" if args.model == "tiny" else ""
-        print(f"longvid: encoding with {args.model}{note}", file=sys.stderr)
+class _Announcement(RunObserver):
+    """Says which model computes, once source and target have been accepted."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+
+    def __call__(self, event: ChunkEvent) -> None:
+        """Chunks are the progress bar's."""
+
+    def run_started(self, start: RunStart) -> None:
+        """Print one line."""
+        args = self._args
+        if args.random_weights is not None:
+            weights = f"the weights are random (seed {args.random_weights})"
+            print(f"longvid: {weights}; results mean nothing", file=sys.stderr)
+        elif start.direction == "encode":
+            note = ", the built-in model for previews; choose another with --model" if args.model == "tiny" else ""
+            print(f"longvid: encoding with {args.model}{note}", file=sys.stderr)
 
 
 def _dtype(args: argparse.Namespace) -> Any:

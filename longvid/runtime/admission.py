@@ -149,16 +149,17 @@ class RunOptions(WriteOptions):
         """
         if num_rows is None or self.mend:
             return
-        parts = {"results": int(num_rows * row_bytes)}
+        parts, advice = {"results": int(num_rows * row_bytes)}, ""
         if num_rows > _SHORT_RUN_ROWS and self.durability.snapshot_seconds != float("inf"):
             parts["three snapshots, one of them being written"] = 3 * part.cache_bytes
+            advice = " (snapshots can be left out: --snapshot-seconds off)"
         there = sum(file.stat().st_size for file in found.path.rglob("*") if file.is_file())
         free, needed = shutil.disk_usage(found.path.parent).free, sum(parts.values()) - there
         if needed > free:
             listing = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
             raise StoreError(
                 f"{found.path} needs at least {format_bytes(needed)} of disk ({listing}), and {format_bytes(free)} are "
-                "free; make room or choose another folder (snapshots can be left out: --snapshot-seconds off)",
+                f"free; make room or choose another folder{advice}",
                 kind="full",
             )
 

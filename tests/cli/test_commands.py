@@ -107,6 +107,11 @@ def test_encode_says_which_model_runs(run, tmp_path):
     assert (code, err) == (0, "")
 
 
+def test_a_source_that_is_missing_is_all_that_is_said(run, tmp_path):
+    code, _, err = run("encode", tmp_path / "none.mp4", tmp_path / "a.zarr")
+    assert (code, err) == (3, f"longvid: there is no file {tmp_path / 'none.mp4'}; check the name\n")
+
+
 @pytest.mark.parametrize("command", ["decode", "repair"])
 def test_a_model_folder_that_was_moved_is_named_with_the_store(run, tmp_path, command):
     shutil.copytree(Path(longvid.__file__).parent / "weights" / "tiny", tmp_path / "model")
