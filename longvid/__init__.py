@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from longvid.runtime.session import VideoSession as VideoSession
     from longvid.schedule import Chunk as Chunk, ChunkSchedule as ChunkSchedule
     from longvid.store.durability import Durability as Durability
+    from longvid.store.parts import join as join
     from longvid.store.reader import LatentStore as LatentStore, open_store as open_store
 
 _HOMES = {
@@ -64,6 +65,7 @@ _HOMES = {
     "runtime.session": "VideoSession",
     "schedule": "Chunk ChunkSchedule",
     "store.durability": "Durability",
+    "store.parts": "join",
     "store.reader": "LatentStore open_store",
 }
 _HOME_OF = {name: f"longvid.{module}" for module, names in _HOMES.items() for name in names.split()}

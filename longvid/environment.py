@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,22 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 
 def kernels_of(device: str) -> str:
-    """What decides, beside the version of torch, which kernels run: the instruction set of a CPU, the name of a GPU."""
+    """What decides, beside the version of torch, which kernels run: the instruction set of a CPU; the name of a GPU and
+    the versions of the libraries that have its kernels."""
     import torch
 
-    if torch.device(device).type != "cpu":
-        return str(_accelerator(device)[0])
+    kind = torch.device(device).type
+    if kind != "cpu":
+        libraries = {}
+        if kind == "cuda":
+            libraries["cuDNN"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+            with suppress(PackageNotFoundError):
+                libraries["Triton"] = version("triton")
+        return ", ".join([str(_accelerator(device)[0]), *(f"{name} {there}" for name, there in libraries.items())])
     capability, limit = str(torch.backends.cpu.get_cpu_capability()), onednn_limit()
     is_lower = limit and not (capability == "AVX2" and limit.startswith(("AVX2", "AVX512", "AVX10")))
+    units = [("BF16", torch.cpu._is_avx512_bf16_supported), ("AMX", torch.cpu._is_amx_tile_supported)]
+    capability += "".join(f" {name}" for name, is_there in units if capability == "AVX512" and is_there())
     return f"cpu {capability}" + (f", oneDNN up to {limit}" if is_lower else "")
 
 

@@ -120,6 +120,8 @@ class ChunkEvent:
     "highest number of device bytes so far, weights included"
     rss_bytes: int
     "resident set size of the process, as the OS counts it"
+    warmup: bool = False
+    "whether the chunk ran for its contexts only, before the first one with a result"
     spans: tuple[Span, ...] = ()
     "what the lanes did since the last event; empty unless a callback asks for it"
 
@@ -143,8 +145,6 @@ class RunReport:
     "time in which the reading thread was at work, beside all else"
     write_seconds: float = 0.0
     "time in which the writing thread was at work, beside all else"
-    snapshot_seconds: float = 0.0
-    "time spent on snapshots, between chunks"
     peak_device_bytes: int = 0
     """highest number of device bytes, weights included: exact tensor bytes on a CPU (of the first three chunks and
     every 32nd), the allocator's peak elsewhere"""
@@ -158,6 +158,8 @@ class RunReport:
     "bytes of the contexts that were kept off the device between chunks"
     resumed_from_frame: int = 0
     "frames that were done before this run; 0 if it started at the beginning"
+    frames_computed: int = 0
+    "frames that went through the model, with those of the warm-up and those that were compared with what is stored"
     complete: bool
     "whether the whole video is done; if not, the run was stopped, and the same call resumes it"
 

@@ -20,7 +20,6 @@ __all__ = [
     "Marks",
     "OnError",
     "SourceInfo",
-    "SourcePosition",
     "Times",
     "frame_digest",
 ]
@@ -89,18 +88,6 @@ class FrameBlock:
     def first(self, count: int) -> FrameBlock:
         """The first frames alone."""
         return FrameBlock(self.frames_THWC[:count], self.pts_T[:count], self.valid_T[:count])
-
-
-@dataclass(frozen=True, slots=True)
-class SourcePosition:
-    """Where an earlier run stopped."""
-
-    num_frames: int
-    "frames that were delivered, counted from ``start``"
-    pts: int
-    "time stamp of the last of them"
-    digest: str
-    "digest of the pixels as they were delivered; see :func:`frame_digest`"
 
 
 def frame_digest(frame_HWC: npt.NDArray[np.uint8]) -> str:

@@ -82,6 +82,10 @@ class ChunkSchedule:
         """The chunk that holds a frame."""
         return max(0, (frame - 1) // self.chunk_frames)
 
+    def index_of_latent(self, latent: int) -> int:
+        """The chunk that holds a latent frame."""
+        return max(0, (latent - 1) // self.chunk_latents)
+
     def full(self, index: int) -> Chunk:
         """Chunk ``index`` with no padding: what runs as soon as that many frames have arrived."""
         return self.tail(index, self.capacity(index))

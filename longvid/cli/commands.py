@@ -15,7 +15,7 @@ import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +79,7 @@ def _failed(args: argparse.Namespace, message: str, code: int) -> int:
 def _left_behind(args: argparse.Namespace) -> str:
     out = getattr(args, "store" if args.command == "encode" else "out", None)
     left = "nothing was written"
+    out = None if out is None else _part_path(args, out)
     if out is not None and Path(out).is_dir():
         left = f"{out} holds what was finished; run the same command again to resume"
     elif args.command == "decode":
@@ -93,24 +94,25 @@ def _encode(args: argparse.Namespace) -> int:
     from longvid.media.limits import Limits
     from longvid.store.target import check_target
 
-    found = check_target(args.store)  # before a model is loaded
+    out = _part_path(args, args.store)
+    found = check_target(out)  # before a model is loaded
     limits = Limits(**{f.name: value for f in fields(Limits) if (value := getattr(args, f.name, None)) is not None})
     names = ("representation", "start", "frames", "size", "store_dtype", "seed", "on_error", "on_non_finite")
     with _session(args, output_complete=found.complete) as session:
         report = session.encode(args.source, args.store, limits=limits, **_options(args, names), **_safety(args))
-    return _show(args, report, args.store)
+    return _show(args, report, out)
 
 
 def _decode(args: argparse.Namespace) -> int:
     from longvid.store.reader import open_store
     from longvid.store.target import check_target
 
-    store = open_store(args.store)
-    is_complete = Path(args.out).suffix == ".zarr" and check_target(args.out).complete
+    store, out = open_store(args.store), _part_path(args, args.out)
+    is_complete = Path(args.out).suffix == ".zarr" and check_target(out).complete
     _take_recorded_model(args, store.vae)
     with _session(args, output_complete=is_complete) as session:
         report = session.decode(store, args.out, start=args.start, frames=args.frames, **_safety(args))
-    return _show(args, report, args.out)
+    return _show(args, report, out)
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -125,6 +127,7 @@ def _info(args: argparse.Namespace) -> int:
         **own,
         **{name: getattr(store, name) for name in ("complete", "numerics", "source")},
         "model": model,
+        "seams": [asdict(seam) for seam in store.seams],
         "stored_bytes": reader.stored_bytes,
     }
     if args.json:
@@ -140,6 +143,8 @@ def _info(args: argparse.Namespace) -> int:
         + ("" if store.kind == "frames" else f", scaling_factor {factor}")
     )
     print(f"source    {(store.source or {}).get('name')}")
+    for seam in store.seams:
+        print(f"seam      {seam}")
     print(f"stored    {format_bytes(reader.stored_bytes)}")
     return 0
 
@@ -169,6 +174,18 @@ def _frame_facts(store: StoreMetadata) -> tuple[dict[str, Any], str]:
         "latents": store.origin,
     }
     return facts, f"decoded frames of {width}x{height}\nlatents   {store.origin}"
+
+
+def _join(args: argparse.Namespace) -> int:
+    from longvid.store.parts import join
+    from longvid.store.reader import open_reader
+
+    store = open_reader(join(args.store, overwrite=args.overwrite)).metadata
+    if args.json:
+        print(json.dumps({"frames": store.num_frames, "complete": store.complete}))
+    elif not args.quiet:
+        print(f"{args.store}: {store.num_frames} frames, joined of all parts, which can be removed now")
+    return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -257,6 +274,7 @@ def _picture_path(args: argparse.Namespace) -> str | None:
 _COMMANDS: dict[str, Command] = {
     "encode": _encode,
     "decode": _decode,
+    "join": _join,
     "verify": _verify,
     "repair": _repair,
     "info": _info,
@@ -274,7 +292,7 @@ def _session(args: argparse.Namespace, *, output_complete: bool = False) -> Iter
     from longvid.runtime.session import VideoSession
 
     with ExitStack() as stack:
-        nothing_to_do = output_complete and not (args.overwrite or args.no_resume)
+        nothing_to_do = output_complete and not (args.overwrite or args.resume == "never")
         callbacks = [stack.enter_context(callback) for callback in _callbacks(args, nothing_to_do)]
         session = VideoSession(
             _load_model(args),
@@ -347,6 +365,13 @@ def _dtype(args: argparse.Namespace) -> Any:
     return parse_dtype(args.dtype) or default_dtype(args.model, planned_device(args.device)[0])
 
 
+def _part_path(args: argparse.Namespace, store: str) -> str:
+    """Where a run writes that computes a store, or a part of it."""
+    from longvid.store.parts import part_path
+
+    return store if args.part is None else str(part_path(Path(store), *args.part))
+
+
 def _take_recorded_model(args: argparse.Namespace, vae: Mapping[str, Any]) -> None:
     if args.model is not None:
         return
@@ -362,13 +387,9 @@ def _safety(args: argparse.Namespace) -> dict[str, Any]:
 
     return {
         "overwrite": args.overwrite,
-        "resume": not args.no_resume,
-        "durability": Durability(
-            mode=args.durability,
-            snapshot_seconds=args.snapshot_seconds,
-            keep_snapshots=args.keep_snapshots,
-            lock=not args.no_lock,
-        ),
+        "resume": args.resume,
+        "part": args.part,
+        "durability": Durability(mode=args.durability, lock=not args.no_lock),
     }
 
 

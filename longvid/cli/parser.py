@@ -86,14 +86,11 @@ def _read_offload(text: str) -> str:
     return text
 
 
-def _read_seconds(text: str) -> float:
-    try:
-        seconds = float("inf") if text == "off" else float(text)
-    except ValueError:
-        seconds = -1.0
-    if not seconds >= 0:
-        raise ValueError(f"{text!r} is not a time; give seconds from 0 up, or off")
-    return seconds
+def _read_part(text: str) -> tuple[int, int]:
+    number, slash, of = text.partition("/")
+    if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise ValueError(f"{text!r} is not a part; give its number and how many there are, such as 3/8")
+    return int(number), int(of)
 
 
 # ------------------------------------------------------------------------------------------------- shared options
@@ -171,20 +168,24 @@ _RUN_OPTIONS = (
     _count("--start", "first frame of the video", 0, default=0),
     _count("--frames", "number of frames (default: all)", 1),
     _flag("--overwrite", "replace existing output, except an unfinished store of this very command, which is resumed"),
-    _flag("--no-resume", "do not resume an unfinished store: refuse it, or replace it with --overwrite"),
+    _choice(
+        "--resume",
+        "an unfinished store is continued if the run reproduces the end of what is stored, bit for bit (exact); also "
+        "if it does not, and where the values change is recorded (close); or not at all (never)",
+        *("exact", "close", "never"),
+    ),
+    _option(
+        "--part",
+        "compute part K of N only, to STORE.part-K-of-N; longvid join makes one store of all parts",
+        read=_read_part,
+        metavar="K/N",
+    ),
     _flag("--no-lock", "write without a lock, on a file system that has none; make sure that one run writes at a time"),
     _choice(
         "--durability",
         "what a finished part survives: fsync a power loss, rename only the end of the process",
         *("fsync", "rename"),
     ),
-    _option(
-        "--snapshot-seconds",
-        "time between snapshots to resume from, or off (default: chosen by their cost)",
-        read=_read_seconds,
-        metavar="S",
-    ),
-    _flag("--keep-snapshots", "keep all snapshots, which makes repair faster"),
     _JSON,
     _option("--report", "write a page on memory, transfers and speed, such as run.html", metavar="FILE"),
     _option("--record", "write every event as a line of JSON, such as run.jsonl", metavar="FILE"),
@@ -229,6 +230,12 @@ _DECODE = (
     *_model_options(None),
     *_RUN_OPTIONS,
 )
+_JOIN = (
+    _option("store", "store to make of STORE.part-1-of-N and all other parts, which stay", metavar="STORE"),
+    _flag("--overwrite", "replace a longvid store that is there"),
+    _JSON,
+    _QUIET,
+)
 _VERIFY = (_option("store", "store to check", metavar="STORE"), _JSON)
 _REPAIR = (
     _option("store", "store to repair", metavar="STORE"),
@@ -268,6 +275,7 @@ _TUNE = (
 _COMMANDS: dict[str, tuple[str, tuple[_Option, ...]]] = {
     "encode": ("encode a video file to a zarr store of latents", _ENCODE),
     "decode": ("decode a store of latents to a video file or a zarr store of frames", _DECODE),
+    "join": ("make one store of the parts that --part made", _JOIN),
     "verify": ("check every byte of a store and list the damaged frames", _VERIFY),
     "repair": ("compute the damaged parts of a store again", _REPAIR),
     "info": ("show what a store holds", _INFO),

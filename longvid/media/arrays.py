@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from longvid.errors import SourceError
-from longvid.frames import FrameBlock, OnError, SourceInfo, SourcePosition, frame_digest
+from longvid.frames import FrameBlock, OnError, SourceInfo, frame_digest
 from longvid.media.limits import Limits
+from longvid.media.seek_index import SeekIndex
 
 __all__ = [
     "ArrayFrames",
@@ -24,7 +25,6 @@ __all__ = [
     "IterableFrames",
     "Reading",
     "check_layout",
-    "check_position",
     "is_array",
     "to_numpy",
 ]
@@ -63,6 +63,8 @@ class FrameSource(ABC):
 
     info: SourceInfo
     "facts known in advance"
+    index: SeekIndex
+    "the seek points that are known; more are found as frames are read. Only media files have some"
 
     def __init__(
         self,
@@ -90,6 +92,7 @@ class FrameSource(ABC):
         self._end = None if frames is None else start + frames
         self._size, self._frame_rate, self._on_error = size, frame_rate, on_error
         self._limits = limits or Limits()
+        self.index = SeekIndex()
         self._started = False
         self._closed = False
 
@@ -98,11 +101,20 @@ class FrameSource(ABC):
         """What decides the frames, ready for JSON; names and places are not in it. Two equal sources give the same."""
 
     @abstractmethod
-    def blocks(self, *, after: SourcePosition | None = None) -> Iterator[FrameBlock]:
-        """Yield the frames, those behind ``after`` only if that is given.
+    def blocks(self, *, first: int = 0) -> Iterator[FrameBlock]:
+        """Yield the frames from number ``first`` on, counted from ``start``; SourceError where they cannot be read."""
 
-        Raises SourceError where they cannot be read; of kind ``"changed"`` if ``after`` is not found.
+    def count_frames(self) -> int:
+        """The number of frames that will come out, by the header or the packets of a file; the real one may be smaller.
+
+        SourceError if nothing tells it before the last frame is there.
         """
+        if self.info.num_frames is None:
+            raise SourceError(
+                f"the length of {self._name} is not known in advance, and a part needs it; give a file or an array",
+                kind="layout",
+            )
+        return self.info.num_frames
 
     def close(self) -> None:
         """Release the frames; reading on afterwards raises SourceError."""
@@ -217,14 +229,11 @@ class ArrayFrames(FrameSource):
             "content": content,
         }
 
-    def blocks(self, *, after: SourcePosition | None = None) -> Iterator[FrameBlock]:
+    def blocks(self, *, first: int = 0) -> Iterator[FrameBlock]:
         """Yield the frames in bounded blocks that begin where the array's chunks begin."""
         self._start()
-        if after is not None:
-            self._begin += after.num_frames
-            last = self._begin - 1
-            check_position(self._name, after, self._read(last, last + 1)[0] if last < self._stop else None)
-        return self._within_limits(self._slices(), done=0 if after is None else after.num_frames)
+        self._begin += first
+        return self._within_limits(self._slices(), done=first)
 
     def close(self) -> None:
         """Release the array, which itself stays as it is."""
@@ -274,25 +283,10 @@ class IterableFrames(FrameSource):
             "first_frame": None if first is None else frame_digest(first[0]),
         }
 
-    def blocks(self, *, after: SourcePosition | None = None) -> Iterator[FrameBlock]:
+    def blocks(self, *, first: int = 0) -> Iterator[FrameBlock]:
         """Yield the frames, one block for each piece."""
         self._start()
-        if after is None:
-            return self._within_limits(self._cut_pieces(), done=0)
-        return self._within_limits(self._behind(after), done=after.num_frames)
-
-    def _behind(self, after: SourcePosition) -> Iterator[FrameBlock]:
-        """The blocks without the first ``after.num_frames`` frames, the last of which must be unchanged."""
-        left = after.num_frames
-        for block in self._cut_pieces():
-            if 0 < left <= len(block.pts_T):
-                check_position(self._name, after, block.frames_THWC[left - 1])
-            skip = max(0, left)
-            if skip < len(block.pts_T):
-                yield FrameBlock.whole(block.frames_THWC[skip:], block.pts_T[skip:])
-            left -= len(block.pts_T)
-        if left > 0:
-            check_position(self._name, after, None)
+        return self._within_limits(self._cut_pieces(self._begin + first), done=first)
 
     def close(self) -> None:
         """End the iterable if it is a generator."""
@@ -304,11 +298,11 @@ class IterableFrames(FrameSource):
         if callable(close):
             close()
 
-    def _cut_pieces(self) -> Iterator[FrameBlock]:
+    def _cut_pieces(self, start: int) -> Iterator[FrameBlock]:
         position = 0
         piece, self._first = self._first, None
         while piece is not None:
-            begin, end = max(self._begin - position, 0), len(piece)
+            begin, end = max(start - position, 0), len(piece)
             if self._end is not None:
                 end = min(end, self._end - position)
             if begin < end:
@@ -338,17 +332,6 @@ class IterableFrames(FrameSource):
             if len(frames_THWC):
                 return frames_THWC
         return None
-
-
-def check_position(name: str, position: SourcePosition, frame_HWC: npt.NDArray[np.uint8] | None) -> None:
-    """Raise SourceError unless the frame at a position is the one that was there before; None if it has gone."""
-    if frame_HWC is None or frame_digest(frame_HWC) != position.digest:
-        what = "is missing now" if frame_HWC is None else "has changed"
-        raise SourceError(
-            f"frame {position.num_frames - 1} of {name}, the last that was read before, {what}; a run can only be "
-            "resumed with the same frames",
-            kind="changed",
-        )
 
 
 def is_array(value: Any) -> bool:

@@ -7,6 +7,7 @@ packets.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -19,6 +20,7 @@ from av.video.stream import VideoStream
 
 from longvid.errors import SourceError
 from longvid.media.container import reason
+from longvid.media.seek_index import SeekPoint
 
 __all__ = ["Decoder", "Fault", "Picture"]
 
@@ -59,6 +61,8 @@ class Picture:
     fault: Fault | None = None
     order: int | None = None
     "number of its packet among those decoded, if known"
+    position: int | None = None
+    "the byte of the file at which its packet begins, if known"
 
 
 class Decoder:
@@ -83,7 +87,8 @@ class Decoder:
         size: tuple[int, int] | None = None,
         from_start: bool = True,
     ) -> None:
-        self._packets = container.demux(stream)
+        self._packets: Iterator[Packet[Any]] = container.demux(stream)
+        stream.codec_context.copy_opaque = True  # a frame tells its packet, also where a time stamp comes twice
         self._is_plain = container.format.name == "yuv4mpegpipe"
         self._stream = stream
         self._name = name
@@ -100,6 +105,8 @@ class Decoder:
         self._waiting: dict[int, int] = {}
         "packets whose frames have not come yet: order by time stamp"
         self._shown: int | None = None
+        self._num_silent = 0
+        "packets without a picture before the last frame: one in a file whose frames are two fields, also at its end"
         self._failed: dict[int | None, str] = {}
         "packets known to be damaged: reason by time stamp"
         self._failure: Fault | None = None
@@ -108,6 +115,16 @@ class Decoder:
         "all pictures up to the next key frame have this fault"
         self.rest: Fault | None = None
         "why reading ended, if not at the end of the file"
+
+    def skip_to(self, point: SeekPoint) -> bool:
+        """Begin with the packet of a seek point; whether it was found ahead. Packets before it are not decoded."""
+        while (packet := self._run(lambda: next(self._packets, None))) is not None:
+            if packet.pos is not None and packet.pos > point.position and packet.pts is not None:
+                return False
+            if packet.is_keyframe and (packet.pts, packet.pos) == (point.pts, point.position):
+                self._packets = itertools.chain([packet], self._packets)
+                return True
+        return False
 
     def pictures(self) -> Iterator[Picture]:
         """Yield the pictures in the order in which they are shown; once.
@@ -132,9 +149,12 @@ class Decoder:
             if frame is None:
                 yield Picture(None, None, self._blame())
                 continue
-            order = None if frame.pts is None else self._waiting.pop(frame.pts, None)
+            label: Any = frame.opaque
+            order, position = label or (None, None)
+            if frame.pts is not None:
+                self._waiting.pop(frame.pts, None)
             yield from self._missing_before(frame)
-            yield self._judge(frame, order)
+            yield replace(self._judge(frame, order), position=position)
             self._shown = frame.pts if frame.pts is not None else self._shown
             self._begun = True
         yield from self._missing(None)
@@ -157,18 +177,19 @@ class Decoder:
     def _missing(self, before: int | None) -> Iterator[Picture]:
         """Places of packets whose time has passed without a frame; they count only where a fault is known, since whole
         files have such packets too."""
-        after, codec = self._shown, self._stream.codec_context.name
+        after, quiet = self._shown, self._one_by_one or self._stream.codec_context.name in _SILENT_PACKETS
         stamps = sorted(p for p in self._waiting if (after is None or p > after) and (before is None or p < before))
         if not self._begun and stamps and before is not None:
             if not self._from_start:
                 self._waiting = {p: order for p, order in self._waiting.items() if p not in stamps}
                 return
             self._zone = self._failure or _CUT_BEGINNING
-        elif before is None and stamps and self._begun and not self._one_by_one and codec not in _SILENT_PACKETS:
+        elif before is None and len(stamps) > self._num_silent and self._begun and not quiet:
             # frame threads that fail while they are flushed end without an error
             self._zone = self._zone or Fault(self._kind(), "and what follows gave no picture: the data are damaged")
         elif len(stamps) > _MOST_SILENT:
             self._blame()
+        self._num_silent = len(stamps)
         for stamp in stamps:
             order = self._waiting.pop(stamp)
             if self._zone is not None or self._failure is not None:
@@ -249,6 +270,7 @@ class Decoder:
     def _register(self, packet: Packet[Any]) -> None:
         self._key_seen = self._key_seen or packet.is_keyframe
         self._leading += not self._key_seen
+        packet.opaque = self._num_packets, packet.pos
         if packet.pts is not None and not packet.is_discard:  # an edit list may leave packets out
             self._waiting[packet.pts] = self._num_packets
             if packet.is_corrupt:  # at a gap of a transport stream, which the decoder does not see

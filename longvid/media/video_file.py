@@ -6,31 +6,33 @@ import itertools
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 import av
 import numpy as np
 from av.container import InputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from longvid.errors import SourceError
-from longvid.frames import FrameBlock, SourceInfo, SourcePosition, frame_digest
-from longvid.media.arrays import DEFAULT_FRAME_RATE, FrameSource, Reading, check_position
+from longvid.frames import FrameBlock, SourceInfo, Times
+from longvid.media.arrays import DEFAULT_FRAME_RATE, FrameSource, Reading
 from longvid.media.container import MediaFile, declared_end, lost_samples, pick_stream
 from longvid.media.convert import REVISION, Converter
 from longvid.media.decoder import Decoder, Fault, Picture
+from longvid.media.seek_index import PACKETS_AHEAD, SeekIndex, SeekPoint, index_of_packets
 from longvid.media.watchdog import Watchdog
 
 __all__ = ["VideoFile"]
 
+T = TypeVar("T")
+
 _HDR = ("smpte2084", "arib-std-b67")
-_TIME_BEGINS_AGAIN = {"mpegts", "mpeg", "m4v", "ogg"}
-"containers whose time stamps may begin again within a file: FFmpeg's AVFMT_TS_DISCONT"
-_SECONDS_BACK = (0.0, 0.5, 2.0)
-"how long before the wanted frame to seek: containers differ in where a seek ends"
+_WORTH_A_SEEK = 32
+"frames before the wanted one that are decoded faster than a file is opened again"
 
 
 class VideoFile(FrameSource):
@@ -38,7 +40,7 @@ class VideoFile(FrameSource):
 
     Opening reads the header and the first frame, so that ``info`` is known and a file that cannot be read is refused
     at once. Frames come in decoder order, turned upright, in RGB, each with its own time stamp; variable frame rates
-    are kept. Frames before ``start`` are decoded and dropped, which is exact for every format.
+    are kept. Frames before ``start`` are skipped by a seek where it is exact, and else decoded and dropped.
 
     Raises:
         SourceError: the file is missing, is not a video, is cut short, or holds no frames.
@@ -85,11 +87,17 @@ class VideoFile(FrameSource):
             "range": self._converter.color.info.range,
         }
 
-    def blocks(self, *, after: SourcePosition | None = None) -> Iterator[FrameBlock]:
+    def blocks(self, *, first: int = 0) -> Iterator[FrameBlock]:
         """Yield the frames; where decoding fails, SourceError is raised after the frames before it."""
         self._start()
-        done = 0 if after is None else after.num_frames
-        return self._within_limits(self._blocks(after), done=done, first_pts=self._first_pts)
+        return self._within_limits(self._blocks(first), done=first, first_pts=self._first_pts)
+
+    def count_frames(self) -> int:
+        """By the header, or else by the packets, which are read for it."""
+        if self.info.num_frames:
+            return self.info.num_frames
+        count = self._scan(lambda packets: sum(packet.size > 0 for packet in packets)) or 0
+        return max(1, (count if self._end is None else min(self._end, count)) - self._begin)
 
     def close(self) -> None:
         """Close the file."""
@@ -102,7 +110,9 @@ class VideoFile(FrameSource):
             self._container.close()
         self._file.close()
 
-    def _open(self, *, frame_size: tuple[int, int] | None = None, seek: int | None = None) -> None:
+    def _open(
+        self, *, frame_size: tuple[int, int] | None = None, seek: int | None = None, from_start: bool = True
+    ) -> None:
         """Open the container, or open it again, at its beginning or near a time stamp."""
         if self._container is not None:
             self._container.close()
@@ -122,7 +132,7 @@ class VideoFile(FrameSource):
             num_bytes=self._file.num_bytes,
             run=self._watchdog.run,
             size=frame_size,
-            from_start=seek is None,
+            from_start=from_start,
         )
         self._pictures = self._decoder.pictures()
         self._ahead.clear()
@@ -225,16 +235,13 @@ class VideoFile(FrameSource):
             },
         )
 
-    def _blocks(self, after: SourcePosition | None) -> Iterator[FrameBlock]:
-        """Yield the frames of the window, or those behind ``after``, one by one."""
-        index = self._begin + (after.num_frames if after is not None else 0)
+    def _blocks(self, first: int) -> Iterator[FrameBlock]:
+        """Yield the frames of the window from number ``first`` on, one by one."""
+        index = self._begin + first
         if index == self._end:
             return
-        # Frames before ``start`` are decoded and dropped: a header does not tell whether the decoder gives one frame
-        # for each of its time stamps, and there is no digest to compare the first frame with.
-        frames = self._from_begin() if after is None else self._behind(after)
         shown, image = None, np.empty(0, np.uint8)
-        for frame, pts, valid in frames:
+        for frame, pts, valid in self._from(index):
             if frame is not shown:
                 shown, image = frame, self._converter.convert(frame, index)
             yield FrameBlock(image[None], np.array([pts], dtype=np.int64), np.array([valid], dtype=np.bool_))
@@ -242,79 +249,90 @@ class VideoFile(FrameSource):
             if index == self._end:
                 return
 
-    def _from_begin(self) -> Iterator[tuple[VideoFrame, int, bool]]:
+    def _from(self, index: int) -> Iterator[tuple[VideoFrame, int, bool]]:
+        """Frames from number ``index`` of the file on.
+
+        Decoding begins at the seek point before it; the result of a seek is used only if the frame of that point comes
+        out first and no frame up to ``index`` has a fault. Else the file is decoded from its start. Damaged files are
+        always read from the start, since what counts as damaged depends on everything before.
+        """
+        pictures = self._seek(index)
+        if pictures is not None:
+            try:
+                for delivered in self._played(pictures, index):
+                    yield delivered
+                    index += 1
+                return
+            except SourceError:  # a full read tells whether that is so
+                self._check_open()
+                self._open(frame_size=self._frame_size)
         count = 0
         for count, delivered in enumerate(self._played(), start=1):
-            if count > self._begin:
+            if count > index:
                 yield delivered
         if count <= self._begin:
             raise self._beyond_end(count)
 
-    def _behind(self, after: SourcePosition) -> Iterator[tuple[VideoFrame, int, bool]]:
-        """The frames behind one that was delivered before. The result of a seek is used only if that frame is found
-        there, pixel by pixel; else the file is read from its start, where the frame must be found. Damaged files are
-        always read from the start, since what counts as damaged depends on everything before."""
-        moved = False
-        if self._on_error == "stop" and not self.info.timing_assumed and self._is_unique(after.pts):
-            for seconds in _SECONDS_BACK:
-                moved = True
-                pictures = self._sought(after, after.pts - int(seconds / self.info.time_base))
-                if pictures is not None:
-                    yield from self._played(pictures, self._begin + after.num_frames)
-                    return
-        if moved:
-            self._open(frame_size=self._frame_size)
-        frames = self._played()
-        last = self._begin + after.num_frames - 1
-        found = next(itertools.islice(frames, last, None), None)
-        check_position(self._name, after, None if found is None else self._converter.convert(found[0], last))
-        yield from frames
+    def _seek(self, index: int) -> Iterator[Picture] | None:
+        """Pictures from frame ``index`` on behind a seek; None to decode the file from its start."""
+        if index < _WORTH_A_SEEK or self._on_error != "stop" or self.info.timing_assumed:
+            return None
+        points = self.index if self.index.before(index) else self._scanned(index)
+        point = points.before(index)
+        if point is None or point.frame < _WORTH_A_SEEK:
+            return None
+        for seek in (True, False):
+            pictures = self._sought(point, index, points.stamps, seek=seek)
+            if pictures is not None:
+                return pictures
+        self._open(frame_size=self._frame_size)
+        return None
 
-    def _is_unique(self, pts: int) -> bool:
-        """Whether only one frame has the time stamp: time may begin again in the middle of a recording."""
-        if not _TIME_BEGINS_AGAIN.intersection(self._formats):
-            return True
+    def _scanned(self, index: int) -> SeekIndex:
+        """The seek points up to a frame by the packets of the file, which are read for it and not decoded."""
+        codec, most = self._stream.codec_context, index + PACKETS_AHEAD
+        return self._scan(lambda packets: index_of_packets(itertools.islice(packets, most), codec)) or SeekIndex()
+
+    def _scan(self, find: Callable[[Iterator[Packet[Any]]], T]) -> T | None:
+        """What is found in the packets of the file, which are read and not decoded; None if they cannot be read."""
         with self._watchdog.run(self._file.open) as container:
-            packets = container.demux(pick_stream(container, self._name))
+            stream = pick_stream(container, self._name)
 
-            def count() -> int:
-                found = 0
-                for packet in packets:
+            def packets() -> Iterator[Packet[Any]]:
+                for packet in container.demux(stream):
                     self._watchdog.beat()
-                    found += packet.pts == pts
-                return found
+                    yield packet
 
             try:
-                return bool(self._watchdog.run(count) == 1)
-            except (av.FFmpegError, OSError):
-                return False
+                found: T = self._watchdog.run(lambda: find(packets()))
+                return found
+            except (av.FFmpegError, OSError) as exc:
+                if isinstance(exc, SourceError):
+                    raise
+                return None
 
-    def _sought(self, after: SourcePosition, target: int) -> Iterator[Picture] | None:
-        """Pictures behind the frame, reached by a seek; None if they may differ from those of a full read.
-
-        No picture between the key frame where decoding begins and the frame may have a fault, and the frame must have
-        its own time stamp.
-        """
+    def _sought(self, point: SeekPoint, index: int, stamps: Times | None, *, seek: bool) -> Iterator[Picture] | None:
+        """Pictures from frame ``index`` on, decoded from a seek point at it or before it; None if they may differ from
+        those of a full read. Without ``seek`` the packets before the point are read and not decoded."""
         try:
-            self._open(frame_size=self._frame_size, seek=target)
-            whole = False
+            self._open(frame_size=self._frame_size, seek=point.pts if seek else None, from_start=False)
+            if not self._decoder.skip_to(point):
+                return None
+            number = point.frame - 1
             for picture in self._pictures:
-                if picture.pts is None or picture.pts > after.pts:
+                if number < point.frame and picture.pts is not None and picture.pts < point.pts:
+                    continue  # pictures that are predicted from earlier ones
+                number += 1
+                if (
+                    picture.frame is None
+                    or picture.fault is not None
+                    or (number == point.frame and (picture.pts, picture.position) != (point.pts, point.position))
+                    or (stamps is not None and picture.pts not in stamps[number : number + 1])
+                ):
                     return None
-                whole = whole or (picture.frame is not None and picture.frame.key_frame and picture.fault is None)
-                if not whole:  # pictures that are predicted from earlier ones
-                    continue
-                if picture.frame is None or picture.fault is not None:
-                    return None
-                if picture.pts == after.pts:
-                    if frame_digest(self._converter.convert(picture.frame, 0)) != after.digest:
-                        return None
-                    following = next(self._pictures, None)
-                    if following is None:
-                        return iter(())
-                    if following.pts is None or following.pts <= after.pts:
-                        return None
-                    return itertools.chain([following], self._pictures)
+                if number == index:
+                    return itertools.chain([picture], self._pictures)
+                self._clock.stamp(picture.pts)
         except (av.FFmpegError, OSError) as exc:
             if isinstance(exc, SourceError) and exc.kind == "stalled":
                 raise
@@ -335,6 +353,8 @@ class VideoFile(FrameSource):
             fault, frame = picture.fault, picture.frame
             if fault is None and frame is not None:
                 good = frame
+                if frame.key_frame and picture.pts is not None and picture.position is not None:
+                    self.index.add(SeekPoint(index, picture.pts, picture.position))
                 for early in waiting:
                     yield good, early, False
                 waiting.clear()

@@ -114,16 +114,6 @@ class Offloader:
                     home.sent.synchronize()
                 yield path, home.host.tensor
 
-    def restore(self, path: str, context: Tensor, device: torch.device) -> None:
-        """Make ``context`` that of a layer, as if the chunk before had left it. Layers come in the order they run."""
-        home = self._homes.setdefault(path, _Home())
-        home.device = _empty_like(context, device)
-        home.num_bytes = context.numel() * context.element_size()
-        home.device.copy_(context)
-        if path in self._placement.offloaded:
-            self._send(path, home)
-            self._free_what_left()
-
     # ------------------------------------------------------------------------------------------- one layer
 
     def open(self, path: str) -> Tensor | None:

@@ -13,11 +13,11 @@ Axes: B batch, C channels, T time, H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, Protocol, Self, cast
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -150,36 +150,6 @@ class ConvCache:
         if self._chunk >= 0:
             raise CacheError(f"no start at chunk {chunk}: the cache has run {self.num_chunks} chunks already")
         self._chunk = chunk - 1
-
-    def restore(self, num_chunks: int, contexts: Iterable[tuple[str, Tensor]], device: torch.device) -> None:
-        """Stand where another cache of the same module stood after ``num_chunks`` chunks.
-
-        Args:
-            num_chunks: chunks that lie behind these contexts.
-            contexts: what :meth:`contexts` gave, in that order, on any device.
-            device: where the module computes.
-
-        Raises:
-            CacheError: the cache was used before, or the contexts are not those of this module's layers.
-        """
-        self._require_between_chunks("contexts can be restored")
-        if self._chunk >= 0:
-            raise CacheError(f"contexts cannot be restored: the cache has run {self.num_chunks} chunks already")
-        entries = {entry.path: (layer, entry) for layer, entry in self._entries.items()}
-        for path, context in contexts:
-            layer, entry = entries.pop(path, (None, None))
-            if layer is None or entry is None or context.ndim != 5:
-                raise CacheError(f"there is no layer {path!r} that a context of shape {tuple(context.shape)} fits")
-            frames = cast("CausalLayer", layer).context_frames
-            if context.shape[2] != frames:
-                raise CacheError(f"the context of {path!r} has {context.shape[2]} frames, {frames} were due")
-            self.offloader.restore(path, context, device)
-            entry.signature = _signature(context.shape, context.dtype, device)
-            entry.chunk = num_chunks - 1
-        if entries:
-            self._drop(_State.FAILED)
-            raise CacheError(f"no context came for {len(entries)} layers, among them {next(iter(entries))!r}")
-        self._chunk = num_chunks - 1
 
     def _require_between_chunks(self, what: str) -> None:
         if self._state is not _State.OPEN:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +32,8 @@ class ComputeOptions:
     "numerics of a run that is resumed, where the user left the choice"
     chunk_frames: int | None = None
     slice_frames: int | None = None
+    tiling: Mapping[str, int | None] | None = field(default=None, hash=False)
+    "slices and row tiles of a run that is resumed, taken up where they fit"
     offload: OffloadPolicy = field(default_factory=OffloadPolicy)
     allowed_bytes: int | None = None
     reserved_bytes: int | None = None

@@ -283,6 +283,8 @@ class _Search:
         asked = self.options.slices(workload.direction)
         if asked is not None:
             return [slices(asked)]
+        tiling = self.options.tiling
+        earlier = [] if tiling is None or (tiling["tile_elements"] and not last) else [whole.tiled(tiling)]
         shortest = 2 if self.numerics.paired_frames else 1
         longest = max(shortest, most // frame)
         found = [whole if longest >= workload.schedule.chunk_frames else replace(whole, slice_frames=longest)]
@@ -290,7 +292,7 @@ class _Search:
         while frames >= shortest:
             found.append(slices(frames))
             frames //= 2
-        return found
+        return earlier + found
 
     def with_suggestions(self, part: DirectionPlan) -> DirectionPlan:
         """The same plan with the nearest settings that would fit, each tried by a dry run; unchanged if it fits."""

@@ -86,7 +86,8 @@ def warmup(model: CausalVAE, direction: Direction, *, chunk_frames: int | None =
     raise ModelError(
         f"the {direction}r of {model_name(model)} never forgets its first frames: after {most} chunks its output "
         "still depends on them, as with attention over all earlier frames or running statistics. Such a model runs "
-        "from frame 0 only: it cannot be resumed, repaired, decoded from the middle or split into parts"
+        "from frame 0 only: it cannot be split into parts, and whatever is continued or decoded from the middle is "
+        "computed from there"
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -53,6 +54,22 @@ class Execution:
             self.limits,
             self.keeps_kernels,
         )
+
+    @property
+    def tiling(self) -> dict[str, int | None]:
+        """The slices and row tiles, as a store records them."""
+        limits = self.limits
+        return {
+            "slice_frames": self.slice_frames,
+            "slice_elements": limits.slice_elements,
+            "tile_elements": limits.tile_elements,
+        }
+
+    def tiled(self, tiling: Mapping[str, int | None]) -> Execution:
+        """The same with the slices and row tiles of a record."""
+        elements = tiling["slice_elements"] or self.limits.slice_elements
+        limits = replace(self.limits, slice_elements=elements, tile_elements=tiling["tile_elements"])
+        return replace(self, limits=limits, slice_frames=tiling["slice_frames"])
 
     @property
     def slices(self) -> str:

@@ -43,7 +43,8 @@ class ProgressBar(RunObserver):
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + self._interval
             total = "" if event.frames_total is None else f" of {event.frames_total}"
-            print(f"{event.direction}: {event.frames_done}{total} frames", file=self._file, flush=True)
+            what = ", warming up" if event.warmup else ""
+            print(f"{event.direction}: {event.frames_done}{total} frames{what}", file=self._file, flush=True)
 
     def _show_bar(self, event: ChunkEvent) -> None:
         if self._bar is None:
@@ -54,6 +55,7 @@ class ProgressBar(RunObserver):
                 desc=event.direction,
                 file=self._file,
             )
+        self._bar.set_description(event.direction + (" (warming up)" if event.warmup else ""), refresh=event.warmup)
         self._bar.set_postfix_str(
             f"device {format_bytes(event.peak_device_bytes)}, rss {format_bytes(event.rss_bytes)}", refresh=False
         )

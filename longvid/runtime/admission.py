@@ -11,10 +11,10 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -34,16 +34,15 @@ from longvid.runtime.engine import Engine
 from longvid.runtime.prefetch import StopRequest
 from longvid.schedule import ChunkSchedule
 from longvid.store.durability import WriteOptions
-from longvid.store.metadata import StoreMetadata
+from longvid.store.metadata import Part, StoreMetadata
+from longvid.store.parts import chunks_of_part, part_path
 from longvid.store.target import Found, settle_complete
 from longvid.units import format_bytes
 
-__all__ = ["Admission", "AdmissionControl", "Job", "RunOptions", "SessionGuard"]
+__all__ = ["Admission", "AdmissionControl", "Job", "RunOptions", "SessionGuard", "Share"]
 
 Size: TypeAlias = tuple[int, int]
 "height and width"
-_SHORT_RUN_ROWS = 256
-"a shorter run ends before a snapshot is worth its cost"
 _MOST_THREADS = 1024
 "a store that records more compute threads than this is not believed"
 
@@ -125,9 +124,54 @@ class Admission:
         return self.plan.direction(self.direction)
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a run computes of a video: all of it, or a part."""
+
+    first: int
+    "the first chunk with a result"
+    stop: int | None
+    "the chunk behind the last one; None for the end of the video"
+    window: tuple[int, int]
+    "half-open range of its frames"
+    part: Part | None
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What it adds to the fingerprint of a run."""
+        return {} if self.part is None else {"part": asdict(self.part)}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions(WriteOptions):
     """What a run may replace, continue and lose; see :meth:`longvid.VideoSession.encode`."""
+
+    part: tuple[int, int] | None = None
+    "the number of a part, from 1 on, and of how many; None for the whole video"
+    share: Share | None = None
+    "what a repair computes again, as it was; None to follow ``part``"
+
+    def path_of(self, store: Path) -> Path:
+        """Where the run writes."""
+        return store if self.part is None else part_path(store, *self.part)
+
+    def part_of(self, schedule: ChunkSchedule, window: tuple[int, int], unit: Literal["latent", "frame"]) -> Share:
+        """The share of the frames in ``window`` that the part has; all of them without a part."""
+        first, last = (schedule.index_of_frame(frame) for frame in (window[0], window[1] - 1))
+        if self.share is not None:
+            return self.share
+        if self.part is None:
+            return Share(first, None, window, None)
+        start, stop = (first + chunk for chunk in chunks_of_part(*self.part, last + 1 - first))
+        begin = schedule.full(max(first, start - 1))
+        frame = max(window[0], begin.frame_start)
+        row = begin.latent_start if unit == "latent" else frame - window[0]
+        own = schedule.full(start).latent_start if unit == "latent" else schedule.full(start).frame_start - window[0]
+        part = Part(
+            number=self.part[0], of=self.part[1], row=row, frame=frame, overlap=own - row if start > first else 0
+        )
+        end = window[1] if stop == last + 1 else schedule.full(stop).frame_start
+        return Share(begin.index, None if stop == last + 1 else stop, (frame, end), part)
 
     def continued(self, found: Found) -> StoreMetadata | None:
         """The store whose run is continued: its choices count where the user made none."""
@@ -142,24 +186,19 @@ class RunOptions(WriteOptions):
         settle_complete(found, self.durability)
         return True
 
-    def check_disk(self, found: Found, part: DirectionPlan, num_rows: int | None, row_bytes: float) -> None:
+    def check_disk(self, found: Found, num_rows: int | None, row_bytes: float) -> None:
         """Fail early if ``num_rows`` (None if unknown) of about ``row_bytes`` each do not fit on the disk.
 
         The bytes of what is there count as written. ``row_bytes`` is a low estimate.
         """
         if num_rows is None or self.mend:
             return
-        parts, advice = {"results": int(num_rows * row_bytes)}, ""
-        if num_rows > _SHORT_RUN_ROWS and self.durability.snapshot_seconds != float("inf"):
-            parts["three snapshots, one of them being written"] = 3 * part.cache_bytes
-            advice = " (snapshots can be left out: --snapshot-seconds off)"
         there = sum(file.stat().st_size for file in found.path.rglob("*") if file.is_file())
-        free, needed = shutil.disk_usage(found.path.parent).free, sum(parts.values()) - there
+        free, needed = shutil.disk_usage(found.path.parent).free, int(num_rows * row_bytes) - there
         if needed > free:
-            listing = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
             raise StoreError(
-                f"{found.path} needs at least {format_bytes(needed)} of disk ({listing}), and {format_bytes(free)} are "
-                f"free; make room or choose another folder{advice}",
+                f"{found.path} needs at least {format_bytes(needed)} of disk, and {format_bytes(free)} are free; make "
+                "room or choose another folder",
                 kind="full",
             )
 
@@ -254,6 +293,8 @@ class AdmissionControl:
             and can_compute(numerics, self.engine.dtype)
         ):
             options = replace(options, numerics=numerics)
+        if options.slice_frames is None:
+            options = replace(options, tiling=earlier.tiling)
         if earlier.schedule and options.chunk_frames is None and self.engine.model.geometry.chunk_invariant:
             options = replace(options, chunk_frames=earlier.schedule.chunk_frames)
         return options

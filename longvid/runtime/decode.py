@@ -18,15 +18,14 @@ import numpy.typing as npt
 
 from longvid.errors import ScheduleError, StoreError
 from longvid.events import RunReport
-from longvid.frames import ColorInfo, Frames, Times
+from longvid.frames import ColorInfo, Frames, Marks, Times
 from longvid.media.video_writer import VideoWriter
 from longvid.models.base import CausalVAE, model_name
 from longvid.models.kernels.cpu import compute_threads
-from longvid.runtime.admission import Admission, Job, RunOptions
+from longvid.runtime.admission import Admission, Job, RunOptions, Share
 from longvid.runtime.monitor import Monitor, nothing_done
-from longvid.runtime.prefetch import Prefetcher, Writer
-from longvid.runtime.run import DecodeRun, Span
-from longvid.runtime.snapshot import Checkpoints
+from longvid.runtime.run import DecodeRun
+from longvid.runtime.span import Span, SpanSteps, run_span
 from longvid.schedule import Chunk, ChunkSchedule
 from longvid.store.frame_writer import FrameStoreWriter
 from longvid.store.metadata import RunFacts
@@ -36,7 +35,7 @@ from longvid.store.writer import StoreWriter
 
 __all__ = ["DecodeOptions", "decode_video", "latent_chunks", "video_sink"]
 
-_Write: TypeAlias = Callable[[Frames, Times, npt.NDArray[np.bool_]], None]
+_Write: TypeAlias = Callable[[Frames, Times, Marks], None]
 _SHRINK = 0.05
 "least share of their bytes that frames take on the disk: drawings compress well, film to about 0.4"
 
@@ -61,14 +60,24 @@ class _Task:
     options: DecodeOptions
     latents: LatentStore
     admission: Admission
-    window: tuple[int, int]
-    "frames that are written, half-open"
+    share: Share
 
     @property
-    def span(self) -> Span:
-        """The chunks that the window needs."""
-        schedule, control = self.admission.schedule, self.job.control
-        return Span.beginning_at(schedule.index_of_frame(self.window[0]), lambda: control.warmup("decode", schedule))
+    def window(self) -> tuple[int, int]:
+        """Half-open range of the frames that are written."""
+        return self.share.window
+
+    def span(self, target: StoreWriter | None) -> Span:
+        """The chunks that the window needs and the store lacks, and those in front of them."""
+        schedule, control, (first, last) = self.admission.schedule, self.job.control, self.window
+        row, stop = (0, None) if target is None else target.wanted_rows
+        return Span.of(
+            schedule.index_of_frame(first + row),
+            schedule.index_of_frame((last if stop is None else min(last, first + stop)) - 1) + 1,
+            lambda: control.warmup("decode", schedule),
+            origin=schedule.index_of_frame(first),
+            proof=row > 0 and not self.options.mend,
+        )
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides the bits of the frames."""
@@ -84,6 +93,7 @@ class _Task:
             "size": [latents.height, latents.width],
             **self.job.engine.fingerprint(self.admission.part.execution.numerics, self.admission.num_threads),
             "chunk_plan": self.admission.schedule.to_dict(),
+            **self.share.fingerprint,
         }
 
 
@@ -94,40 +104,55 @@ def decode_video(
     latents = store if isinstance(store, LatentStore) else open_store(store)
     _require_decodable(latents, job.engine.model)
     window = _frame_window(latents.num_frames, options.start, options.frames)
-    found = check_target(out) if isinstance(out, Path) and out.suffix == ".zarr" else None
+    target = _store_path(out, options)
+    found = None if target is None else check_target(target)
     earlier = None if found is None else options.continued(found)
     size = (latents.height, latents.width)
     admission = job.control.admit("decode", size, earlier=earlier, whole=True)
-    task = _Task(job, options, latents, admission, window)
+    share = options.part_of(admission.schedule, window, "frame")
+    if share.part is not None and share.first:
+        job.control.warmup("decode", admission.schedule)  # raises if the model runs from frame 0 only
+    task, window = _Task(job, options, latents, admission, share), share.window
     fingerprint = task.fingerprint()
     if found is not None:
         if options.is_done(found, fingerprint):
             return nothing_done(admission, found)
-        options.check_disk(found, admission.part, window[1] - window[0], size[0] * size[1] * 3 * _SHRINK)
-    sink, write = _sink(task, out, fingerprint)
+        options.check_disk(found, window[1] - window[0], size[0] * size[1] * 3 * _SHRINK)
+    sink, write = _sink(task, out, target, fingerprint)
     with ExitStack() as stack:
         stack.enter_context(compute_threads(admission.num_threads))
         run = stack.enter_context(DecodeRun(job.engine, admission.part, size, traced=job.traced))
         monitor = stack.enter_context(Monitor(job.callbacks, run, admission.plan, window[1] - window[0]))
-        checkpoints, ended = None, False
+        done = False
         with suppress(_Stopped), sink:
-            checkpoints = Checkpoints(sink, run, fingerprint) if isinstance(sink, StoreWriter) else None
-            ended = _decode_chunks(task, write, run, monitor, checkpoints)
-        return monitor.finish(complete=ended, snapshot_seconds=checkpoints.seconds if checkpoints else 0.0)
+            done = _decode_chunks(task, write, run, monitor, sink if isinstance(sink, StoreWriter) else None)
+        return monitor.finish(complete=done)
+
+
+def _store_path(out: Path | Callable[[Frames], None], options: DecodeOptions) -> Path | None:
+    """Where frames are written to a store; None for a video file and for a callable."""
+    if isinstance(out, Path) and (out.suffix == ".zarr" or options.mend):
+        return options.path_of(out)
+    if options.part is not None:
+        raise StoreError(
+            f"a part of {out} was asked for; nothing joins video files exactly, so give a path that ends in .zarr",
+            kind="format",
+        )
+    return None
 
 
 def _sink(
-    task: _Task, out: Path | Callable[[Frames], None], fingerprint: Mapping[str, Any]
+    task: _Task, out: Path | Callable[[Frames], None], target: Path | None, fingerprint: Mapping[str, Any]
 ) -> tuple[AbstractContextManager[Any], _Write]:
     """Where the frames are written, and what writes them. Nothing is created yet."""
     latents, options = task.latents, task.options
     if not isinstance(out, Path):
         return nullcontext(), lambda frames, *_: out(frames)
-    if out.suffix != ".zarr":
+    if target is None:
         video = video_sink(latents, out, options.overwrite)
         return video, video.write
     store = FrameStoreWriter(
-        out,
+        target,
         size=(latents.height, latents.width),
         time_base=latents.time_base,
         frame_rate=latents.frame_rate,
@@ -135,56 +160,57 @@ def _sink(
         facts=RunFacts(
             fingerprint=fingerprint,
             vae=latents.vae,
-            extra={"numerics": task.admission.part.execution.numerics.to_dict(), "latents": str(latents.path)},
+            extra={
+                "numerics": task.admission.part.execution.numerics.to_dict(),
+                "tiling": task.admission.part.execution.tiling,
+                "latents": str(latents.path),
+            },
         ),
         options=options,
+        part=task.share.part,
     )
     return store, store.write
 
 
-def _decode_chunks(
-    task: _Task, write: _Write, run: DecodeRun, monitor: Monitor, checkpoints: Checkpoints | None
-) -> bool:
-    """The loop; returns whether it came to the end of the window."""
-    latents, schedule, stop, (first, last) = task.latents, task.admission.schedule, task.job.stop, task.window
+def _decode_chunks(task: _Task, write: _Write, run: DecodeRun, monitor: Monitor, target: StoreWriter | None) -> bool:
+    """Compute what the output lacks; returns whether that is done. ``target`` is the output if it is a store."""
+    latents, schedule, (first, last) = task.latents, task.admission.schedule, task.window
+    span, known = task.span(target), first if target is None else first + target.known_frames
     pts, valid = latents.frame_pts, latents.frame_valid
-    snapshot = None if checkpoints is None else checkpoints.restore()
-    monitor.skip(snapshot, schedule, task.window)
-    span = Span() if snapshot else task.span
-    if span.start:
-        run.cache.start_at(span.start)
-        monitor.start_at(span.start)
-    chunks = latent_chunks(latents, schedule, last, first=span.start if snapshot is None else snapshot.chunk)
-    with (
-        Writer[tuple[Frames, Times, Any]](lambda piece: write(*piece), stop=stop) as writer,
-        Prefetcher(chunks, check=writer.check, stop=stop) as reader,
-    ):
-        chunk = None
-        for chunk, z_TCHW in reader:
-            if span.is_warmup(chunk.index):
-                run.check(chunk, z_TCHW)
-                with monitor.timed():
-                    run.warm_up(z_TCHW, span.last_layer(chunk.index))
-                monitor.emit(0, chunk.num_latents, reader, writer)
-                continue
-            with monitor.timed():
-                pixels = run.frames(chunk, z_TCHW)
-            a, b = (min(max(edge, first), last) for edge in (chunk.frame_start, chunk.frame_stop))
-            writer.put((pixels[a - chunk.frame_start : b - chunk.frame_start], pts[a:b], valid[a:b]))
-            monitor.emit(b - a, chunk.num_latents, reader, writer)
-            if checkpoints is None:
-                continue
-            if checkpoints.target.wants_nothing_from(b - first):
-                break
-            if checkpoints.due:
-                checkpoints.take(chunk.index + 1, None, writer)
-        if not reader.ended:
-            if checkpoints is None:
-                raise _Stopped
-            if chunk is not None and not span.is_warmup(chunk.index):
-                checkpoints.take(chunk.index + 1, None, writer)
-            checkpoints.target.pause()
-    return reader.ended
+
+    def inside(chunk: Chunk, start: int = first) -> tuple[int, int]:
+        """The frames of a chunk that lie in the window, from ``start`` on."""
+        return min(max(chunk.frame_start, start), last), min(max(chunk.frame_stop, start), last)
+
+    def compute(piece: LatentPiece) -> tuple[Frames, Times, Marks]:
+        a, b = inside(piece.chunk)
+        pixels = run.frames(piece.chunk, piece.values)
+        return pixels[a - piece.chunk.frame_start : b - piece.chunk.frame_start], pts[a:b], valid[a:b]
+
+    def count(chunk: Chunk) -> tuple[int, int]:
+        a, b = inside(chunk, first if task.options.mend else known)
+        return b - a, chunk.num_latents if a < b else 0
+
+    if target is not None:
+        frame, _ = inside(schedule.full(span.first))
+        target.start_at(frame - first, frame - first)
+        if span.warmup is not None:
+            target.record("warmup_chunks", span.warmup.chunks)
+        if target.known_frames and not task.options.mend:
+            chunks = [schedule.full(schedule.index_of_frame(frame)) for frame in (first, known)]
+            monitor.resume(target.known_frames, chunks[1].latent_start - chunks[0].latent_start)
+    steps: SpanSteps[LatentPiece, tuple[Frames, Times, Marks]] = SpanSteps(
+        read=lambda start: latent_chunks(latents, schedule, last, first=start),
+        compute=compute,
+        write=lambda made: write(*made),
+        count=count,
+    )
+    done = run_span(span, run, steps, monitor, task.job.stop)
+    if not done:
+        if target is None:
+            raise _Stopped
+        target.pause()
+    return done
 
 
 def _frame_window(num_frames: int, start: int, frames: int | None) -> tuple[int, int]:
@@ -196,15 +222,21 @@ def _frame_window(num_frames: int, start: int, frames: int | None) -> tuple[int,
     return start, num_frames if frames is None else min(num_frames, start + frames)
 
 
-def latent_chunks(
-    store: LatentStore, plan: ChunkSchedule, stop_frame: int, *, first: int = 0
-) -> Iterator[tuple[Chunk, npt.NDArray[np.float32]]]:
-    """Latents (t, c, h, w) of every chunk from ``first`` up to ``stop_frame``; runs in the reader thread."""
+@dataclass(frozen=True, slots=True)
+class LatentPiece:
+    """Latents (t, c, h, w) of one chunk."""
+
+    chunk: Chunk
+    values: npt.NDArray[np.float32]
+
+
+def latent_chunks(store: LatentStore, plan: ChunkSchedule, stop_frame: int, *, first: int = 0) -> Iterator[LatentPiece]:
+    """Latents of every chunk from ``first`` up to ``stop_frame``; runs in the reader thread."""
     for chunk in plan.chunks(store.num_frames):
         if chunk.frame_start >= stop_frame:
             return
         if chunk.index >= first:
-            yield chunk, store.read(chunk.latent_start, chunk.latent_stop)
+            yield LatentPiece(chunk, store.read(chunk.latent_start, chunk.latent_stop))
 
 
 def video_sink(store: LatentStore, out: Path, overwrite: bool) -> VideoWriter:
@@ -222,6 +254,10 @@ def video_sink(store: LatentStore, out: Path, overwrite: bool) -> VideoWriter:
 
 def _require_decodable(store: LatentStore, model: CausalVAE) -> None:
     require_complete(store)
+    if store.metadata.part is not None:
+        raise StoreError(
+            f"{store.path} is {store.metadata.part} of a video; join the parts first (longvid join)", kind="incomplete"
+        )
     geometry, theirs = model.geometry, store.vae.get("name_or_path") or store.vae.get("class_name") or "another model"
 
     def differs(found: str, expected: str) -> str:

@@ -1,15 +1,7 @@
-"""Encode: a whole video from a source to a store of latents.
+"""Encode: a whole video from a source to a store of latents, or what a store still lacks.
 
-The path of one chunk. A queue stands for the bounded futures of :mod:`longvid.runtime.prefetch`::
-
-    reader thread                caller's thread                              writer thread
-    frames -> re-block -> queue -> device -> model + cache -> host -> queue -> check -> commit unit -> commit
-                                              |              \\-> ChunkEvent to the callbacks
-                                              \\-> now and then, between two chunks: snapshot
-
-Decoding (:mod:`longvid.runtime.decode`) is the same with latents in and frames out. A run that finds an unfinished
-store of its own fingerprint resumes from the newest snapshot in it; what was committed after that snapshot is computed
-again and must come out the same.
+A run that finds an unfinished store of its own fingerprint continues behind its last commit; which chunks that takes,
+and what proves that it computes the same, is a :class:`~longvid.runtime.span.Span`.
 
 Axes: T time, H height, W width, C channels; lower-case c t h w are those of a latent.
 """
@@ -29,17 +21,16 @@ from torch import Tensor
 
 from longvid.errors import ModelError, NonFiniteError, StoreError
 from longvid.events import RunReport
-from longvid.frames import Frames, Marks, SourcePosition, Times, frame_digest
+from longvid.frames import Frames, Marks, Times
 from longvid.media.arrays import FrameSource
 from longvid.media.limits import Limits
 from longvid.media.sources import open_source
 from longvid.models.kernels.cpu import compute_threads
-from longvid.runtime.admission import Admission, Job, RunOptions
+from longvid.runtime.admission import Admission, Job, RunOptions, Share
 from longvid.runtime.monitor import Monitor, nothing_done
-from longvid.runtime.prefetch import Prefetcher, Writer
 from longvid.runtime.reblock import Reblocker, pad_frames
 from longvid.runtime.run import EncodeRun, Representation, check_representation
-from longvid.runtime.snapshot import Checkpoints
+from longvid.runtime.span import Span, SpanSteps, run_span
 from longvid.schedule import Chunk, ChunkSchedule
 from longvid.store.latent_writer import LatentLayout, LatentWriter
 from longvid.store.metadata import ReadOptions, RunFacts, ratio
@@ -66,6 +57,7 @@ class EncodeOptions(RunOptions):
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
+        RunOptions.__post_init__(self)
         check_representation(self.representation, self.seed)
         if self.store_dtype not in ("float16", "float32"):
             raise StoreError(f"store_dtype {self.store_dtype!r} is not known; choose float16 or float32", kind="format")
@@ -89,7 +81,8 @@ def encode_video(job: Job, source: Any, store: Path, options: EncodeOptions) -> 
                 stacklevel=4,
             )
             replaced |= {exc.chunk}
-            options = replace(options, resume=True)  # the store is the one that this call has begun
+            if options.resume == "never":  # the store is the one that this call has begun
+                options = replace(options, resume="exact")
 
 
 def _why_not_quarantined(chunk: int, source: Any, options: EncodeOptions, replaced: frozenset[int]) -> str:
@@ -113,6 +106,7 @@ class _Task:
     options: EncodeOptions
     video: FrameSource
     admission: Admission
+    share: Share
     replaced: frozenset[int]
 
     @property
@@ -139,6 +133,23 @@ class _Task:
         """The seed, if it decides the result."""
         return {"seed": self.options.seed} if self.options.representation == "sample" else {}
 
+    def span(self, target: LatentWriter) -> Span:
+        """The chunks that the store lacks, and those in front of them."""
+        schedule, control = self.admission.schedule, self.job.control
+        row, stop = target.wanted_rows
+        return Span.of(
+            schedule.index_of_latent(self.origin.latent_start + row),
+            self.share.stop if stop is None else schedule.index_of_latent(self.origin.latent_start + stop - 1) + 1,
+            lambda: control.warmup("encode", schedule),
+            origin=self.share.first,
+            proof=row > 0 and not self.options.mend,
+        )
+
+    @property
+    def origin(self) -> Chunk:
+        """The chunk at which the store begins."""
+        return self.admission.schedule.full(self.share.first)
+
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides the bits of the latents."""
         return {
@@ -149,32 +160,37 @@ class _Task:
             "representation": self.options.representation,
             "store_dtype": self.options.store_dtype,
             **self.seed,
+            **self.share.fingerprint,
         }
 
 
 def _encode(job: Job, source: Any, store: Path, options: EncodeOptions, replaced: frozenset[int]) -> RunReport:
-    engine = job.engine
+    engine, store = job.engine, options.path_of(store)
     found = check_target(store)
     with ExitStack() as stack:
         video = stack.enter_context(open_source(source, **asdict(options.reading), limits=options.limits))
         info = video.info
         size, earlier = (info.height, info.width), options.continued(found)
         admission = job.control.admit("encode", size, earlier=earlier, whole=True)
-        task = _Task(job, options, video, admission, replaced)
+        length = info.num_frames if options.part is None else video.count_frames()
+        share = options.part_of(admission.schedule, (0, length or 1), "latent")
+        if share.first:
+            job.control.warmup("encode", admission.schedule)  # raises if the model runs from frame 0 only
+        task = _Task(job, options, video, admission, share, replaced)
         fingerprint = task.fingerprint()
         if options.is_done(found, fingerprint):
             return nothing_done(admission, found)
-        num_latents = None if info.num_frames is None else admission.schedule.num_latents(info.num_frames)
-        options.check_disk(found, admission.part, num_latents, task.stored_bytes * _SHRINK)
+        length = None if length is None else share.window[1] - share.window[0]
+        num_latents = None if length is None else admission.schedule.num_latents(length)
+        options.check_disk(found, num_latents, task.stored_bytes * _SHRINK)
         target = _writer(task, store, fingerprint)
         run = EncodeRun(engine, admission.part, options.representation, options.seed, traced=job.traced)
         stack.enter_context(compute_threads(admission.num_threads))
         stack.enter_context(run)
-        monitor = stack.enter_context(Monitor(job.callbacks, run, admission.plan, info.num_frames))
+        monitor = stack.enter_context(Monitor(job.callbacks, run, admission.plan, length))
         with target:
-            checkpoints = Checkpoints(target, run, fingerprint)
-            ended = _encode_chunks(task, target, run, monitor, checkpoints)
-        return monitor.finish(complete=ended, snapshot_seconds=checkpoints.seconds)
+            done = _encode_chunks(task, target, run, monitor, fingerprint["source"])
+        return monitor.finish(complete=done)
 
 
 def _writer(task: _Task, store: Path, fingerprint: dict[str, Any]) -> LatentWriter:
@@ -195,6 +211,7 @@ def _writer(task: _Task, store: Path, fingerprint: dict[str, Any]) -> LatentWrit
                 "compute_dtype": engine.dtype_name,
                 "compute_device": engine.device.type,
                 "numerics": task.admission.part.execution.numerics.to_dict(),
+                "tiling": task.admission.part.execution.tiling,
                 "padded_size": list(task.size),
                 "pixel_range": [-1, 1],
                 "run": {**reading, "source": info.name if info.kind == "video" else None},
@@ -202,39 +219,61 @@ def _writer(task: _Task, store: Path, fingerprint: dict[str, Any]) -> LatentWrit
             },
         ),
         options=options,
+        part=task.share.part,
     )
 
 
-def _encode_chunks(
-    task: _Task, target: LatentWriter, run: EncodeRun, monitor: Monitor, checkpoints: Checkpoints
-) -> bool:
-    """The loop; returns whether it came to the end of the video."""
-    schedule, replaced, stop = task.admission.schedule, task.replaced, task.job.stop
-    snapshot = checkpoints.restore(latest=min(replaced) - 1 if replaced else None)
-    monitor.skip(snapshot, schedule)
-    first, after = (0, None) if snapshot is None else (snapshot.chunk, snapshot.position)
-    frames = frame_chunks(
-        task.video, schedule, task.size, first=first, after=after, replaced=replaced, stage=task.job.engine.staged
+def _encode_chunks(task: _Task, target: LatentWriter, run: EncodeRun, monitor: Monitor, source: dict[str, Any]) -> bool:
+    """Compute what the store lacks; returns whether that is done."""
+    schedule, span, origin = task.admission.schedule, task.span(target), task.origin
+    known, num_known = target.known_frames, target.wanted_rows[0] if target.known_frames else 0
+    replaced = task.replaced | _replaced_before(schedule, origin, target.known("frame_valid"))
+    first = schedule.full(span.first)
+    target.start_at(first.latent_start - origin.latent_start, first.frame_start - origin.frame_start)
+    if span.warmup is not None:
+        target.record("warmup_chunks", span.warmup.chunks)
+    if not task.options.mend:
+        monitor.resume(known, num_known)
+
+    def compute(piece: FramePiece) -> EncodedChunk:
+        return piece.chunk, piece.pts, piece.valid, *run.latents(piece.chunk, piece.values)
+
+    def count(chunk: Chunk) -> tuple[int, int]:
+        if task.options.mend:
+            return chunk.num_frames, chunk.num_latents
+        frame = max(chunk.frame_start, origin.frame_start + known)
+        latent = max(chunk.latent_start, origin.latent_start + num_known)
+        return max(0, chunk.frame_stop - frame), max(0, chunk.latent_stop - latent)
+
+    def write(item: EncodedChunk) -> None:
+        num_units = target.committed_units
+        store_latents(target, *item)
+        if target.committed_units > num_units:
+            task.video.index.save(target.seek_index)
+
+    task.video.index.load(target.seek_index, source)
+    steps: SpanSteps[FramePiece, EncodedChunk] = SpanSteps(
+        read=lambda start: frame_chunks(
+            task.video, schedule, task.size, first=start, replaced=replaced, stage=task.job.engine.staged
+        ),
+        check=lambda piece: target.check_times(piece.chunk.frame_start - origin.frame_start, piece.pts),
+        compute=compute,
+        write=write,
+        count=count,
     )
-    with (
-        Writer[EncodedChunk](lambda item: store_latents(target, *item), stop=stop) as writer,
-        Prefetcher(frames, check=writer.check, stop=stop) as reader,
-    ):
-        piece = None
-        for piece in reader:
-            with monitor.timed():
-                latents, moments = run.latents(piece.chunk, piece.frames)
-            writer.put((piece.chunk, piece.pts, piece.valid, latents, moments))
-            monitor.emit(piece.chunk.num_frames, piece.chunk.num_latents, reader, writer)
-            if target.wants_nothing_from(piece.chunk.latent_stop):
-                break
-            if checkpoints.due:
-                checkpoints.take(piece.chunk.index + 1, piece.position, writer)
-        if not reader.ended:
-            if piece is not None:
-                checkpoints.take(piece.chunk.index + 1, piece.position, writer)
-            target.pause()
-    return reader.ended
+    done = run_span(span, run, steps, monitor, task.job.stop)
+    if not done:
+        target.pause()
+    return done
+
+
+def _replaced_before(schedule: ChunkSchedule, origin: Chunk, valid_T: Marks) -> frozenset[int]:
+    """The chunks without a good frame in what is stored: their frames repeat the last one before them."""
+    extra = int(origin.index == 0)  # the first frame of a video, which stands alone
+    length = max(0, len(valid_T) - extra) // schedule.chunk_frames * schedule.chunk_frames
+    good: Marks = np.any(valid_T[extra : extra + length].reshape(-1, schedule.chunk_frames), axis=1)
+    good[:extra] |= valid_T[:extra]
+    return frozenset((origin.index + np.flatnonzero(~good)).tolist())
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,18 +281,9 @@ class FramePiece:
     """Frames of one chunk, padded for the model, with the time stamps of the true ones."""
 
     chunk: Chunk
-    frames: Frames
+    values: Frames
     pts: Times
     valid: Marks
-    last_frame: Frames
-    "(1, H, W, 3), a copy of the last true frame as the source gave it"
-
-    @property
-    def position(self) -> SourcePosition:
-        """Position of the source after this chunk. It costs a digest of a frame, so it is made on demand."""
-        return SourcePosition(
-            num_frames=self.chunk.frame_stop, pts=int(self.pts[-1]), digest=frame_digest(self.last_frame[0])
-        )
 
 
 def frame_chunks(
@@ -262,32 +292,36 @@ def frame_chunks(
     size: tuple[int, int],
     *,
     first: int = 0,
-    after: SourcePosition | None = None,
     replaced: frozenset[int] = frozenset(),
     stage: Callable[[Frames], Frames] = lambda frames: frames,
 ) -> Iterator[FramePiece]:
     """Decode, re-block, pad to ``size`` and stage the frames of every chunk; runs in the reader thread.
 
-    The video starts with chunk ``first`` behind ``after``. Chunks in ``replaced`` repeat the last frame before them.
+    The first piece is chunk ``first``. Chunks in ``replaced`` repeat the last frame before them.
     """
-    reblock = Reblocker(plan.capacity, first=first)
+    start = first
+    while start in replaced and start > 0:  # the frame that it repeats lies further back
+        start -= 1
+    reblock = Reblocker(plan.capacity, first=start)
     before: Frames | None = None
 
     def piece(chunk: Chunk, frames: Frames, pts: Times, valid: Marks) -> FramePiece:
         nonlocal before
-        last_frame = frames[-1:].copy(order="K")
         if chunk.index in replaced and before is not None:
             frames, valid = np.repeat(before, len(frames), axis=0), np.zeros(len(frames), np.bool_)
         else:
-            before = last_frame
+            before = frames[-1:].copy(order="K")
         padded = stage(pad_frames(frames, chunk.padded_frames, *size))
-        return FramePiece(chunk, padded, pts, valid, last_frame)
+        return FramePiece(chunk, padded, pts, valid)
 
-    for block in video.blocks(after=after):
-        for index, (frames, pts, valid) in reblock.push(block.frames_THWC, block.pts_T, block.valid_T):
-            yield piece(plan.full(index), frames, pts, valid)
-    for index, (frames, pts, valid) in reblock.rest():
-        yield piece(plan.tail(index, len(frames)), frames, pts, valid)
+    def pieces() -> Iterator[FramePiece]:
+        for block in video.blocks(first=plan.full(start).frame_start):
+            for index, (frames, pts, valid) in reblock.push(block.frames_THWC, block.pts_T, block.valid_T):
+                yield piece(plan.full(index), frames, pts, valid)
+        for index, (frames, pts, valid) in reblock.rest():
+            yield piece(plan.tail(index, len(frames)), frames, pts, valid)
+
+    return (made for made in pieces() if made.chunk.index >= first)
 
 
 def store_latents(

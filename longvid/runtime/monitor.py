@@ -15,8 +15,7 @@ from longvid.planning.plan import Plan
 from longvid.runtime.admission import Admission
 from longvid.runtime.prefetch import Prefetcher, Writer
 from longvid.runtime.run import Run
-from longvid.runtime.snapshot import Snapshot
-from longvid.schedule import ChunkSchedule
+from longvid.schedule import Chunk
 from longvid.store.target import Found
 
 __all__ = ["Monitor", "nothing_done"]
@@ -32,8 +31,7 @@ class Monitor:
         self._callbacks = callbacks
         self._run, self._plan, self._total = run, plan, total
         self._started = time.perf_counter()
-        self._chunks = self._frames = self._latents = 0
-        self._resumed_from_frame = 0
+        self._frames = self._latents = self._resumed_from_frame = self._frames_computed = 0
         self._compute_seconds = self._computed = 0.0
         self._threads: tuple[Prefetcher[Any], Writer[Any]] | None = None
         self._spent = (0.0, 0.0, 0.0)
@@ -91,21 +89,10 @@ class Monitor:
             machine=describe_machine(str(run.engine.device)),
         )
 
-    def skip(self, snapshot: Snapshot | None, schedule: ChunkSchedule, window: tuple[int, int] | None = None) -> None:
-        """Count the chunks of an earlier run, before the first chunk of this one; frames in ``window`` only."""
-        if snapshot is None or snapshot.chunk == 0:
-            return
-        last = schedule.full(snapshot.chunk - 1)
-        # the last chunk of a video may hold fewer frames than others
-        frames = last.frame_stop if snapshot.position is None else snapshot.position.num_frames
-        if window is not None:
-            frames = max(0, min(frames, window[1]) - window[0])
-        self._chunks, self._latents = snapshot.chunk, last.latent_stop
-        self._frames = self._resumed_from_frame = frames
-
-    def start_at(self, chunk: int) -> None:
-        """Count chunks from this one on."""
-        self._chunks = chunk
+    def resume(self, num_frames: int, num_latents: int) -> None:
+        """Count what earlier runs have stored."""
+        self._frames = self._resumed_from_frame = num_frames
+        self._latents = num_latents
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -115,9 +102,14 @@ class Monitor:
         self._compute_seconds = time.perf_counter() - started
         self._computed += self._compute_seconds
 
-    def emit(self, num_frames: int, num_latents: int, reader: Prefetcher[Any], writer: Writer[Any]) -> None:
-        """Tell the callbacks that a chunk is done."""
+    def emit(self, chunk: Chunk, counted: tuple[int, int] | None, reader: Prefetcher[Any], writer: Writer[Any]) -> None:
+        """Tell the callbacks that a chunk is done.
+
+        ``counted`` are its frames and latents that no earlier run has stored; None for a chunk of a warm-up.
+        """
+        num_frames, num_latents = counted or (0, 0)
         run = self._run
+        self._frames_computed += chunk.num_frames
         self._frames += num_frames
         self._latents += num_latents
         self._threads = (reader, writer)
@@ -125,7 +117,7 @@ class Monitor:
         wait_seconds, read_seconds, write_seconds = (now - then for now, then in zip(spent, self._spent, strict=True))
         event = ChunkEvent(
             direction=run.direction,
-            index=self._chunks,
+            index=chunk.index,
             num_frames=num_frames,
             frames_done=self._frames,
             frames_total=self._total,
@@ -140,13 +132,14 @@ class Monitor:
             chunk_peak_bytes=run.meter.chunk_peak_bytes,
             peak_device_bytes=run.meter.peak_bytes,
             rss_bytes=rss_bytes(),
+            warmup=counted is None,
             spans=run.cache.offloader.collect_spans(self._started),
         )
-        self._chunks, self._spent = self._chunks + 1, spent
+        self._spent = spent
         for callback in self._callbacks:
             callback(event)
 
-    def finish(self, *, complete: bool, snapshot_seconds: float) -> RunReport:
+    def finish(self, *, complete: bool) -> RunReport:
         """The whole run. Called when its threads are done, and while its contexts are still there."""
         seconds, run = time.perf_counter() - self._started, self._run
         wait_seconds, read_seconds, write_seconds = _thread_seconds(*self._threads) if self._threads else self._spent
@@ -160,13 +153,13 @@ class Monitor:
             wait_seconds=wait_seconds,
             read_seconds=read_seconds,
             write_seconds=write_seconds,
-            snapshot_seconds=snapshot_seconds,
             peak_device_bytes=run.meter.peak_bytes,
             projected_bytes=run.part.projected_bytes,
             peak_rss_bytes=peak_rss_bytes(),
             cache_bytes=run.cache.nbytes,
             offloaded_bytes=run.cache.offloader.offloaded_bytes,
             resumed_from_frame=self._resumed_from_frame,
+            frames_computed=self._frames_computed,
             complete=complete,
         )
         return self._report

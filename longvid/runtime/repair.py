@@ -1,8 +1,8 @@
 """Repair: bring a store back, bit for bit, to what was published, with as little work as the damage allows.
 
 Metadata comes back from its copy, digests from the data, coordinates from each other or from the source. Data that is
-damaged is computed again: from the newest snapshot before it, else from the beginning. What is computed is compared
-with the digests of what was published before it takes a place, so a repair restores, or says why it cannot.
+damaged is computed again, behind a warm-up (:mod:`longvid.runtime.span`). What is computed is compared with the
+digests of what was published before it takes a place, so a repair restores, or says why it cannot.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 import numpy.typing as npt
 
-from longvid.errors import StoreError
+from longvid.errors import ModelError, StoreError
+from longvid.events import Direction
 from longvid.frames import Marks, Times
 from longvid.media.sources import open_source
+from longvid.runtime.admission import Job, Share
 from longvid.runtime.decode import DecodeOptions, decode_video
 from longvid.runtime.encode import EncodeOptions, encode_video, frame_chunks
 from longvid.runtime.session import VideoSession
 from longvid.schedule import ChunkSchedule
-from longvid.store.durability import Durability
 from longvid.store.format import PRIVATE, digest_chain, serialized
 from longvid.store.latent_writer import seconds_of_latents
 from longvid.store.lock import WriterLock
+from longvid.store.metadata import StoreMetadata
 from longvid.store.reader import StoreReader, open_reader, open_store
 from longvid.store.staging import StagedStore, disk_errors, open_array, write_durably
 from longvid.store.verify import Verification, recomputed_digests, verify
@@ -168,11 +170,12 @@ def _candidates(opened: StoreReader, source: Any) -> Iterator[Columns]:
         base = latents.time_base
         yield {"t": pts * base.numerator / base.denominator, "frame_pts": pts, "frame_valid": valid}
         return
-    padded = np.array([schedule.frame_range(i) for i in range(metadata.main.shape[0])], np.int64)
-    ranges = np.minimum(padded, num_frames)
+    row, frame = (0, 0) if metadata.part is None else (metadata.part.row, metadata.part.frame)
+    padded = np.array([schedule.frame_range(row + i) for i in range(metadata.main.shape[0])], np.int64)
+    ranges = np.minimum(padded, frame + num_frames)
     for pts, valid in _stamps(opened, schedule, source):
         yield {
-            "t": seconds_of_latents(padded[:, 0], pts, 0, base, metadata.frame_rate),
+            "t": seconds_of_latents(padded[:, 0], pts, frame, base, metadata.frame_rate),
             "frame_start": ranges[:, 0],
             "frame_stop": ranges[:, 1],
             "frame_pts": pts,
@@ -187,8 +190,9 @@ def _stamps(opened: StoreReader, schedule: ChunkSchedule, source: Any) -> Iterat
         yield there[0], there[1]
     num_frames = opened.metadata.num_frames
     with open_source(_source_of(opened, source), **asdict(opened.metadata.reading)) as video:
-        pieces = frame_chunks(video, schedule, (video.info.height, video.info.width))
-        read = [(piece.pts, piece.valid) for piece in islice(pieces, schedule.num_chunks(num_frames))]
+        first = 0 if opened.metadata.part is None else schedule.index_of_latent(opened.metadata.part.row)
+        pieces = frame_chunks(video, schedule, (video.info.height, video.info.width), first=first)
+        read = [(piece.pts, piece.valid) for piece in islice(pieces, schedule.num_chunks(num_frames + 1))]
     yield np.concatenate([pts for pts, _ in read])[:num_frames], np.concatenate([v for _, v in read])[:num_frames]
 
 
@@ -206,23 +210,55 @@ def _rewrite(opened: StoreReader, columns: Columns) -> None:
 def _data(session: VideoSession, opened: StoreReader, units: frozenset[int], source: Any) -> int:
     """Compute units again; returns how many frames went through the model."""
     where, path, metadata = _source_of(opened, source), opened.path, opened.metadata
-    durability = Durability(snapshot_seconds=float("inf"))
+    share, num_frames = _share(metadata), 0
     with session.running("repair") as job:
-        if metadata.kind == "frames":
-            first, last = metadata.window or (0, metadata.num_frames)
-            decoding = DecodeOptions(start=first, frames=last - first, durability=durability, mend=units)
-            report = decode_video(job, where, path, decoding)
-        else:
-            encoding = EncodeOptions(
-                reading=metadata.reading,
-                representation=cast("Any", metadata.representation),
-                store_dtype=cast("Any", str(metadata.main.dtype)),
-                seed=metadata.seed,
-                durability=durability,
-                mend=units,
-            )
-            report = encode_video(job, where, path, encoding)
-    return report.frames - report.resumed_from_frame
+        for cluster in _clusters(units, metadata, job):
+            if metadata.kind == "frames":
+                first, last = metadata.window or (0, metadata.num_frames)
+                decoding = DecodeOptions(start=first, frames=last - first, mend=cluster, share=share)
+                report = decode_video(job, where, path, decoding)
+            else:
+                encoding = EncodeOptions(
+                    reading=metadata.reading,
+                    representation=cast("Any", metadata.representation),
+                    store_dtype=cast("Any", str(metadata.main.dtype)),
+                    seed=metadata.seed,
+                    mend=cluster,
+                    share=share,
+                )
+                report = encode_video(job, where, path, encoding)
+            num_frames += report.frames_computed
+    return num_frames
+
+
+def _clusters(units: frozenset[int], metadata: StoreMetadata, job: Job) -> list[frozenset[int]]:
+    """Units whose gaps are shorter than a warm-up together, since one run computes them with less work."""
+    direction: Direction = "encode" if metadata.kind == "latents" else "decode"
+    schedule = _chunk_plan(metadata)
+    try:
+        gap = job.control.warmup(direction, schedule).chunks
+    except ModelError:  # every run begins at frame 0
+        return [units]
+    gap *= schedule.chunk_latents if direction == "encode" else schedule.chunk_frames
+    clusters: list[list[int]] = []
+    for unit in sorted(units):
+        if not clusters or (unit - clusters[-1][-1] - 1) * metadata.main.chunks[0] > gap:
+            clusters.append([])
+        clusters[-1].append(unit)
+    return [frozenset(cluster) for cluster in clusters]
+
+
+def _chunk_plan(metadata: StoreMetadata) -> ChunkSchedule:
+    return metadata.schedule or ChunkSchedule.from_dict(metadata.fingerprint["chunk_plan"])
+
+
+def _share(metadata: StoreMetadata) -> Share | None:
+    """What the run computed that made a part; None for a whole store."""
+    part, window = metadata.part, metadata.window
+    if part is None:
+        return None
+    window = window or (part.frame, part.frame + metadata.num_frames)
+    return Share(_chunk_plan(metadata).index_of_frame(window[0]), None, window, part)
 
 
 def _source_of(opened: StoreReader, source: Any) -> Any:

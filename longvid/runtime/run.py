@@ -1,10 +1,4 @@
-"""Run: one video in one direction, with its contexts and the meter of its memory, and the span of chunks it computes.
-
-A run that starts in the middle of a video has no contexts. It starts early enough that all of them are right where its
-results begin (:func:`longvid.warmup`), and drops what it computes until then::
-
-    chunk    start ........................ first ............ end of the run
-             warm-up: contexts only         results, bit for bit those of a run from frame 0
+"""Run: one video in one direction, with its contexts and the meter of its memory.
 
 Axes: B batch (1), C channels, T time, H height, W width; lower-case c t h w are those of a latent.
 """
@@ -12,8 +6,6 @@ Axes: B batch (1), C channels, T time, H height, W width; lower-case c t h w are
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeAlias, cast, get_args
 
 import numpy as np
@@ -31,12 +23,11 @@ from longvid.models.context import ForwardContext
 from longvid.models.forward import decode_chunk, encode_chunk, sample_posterior
 from longvid.models.kernels.convolution import faithful
 from longvid.planning.plan import DirectionPlan
-from longvid.planning.warmup import Warmup
 from longvid.runtime.engine import Engine
 from longvid.schedule import Chunk
 from longvid.units import format_bytes
 
-__all__ = ["DecodeRun", "EncodeRun", "Representation", "Run", "Span", "check_representation", "context_of"]
+__all__ = ["DecodeRun", "EncodeRun", "Representation", "Run", "check_representation", "context_of"]
 
 Representation: TypeAlias = Literal["mode", "moments", "sample"]
 
@@ -53,38 +44,6 @@ def context_of(part: DirectionPlan, module: nn.Module, copies: CopyEngine, *, tr
     """The context in which ``module`` runs one video as planned."""
     offloader = Offloader(part.placement, copies, host_sizes=part.host_sizes, traced=traced)
     return part.execution.context(module, offloader)
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """The chunks whose results a run wants, with the warm-up in front of them that makes them exact."""
-
-    start: int = 0
-    "the first chunk that runs"
-    first: int = 0
-    "the first chunk with a result"
-    warmup: Warmup | None = None
-    "what the chunks before it are for; None for a run from frame 0"
-
-    @classmethod
-    def beginning_at(cls, first: int, find_warmup: Callable[[], Warmup]) -> Span:
-        """The shortest run whose results begin at chunk ``first``; from frame 0 for a model that never forgets."""
-        if first == 0:
-            return cls()
-        try:
-            warmup = find_warmup()
-        except ModelError:
-            return cls(0, first)
-        start = first - warmup.chunks
-        return cls(start, first, warmup) if start > 0 else cls(0, first)
-
-    def is_warmup(self, chunk: int) -> bool:
-        """Whether nothing but the contexts of this chunk is wanted."""
-        return chunk < self.first
-
-    def last_layer(self, chunk: int) -> str | None:
-        """The last layer that has to run in a chunk; None for all."""
-        return None if self.warmup is None else self.warmup.last_layer(chunk - self.start)
 
 
 class Run:
@@ -109,13 +68,17 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self.context.close()
 
-    def warm_up(self, chunk: npt.NDArray[Any], last_layer: str | None) -> None:
+    def warm_up(self, chunk: Chunk, values: npt.NDArray[Any], last_layer: str | None) -> None:
         """Run one chunk for its contexts only, up to the last layer that counts; None for all layers."""
+        self.check(chunk, values)
         self.cache.last_layer = last_layer
         try:
-            self._compute(chunk)
+            self._compute(values)
         finally:
             self.cache.last_layer = None
+
+    def check(self, chunk: Chunk, values: npt.NDArray[Any]) -> None:
+        """Raise an error for values that would spoil all that comes after them. Frames are always good."""
 
     def _compute(self, chunk: npt.NDArray[Any]) -> Tensor:
         """Run one chunk under the meter. MemoryBudgetError if the device runs out of memory."""
@@ -208,7 +171,7 @@ class DecodeRun(Run):
         height, width = self.size or frames.shape[1:3]
         return cast("Frames", _to_host(frames).numpy()[: chunk.num_frames, :height, :width])
 
-    def check(self, chunk: Chunk, z_TCHW: npt.NDArray[np.float32]) -> None:
+    def check(self, chunk: Chunk, z_TCHW: npt.NDArray[Any]) -> None:
         """Raise NonFiniteError if a latent holds a value that would spoil all that comes after it."""
         bad = np.flatnonzero(~np.isfinite(z_TCHW).all(axis=(1, 2, 3)))
         if len(bad):

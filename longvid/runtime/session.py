@@ -39,7 +39,7 @@ from longvid.runtime.engine import Engine
 from longvid.runtime.prefetch import StopRequest
 from longvid.runtime.push import PushDecoder, PushEncoder, Scope
 from longvid.runtime.run import Representation, check_representation
-from longvid.store.durability import Durability, parse_durability
+from longvid.store.durability import Durability, Resume, parse_durability
 from longvid.store.metadata import ReadOptions
 from longvid.store.reader import LatentStore
 from longvid.units import parse_bytes, parse_reserve
@@ -183,36 +183,35 @@ class VideoSession:
         on_non_finite: OnNonFinite = "stop",
         limits: Limits | None = None,
         overwrite: bool = False,
-        resume: bool = True,
+        resume: Resume = "exact",
+        part: tuple[int, int] | None = None,
         durability: str | Durability = "fsync",
     ) -> RunReport:
         """Encode a video into a zarr store of latents, or resume one that was not finished.
 
-        Returns what was done; ``complete`` is False if :meth:`stop` ended it.
-
         Args:
             source: path of a video file; an iterable of uint8 arrays (T, H, W, 3); or a numpy, torch or zarr array.
             store: where the store goes; its parent folder exists.
-            representation: ``"mode"`` stores the posterior's mean, ``"sample"`` a sample by ``seed``, ``"moments"`` the
-                mean and, in a second array, mean and log variance.
+            representation: the posterior's ``"mode"``, a ``"sample"`` by ``seed``, or all its ``"moments"``.
             start, frames: frames to skip, and to encode at most.
-            size: (height, width) to resize a file's frames to.
-            frame_rate: frames per second of a source without time stamps.
+            size: (height, width) to resize a file's frames to; frame_rate: of a source without time stamps.
             store_dtype: dtype of the stored latents. Values it cannot hold are an error, never clipped.
             on_error: where a file is damaged: ``"stop"`` raises, ``"keep"`` ends the video before the damage,
                 ``"conceal"`` repeats the last good frame and marks it in ``frame_valid``.
             on_non_finite: where the model computes values that are not finite: ``"stop"`` raises NonFiniteError,
                 ``"quarantine"`` encodes the chunk again with the last good frame in place of its own, and marks it.
             limits: what a source may ask for at most.
-            overwrite: replace what is there, unless it is an unfinished store of this very run, which is continued.
-            resume: continue such a store. If it is complete already, nothing is done.
+            overwrite: replace what is there, unless it is an unfinished store of this very run.
+            resume: ``"exact"`` continues such a store if the end of what is stored comes out again bit for bit;
+                ``"close"`` also if not, and records the seam; ``"never"`` refuses.
+            part: ``(3, 8)`` encodes the third of eight parts to ``STORE.part-3-of-8``; see :func:`longvid.join`.
             durability: ``"fsync"`` survives power loss, ``"rename"`` a killed process; or :class:`~longvid.Durability`.
 
         Raises:
             SourceError: frames cannot be read. If nothing was committed yet, no store is left behind.
             StoreError: the store exists, is of another run, is being written by another run, or cannot be written.
             MemoryBudgetError: it would not fit; raised before a frame is read or the store is made.
-            SessionStateError: the session is not open, is busy, is used from another thread, or its model was changed.
+            SessionStateError: the session is closed, busy or of another thread, or its model was changed.
         """
         options = EncodeOptions(
             reading=ReadOptions(start=start, frames=frames, size=size, frame_rate=_rate(frame_rate), on_error=on_error),
@@ -223,6 +222,7 @@ class VideoSession:
             limits=limits or Limits(),
             overwrite=overwrite,
             resume=resume,
+            part=part,
             durability=parse_durability(durability),
         )
         with self.running("encode") as job:
@@ -236,7 +236,8 @@ class VideoSession:
         start: int = 0,
         frames: int | None = None,
         overwrite: bool = False,
-        resume: bool = True,
+        resume: Resume = "exact",
+        part: tuple[int, int] | None = None,
         durability: str | Durability = "fsync",
     ) -> RunReport:
         """Decode a store of latents into exactly the frames that were encoded.
@@ -250,7 +251,9 @@ class VideoSession:
             start: frames to skip. Of them, only as many are decoded as :func:`longvid.warmup` says, for the same bits.
             frames: frames to write at most.
             overwrite: replace what is there, unless it is an unfinished store of this very run, which is continued.
-            resume: continue such a store. A video file cannot be continued and starts over.
+            resume: how such a store is continued, as for :meth:`encode`. A video file cannot be continued and starts
+                over.
+            part: ``(3, 8)`` decodes the third of eight parts, as for :meth:`encode`; for a store of frames.
             durability: of a store of frames, as for :meth:`encode`.
 
         Raises:
@@ -265,6 +268,7 @@ class VideoSession:
             frames=frames,
             overwrite=overwrite,
             resume=resume,
+            part=part,
             durability=parse_durability(durability),
         )
         with self.running("decode") as job:
@@ -273,7 +277,7 @@ class VideoSession:
     def stop(self) -> bool:
         """Ask the :meth:`encode` or :meth:`decode` that is running to end at the next boundary between chunks.
 
-        That run saves a snapshot, commits what is whole, and returns its report with ``complete=False``. If none is
+        That run commits what is whole, and returns its report with ``complete=False``. If none is
         running, nothing happens, later runs are not affected, and False is returned. May be called from a signal
         handler, a callback or another thread.
         """

@@ -30,7 +30,7 @@ FORMAT_VERSION = 2
 MISSING = -(2**63)
 "fill value of integer arrays, so that a missing chunk cannot pass for data"
 PRIVATE = "digest/.longvid"
-"""folder in a store for the lock, the snapshots and the copy of the root metadata. It lies in the folder of an array,
+"""folder in a store for the lock, the seek points and the copy of the root metadata. It lies in the folder of an array,
 because readers that list the members of the group would report it anywhere else"""
 PARTIAL_ROOT = ".zarr.json.partial"
 "name of the root metadata while it is being written"

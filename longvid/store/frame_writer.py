@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from fractions import Fraction
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from longvid.errors import StoreError
 from longvid.store.durability import WriteOptions
-from longvid.store.metadata import RunFacts, ratio
+from longvid.store.metadata import Part, RunFacts, ratio
 from longvid.store.writer import TARGET_CHUNK_BYTES, StoreWriter, Unit
 
 __all__ = ["FrameStoreWriter"]
@@ -27,6 +28,7 @@ class FrameStoreWriter(StoreWriter):
         time_base: seconds per unit of the time stamps.
         frame_rate: mean frames per second, recorded.
         source: facts of where the frames came from, recorded.
+        part: the part of the frames that is written; None for all of them.
     """
 
     kind: ClassVar = "frames"
@@ -42,8 +44,10 @@ class FrameStoreWriter(StoreWriter):
         source: Mapping[str, Any],
         facts: RunFacts,
         options: WriteOptions,
+        part: Part | None = None,
     ) -> None:
         model = {"vae": dict(facts.vae)} if facts.vae else {}
+        model |= {} if part is None else {"part": asdict(part)}
         super().__init__(path, facts, options, {"source": dict(source)}, model, frame_rate)
         self._time_base = time_base
         self.rows = {"frames": (*size, 3)}

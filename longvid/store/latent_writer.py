@@ -14,7 +14,8 @@ from longvid.errors import StoreError
 from longvid.frames import SourceInfo
 from longvid.schedule import Chunk, ChunkSchedule
 from longvid.store.durability import WriteOptions
-from longvid.store.metadata import RunFacts, ratio
+from longvid.store.metadata import Part, RunFacts, ratio
+from longvid.store.target import Found
 from longvid.store.writer import TARGET_CHUNK_BYTES, StoreWriter, Unit
 
 __all__ = ["LatentLayout", "LatentWriter", "seconds_of_latents"]
@@ -39,6 +40,7 @@ class LatentWriter(StoreWriter):
         schedule: the chunk plan, recorded in the store.
         source: where the frames are from, recorded in the store.
         layout: shape, dtype and representation of the latents.
+        part: the part of the video that is written; None for all of it.
     """
 
     kind: ClassVar = "latents"
@@ -52,9 +54,11 @@ class LatentWriter(StoreWriter):
         layout: LatentLayout,
         facts: RunFacts,
         options: WriteOptions,
+        part: Part | None = None,
     ) -> None:
         c, y, x = layout.shape_CYX
         recorded = {"chunk_plan": schedule.to_dict(), "representation": layout.representation, "scaled": False}
+        recorded |= {} if part is None else {"part": asdict(part)}
         rates = {"time_base": ratio(source.time_base), "frame_rate": ratio(source.frame_rate)}
         attributes = {
             "vae": dict(facts.vae),
@@ -63,6 +67,7 @@ class LatentWriter(StoreWriter):
         }
         super().__init__(path, facts, options, attributes, recorded, source.frame_rate)
         self._schedule, self._source = schedule, source
+        self._row, self._frame = (0, 0) if part is None else (part.row, part.frame)
         self.rows, self.dtype = {"latents": (c, y, x)}, layout.dtype
         if layout.representation == "moments":
             self.rows["moments"] = (2 * c, y, x)
@@ -104,6 +109,10 @@ class LatentWriter(StoreWriter):
         self._num_received = chunk.frame_stop
         self._receive({**rows, "frame_pts": np.asarray(pts_T, np.int64), "frame_valid": np.asarray(valid, np.bool_)})
 
+    def _open(self, found: Found) -> None:
+        super()._open(found)
+        self._last_pts = self.known("frame_pts")[-2:]
+
     def _check_range(self, chunk: Chunk, name: str, array: npt.NDArray[np.float32]) -> None:
         most = float(np.finfo(self.dtype).max)
         size = float(np.abs(array).max()) if np.isfinite(array).all() else float("nan")
@@ -123,7 +132,7 @@ class LatentWriter(StoreWriter):
         )
 
     def _unit(self, count: int) -> Unit:
-        start = self.num_units * self.unit_rows
+        start = self._row + self.num_units * self.unit_rows
         padded = np.array([self._schedule.frame_range(i) for i in range(start, start + count)], np.int64)
         ranges = np.minimum(padded, self._num_received)
         num_frames = int(ranges[-1, 1] - ranges[0, 0])
@@ -133,7 +142,7 @@ class LatentWriter(StoreWriter):
             "t": seconds_of_latents(
                 padded[:, 0],
                 np.concatenate([self._last_pts, pts]),
-                self.num_frames - len(self._last_pts),
+                self._frame + self.num_frames - len(self._last_pts),
                 self._source.time_base,
                 self._source.frame_rate,
             ),
@@ -143,21 +152,8 @@ class LatentWriter(StoreWriter):
             "frame_valid": self._take("frame_valid", num_frames),
         }
         self._last_pts = np.concatenate([self._last_pts, pts])[-2:]
-        self.num_frames = int(ranges[-1, 1])
+        self.num_frames = int(ranges[-1, 1]) - self._frame
         return unit
-
-    def pending(self) -> Unit:
-        """Rows that wait to become a unit, for a snapshot; copies."""
-        return {**super().pending(), "last_pts": self._last_pts}
-
-    def go_on(self, num_frames: int, units: int, pending: Unit) -> None:
-        """Restore the state of a run that had written ``num_frames`` frames in whole chunks."""
-        rows = dict(pending)
-        self._last_pts = rows.pop("last_pts", self._last_pts)
-        super().go_on(num_frames, units, rows)
-        self._num_received = num_frames  # the last chunk of a video may hold fewer than others
-        full = 0 if units == 0 else self._schedule.frame_range(units * self.unit_rows - 1)[1]
-        self.num_frames = min(num_frames, full)
 
 
 def seconds_of_latents(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from typing import Any, TypeVar, cast
 
@@ -28,7 +28,7 @@ from longvid.store.format import (
 )
 from longvid.store.validation import check_arrays
 
-__all__ = ["ArrayMetadata", "ReadOptions", "RunFacts", "StoreMetadata", "ratio", "store_kind"]
+__all__ = ["ArrayMetadata", "Part", "ReadOptions", "RunFacts", "Seam", "StoreMetadata", "ratio", "store_kind"]
 
 T = TypeVar("T")
 
@@ -74,6 +74,38 @@ class RunFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Which part of a video a store holds, and where it begins. It shares its first chunk with the part before."""
+
+    number: int
+    "from 1 on"
+    of: int
+    row: int
+    "row of the main array of the whole video that is row 0 here"
+    frame: int
+    "frame of the whole video that is frame 0 here"
+    overlap: int
+    "rows at the beginning that the part before has too"
+
+    def __str__(self) -> str:
+        return f"part {self.number} of {self.of}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seam:
+    """Where the values of a store begin to be those of another machine or of other libraries."""
+
+    frame: int
+    before: dict[str, Any]
+    "what differs, by the names of the fields, in the run before the frame"
+    after: dict[str, Any]
+
+    def __str__(self) -> str:
+        fields = [f"{name} {old} -> {self.after.get(name)}" for name, old in self.before.items()]
+        return f"other values from frame {self.frame} on ({', '.join(fields) or 'nothing that is recorded differs'})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoreMetadata:
     """Everything that the root metadata of a store say. Made by :meth:`parse`."""
 
@@ -92,6 +124,8 @@ class StoreMetadata:
     "identifies the writer that committed last"
     fingerprint: dict[str, Any]
     numerics: dict[str, Any] | None
+    tiling: dict[str, int | None] | None
+    "slices and row tiles of the run that committed last; on some processors they decide the last bits"
     height: int
     width: int
     time_base: Fraction
@@ -108,6 +142,10 @@ class StoreMetadata:
     "the video that was encoded, or the store that frames were decoded from"
     window: tuple[int, int] | None
     "range of the video's frames that a store of frames holds"
+    part: Part | None
+    "which part of a video the store holds; None for all of it"
+    seams: tuple[Seam, ...]
+    "where a run was continued that computed other values; see :data:`longvid.store.durability.Resume`"
 
     @classmethod
     def parse(cls, root: Mapping[str, Any], *, where: str) -> StoreMetadata:
@@ -177,9 +215,15 @@ class StoreMetadata:
     def frames(self, unit: int) -> tuple[int, int]:
         """Half-open range of frames in a unit."""
         start, stop = self.rows(unit)
+        return self.padded_frames(start)[0], min(self.padded_frames(stop - 1)[1], self.num_frames)
+
+    def padded_frames(self, row: int) -> tuple[int, int]:
+        """Half-open range of frames that a row of the main array stands for, padding included."""
         if self.schedule is None:
-            return start, stop
-        return self.schedule.frame_range(start)[0], min(self.schedule.frame_range(stop - 1)[1], self.num_frames)
+            return row, row + 1
+        before, frame = (0, 0) if self.part is None else (self.part.row, self.part.frame)
+        first, last = self.schedule.frame_range(before + row)
+        return first - frame, last - frame
 
     def coordinate_rows(self, name: str, unit: int) -> tuple[int, int]:
         """Half-open range of rows of a coordinate in a unit."""
@@ -206,7 +250,7 @@ class StoreMetadata:
                 raise _WrongValueError(f"{name} has the shape {array.shape}, {expected[name]} follows from the others")
             if name in self.data_names and array.chunks[0] != chunk:
                 raise _WrongValueError(f"{name} has chunks of {array.chunks[0]} rows, the main array of {chunk}")
-        most = rows if self.schedule is None else self.schedule.frame_range(rows - 1)[1] if rows else 0
+        most = self.padded_frames(rows - 1)[1] if rows else 0
         if not 0 < self.num_frames <= most or (self.schedule is None and self.num_frames != rows):
             raise _WrongValueError(f"it claims {self.num_frames} frames in {rows} rows")
 
@@ -283,6 +327,7 @@ def _facts(
         "epoch": _get(facts, "epoch", str, ""),
         "fingerprint": fingerprint,
         "numerics": _optional(facts, "numerics", dict),
+        "tiling": _tiling(_optional(facts, "tiling", dict)),
         "height": size[0],
         "width": size[1],
         "time_base": time_base,
@@ -299,7 +344,33 @@ def _facts(
         ),
         "origin": _optional(facts, "latents", str) if kind == "frames" else _optional(run, "source", str),
         "window": _pair(fingerprint, "window"),
+        "part": _part(_optional(facts, "part", dict)),
+        "seams": tuple(_seam(record) for record in _get(facts, "seams", list, [])),
     }
+
+
+def _tiling(record: dict[str, Any] | None) -> dict[str, int | None] | None:
+    names = ("slice_frames", "slice_elements", "tile_elements")
+    found = None if record is None else {name: _optional(record, name, int) for name in names}
+    if found is not None and not all(value is None or value > 0 for value in found.values()):
+        raise _WrongValueError(f"tiling is {found}, numbers above 0 are expected")
+    return found
+
+
+def _part(record: dict[str, Any] | None) -> Part | None:
+    if record is None:
+        return None
+    values = {field.name: _get(record, field.name, int) for field in fields(Part)}
+    if not 1 <= values["number"] <= values["of"] or min(values["row"], values["frame"], values["overlap"]) < 0:
+        raise _WrongValueError(f"{values} is no part of a video")
+    return Part(**values)
+
+
+def _seam(record: Any) -> Seam:
+    if not isinstance(record, dict):
+        raise _WrongValueError(f"a seam is {ascii(record)[:60]}, a record is expected")
+    before, after = (_get(record, side, dict) for side in ("before", "after"))
+    return Seam(frame=_get(record, "frame", int), before=before, after=after)
 
 
 def _pair(record: Mapping[str, Any], key: str) -> tuple[int, int] | None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -23,11 +24,13 @@ from zarr.storage import LocalStore, StorePath
 from longvid.errors import StoreError
 from longvid.store.format import serialized
 
-__all__ = ["StagedStore", "disk_errors", "is_partial", "open_array", "partial_files", "sync_path",
-           "write_durably"]  # fmt: skip
+__all__ = ["StagedStore", "delete", "disk_errors", "is_partial", "open_array", "partial_files", "sweep",
+           "sync_path", "write_durably"]  # fmt: skip
 
 _PARTIAL = re.compile(r"(\..+|.*\.[0-9a-f]{32})\.partial")
 "name of a file while it is being written: ours, and those of zarr's LocalStore"
+
+_CHUNK_FILE = re.compile(r"c\.(\d+)(\.0)*")
 
 
 def is_partial(name: str) -> bool:
@@ -143,6 +146,25 @@ def partial_files(path: Path) -> list[Path]:
     """The files in a store that were never finished."""
     found = path.rglob("*.partial")
     return [file for file in found if is_partial(file.name) and file.is_file() and not file.is_symlink()]
+
+
+def sweep(path: Path, names: Iterable[str], first_chunk: int) -> None:
+    """Remove what a run did not finish: files half written, and chunks of these arrays from ``first_chunk`` on."""
+    for partial in partial_files(path):
+        partial.unlink()
+    for name in names:
+        for file in (path / name).glob("c.*"):
+            number = _CHUNK_FILE.fullmatch(file.name)
+            if number is not None and int(number[1]) >= first_chunk:
+                file.unlink()
+
+
+def delete(path: Path) -> None:
+    """Remove a file, a link or a whole folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def open_array(files: LocalStore, name: str, document: dict[str, Any]) -> zarr.Array[Any]:

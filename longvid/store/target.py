@@ -1,4 +1,6 @@
-"""Owns the decision before writing: what is at a path, and whether a run may create, resume or replace it.
+"""Owns the decision before writing: what is at a path, and whether a run may create, resume or replace it; and the
+proof that a run which resumes a store computes the same: rows that are there already are computed again and compared,
+bit for bit, before any others are written.
 
 A run is continued only by a run with the same fingerprint: a nested record, ready for JSON, of everything that decides
 the bits of the result. It holds the contents of files, not their names and places.
@@ -8,25 +10,39 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from longvid.errors import StoreError
 from longvid.files import local_path
-from longvid.store.durability import Durability
-from longvid.store.format import OWN_NAMES, PARTIAL_ROOT, PRIVATE, is_system_file, serialized
+from longvid.store.durability import Durability, Resume
+from longvid.store.format import (
+    OWN_NAMES,
+    PARTIAL_ROOT,
+    PRIVATE,
+    checksum_is_right,
+    is_system_file,
+    serialized,
+    unit_digest,
+)
 from longvid.store.lock import WriterLock
 from longvid.store.metadata import StoreMetadata
-from longvid.store.reader import bytes_of, is_ours
+from longvid.store.reader import StoreReader, bytes_of, is_ours
 from longvid.store.staging import disk_errors, partial_files, write_durably
 
-__all__ = ["Found", "check_target", "differences", "read_root", "settle_complete"]
+__all__ = ["Committed", "Found", "changes", "check_target", "in_words", "is_of_machine", "read_root", "settle_complete"]
 
-_ABSENT = object()
+_OF_MACHINE = ("fingerprint", "numerics", "tiling", "versions", "created_by")
+"what a store records of the machine and the libraries that compute it"
+_MISSING = "missing"
+"stands for a field that a fingerprint does not have"
+_LIBRARIES = ("source.av", "source.libavcodec", "source.libswscale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +61,11 @@ class Found:
         return self.metadata is not None and self.metadata.complete
 
     def decide(
-        self, fingerprint: Mapping[str, Any], *, overwrite: bool, resume: bool
+        self, fingerprint: Mapping[str, Any], *, overwrite: bool, resume: Resume
     ) -> Literal["create", "replace", "resume", "done"]:
         """What a run of this fingerprint does here. Changes nothing.
+
+        With ``resume="close"`` the machine, the kernels and the versions of libraries may be other ones.
 
         Raises:
             StoreError: kind ``"exists"``, or ``"mismatch"`` with the fields in which the store's run differs.
@@ -56,36 +74,52 @@ class Found:
             raise self.problem
         if self.metadata is None:
             return "create" if self.problem is None else "replace"
-        other = differences(self.metadata.fingerprint, fingerprint)
-        if not self.complete and resume and not other:
+        changed = changes(self.metadata.fingerprint, fingerprint)
+        tolerated = {name for name in changed if resume == "close" and is_of_machine(name)}
+        if not self.complete and resume != "never" and changed.keys() <= tolerated:
             return "resume"
         if overwrite:
             return "replace"
         state = "a complete" if self.complete else "an incomplete"
         there = f"{self.path} exists: {state} store of {self.metadata.num_frames} frames"
-        if other:
-            model = any(field.startswith("model.") for field in other)
-            advice = (
-                "pass the model that made it with --model (model=), " if model else "use the settings of that run, "
-            )
-            raise StoreError(
-                f"{there}, made by another run. These fields differ: {_some(other, 6, '; ')}. To continue it, {advice}"
-                "choose another name, or replace the store with --overwrite (overwrite=True)",
-                kind="mismatch",
-            )
-        if self.complete and resume:
+        if changed:
+            raise StoreError(f"{there}, made by another run. {self._advice(changed)}", kind="mismatch")
+        if self.complete and resume != "never":
             return "done"
         raise StoreError(f"{there}; --overwrite (overwrite=True) replaces it", kind="exists")
 
+    def _advice(self, changed: Mapping[str, tuple[Any, Any]]) -> str:
+        """What differs, and how the run can be continued all the same."""
+        listed = in_words(changed)
+        advice = "use the settings of that run, "
+        if any(name.startswith("model.") for name in changed):
+            advice = "pass the model that made it with --model (model=), "
+        elif not self.complete and all(map(is_of_machine, changed)):
+            advice = (
+                "use the settings of that run, accept other values from here on with --resume close (resume='close'), "
+            )
+        return (
+            f"These fields differ: {_some(listed, 6, '; ')}. To continue it, {advice}choose another name, or replace "
+            "the store with --overwrite (overwrite=True)"
+        )
 
-def differences(have: Mapping[str, Any], want: Mapping[str, Any]) -> list[str]:
-    """Every field in which two fingerprints differ, with both values in words; the most general fields first."""
+
+def changes(have: Mapping[str, Any], want: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Every field in which two fingerprints differ, with both values; the most general fields first."""
     old, new = dict(_leaves(have)), dict(_leaves(want))
-    return [
-        f"{name} is {_shown(old.get(name, _ABSENT))} in the store and {_shown(new.get(name, _ABSENT))} in this run"
-        for name in sorted({*old, *new}, key=lambda name: (name.count("."), name))
-        if old.get(name, _ABSENT) != new.get(name, _ABSENT)
-    ]
+    names = sorted({*old, *new}, key=lambda name: (name.count("."), name))
+    pairs = {name: (old.get(name, _MISSING), new.get(name, _MISSING)) for name in names}
+    return {name: (a, b) for name, (a, b) in pairs.items() if a != b}
+
+
+def in_words(changed: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """What :func:`changes` found, for people."""
+    return [f"{name} is {_shown(a)} in the store and {_shown(b)} in this run" for name, (a, b) in changed.items()]
+
+
+def is_of_machine(name: str) -> bool:
+    """Whether a field of a fingerprint says where and by which libraries it was computed, and not what."""
+    return name in _LIBRARIES or (name.startswith("compute.") and name not in ("compute.dtype", "compute.format"))
 
 
 def _leaves(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -98,7 +132,7 @@ def _leaves(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _shown(value: Any) -> str:
-    text = "missing" if value is _ABSENT else str(value)
+    text = str(value)
     return text if len(text) <= 40 else f"{text[:12]}..."
 
 
@@ -144,6 +178,10 @@ def check_target(path: str | os.PathLike[str]) -> Found:
     try:
         return Found(target, StoreMetadata.parse(root, where=str(target)))
     except StoreError as exc:
+        if exc.kind == "refused" and not checksum_is_right((target / "zarr.json").read_bytes()):
+            exc = StoreError(
+                f"{target}: the root metadata are damaged; `longvid repair` restores them ({exc})", kind="corrupt"
+            )
         return Found(target, problem=exc)
 
 
@@ -160,9 +198,7 @@ def settle_complete(found: Found, durability: Durability) -> None:
     documents = {path / name / "zarr.json": serialized(array.document) for name, array in arrays.items()}
     documents[private / "root.json"] = (path / "zarr.json").read_bytes()
     stale = {file for file, expected in documents.items() if not file.is_file() or file.read_bytes() != expected}
-    snapshots = private / "snapshots"
-    left = [private / "lock"] + ([] if durability.keep_snapshots else [snapshots])
-    if not (stale or any(file.exists() for file in left) or partial_files(path)):
+    if not (stale or (private / "lock").exists() or partial_files(path)):
         return
     with disk_errors(path), ExitStack() as stack:
         stack.callback(WriterLock.acquire(private / "lock", lock=durability.lock).release)
@@ -170,5 +206,79 @@ def settle_complete(found: Found, durability: Durability) -> None:
             partial.unlink()
         for file in stale:
             write_durably(file, documents[file], sync=durability.syncs)
-        if not durability.keep_snapshots:
-            shutil.rmtree(snapshots, ignore_errors=True)
+
+
+class Committed:
+    """The committed content of a store when a run resumes it.
+
+    Args:
+        reader: of the store.
+        facts: what the run that resumes would record.
+        resume: whether its results may be other ones.
+    """
+
+    def __init__(self, reader: StoreReader, facts: Mapping[str, Any], resume: Resume) -> None:
+        self.columns, self.digests = reader.checked_columns()
+        self.num_frames = reader.metadata.num_frames
+        self._reader, self._facts, self._resume = reader, facts, resume
+        have, want = reader.metadata.attributes["longvid"], facts
+        self._changed = changes(have["fingerprint"], want["fingerprint"])
+        self.differs = bool(self._changed)
+        "whether the results of the run are taken to be other ones than those of the run before would be"
+        for name in ("tiling", "versions"):
+            self._changed |= changes({name: have.get(name, {})}, {name: want.get(name, {})})
+
+    def num_rows(self, name: str) -> int:
+        """Committed rows of an array."""
+        return self._reader.metadata.arrays[name].shape[0]
+
+    def compare(self, name: str, start: int, values: npt.NDArray[Any]) -> None:
+        """Require that rows from ``start`` on are those that are committed; rows before and beyond these are not
+        looked at.
+
+        Raises:
+            StoreError: kind ``"mismatch"``, with what has changed of what is recorded; not for data with
+                ``resume="close"``, where :attr:`differs` is set.
+        """
+        values, start = values[max(0, -start) :], max(0, start)
+        stop = min(start + len(values), self.num_rows(name))
+        if stop <= start:
+            return
+        data = name in self._reader.metadata.data_names
+        there = self._reader.take(name, np.arange(start, stop)) if data else self.columns[name][start:stop]
+        if there.tobytes() == values[: stop - start].tobytes():
+            return
+        if data and self._resume == "close":
+            self.differs = True
+            return
+        why = "the source has other frames or time stamps than it had"
+        if data:
+            recorded = "; ".join(in_words(self._changed)) or "nothing that is recorded has changed"
+            why = f"the same model computes other values than it did ({recorded}), or the source has other frames"
+        raise StoreError(
+            f"{self._reader.path}: {name} {start} to {stop - 1} were computed again before the run is continued, and "
+            f"they differ from those that are stored: {why}. Nothing was written. `longvid verify` tells whether the "
+            "store is damaged; --resume close accepts other values from here on, --overwrite --resume never starts "
+            "over",
+            kind="mismatch",
+        )
+
+    def check_unit(self, name: str, unit: int, rows: npt.NDArray[Any]) -> None:
+        """Require that rows that were computed again are, by their digest, those of a damaged unit."""
+        if not np.array_equal(unit_digest([rows]), self.digests[unit, self._reader.metadata.data_names.index(name)]):
+            raise StoreError(
+                f"{self._reader.path}: {name} of unit {unit} were computed again and differ from those that were "
+                "committed: the source has other frames, or the same model computes other values on this machine",
+                kind="mismatch",
+            )
+
+    def rows(self, unit: int) -> tuple[int, int]:
+        """Half-open range of rows of the main array in a unit."""
+        return self._reader.metadata.rows(unit)
+
+    def seam(self) -> dict[str, Any]:
+        """What a store records where values begin to be those of another machine or of other libraries."""
+        before, after = ({name: values[side] for name, values in self._changed.items()} for side in (0, 1))
+        earlier = self._reader.metadata.attributes["longvid"].get("seams", [])
+        seams = [*earlier, {"frame": self.num_frames, "before": before, "after": after}]
+        return {"seams": seams} | {name: self._facts[name] for name in _OF_MACHINE if name in self._facts}

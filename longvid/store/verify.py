@@ -27,7 +27,7 @@ from longvid.store.format import (
     unit_digest,
 )
 from longvid.store.lock import is_locked
-from longvid.store.metadata import StoreMetadata
+from longvid.store.metadata import Seam, StoreMetadata
 from longvid.store.reader import StoreReader, bytes_of, may_stand_beside, open_reader
 from longvid.store.staging import is_partial
 
@@ -60,6 +60,8 @@ class Verification:
     damages: tuple[Damage, ...] = ()
     foreign: tuple[str, ...] = ()
     "files that the operating system or a network drive put into the store; they do no harm"
+    seams: tuple[Seam, ...] = ()
+    "where the run was continued on another machine or with other libraries; see ``resume`` of ``VideoSession.encode``"
 
     @property
     def ok(self) -> bool:
@@ -91,6 +93,7 @@ class Verification:
         lines += [f"  {damage.name}: {damage.what}" for damage in self.damages[:20]]
         if len(self.damages) > 20:
             lines.append(f"  and {len(self.damages) - 20} more (--json lists them)")
+        lines += [f"  seam: {seam}" for seam in self.seams]
         if self.foreign:
             more = ", ..." if len(self.foreign) > 5 else ""
             lines.append(f"  foreign files, which do no harm: {', '.join(self.foreign[:5])}{more}")
@@ -125,6 +128,7 @@ def verify(path: str | os.PathLike[str]) -> Verification:
         complete=metadata.complete,
         damages=tuple(damages),
         foreign=foreign,
+        seams=metadata.seams,
     )
 
 
@@ -212,12 +216,12 @@ def _unit_damage(reader: StoreReader) -> Iterator[Damage]:
 def _other_files(reader: StoreReader) -> Iterator[Damage]:
     """Files that no committed unit has. What an unfinished run leaves behind is removed by the next run."""
     arrays = reader.metadata.arrays
-    expected = {"zarr.json", f"{PRIVATE}/root.json", f"{PRIVATE}/lock"}
+    expected = {"zarr.json", f"{PRIVATE}/root.json", f"{PRIVATE}/lock", f"{PRIVATE}/seek"}
     for name, array in arrays.items():
         expected |= {f"{name}/zarr.json", *(f"{name}/{file}" for file in array.chunk_files)}
     there = (path.relative_to(reader.path).as_posix() for path in reader.path.rglob("*") if not path.is_dir())
     for file in sorted(there):
-        if file in expected or file.startswith(f"{PRIVATE}/snapshots/"):
+        if file in expected:
             continue
         folder, _, name = file.rpartition("/")
         if (name.startswith("c.") and folder in arrays) or is_partial(name):

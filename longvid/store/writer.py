@@ -6,19 +6,19 @@ metadata**, which carries the lengths of all arrays::
     rows -> unit -> chunk files, coordinates, digest -> [on the disk] -> root metadata -> readers
 
 Readers never see a frame that is not complete and durable, even while a writer is at work or after it was killed. A
-writer that finds an unfinished store with its own fingerprint resumes it. It may receive rows that are committed
-already, since a run resumes from its last snapshot: those have to be equal, bit for bit, and are not written again.
+writer that finds an unfinished store with its own fingerprint resumes it. It then receives some rows that are committed
+already (:meth:`StoreWriter.start_at`): they have to be equal, bit for bit, before anything is written.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
-import re
-import shutil
 import time
 import uuid
 from abc import ABC, abstractmethod
+from collections import Counter
 from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -49,15 +49,14 @@ from longvid.store.format import (
 from longvid.store.lock import WriterLock
 from longvid.store.metadata import RunFacts, StoreMetadata, ratio
 from longvid.store.reader import StoreReader
-from longvid.store.staging import StagedStore, disk_errors, open_array, partial_files, sync_path, write_durably
-from longvid.store.target import Found, check_target, read_root
+from longvid.store.staging import StagedStore, delete, disk_errors, open_array, sweep, sync_path, write_durably
+from longvid.store.target import Committed, Found, check_target, read_root
 from longvid.store.validation import check_tree
 
 __all__ = ["TARGET_CHUNK_BYTES", "StoreWriter", "Unit"]
 
 TARGET_CHUNK_BYTES = 2 * 2**20
 _LAST_TO_GO = {"digest": 1, "zarr.json": 2}
-_CHUNK_FILE = re.compile(r"c\.(\d+)(\.0)*")
 
 Unit = dict[str, npt.NDArray[Any]]
 "rows of one unit by the name of their array"
@@ -129,14 +128,17 @@ class StoreWriter(ABC):
         "the metadata of every array, with the rows that were received"
         self._waiting: dict[str, list[npt.NDArray[Any]]] = {}
         "rows that are not a unit yet, by the name of their array"
-        self._found_digests = np.zeros((0, 1, DIGEST_BYTES), np.uint8)
-        "of the units that are committed already when the store is resumed"
+        self._about = about
+        self._there: Committed | None = None
+        "what was committed when the store was resumed"
+        self._at = Counter[str]()
+        "the row that comes next, by the name of its array"
         self._chain = hashlib.blake2b(digest_size=DIGEST_BYTES)
         "the digest of all digests so far"
         self._created_folder = self._committed = self._paused = False
         self._last_commit = -float("inf")
         self.num_units = 0
-        "units that were received, counted from the first of the video: written now, or found in the store"
+        "units that are in the store: found there, or written now"
         self.committed_units = 0
         "units that readers see"
 
@@ -180,18 +182,41 @@ class StoreWriter(ABC):
                 self._lock.release()
 
     @property
-    def snapshots_folder(self) -> Path:
-        """The folder of the snapshots of this run."""
-        return self.path / PRIVATE / "snapshots"
+    def seek_index(self) -> Path:
+        """A file for the seek points of the source, so that a run that continues this one need not look for them."""
+        return self.path / PRIVATE / "seek"
 
     @property
-    def first_wanted(self) -> int:
-        """The first unit that has to be computed: a run may resume from any snapshot before it."""
-        return min(self._mend, default=self.committed_units)
+    def wanted_rows(self) -> tuple[int, int | None]:
+        """Half-open range of rows of the main array that have to be computed; no end if it is that of the video."""
+        if self._mend:
+            return min(self._mend) * self.unit_rows, (max(self._mend) + 1) * self.unit_rows
+        return self.committed_units * self.unit_rows, None
 
-    def wants_nothing_from(self, row: int) -> bool:
-        """Whether no row of the main array from this one on has to be computed, even if the video has more."""
-        return bool(self._mend) and row >= (max(self._mend) + 1) * self.unit_rows
+    @property
+    def known_frames(self) -> int:
+        """Frames that were committed when the store was resumed."""
+        return 0 if self._there is None else self._there.num_frames
+
+    def known(self, name: str) -> npt.NDArray[Any]:
+        """A coordinate of the frames that were committed when the store was resumed, an empty array if none were."""
+        return np.zeros(0, DTYPES[name][0]) if self._there is None else self._there.columns[name]
+
+    def start_at(self, row: int, frame: int) -> None:
+        """Say that what comes next are this row of the data arrays and this frame; by default the first ones."""
+        self._at = Counter(dict.fromkeys(self.rows, row) | dict.fromkeys(("frame_pts", "frame_valid"), frame))
+
+    def record(self, name: str, value: Any) -> None:
+        """Say something of the run in the attribute ``longvid``, from the next commit on."""
+        self._attributes["longvid"][name] = value
+
+    def check_times(self, frame: int, pts_T: npt.NDArray[np.int64]) -> None:
+        """Compare time stamps of consecutive frames from ``frame`` on with those that are committed.
+
+        StoreError of kind ``"mismatch"`` if they differ: the source has other frames than it had.
+        """
+        if self._there is not None:
+            self._there.compare("frame_pts", frame, np.asarray(pts_T, np.int64))
 
     def pause(self) -> None:
         """Leave the store unfinished on the next clean exit, with all whole units committed."""
@@ -199,7 +224,7 @@ class StoreWriter(ABC):
 
     def _finish(self) -> None:
         with disk_errors(self.path):
-            if not self._paused and self._num_waiting:
+            if not self._paused and not self._mend and self._num_waiting:
                 self._take_unit(self._unit(self._num_waiting))
             if self._mend:
                 self._staged.commit((self.path / "zarr.json").read_bytes(), self._documents, settled=True)
@@ -210,15 +235,13 @@ class StoreWriter(ABC):
                 return
             if not self.num_units:
                 raise StoreError(f"{self.path} would hold no frames; it was not written")
-            if self.num_units < self.committed_units:
+            if self._at["frame_pts"] < self.known_frames:
                 raise StoreError(
-                    f"{self.path}: the source ended after {self.num_frames} frames, before those that were committed; "
-                    "it has changed, or cannot be read as before",
+                    f"{self.path}: the source ended after {self._at['frame_pts']} frames, before those that were "
+                    "committed; it has changed, or cannot be read as before",
                     kind="mismatch",
                 )
             self.commit("complete")
-            if not self.durability.keep_snapshots:
-                shutil.rmtree(self.snapshots_folder, ignore_errors=True)
 
     def _create(self) -> None:
         self._write_root(None)
@@ -243,42 +266,42 @@ class StoreWriter(ABC):
         if self._mend:
             self._epoch = metadata.epoch
         self._attributes["longvid"]["epoch"] = self._epoch
-        self._sweep(metadata.num_units)
+        if self._mend or not metadata.arrays:
+            sweep(self.path, tuple(self.rows), metadata.num_units)
         if not metadata.arrays:  # the run ended before its first commit
             self._create()
             return
         # What will be written again as the arrays grow is compared while it can still be refused.
-        _, self._found_digests = StoreReader(self.path, metadata, content).checked_columns()
-        self._chain.update(self._found_digests.tobytes())
-        self._documents = {name: array.document for name, array in metadata.arrays.items()}
-        self.unit_rows, self.committed_units = metadata.main.chunks[0], metadata.num_units
+        self._there = Committed(StoreReader(self.path, metadata, content), self._about, self._options.resume)
+        self._chain.update(self._there.digests.tobytes())
+        self._documents = {name: copy.deepcopy(array.document) for name, array in metadata.arrays.items()}
+        self.unit_rows, self.num_frames = metadata.main.chunks[0], metadata.num_frames
+        self.num_units = self.committed_units = metadata.num_units
         self._committed = True
-        self._check_chunks(metadata)
         if not self._mend:
-            # Takes the store over: a writer of an older epoch that is still alive sees that it lost it.
-            self._write_root(self._documents)
+            self._check_chunks(metadata)
 
     def _check_chunks(self, metadata: StoreMetadata) -> None:
         """Require that every committed chunk exists. Readers compare what is in them."""
         for name in metadata.data_names:
-            for unit, file in enumerate(metadata.arrays[name].chunk_files):
+            for file in metadata.arrays[name].chunk_files:
                 path = self.path / name / file
-                if unit not in self._mend and (not path.is_file() or not path.stat().st_size):
+                if not path.is_file() or not path.stat().st_size:
                     raise StoreError(
                         f"{self.path}: the chunk {name}/{path.name} is missing or empty; `longvid repair` computes "
                         "it again, then run this once more",
                         kind="corrupt",
                     )
 
-    def _sweep(self, committed: int) -> None:
-        """Remove what an earlier run did not finish: files half written, and chunks that were never committed."""
-        for partial in partial_files(self.path):
-            partial.unlink()
-        for name in self.rows:
-            for file in (self.path / name).glob("c.*"):
-                number = _CHUNK_FILE.fullmatch(file.name)
-                if number is not None and int(number[1]) >= committed:
-                    file.unlink()
+    def _take_over(self) -> None:
+        """Begin to write to a store that is resumed, now that the run has reproduced what is there. A writer of an
+        older epoch that is still alive sees then that it lost the store."""
+        if self._there is None or self._epoch_there == self._epoch:
+            return
+        if self._there.differs:
+            self._attributes["longvid"] |= self._there.seam()
+        self._write_root(self._documents)
+        sweep(self.path, tuple(self.rows), self.committed_units)
 
     def _clear(self) -> None:
         """Remove the store that is to be replaced. If it is interrupted, a store of ours remains that holds nothing."""
@@ -289,12 +312,12 @@ class StoreWriter(ABC):
         kept = (private.parent, private, private / "lock", self.path / "zarr.json")
         for entry in (*self.path.iterdir(), *private.parent.iterdir(), *private.iterdir()):
             if entry not in kept and not is_system_file(entry.name):
-                _delete(entry)
+                delete(entry)
         (self.path / "zarr.json").unlink()
 
     def _holds_nothing(self) -> bool:
         """Whether there is nothing to resume from, and no other run has taken the store over."""
-        if self._committed or self._paused or any(self.snapshots_folder.glob("*")):
+        if self._committed or self._paused:
             return False
         root = read_root(self.path)  # a commit that failed may have been visible before it did
         return root is None or not (
@@ -309,20 +332,45 @@ class StoreWriter(ABC):
                 return
             # What shows that the folder is ours is removed last, and stays if anything else has to.
             for entry in sorted(entries, key=lambda entry: _LAST_TO_GO.get(entry.name, 0)):
-                _delete(entry)
+                delete(entry)
             if self._created_folder:
                 self.path.rmdir()  # fails if foreign files were added just now
 
     def _receive(self, rows: Unit) -> None:
-        """Take rows, and commit whole units when it is time."""
-        for name, values in rows.items():
-            self._waiting.setdefault(name, []).append(values)
+        """Compare rows that are there already, take the others, and commit whole units when it is time."""
         with disk_errors(self.path):
-            while self._num_waiting >= self.unit_rows:
+            for name, values in rows.items():
+                start, known = self._at[name], 0
+                self._at[name] += len(values)
+                if self._there is not None and self._mend:
+                    self._mend_rows(self._there, name, start, values)
+                    continue
+                if self._there is not None:
+                    self._there.compare(name, start, values)
+                    known = max(0, self._there.num_rows(name) - start)
+                if known < len(values):
+                    self._waiting.setdefault(name, []).append(values[known:])
+            while not self._mend and self._num_waiting >= self.unit_rows:
                 self._take_unit(self._unit(self.unit_rows))
             waiting = self.num_units - self.committed_units
             if waiting > 0 and self.durability.commit_due(seconds=time.monotonic() - self._last_commit, units=waiting):
                 self.commit()
+
+    def _mend_rows(self, there: Committed, name: str, start: int, values: npt.NDArray[Any]) -> None:
+        """Write those units again that are to be mended and that these rows complete."""
+        for row, value in enumerate(values, start) if name in self.rows else ():
+            unit = row // self.unit_rows
+            first, stop = there.rows(unit)
+            waiting = self._waiting.setdefault(name, [])
+            if unit not in self._mend or len(waiting) != row - first:
+                continue
+            waiting.append(value)
+            if row == stop - 1:
+                rows = np.stack(self._waiting.pop(name))
+                there.check_unit(name, unit, rows)
+                # zarr may look into a chunk before it replaces it, and this one is damaged
+                (self.path / name / chunk_file(unit, rows.ndim)).unlink(missing_ok=True)
+                open_array(self._staged, name, self._documents[name])[first:stop] = rows
 
     @property
     def _num_waiting(self) -> int:
@@ -337,34 +385,16 @@ class StoreWriter(ABC):
         return rows[:count]
 
     def _take_unit(self, unit: Unit) -> None:
-        """Append one unit, or compare it with the one that is committed already."""
-        number = self.num_units
+        """Append one unit."""
+        self._take_over()
         # a digest for each data array, then one for all coordinates
         coordinates = [unit[name] for name in COORDINATE_NAMES[self.kind]]
         digests = np.stack([*(unit_digest([unit[name]]) for name in self.rows), unit_digest(coordinates)])
-        if number < self.committed_units:
-            if not np.array_equal(self._found_digests[number], digests):
-                raise StoreError(
-                    f"{self.path}: unit {number} differs from the committed one, so this run cannot resume that one: "
-                    "the source has other frames, or the same model computes other values on this machine. `longvid "
-                    "verify` tells whether the store is damaged; --overwrite --no-resume starts over",
-                    kind="mismatch",
-                )
-            if number in self._mend:
-                self._write_again(number, unit)
-        else:
-            for name, values in unit.items():
-                self._append(name, values)
-            self._append("digest", digests[None])
-            self._chain.update(digests.tobytes())
+        for name, values in unit.items():
+            self._append(name, values)
+        self._append("digest", digests[None])
+        self._chain.update(digests.tobytes())
         self.num_units += 1
-
-    def _write_again(self, number: int, unit: Unit) -> None:
-        for name in self.rows:
-            # zarr may look into a chunk before it replaces it, and this one is damaged
-            (self.path / name / chunk_file(number, unit[name].ndim)).unlink(missing_ok=True)
-            start = number * self.unit_rows
-            open_array(self._staged, name, self._documents[name])[start : start + len(unit[name])] = unit[name]
 
     def _append(self, name: str, values: npt.NDArray[Any]) -> None:
         document = self._documents[name]
@@ -374,6 +404,7 @@ class StoreWriter(ABC):
 
     def commit(self, status: Literal["writing", "complete"] = "writing") -> None:
         """Make everything that was received durable, then visible. Nothing else makes data visible."""
+        self._take_over()
         self._attributes["longvid"] |= {"status": status, "num_frames": self.num_frames}
         self._write_root(self._documents)
         self._committed = True
@@ -399,37 +430,19 @@ class StoreWriter(ABC):
         write_durably(self.path / PRIVATE / "root.json", content, sync=self._sync and complete)
 
     def _require_epoch(self) -> None:
-        """Require that no run took the store over. The lock prevents it, but not every file system has locks."""
+        """Require that no run took the store over, or committed more before this one did. The lock prevents it, but
+        not every file system has locks."""
         root = read_root(self.path)
         if root is None:
             raise StoreError(
                 f"{self.path}: the root metadata disappeared or were damaged while the store was being written",
                 kind="corrupt",
             )
-        if root["attributes"]["longvid"].get("epoch") != self._epoch_there:
+        facts, theirs = root["attributes"]["longvid"], self._epoch != self._epoch_there and self.known_frames
+        if facts.get("epoch") != self._epoch_there or (theirs and facts.get("num_frames") != theirs):
             raise StoreError(f"{self.path} was taken over by another run; this one ends", kind="locked")
         self._epoch_there = self._epoch
 
     @abstractmethod
     def _unit(self, count: int) -> Unit:
         """Remove ``count`` rows of the main array that wait, with their coordinates, as a unit."""
-
-    def pending(self) -> Unit:
-        """Rows that wait to become a unit, for a snapshot; copies."""
-        return {name: np.concatenate(parts) for name, parts in self._waiting.items()}
-
-    def go_on(self, num_frames: int, units: int, pending: Unit) -> None:
-        """Restore the state of a run that had written ``num_frames`` frames in whole chunks.
-
-        ``units`` of the store were full then, and ``pending`` is what :meth:`pending` returned.
-        """
-        self.num_units = units
-        self.num_frames = units * self.unit_rows
-        self._waiting = {name: [rows] for name, rows in pending.items()}
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -11,7 +11,14 @@ from longvid.events import RunReport
 from longvid.reporting.progress import ProgressBar
 from longvid.reporting.recorder import read_recording
 
-SMALL = ["--size", "64x48", "--frames", "45", "--chunk-frames", "4", "--snapshot-seconds", "0", "--json"]
+SMALL = ["--size", "64x48", "--frames", "45", "--chunk-frames", "4", "--json"]
+
+
+@pytest.fixture(autouse=True)
+def _small_units(monkeypatch):
+    """A run that is interrupted after its second chunk has committed one."""
+    monkeypatch.setattr("longvid.store.latent_writer._latents_per_chunk", lambda *_: 2)
+    monkeypatch.setattr("longvid.store.frame_writer.TARGET_CHUNK_BYTES", 1)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import zarr
+from support.fault_runs import CHUNK_FRAMES, SESSION, WARMUP, write_video
 
 from longvid import Durability, StoreError, VideoSession, load_model, open_store
 from longvid.runtime.repair import repair
@@ -13,6 +14,8 @@ from longvid.store.format import PRIVATE
 from longvid.store.verify import verify
 
 HEIGHT, WIDTH, NUM_FRAMES = 32, 48, 57
+CHUNKS_OF_A_UNIT = {"encode": 2, "decode": 2}
+"as many as its 4 latents or 16 frames would fill; the first chunk is longer, so they lie in three"
 
 
 def video(seed=5):
@@ -187,30 +190,87 @@ def test_plain_zarr_gives_damage_out_as_data(tmp_path, ledger):
     assert silent > 0
 
 
-def damage_last_unit(store):
-    file = chunk_files(store / "latents")[-1]
+def damage_unit(store, unit):
+    file = sorted((store / zarr.open_group(store).attrs["longvid"]["kind"]).glob("c.*"), key=unit_of)[unit]
     file.write_bytes(flipped(file.read_bytes(), 1001))
 
 
-def test_repair_computes_what_it_must_and_no_more(tmp_path, monkeypatch):
+def unit_of(file):
+    return int(file.name.split(".")[1])
+
+
+@pytest.mark.timeout(3600)
+def test_repair_computes_what_it_must_and_no_more(tmp_path, monkeypatch, ledger, all_faults):
+    """Of a unit in the middle the warm-up, its own chunks and at most two more, and the bytes are as they were."""
     monkeypatch.setattr("longvid.store.latent_writer.TARGET_CHUNK_BYTES", 4 * 16 * (HEIGHT // 8) * (WIDTH // 8) * 2)
-    with session() as s:
-        every = Durability(snapshot_seconds=0, keep_snapshots=True)
-        s.encode(video(), tmp_path / "kept.zarr", durability=every)
-        s.encode(video(), tmp_path / "bare.zarr")
-        for name in ("kept", "bare"):
-            damage_last_unit(tmp_path / f"{name}.zarr")
-        assert repair(s, tmp_path / "kept.zarr", source=video()).frames_computed < NUM_FRAMES / 2
-        assert repair(s, tmp_path / "bare.zarr", source=video()).frames_computed == NUM_FRAMES
-        (tmp_path / "bare.zarr" / "t" / "c.0").unlink()
-        told = repair(s, tmp_path / "bare.zarr")  # needs neither source nor model
+    monkeypatch.setattr("longvid.store.frame_writer.TARGET_CHUNK_BYTES", 8 * HEIGHT * WIDTH * 3)
+    source, latents, frames = np.tile(video(), (4, 1, 1, 1)), tmp_path / "latents.zarr", tmp_path / "frames.zarr"
+    with VideoSession("tiny", **SESSION) as s:
+        s.encode(source, latents)
+        s.decode(latents, frames)
+        for store, job, whole in (latents, "encode", source), (frames, "decode", latents):
+            before = {path: path.read_bytes() for path in all_files(store)}
+            num_units = verify(store).num_units
+            most = (WARMUP[job] + CHUNKS_OF_A_UNIT[job] + 2) * CHUNK_FRAMES
+            middle = range(num_units // 2, num_units // 2 + 2)
+            for units in [
+                *((unit,) for unit in (range(num_units) if all_faults else middle)),
+                (2, 3),
+                (2, num_units - 2),
+            ]:
+                for unit in units:
+                    damage_unit(store, unit)
+                told = repair(s, store, source=whole)
+                restored = told.ok and {path: path.read_bytes() for path in all_files(store)} == before
+                ledger.add(f"repair: {job} from the middle", survived=restored)
+                assert restored, units
+                assert 0 < told.frames_computed <= len(units) * most, (job, units)
+        (latents / "t" / "c.0").unlink()
+        told = repair(s, latents)  # needs neither source nor model
         assert (told.ok, told.frames_computed) == (True, 0)
+
+
+def test_damaged_seek_points_change_nothing(tmp_path, monkeypatch, ledger, all_faults):
+    """They tell a resumed run where to read on. A damaged one is not used; the file itself tells the same."""
+    monkeypatch.setattr("longvid.store.latent_writer.TARGET_CHUNK_BYTES", 4 * 16 * (HEIGHT // 8) * (WIDTH // 8) * 2)
+    source, begun, rng = write_video(tmp_path, 120), tmp_path / "begun.zarr", np.random.default_rng(4)
+    eager, found = Durability(publish_seconds=0), []
+
+    def stop(event):
+        if event.index == 12:
+            raise KeyboardInterrupt
+
+    with VideoSession("tiny", callbacks=[stop], **SESSION) as s, pytest.raises(KeyboardInterrupt):
+        s.encode(source, begun, durability=eager)
+    with VideoSession("tiny", **SESSION) as s:
+        s.encode(source, tmp_path / "whole.zarr", durability=eager)
+        whole, content = tmp_path / "whole.zarr", (begun / PRIVATE / "seek").read_bytes()
+        first_bytes = range(0, len(content), len(content) // 5)
+        bits = [8 * byte + bit for byte in first_bytes for bit in (0, 2)]
+        bits += rng.integers(0, 8 * len(content), 40 if all_faults else 3).tolist()
+        damaged = [content, *(flipped(content, bit) for bit in bits)]
+        damaged += [content[:-5], content[7:], bytes(len(content)), content + content, b""]
+        for seek in damaged if all_faults else damaged[:1] + damaged[-15::2]:
+            shutil.rmtree(tmp_path / "a.zarr", ignore_errors=True)
+            shutil.copytree(begun, tmp_path / "a.zarr")
+            (tmp_path / "a.zarr" / PRIVATE / "seek").write_bytes(seek)
+            report = s.encode(source, tmp_path / "a.zarr", durability=eager)
+            found.append((report.resumed_from_frame, report.frames_computed))
+            same = all(
+                (tmp_path / "a.zarr" / name / file.name).read_bytes() == file.read_bytes()
+                for name in ("latents", "frame_pts", "digest")
+                for file in (whole / name).glob("c.*")
+            )
+            ledger.add("corruption: seek points", survived=same, silently_wrong=not same)
+            assert same
+    assert set(found) == {found[0]}
+    assert 0 < found[0][1] <= 120 - 41  # from a frame on that is worth a seek
 
 
 def test_damage_beyond_repair_is_said_and_a_wrong_source_changes_nothing(stores, tmp_path):
     store = tmp_path / "a.zarr"
     shutil.copytree(stores / "latents.zarr", store)
-    damage_last_unit(store)
+    damage_unit(store, -1)
     before = {p: p.read_bytes() for p in all_files(store)}
     other = load_model("tiny")
     with session() as s, pytest.raises(StoreError) as caught:
@@ -230,3 +290,17 @@ def test_damage_beyond_repair_is_said_and_a_wrong_source_changes_nothing(stores,
     (store / PRIVATE / "root.json").write_text("{")
     with pytest.raises(StoreError, match="both damaged"):
         verify(store)
+
+
+def test_a_damaged_name_in_the_root_is_said_to_be_damage(stores, tmp_path):
+    """A run that finds it names the way out, and repair is one."""
+    store = tmp_path / "a.zarr"
+    shutil.copytree(stores / "latents.zarr", store)
+    whole = (store / "zarr.json").read_bytes()
+    (store / "zarr.json").write_bytes(whole.replace(b"zarr_format", b"zarr_formAt"))
+    with session() as s:
+        with pytest.raises(StoreError, match="longvid repair") as caught:
+            s.encode(video(), store)
+        assert caught.value.kind == "corrupt"
+        assert repair(s, store, source=video()).ok
+    assert (store / "zarr.json").read_bytes() == whole

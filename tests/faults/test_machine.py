@@ -1,7 +1,7 @@
-"""A store in all orders of events: open, write, snapshot, die, go on, corrupt, verify, repair, read, close.
+"""A store in all orders of events: open, write, die, go on, corrupt, verify, repair, read, close.
 
-What readers see is always the beginning of the same video. In place of a model stands a recurrence: each chunk depends
-on the state that those before it left, so that a run resumed from a wrong state, or from none, computes others.
+What readers see is always the beginning of the same video. In place of a model stands a recurrence that forgets: a run
+that starts in the middle too late computes other latents, and so does one on another machine.
 """
 
 # ruff: noqa: PT017 - whether a step may fail depends on what happened before it
@@ -10,15 +10,14 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from contextlib import nullcontext
-from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -29,123 +28,39 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from support.file_operations import foreign_paths
+from support.recurrence import CHUNKS, ELSEWHERE, NUM_FRAMES, TRUTH, WARMUP, Attempt, computed
 
-import longvid.store.lock
 from longvid import Durability, StoreError, open_store
-from longvid.frames import SourceInfo, SourcePosition
+from longvid.planning.warmup import Warmup
 from longvid.runtime.repair import repair
-from longvid.runtime.snapshot import Checkpoints, snapshots_in
-from longvid.schedule import ChunkSchedule
-from longvid.store.durability import WriteOptions
 from longvid.store.format import COORDINATE_NAMES, PRIVATE
-from longvid.store.latent_writer import LatentLayout, LatentWriter
-from longvid.store.metadata import RunFacts
 from longvid.store.verify import verify
 
-SHAPE, UNIT, NUM_FRAMES = (4, 2, 3), 3, 59
-PLAN = ChunkSchedule()
-CHUNKS = list(PLAN.chunks(NUM_FRAMES))
-FINGERPRINT = {"kind": "latents", "model": "recurrence"}
+UNIT = 3
 VIDEO = np.random.default_rng(0).integers(0, 256, (NUM_FRAMES, 16, 24, 3), dtype=np.uint8)
-LAYERS = ("conv_in", "conv_out")
-SETTLED = SimpleNamespace(settle=lambda: None)
-
-
-class Recurrence:
-    """What a run is to :class:`Checkpoints`: contexts that can be saved and put back."""
-
-    def __init__(self):
-        self.states = {layer: torch.zeros(1, 4, 1, 2, 3) for layer in LAYERS}
-        self.cache = SimpleNamespace(contexts=self.states.items, restore=self._restore)
-        self.engine = SimpleNamespace(device="cpu")
-
-    def _restore(self, _, contexts, device):
-        self.states.update((layer, context.clone()) for layer, context in contexts)
-
-    def latents(self, chunk):
-        rows = []
-        for latent in range(chunk.latent_start, chunk.latent_stop):
-            for layer, state in self.states.items():
-                self.states[layer] = torch.sin(3 * state + latent + len(layer))
-            rows.append(sum(self.states.values())[0, :, 0])
-        return torch.stack(rows).numpy()
-
-
-def truth():
-    run = Recurrence()
-    return np.concatenate([run.latents(chunk) for chunk in CHUNKS]).astype(np.float16).astype(np.float32)
-
-
-TRUTH = truth()
-
-
-class Attempt:
-    """One run that writes: the store, the state and where it stands."""
-
-    def __init__(self, path, durability, mend=frozenset()):
-        info = SourceInfo(kind="array", name="a", height=16, width=24, num_frames=None, time_base=Fraction(1, 24),
-                          frame_rate=Fraction(24), color=None, details={})  # fmt: skip
-        self.target = LatentWriter(
-            path, schedule=PLAN, source=info, layout=LatentLayout(shape_CYX=SHAPE, representation="mode"),
-            facts=RunFacts(fingerprint=FINGERPRINT, vae={"class_name": "X"}),
-            options=WriteOptions(durability=durability, mend=mend),
-        )  # fmt: skip
-        self.target.__enter__()
-        self.run = Recurrence()
-        self.checkpoints = Checkpoints(self.target, self.run, FINGERPRINT)
-        snapshot = self.checkpoints.restore()
-        self.first = self.next = 0 if snapshot is None else snapshot.chunk
-        if snapshot is not None and snapshot.chunk:
-            assert snapshot.position == self.position(snapshot.chunk)
-
-    @staticmethod
-    def position(chunk):
-        stop = CHUNKS[chunk - 1].frame_stop
-        return SourcePosition(num_frames=stop, pts=stop - 1, digest="")
-
-    def step(self):
-        chunk = CHUNKS[self.next]
-        self.target.write(chunk, self.run.latents(chunk), np.arange(chunk.frame_start, chunk.frame_stop))
-        self.next += 1
-
-    def snapshot(self):
-        self.checkpoints.take(self.next, self.position(self.next), SETTLED)
-
-    @property
-    def at_end(self):
-        return self.next == len(CHUNKS)
-
-    def close(self):
-        if not self.at_end:
-            self.target.pause()
-        self.target.__exit__(None, None, None)
-
-    def die(self):
-        """As if the process had gone: the kernel takes the lock back, and the files stay as they are."""
-        lock = self.target._lock
-        longvid.store.lock._held.pop(lock._identity, None)
-        os.close(lock._fd)
-        lock._fd = -1
 
 
 class Session:
     """What a session is to :func:`repair`."""
 
     def running(self, _):
-        return nullcontext()
+        return nullcontext(SimpleNamespace(control=SimpleNamespace(warmup=lambda *_: WARMUP)))
 
     @staticmethod
     def encode(_, __, path, options):
         attempt = Attempt(path, options.durability, options.mend)
-        while not (attempt.at_end or attempt.target.wants_nothing_from(CHUNKS[attempt.next].latent_start)):
+        chunks = CHUNKS[attempt.span.start : attempt.span.stop]
+        for _ in chunks:
             attempt.step()
         attempt.close()
-        frames = [0 if chunk == 0 else CHUNKS[chunk - 1].frame_stop for chunk in (attempt.first, attempt.next)]
-        return SimpleNamespace(frames=frames[1], resumed_from_frame=frames[0])
+        return SimpleNamespace(frames_computed=sum(chunk.num_frames for chunk in chunks))
 
 
 class StoreMachine(RuleBasedStateMachine):
     ledger = None
+    in_the_middle = 0
+    "runs of all machines that did not begin with frame 0"
 
     def __init__(self):
         super().__init__()
@@ -156,6 +71,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.shown = 0
         "latents that readers have seen"
         self.complete = False
+        self.accepted_at = 0
+        "what was published when other values were accepted last, in a copy"
         self.damaged = {}
         "of every damaged file its bytes, as they were and as they are"
 
@@ -170,15 +87,16 @@ class StoreMachine(RuleBasedStateMachine):
     busy = precondition(lambda self: self.attempt is not None)
     there = precondition(lambda self: self.attempt is None and self.published > 0)
 
-    @initialize()
-    def begin(self):
+    @initialize(count=st.integers(0, 9))
+    def begin(self, count):
         self.attempt = Attempt(self.path, Durability(mode="rename", publish_seconds=0))
+        self.write_chunks(count)
 
     @idle
-    @rule(units=st.sampled_from([1, 2, None]), keep=st.booleans())
-    def go_on(self, units, keep):
+    @rule(units=st.sampled_from([1, 2, None]))
+    def go_on(self, units):
         seconds = 0 if units is None else 1e9
-        durability = Durability(mode="rename", publish_seconds=seconds, publish_units=units, keep_snapshots=keep)
+        durability = Durability(mode="rename", publish_seconds=seconds, publish_units=units)
         try:
             self.attempt = Attempt(self.path, durability)
         except StoreError as exc:
@@ -186,6 +104,43 @@ class StoreMachine(RuleBasedStateMachine):
             assert getattr(exc, "kind", "corrupt") in ("other", "exists", "corrupt", "mismatch"), exc
         else:
             assert not self.complete
+            StoreMachine.in_the_middle += self.attempt.span.start > 0
+
+    unfinished = precondition(
+        lambda self: self.attempt is None and self.published > 0 and not (self.complete or self.damaged)
+    )
+
+    @unfinished
+    @rule()
+    def go_on_elsewhere(self):
+        """A machine that computes other values is refused by what it reproduces, and changes no byte before."""
+        before = {name: (self.path / name).read_bytes() for name in (*self.published_files(), *self.left_over())}
+        attempt = Attempt(self.path, Durability(mode="rename", publish_seconds=0), bias=ELSEWHERE)
+        with pytest.raises(StoreError) as caught:
+            attempt.finish()
+        assert caught.value.kind == "mismatch"
+        assert attempt.next == attempt.span.first
+        assert {name: (self.path / name).read_bytes() for name in before} == before
+        if self.ledger is not None:
+            self.ledger.add("machine: other values refused", survived=True)
+
+    @unfinished
+    @precondition(lambda self: self.published != self.accepted_at)
+    @rule()
+    def accept_other_values(self):
+        """In a copy: readers see where they begin, and what was there before stays."""
+        self.accepted_at = self.published
+        shutil.copytree(self.path, copy := self.folder / "copy.zarr")
+        published, frames = self.published, json.loads(self.root)["attributes"]["longvid"]["num_frames"]
+        attempt = Attempt(copy, Durability(mode="rename", publish_seconds=1e9), resume="close", bias=ELSEWHERE)
+        attempt.finish()
+        found, store = verify(copy), open_store(copy)
+        assert found.ok, found.explain()
+        assert found.complete
+        assert [seam.frame for seam in found.seams] == [frames]
+        expected = np.concatenate([TRUTH[:published], computed(ELSEWHERE)[published:]])
+        np.testing.assert_array_equal(store.read(0, store.num_latents), expected)
+        shutil.rmtree(copy)
 
     def carry_out(self, step):
         """Part of a run. It may end at damage that is there, by saying so, and not otherwise."""
@@ -196,19 +151,14 @@ class StoreMachine(RuleBasedStateMachine):
             self.attempt.target.__exit__(type(exc), exc, None)
             self.attempt = None
 
+    def write_chunks(self, count):
+        for _ in range(min(count, len(CHUNKS) - self.attempt.next)):
+            self.attempt.step()
+
     @busy
     @rule(count=st.integers(1, 4))
     def write(self, count):
-        def step():
-            for _ in range(min(count, len(CHUNKS) - self.attempt.next)):
-                self.attempt.step()
-
-        self.carry_out(step)
-
-    @precondition(lambda self: self.attempt is not None and self.attempt.next > 0)
-    @rule()
-    def snapshot(self):
-        self.carry_out(self.attempt.snapshot)
+        self.carry_out(lambda: self.write_chunks(count))
 
     @busy
     @rule()
@@ -229,19 +179,22 @@ class StoreMachine(RuleBasedStateMachine):
     @busy
     @rule(survived=st.integers(0, 16))
     def die_while_it_publishes(self, survived):
-        """Before one of the replacements of files that make a step."""
+        """Before one of the replacements of files that take a store over or make a commit."""
         real, done = os.replace, []
 
         def replace(*paths):
-            if len(done) == survived:
-                raise KeyboardInterrupt
-            done.append(paths)
+            if threading.current_thread() is threading.main_thread():  # not those of zarr
+                if len(done) == survived:
+                    raise KeyboardInterrupt
+                done.append(paths)
             real(*paths)
 
         target = self.attempt.target
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "replace", replace)
             try:
+                while not (self.attempt.at_end or done or target.num_units > target.committed_units):
+                    self.attempt.step()
                 if target.num_units > target.committed_units:
                     target.commit()
             except KeyboardInterrupt:
@@ -268,10 +221,9 @@ class StoreMachine(RuleBasedStateMachine):
         (self.path / name).write_bytes(changed)
 
     @there
-    @rule()
-    def lose_the_newest_snapshot(self):
-        for path in snapshots_in(self.path / PRIVATE / "snapshots")[-1:]:
-            path.write_bytes(path.read_bytes()[:-1])
+    @rule(length=st.integers(0, 100))
+    def damage_the_seek_points(self, length):
+        (self.path / PRIVATE / "seek").write_bytes(b"\1" * length)
 
     @there
     @rule()
@@ -311,7 +263,7 @@ class StoreMachine(RuleBasedStateMachine):
             else:
                 for name, (content, _) in self.damaged.items():
                     # a run that died may have left rows in these that were never published, and do not come back
-                    beyond = not self.complete and name.partition("/")[0] in (*COORDINATE_NAMES, "digest")
+                    beyond = not self.complete and name.partition("/")[0] in (*COORDINATE_NAMES["latents"], "digest")
                     assert beyond or (self.path / name).read_bytes() == content, name
             if self.ledger is not None:
                 self.ledger.add("machine: repaired", survived=report.ok)
@@ -372,6 +324,10 @@ class StoreMachine(RuleBasedStateMachine):
             rows, length = member["shape"][0], member["chunk_grid"]["configuration"]["chunk_shape"][0]
             yield from (f"{name}/c.{i}" + ".0" * (len(member["shape"]) - 1) for i in range(-(-rows // length)))
 
+    def left_over(self):
+        """Files of chunks that were written and not published."""
+        return [path.relative_to(self.path) for path in self.path.glob("latents/c.*")]
+
     @invariant()
     def what_was_published_stays(self):
         for name, (_, there) in list(self.damaged.items()):
@@ -379,6 +335,7 @@ class StoreMachine(RuleBasedStateMachine):
                 del self.damaged[name]  # a run wrote it anew
         assert self.published >= self.shown
         self.shown = self.published
+        assert foreign_paths(self.path) == []
         assert {path.name for path in self.folder.iterdir()} <= {"a.zarr", "thesis.txt"}
         assert (self.folder / "thesis.txt").read_text() == "work"
         if self.complete:
@@ -390,6 +347,7 @@ class StoreMachine(RuleBasedStateMachine):
 def test_a_store_in_any_order_of_events(monkeypatch, ledger, all_faults):
     monkeypatch.setattr("longvid.store.latent_writer._latents_per_chunk", lambda *_: UNIT)
     monkeypatch.setattr(StoreMachine, "ledger", ledger)
+    monkeypatch.setattr(StoreMachine, "in_the_middle", 0)
     run_state_machine_as_test(
         StoreMachine,
         settings=settings(
@@ -402,22 +360,26 @@ def test_a_store_in_any_order_of_events(monkeypatch, ledger, all_faults):
             suppress_health_check=list(HealthCheck),
         ),
     )
+    assert StoreMachine.in_the_middle >= (100 if all_faults else 4)
 
 
-def test_the_machine_sees_a_run_that_goes_on_from_a_wrong_state(monkeypatch):
-    """Negative control: without the contexts of the snapshot, the latents are other ones, and that is noticed."""
+@pytest.mark.parametrize("proof", [True, False])
+@pytest.mark.parametrize("chunks", [WARMUP.chunks, WARMUP.chunks - 1])
+def test_the_machine_sees_a_run_that_starts_too_late(monkeypatch, tmp_path, chunks, proof):
+    """Negative control: with a warm-up that is one chunk too short the latents are other ones. The proof refuses them,
+    and without a proof readers would get them."""
     monkeypatch.setattr("longvid.store.latent_writer._latents_per_chunk", lambda *_: UNIT)
-    monkeypatch.setattr(Recurrence, "_restore", lambda *_: None)
-    machine = StoreMachine()
-    try:
-        machine.begin()
-        machine.write(3)
-        machine.snapshot()
-        machine.close()
-        machine.go_on(None, False)
-        machine.write(4)
-        machine.close()
-        with pytest.raises(AssertionError):
-            machine.read()
-    finally:
-        machine.teardown()
+    eager, path = Durability(mode="rename", publish_seconds=0), tmp_path / "a.zarr"
+    attempt = Attempt(path, eager)
+    while attempt.target.committed_units < 5:
+        attempt.step()
+    attempt.close()
+    root, warmup = (path / "zarr.json").read_bytes(), Warmup(direction="encode", chunks=chunks, ready={}, begins={})
+    attempt, is_short = Attempt(path, eager, warmup=warmup, proof=proof), chunks < WARMUP.chunks
+    assert attempt.span.start > 0
+    with pytest.raises(StoreError, match="computed again") if is_short and proof else nullcontext():
+        attempt.finish()
+    store = open_store(path)
+    latents = store.read(0, store.num_latents)
+    assert np.array_equal(latents, TRUTH[: len(latents)]) == (proof or not is_short)
+    assert ((path / "zarr.json").read_bytes() == root) == (proof and is_short)

@@ -60,3 +60,20 @@ def test_lines_keep_their_distance_in_every_run():
         show(bar, done=0, total=48)
         show(bar, done=24, total=48)
     assert file.getvalue() == ""
+
+
+def test_a_warmup_is_told_and_counts_no_frames():
+    terminal, file = Terminal(), io.StringIO()
+    for bar in (ProgressBar(file=terminal), ProgressBar(file=file, interval=0)):
+        with bar:
+            bar.run_started(run_start(frames_total=48))
+            for index, frames in ((1, 0), (2, 0), (3, 8)):
+                done = 24 + frames
+                bar(chunk_event(index, num_frames=frames, frames_done=done, frames_total=48, warmup=not frames))
+    assert "encode (warming up):" in terminal.getvalue()
+    assert counts(terminal.getvalue()) == [(32, 48)]
+    assert "warming up" not in terminal.getvalue().split("\r")[-1]
+    assert file.getvalue().splitlines() == [
+        *["encode: 24 of 48 frames, warming up"] * 2,
+        "encode: 32 of 48 frames",
+    ]

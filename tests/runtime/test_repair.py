@@ -5,22 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors import safe_open
 from support.media import barcodes, write_media
 
+import longvid as lv
 from longvid import Durability, StoreError, VideoSession, load_model
 from longvid.runtime.repair import repair
-from longvid.runtime.snapshot import snapshots_in
 from longvid.store.format import PRIVATE, with_checksum
 from longvid.store.lock import WriterLock
 from longvid.store.verify import verify
 
 HEIGHT, WIDTH, NUM_FRAMES, UNIT = 16, 24, 75, 3
 SETTINGS = {"device": "cpu", "dtype": "float32", "layout": "contiguous", "paired_frames": "off", "chunk_frames": 8}
-KEPT = Durability(mode="rename", publish_seconds=0, snapshot_seconds=0, keep_snapshots=True)
 BARE = Durability(mode="rename", publish_seconds=0)
 CHUNK = 8
-"frames that a chunk may reach beyond the last unit that is needed"
 
 
 @pytest.fixture(scope="module")
@@ -50,61 +47,58 @@ def damage(store, name):
     (store / name).write_bytes(content)
 
 
-def latest_snapshot(store, unit):
-    """Frames before the newest snapshot that depends on no unit from ``unit`` on."""
-    frames = 0
-    for path in snapshots_in(store / PRIVATE / "snapshots"):
-        with safe_open(path, framework="np") as file:
-            facts = json.loads(file.metadata()["longvid"])
-        if facts["units"] <= unit:
-            frames = min(NUM_FRAMES, 1 + 8 * facts["chunk"]) if facts["chunk"] else 0
-    return frames
-
-
 @pytest.mark.parametrize("kind", ["latents", "frames"])
-def test_only_what_lies_between_a_snapshot_and_the_end_of_the_damage_is_computed(session, video, tmp_path, kind):
-    latents, store = tmp_path / "latents.zarr", tmp_path / f"{kind}.zarr"
-    session.encode(video, latents, durability=KEPT)
+def test_no_more_than_the_warmup_and_the_chunks_of_the_damage_is_computed(session, video, tmp_path, kind):
+    video, latents, store = np.concatenate([video] * 2), tmp_path / "latents.zarr", tmp_path / f"{kind}.zarr"
+    session.encode(video, latents, durability=BARE)
     if kind == "frames":
-        session.decode(latents, store, durability=KEPT)
+        session.decode(latents, store, durability=BARE)
+    warmup = lv.warmup(load_model("tiny"), "encode" if kind == "latents" else "decode", chunk_frames=CHUNK).chunks
     whole, computed = contents(store), []
     for unit in range(verify(store).num_units):
         damage(store, f"{kind}/c.{unit}.0.0.0")
-        stop, begin = verify(store).frame_ranges[0][1], latest_snapshot(store, unit)
+        ((start, stop),) = verify(store).frame_ranges
         report = repair(session, store, source=latents if kind == "frames" else video)
         assert report.ok
         assert contents(store) == whole
-        assert stop - begin <= report.frames_computed <= min(NUM_FRAMES, stop + CHUNK) - begin
+        chunks = (stop - 2) // CHUNK - max(0, start - 1) // CHUNK + 1
+        assert report.frames_computed <= (warmup + chunks) * CHUNK + 1
         computed.append(report.frames_computed)
-    assert min(computed) < NUM_FRAMES / 4
+    assert max(computed) < len(video) / 2
     assert len(computed) > 6
 
 
-def test_without_snapshots_everything_up_to_the_damage_is_computed(session, video, tmp_path):
-    store = tmp_path / "a.zarr"
-    session.encode(video, store, durability=BARE)
-    whole = contents(store)
-    for unit in (0, 3, verify(store).num_units - 1):
-        damage(store, f"latents/c.{unit}.0.0.0")
-        stop = verify(store).frame_ranges[0][1]
-        report = repair(session, store, source=video)
-        assert contents(store) == whole
-        assert stop <= report.frames_computed <= min(NUM_FRAMES, stop + CHUNK)
-
-
-def test_a_snapshot_that_is_damaged_too_is_passed_over(session, video, tmp_path):
-    store = tmp_path / "a.zarr"
-    session.encode(video, store, durability=KEPT)
-    whole = contents(store)
-    unit = verify(store).num_units - 1
-    damage(store, f"latents/c.{unit}.0.0.0")
-    begin = latest_snapshot(store, unit)
-    newest = str(max(snapshots_in(store / PRIVATE / "snapshots")).relative_to(store))
-    damage(store, newest)
-    report = repair(session, store, source=video)
+@pytest.mark.parametrize("kind", ["latents", "frames"])
+def test_damage_that_lies_far_apart_is_computed_apart(session, video, tmp_path, kind):
+    video, latents, store = np.concatenate([video] * 4), tmp_path / "latents.zarr", tmp_path / f"{kind}.zarr"
+    session.encode(video, latents, durability=BARE)
+    if kind == "frames":
+        session.decode(latents, store, durability=BARE)
+    whole, last = contents(store), verify(store).num_units - 1
+    for unit in (0, 2, last // 2, last):
+        (store / kind / f"c.{unit}.0.0.0").unlink()
+    report = repair(session, store, source=latents if kind == "frames" else video)
     assert report.ok
-    assert report.frames_computed > NUM_FRAMES - begin
-    assert [name for name, content in contents(store).items() if whole[name] != content] == [newest]
+    assert contents(store) == whole
+    assert report.frames_computed < len(video) / 2
+
+
+@pytest.mark.parametrize("kind", ["latents", "frames"])
+def test_a_part_is_repaired_too(session, video, tmp_path, kind):
+    video, latents, store = np.concatenate([video] * 4), tmp_path / "latents.zarr", tmp_path / f"{kind}.zarr"
+    session.encode(video, latents, durability=BARE)
+    if kind == "latents":
+        session.encode(video, tmp_path / "latents.zarr", durability=BARE, part=(2, 3))
+    else:
+        session.decode(latents, store, durability=BARE, part=(2, 3))
+    part = tmp_path / f"{kind}.zarr.part-2-of-3"
+    whole, last = contents(part), verify(part).num_units - 1
+    for unit in (0, last // 2, last):
+        damage(part, f"{kind}/c.{unit}.0.0.0")
+    (part / "frame_pts" / "c.0").unlink()
+    report = repair(session, part, source=latents if kind == "frames" else video)
+    assert report.ok
+    assert contents(part) == whole
 
 
 @pytest.mark.parametrize("representation", ["mode", "sample", "moments"])
@@ -187,7 +181,7 @@ def test_an_iterable_that_gives_other_frames_after_the_first_changes_nothing(ses
     whole = contents(store)
     damage(store, "latents/c.1.0.0.0")
     before = contents(store)
-    with pytest.raises(StoreError, match="differs from the committed one"):
+    with pytest.raises(StoreError, match="differ from those that were committed"):
         repair(session, store, source=iter(np.split(other, 5)))
     assert contents(store) == before
     assert repair(session, store, source=iter(np.split(video, 5))).ok

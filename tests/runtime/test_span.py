@@ -8,18 +8,25 @@ from longvid import ModelError, VideoSession
 from longvid.models.cogvideox import CogVideoXConfig, CogVideoXVAE
 from longvid.planning.warmup import Warmup
 from longvid.runtime.admission import AdmissionControl
-from longvid.runtime.run import Span
+from longvid.runtime.span import Span
 
 WARMUP = Warmup(direction="decode", chunks=3, ready={"a": 1, "b": 2, "c": 3}, begins={"a": 1, "b": 2, "c": 3})
 
 
 def test_a_span_begins_as_early_as_its_warmup_and_never_before_the_video():
-    assert Span.beginning_at(0, pytest.fail) == Span()
-    assert Span.beginning_at(3, lambda: WARMUP) == Span(0, 3)
-    span = Span.beginning_at(10, lambda: WARMUP)
-    assert (span.start, span.first) == (7, 10)
+    assert Span.of(0, None, pytest.fail) == Span()
+    assert Span.of(3, None, lambda: WARMUP) == Span(0, 3)
+    span = Span.of(10, 12, lambda: WARMUP)
+    assert (span.start, span.first, span.stop) == (7, 10, 12)
     assert [span.is_warmup(chunk) for chunk in (7, 9, 10)] == [True, True, False]
     assert [span.last_layer(chunk) for chunk in (7, 8, 9, 10)] == ["a", "b", "c", None]
+
+
+def test_a_proof_is_one_chunk_more_and_all_that_is_computed_anyway():
+    assert Span.of(10, None, lambda: WARMUP, proof=True) == Span(6, 9, None, WARMUP)
+    assert Span.of(10, None, lambda: WARMUP, origin=10, proof=True) == Span(7, 10, None, WARMUP)
+    assert Span.of(4, None, lambda: WARMUP, proof=True) == Span(0, 0)  # what is stored of chunks 0 to 3 is compared too
+    assert Span.of(3, None, lambda: WARMUP, origin=1, proof=True) == Span(0, 1)
 
 
 def decoded(session, store, **window):

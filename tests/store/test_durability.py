@@ -3,8 +3,6 @@
 import math
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from longvid import Durability, StoreError
 from longvid.store.durability import parse_durability
@@ -12,8 +10,7 @@ from longvid.store.durability import parse_durability
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"mode": "hope"}, {"publish_seconds": -1}, {"publish_seconds": math.nan}, {"snapshot_seconds": -0.1},
-     {"publish_units": 0}],
+    [{"mode": "hope"}, {"publish_seconds": -1}, {"publish_seconds": math.nan}, {"publish_units": 0}],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(wrong):
     with pytest.raises(StoreError) as caught:
@@ -32,17 +29,3 @@ def test_commits_by_time_and_by_count():
     assert Durability(publish_seconds=0).commit_due(seconds=0, units=1)
     assert not Durability(publish_seconds=2).commit_due(seconds=1.9, units=99)
     assert Durability(publish_seconds=2, publish_units=4).commit_due(seconds=0, units=4)
-
-
-@given(st.floats(1e-4, 600))
-def test_snapshots_take_a_percent_at_most_and_follow_young(cost):
-    interval = Durability().snapshot_interval(cost)
-    assert cost / interval <= 0.01 + 1e-12
-    assert interval >= 5
-    assert interval >= math.sqrt(2 * cost * 86400) * (1 - 1e-12)
-
-
-def test_the_first_snapshot_comes_soon_and_an_interval_that_is_asked_for_holds():
-    assert Durability().snapshot_interval(None) == 5
-    assert Durability(snapshot_seconds=7).snapshot_interval(100) == 7
-    assert Durability(snapshot_seconds=math.inf).snapshot_interval(None) == math.inf

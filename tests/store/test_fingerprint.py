@@ -11,13 +11,16 @@ from hypothesis import strategies as st
 from support.media import barcodes, write_media
 
 from longvid import Durability, StoreError, VideoSession, load_model
-from longvid.runtime.snapshot import fingerprint_digest
-from longvid.store.target import differences
+from longvid.store.target import changes, in_words
 
 VALUES = st.none() | st.booleans() | st.integers(-9, 9) | st.text("xyz", max_size=3) | st.just([1, 2])
 NAMES = st.sampled_from("abcd")
 RECORDS = st.dictionaries(NAMES, VALUES | st.dictionaries(NAMES, VALUES | st.dictionaries(NAMES, VALUES)))
 NUM_FRAMES = 60
+
+
+def differences(have, want):
+    return in_words(changes(have, want))
 
 
 def leaves(record, prefix=""):
@@ -31,7 +34,6 @@ def leaves(record, prefix=""):
 @given(RECORDS)
 def test_a_record_is_as_json_gives_it_back(record):
     assert differences(record, json.loads(json.dumps(record))) == []
-    assert fingerprint_digest(record) == fingerprint_digest(json.loads(json.dumps(record)))
 
 
 @given(RECORDS, RECORDS)
@@ -58,6 +60,12 @@ def test_long_values_are_cut_short():
 # ------------------------------------------------------------------------------------------- runs
 
 
+@pytest.fixture(autouse=True)
+def _small_units(monkeypatch):
+    """A run that is stopped leaves units behind."""
+    monkeypatch.setattr("longvid.store.latent_writer._latents_per_chunk", lambda *_: 4)
+
+
 def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
 
@@ -69,7 +77,9 @@ def attempt(direction, source, path, *, model=None, stop_after=None, dtype="floa
 
     settings = {"device": "cpu", "layout": "contiguous", "paired_frames": "off", "callbacks": [stop]}
     with VideoSession(model or load_model("tiny"), dtype=dtype, chunk_frames=chunk_frames, **settings) as session:
-        return getattr(session, direction)(source, path, durability=Durability(mode="rename"), **options)
+        return getattr(session, direction)(
+            source, path, durability=Durability(mode="rename", publish_seconds=0), **options
+        )
 
 
 def other_weights(part):

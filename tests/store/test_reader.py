@@ -153,7 +153,7 @@ def test_a_killed_writer_leaves_finished_frames_only(tmp_path, at):
     data = xr_open(tmp_path / "a.zarr")
     np.testing.assert_array_equal(data.latents, expected[: store.num_latents].astype(np.float16))
     # and the next run may start over
-    write(tmp_path / "a.zarr", 9, overwrite=True, resume=False)
+    write(tmp_path / "a.zarr", 9, overwrite=True, resume="never")
     assert open_store(tmp_path / "a.zarr").num_frames == 9
 
 
@@ -275,11 +275,11 @@ def test_overwrite_and_empty_folders(tmp_path):
     write(tmp_path / "a.zarr", 30)
     found, before = check_target(tmp_path / "a.zarr"), files(tmp_path)
     with pytest.raises(StoreError, match="a complete store of 30 frames; --overwrite"):
-        found.decide({}, overwrite=False, resume=False)
+        found.decide({}, overwrite=False, resume="never")
     with pytest.raises(StoreError, match=r"source\.sha256 is missing in the store and 17 in this run") as caught:
-        found.decide({"source": {"sha256": 17}}, overwrite=False, resume=True)
+        found.decide({"source": {"sha256": 17}}, overwrite=False, resume="exact")
     assert caught.value.kind == "mismatch"
-    assert found.decide({}, overwrite=False, resume=True) == "done"
+    assert found.decide({}, overwrite=False, resume="exact") == "done"
     assert files(tmp_path) == before
     write(tmp_path / "a.zarr", 5, overwrite=True)
     assert open_store(tmp_path / "a.zarr").num_frames == 5
@@ -386,7 +386,7 @@ def test_a_store_of_frames_cut_short_is_not_a_source(tmp_path):
     with pytest.raises(SourceError, match="incomplete") as caught:
         open_source(tmp_path / "f.zarr")
     assert caught.value.kind == "truncated"
-    with frame_store(tmp_path / "f.zarr", overwrite=True, resume=False) as store:
+    with frame_store(tmp_path / "f.zarr", overwrite=True, resume="never") as store:
         store.write(frames, np.arange(200))
     with open_source(tmp_path / "f.zarr") as again:
         assert sum(len(b.frames_THWC) for b in again.blocks()) == 200
@@ -445,15 +445,15 @@ def test_replacing_cut_short_never_shows_the_old_store_as_whole(tmp_path, monkey
         deleted.append(path)
         real(path, **options)
 
-    monkeypatch.setattr("longvid.store.writer.shutil.rmtree", rmtree)
-    with pytest.raises(KeyboardInterrupt), writer(tmp_path / "a.zarr", overwrite=True, resume=False):
+    monkeypatch.setattr("longvid.store.staging.shutil.rmtree", rmtree)
+    with pytest.raises(KeyboardInterrupt), writer(tmp_path / "a.zarr", overwrite=True, resume="never"):
         pass
     monkeypatch.undo()
     if (tmp_path / "a.zarr").exists():
         with pytest.raises(StoreError, match="nothing was committed") as caught:
             open_store(tmp_path / "a.zarr")
         assert caught.value.kind == "incomplete"
-    write(tmp_path / "a.zarr", 5, overwrite=True, resume=False)
+    write(tmp_path / "a.zarr", 5, overwrite=True, resume="never")
     assert open_store(tmp_path / "a.zarr").num_frames == 5
 
 
@@ -466,7 +466,7 @@ def test_what_a_failed_run_cannot_remove_the_next_one_clears(tmp_path, monkeypat
             raise OSError(24, "Too many open files")
         real(path, **options)
 
-    monkeypatch.setattr("longvid.store.writer.shutil.rmtree", rmtree)
+    monkeypatch.setattr("longvid.store.staging.shutil.rmtree", rmtree)
     never = Durability(publish_seconds=float("inf"))
     with pytest.raises(KeyboardInterrupt), writer(tmp_path / "a.zarr", durability=never) as store:
         store._last_commit = float("inf")  # nor at the first unit

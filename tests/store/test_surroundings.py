@@ -98,7 +98,7 @@ def test_files_of_the_operating_system_are_listed_and_do_no_harm(store, tmp_path
         found = verify(path)
         assert (found.ok, found.foreign) == (True, (name,))
         assert name in found.explain()
-    assert check_target(tmp_path / "b.zarr").decide({}, overwrite=False, resume=True) == "resume"
+    assert check_target(tmp_path / "b.zarr").decide({}, overwrite=False, resume="exact") == "resume"
     write(tmp_path / "b.zarr", 57)
     assert open_store(tmp_path / "b.zarr").complete
 
@@ -129,7 +129,7 @@ def test_another_model_is_named_with_the_store_and_the_option(tmp_path):
     write(tmp_path / "a.zarr", 9, fingerprint={"model": {"class_name": "A", "config": {"x": 1}}})
     other = {"model": {"class_name": "B", "config": {"x": 2}}}
     with pytest.raises(StoreError) as caught:
-        check_target(tmp_path / "a.zarr").decide(other, overwrite=False, resume=True)
+        check_target(tmp_path / "a.zarr").decide(other, overwrite=False, resume="exact")
     text = str(caught.value)
     assert "a.zarr" in text
     assert "model.class_name is A in the store and B in this run" in text

@@ -19,22 +19,20 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from support.fault_runs import Operations, Outcome, Truth
+from support.fault_runs import CHUNK_FRAMES, HEIGHT, WIDTH, Outcome, Truth, write_video
+from support.file_operations import Operations
 from support.forking import Forkers, serve
-from support.media import write_media
 
-_UNIT_LATENTS = 2
-NUM_FRAMES, HEIGHT, WIDTH = 41, 32, 48
+_UNIT_LATENTS = 4
+NUM_FRAMES = 90
+"24 latents, which are units without a rest"
+_MIDDLE = 7
+"the number of a chunk"
 OPTIONS = (
-    "--model", "tiny", "--device", "cpu", "--layout", "contiguous", "--snapshot-seconds", "0", "--json", "--quiet"
+    "--model", "tiny", "--device", "cpu", "--layout", "contiguous", "--chunk-frames", str(CHUNK_FRAMES),
+    "--json", "--quiet",
 )  # fmt: skip
-"of every run: a snapshot after every chunk"
-
-
-def noise(num_frames: int = NUM_FRAMES) -> np.ndarray:
-    return np.random.default_rng(5).integers(0, 256, (num_frames, HEIGHT, WIDTH, 3), dtype=np.uint8)
+"of every run"
 
 
 # ------------------------------------------------------------------------------------------- in the child
@@ -90,6 +88,7 @@ def _in_chunk(chunk: int, signals: Iterable[int], lasts: bool) -> None:
 
 
 def _child(command: dict) -> dict:
+    from longvid import Durability
     from longvid.cli.commands import main
 
     for signum in (signal.SIGTERM, signal.SIGHUP):
@@ -97,6 +96,7 @@ def _child(command: dict) -> dict:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the tests run in the background
     answer = {"shown": 0}
     _watch_steps(answer)
+    Durability.commit_due = lambda _, *, seconds, units: seconds >= command["commit_seconds"]
     for name, most in command["limits"].items():
         resource.setrlimit(getattr(resource, name), (most, resource.getrlimit(getattr(resource, name))[1]))
     tracer = _trace(command) if command["inject"] else None
@@ -116,6 +116,7 @@ def _child(command: dict) -> dict:
         complained.write(traceback.format_exc())
     answer |= {"code": code, "said": said.getvalue(), "complained": complained.getvalue()}
     answer |= {"seconds": time.perf_counter() - started, "points": operations.points}
+    answer["foreign"] = sorted(operations.foreign)
     if tracer is not None:
         tracer.send_signal(signal.SIGINT)  # it lets go
         tracer.wait()
@@ -158,6 +159,8 @@ class Ran:
     "the most frames that readers could see while it ran"
     points: int
     "at which a signal may be sent: before and after every operation on files of the store"
+    foreign: list[str]
+    "see :class:`Operations`"
 
     @property
     def report(self) -> dict:
@@ -172,6 +175,14 @@ class Ran:
     @property
     def error(self) -> str:
         return self.complained
+
+    @property
+    def resumed_from(self) -> int:
+        return self.report["resumed_from_frame"]
+
+    @property
+    def computed(self) -> int:
+        return self.report["frames_computed"]
 
 
 class Commands(Forkers):
@@ -188,6 +199,7 @@ class Commands(Forkers):
         trace: Path | None = None,
         signal_at: tuple[int, int] | None = None,
         in_chunk: tuple[int, Iterable[int], bool] | None = None,
+        commit_seconds: float = 0,
     ) -> Ran:
         """Run `longvid` with these arguments.
 
@@ -197,12 +209,13 @@ class Commands(Forkers):
             only: paths whose system calls may fail; all by default.
             signal_at: a signal, and the point at which the process gets it (see :attr:`Ran.points`).
             in_chunk: a chunk, the signals that come while it is computed, and whether it then never ends.
+            commit_seconds: between two commits; by default one for every unit.
         """
         command = {
             "argv": argv, "limits": limits or {}, "inject": inject, "only": only, "trace": trace,
-            "signal_at": signal_at, "in_chunk": in_chunk,
+            "signal_at": signal_at, "in_chunk": in_chunk, "commit_seconds": commit_seconds,
         }  # fmt: skip
-        silent = {"code": -2, "said": "", "complained": "", "seconds": 0.0, "shown": 0, "points": 0}
+        silent = {"code": -2, "said": "", "complained": "", "seconds": 0.0, "shown": 0, "points": 0, "foreign": []}
         return Ran(**(silent | self.ask(command)))
 
 
@@ -211,12 +224,9 @@ class Bench:
 
     def __init__(self, commands: Commands, folder: Path) -> None:
         self.commands = commands
-        self.video = write_media(folder / "a.mp4", noise())
+        self.video = write_video(folder, NUM_FRAMES)
         ran = commands.run("encode", self.video, folder / "a.zarr", *OPTIONS)
-        assert ran.code == 0, ran.complained
-        self.truth = Truth.of(folder / "a.zarr", 0)
-        self.points = ran.points
-        assert len(self.truth.arrays["digest"]) >= 4  # units
+        self.truth = Truth.of("encode", folder / "a.zarr", ran)
 
     @classmethod
     @contextlib.contextmanager
@@ -237,15 +247,24 @@ class Trial:
         "the run after it"
 
     def _run(self, **fault) -> Ran:
-        return self._bench.commands.run("encode", self._bench.video, self.store, *OPTIONS, **fault)
+        ran = self._bench.commands.run("encode", self._bench.video, self.store, *OPTIONS, **fault)
+        self.outcome.failed += [f"{name} was written" for name in ran.foreign]
+        return ran
 
     def strike(self, code: int = 4, words: str = "", **fault) -> Ran:
         """Run with a fault: exit code 0, or this one with these words, and readers see no less than before."""
         self.hurt = ran = self._run(**fault)
         if ran.code not in (0, code) or (ran.code == code and words not in ran.complained):
             self.outcome.failed.append(f"exit code {ran.code}: {ran.complained}")
-        self.outcome.see(self.store, self._bench.truth, least=ran.shown)
+        self.outcome.see(self.store, self._bench.truth, least=max(ran.shown, self.outcome.frames))
         return ran
+
+    def begin(self) -> int:
+        """Stop a run in the middle of the video, where one that resumes it does not begin with frame 0. How far."""
+        ran = self.strike(code=143, in_chunk=(_MIDDLE, [signal.SIGTERM], False))
+        assert ran.code == 143, ran.complained
+        assert self._bench.truth.start(self.outcome.frames) > 0
+        return self.outcome.frames
 
     def go_on(self) -> Ran:
         self.ran = self._run()

@@ -1,35 +1,41 @@
 """Runs that die in forked children: killed at any file operation, with a record of what a power cut needs to know.
 
-The tests' own process reads stores with zarr, whose numbers have to be those of an undisturbed run.
+The tests' own process reads stores with zarr, whose numbers have to be those of an undisturbed run. A run that resumes
+another has to begin behind the last commit, and computes no more than its warm-up and one chunk of proof in front.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
 import signal
-import threading
+import tempfile
 import time
 import traceback
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, Protocol, Self
 
 import numpy as np
 
+from support.file_operations import Operations, foreign_paths, paths_of
 from support.forking import Forkers, serve
+from support.media import write_media
 
-NUM_FRAMES, HEIGHT, WIDTH = 54, 32, 48
-"""One more than fill their latent frames, so that the tail is padded, and units that do not come out even: a run
-resumed after the last chunk has to know how many frames there were."""
+NUM_FRAMES, HEIGHT, WIDTH, CHUNK_FRAMES = 96, 32, 48, 8
+"""The tail is padded. Units of latents do not come out even: a run resumed after the last chunk has to know how many
+frames there were. Those of frames do: a run may be killed when all is committed and the store is not yet complete."""
+WARMUP = {"encode": 3, "decode": 4}
+"chunks of these frames that `tiny` takes to forget"
 _LATENT_UNIT_BYTES = 4 * 16 * (HEIGHT // 8) * (WIDTH // 8) * 2
 _FRAME_UNIT_BYTES = 8 * HEIGHT * WIDTH * 3
 "of a frame store's unit this is half"
-SESSION = {"device": "cpu", "dtype": "float32", "layout": "contiguous", "paired_frames": "off"}
+SESSION = {
+    "device": "cpu", "dtype": "float32", "layout": "contiguous", "paired_frames": "off", "chunk_frames": CHUNK_FRAMES
+}  # fmt: skip
+SEEK = "digest/.longvid/seek"
+"the file of the seek points"
 _model = None
 "of the process that forks; children share it"
 
@@ -37,159 +43,24 @@ _model = None
 # ------------------------------------------------------------------------------------------- in the child
 
 
-class Operations:
-    """Counts, records and cuts off what a process does to files in one folder.
-
-    Every operation has two points: just before it and just after it.
-
-    Args:
-        root: the folder; operations elsewhere are not seen, but for syncs.
-        kill_at: the point at which the process gets the signal; None for never.
-        signum: that signal. By default it dies of it.
-        log: file that gets a line for every operation that changes names or syncs, with what a power cut needs to know.
-        kept: folder for links to the files that lost their names.
-    """
-
-    def __init__(
-        self,
-        root: str,
-        kill_at: int | None = None,
-        log: str | None = None,
-        kept: str | None = None,
-        signum: int = signal.SIGKILL,
-    ) -> None:
-        self._root = root
-        self._kill_at = kill_at
-        self._signum = signum
-        self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if log else None
-        self._kept = kept
-        self._lock = threading.RLock()
-        self.points = 0
-        self._num_kept = 0
-        self._real = {name: getattr(os, name) for name in ("open", "fsync", "replace", "unlink", "mkdir", "rmdir")}
-
-    def install(self) -> None:
-        import io
-
-        real_open = io.open
-
-        def opened(file, mode="r", *args, **kwargs):
-            if "w" not in mode or isinstance(file, int) or not self._inside(path := os.fspath(file)):
-                return real_open(file, mode, *args, **kwargs)
-            with self._lock:
-                created = not os.path.lexists(path)
-                self._point("create", path)
-                result = real_open(file, mode, *args, **kwargs)
-                if created:
-                    self._write({"op": "create", "path": path, "inode": os.fstat(result.fileno()).st_ino})
-                self._point("create", path)
-                return result
-
-        io.open = opened
-        for name in self._real:
-            setattr(os, name, getattr(self, f"_{name}"))
-
-    def _inside(self, path: str) -> bool:
-        return path == self._root or path.startswith(self._root + "/")
-
-    def _point(self, name: str, path: str) -> None:
-        if self.points == self._kill_at:
-            os.kill(os.getpid(), self._signum)
-            while self._signum == signal.SIGKILL:
-                time.sleep(60)
-        self.points += 1
-
-    def _write(self, record: dict) -> None:
-        if self._log is not None:
-            os.write(self._log, json.dumps(record).encode() + b"\n")
-
-    def _keep(self, path: str) -> str | None:
-        if self._kept is None or not os.path.isfile(path):
-            return None
-        self._num_kept += 1
-        kept = f"{self._kept}/{os.getpid()}-{self._num_kept}"
-        os.link(path, kept)
-        return kept
-
-    @staticmethod
-    def _path(path, dir_fd) -> str:
-        path = os.fspath(path)
-        if not isinstance(path, str):
-            return ""
-        return path if dir_fd is None else os.path.join(os.readlink(f"/proc/self/fd/{dir_fd}"), path)
-
-    def _named(self, name, path, dir_fd, call, record=None):
-        full = self._path(path, dir_fd)
-        if not self._inside(full):
-            return call()
-        with self._lock:
-            before = {} if record is None or self._log is None else record(full)
-            self._point(name, full)
-            result = call()
-            if record is not None:
-                self._write({"op": name, "path": full, **before})
-            self._point(name, full)
-            return result
-
-    def _open(self, path, flags, mode=0o777, *, dir_fd=None):
-        created = flags & os.O_CREAT and not os.path.lexists(self._path(path, dir_fd))
-        call = partial(self._real["open"], path, flags, mode, dir_fd=dir_fd)
-        if not created:
-            return self._named("open", path, dir_fd, call)
-
-        def create():
-            fd = call()
-            self._write({"op": "create", "path": self._path(path, dir_fd), "inode": os.fstat(fd).st_ino})
-            return fd
-
-        return self._named("open", path, dir_fd, create)
-
-    def _fsync(self, fd):
-        path = os.readlink(f"/proc/self/fd/{fd}")
-        with self._lock:
-            self._point("fsync", path)
-            if self._kill_at is None:  # a process that is killed has no need of it, and it takes most of the time
-                self._real["fsync"](fd)
-            found = os.fstat(fd)
-            self._write({"op": "fsync", "path": path, "state": [found.st_ino, found.st_size, found.st_mtime_ns]})
-            self._point("fsync", path)
-
-    def _replace(self, src, dst, *, src_dir_fd=None, dst_dir_fd=None):
-        def facts(full):
-            facts = {"src": os.fspath(src), "inode": os.stat(src).st_ino, "old": self._keep(full)}
-            if full == f"{self._root}/zarr.json":
-                facts["frames"] = json.loads(Path(src).read_bytes())["attributes"]["longvid"]["num_frames"]
-            return facts
-
-        call = partial(self._real["replace"], src, dst, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
-        return self._named("replace", dst, dst_dir_fd, call, facts)
-
-    def _unlink(self, path, *, dir_fd=None):
-        call = partial(self._real["unlink"], path, dir_fd=dir_fd)
-        return self._named("unlink", path, dir_fd, call, lambda full: {"old": self._keep(full)})
-
-    def _mkdir(self, path, mode=0o777, *, dir_fd=None):
-        call = partial(self._real["mkdir"], path, mode, dir_fd=dir_fd)
-        return self._named("mkdir", path, dir_fd, call, lambda full: {})
-
-    def _rmdir(self, path, *, dir_fd=None):
-        call = partial(self._real["rmdir"], path, dir_fd=dir_fd)
-        return self._named("rmdir", path, dir_fd, call)
-
-
 def source_frames() -> np.ndarray:
     return np.random.default_rng(5).integers(0, 256, (NUM_FRAMES, HEIGHT, WIDTH, 3), dtype=np.uint8)
 
 
-def _longvid(command: dict) -> None:
+def write_video(folder: Path, num_frames: int = NUM_FRAMES) -> Path:
+    """A video of noise, with key frames where a run that resumes may seek to."""
+    noise = np.random.default_rng(5).integers(0, 256, (num_frames, HEIGHT, WIDTH, 3), dtype=np.uint8)
+    return write_media(folder / "a.mp4", noise, options={"g": "12"})
+
+
+def _longvid(command: dict) -> dict:
     from longvid import Durability, VideoSession
 
-    durability = Durability(mode=command["mode"], publish_seconds=0, snapshot_seconds=0)
+    durability = Durability(mode=command["mode"], publish_seconds=0)
     with VideoSession(_model, **SESSION) as session:
-        if command["job"] == "encode":
-            session.encode(source_frames(), command["path"], durability=durability)
-        else:
-            session.decode(command["store"], command["path"], durability=durability)
+        source = command["video"] if command["job"] == "encode" else command["store"]
+        report = getattr(session, command["job"])(source, command["path"], durability=durability)
+    return {"resumed_from": report.resumed_from_frame, "computed": report.frames_computed}
 
 
 def plain_rows() -> np.ndarray:
@@ -197,7 +68,7 @@ def plain_rows() -> np.ndarray:
     return np.random.default_rng(6).standard_normal((21, 16, HEIGHT // 8, WIDTH // 8)).astype(np.float32)
 
 
-def _plain(command: dict) -> None:
+def _plain(command: dict) -> dict:
     """What one would write without this package: an array that is appended to, unit by unit."""
     import zarr
 
@@ -205,6 +76,7 @@ def _plain(command: dict) -> None:
     array = zarr.create_array(command["path"], shape=(0, *rows.shape[1:]), chunks=(4, *rows.shape[1:]), dtype="float32")
     for start in range(0, len(rows), 4):
         array.append(rows[start : start + 4])
+    return {}
 
 
 def _child(command: dict) -> dict:
@@ -213,10 +85,11 @@ def _child(command: dict) -> dict:
     started = time.perf_counter()
     try:
         operations.install()
-        (_plain if command["job"] == "plain" else _longvid)(command)
+        result |= (_plain if command["job"] == "plain" else _longvid)(command)
     except BaseException:
         result["error"] = traceback.format_exc()
-    return result | {"points": operations.points, "seconds": time.perf_counter() - started}
+    facts = {"points": operations.points, "foreign": sorted(operations.foreign)}
+    return result | facts | {"seconds": time.perf_counter() - started}
 
 
 def _main() -> None:
@@ -247,16 +120,21 @@ class Forker(Forkers):
 
     module = "support.fault_runs"
 
+    def __enter__(self) -> Self:
+        self._folder = tempfile.TemporaryDirectory()
+        self._video = write_video(Path(self._folder.name))
+        return super().__enter__()
+
+    def __exit__(self, *exc) -> None:
+        super().__exit__(*exc)
+        self._folder.cleanup()
+
     def run(self, job: str, path: Path, *, mode: str = "fsync", **facts) -> Ending:
-        command = {"job": job, "path": path, "mode": mode, **{k: v for k, v in facts.items() if v is not None}}
-        answer = self.ask(command)
-        assert answer["ended_by"] in (0, signal.SIGKILL), answer
-        return Ending(
-            killed=answer["ended_by"] == signal.SIGKILL,
-            error=answer.get("error"),
-            points=answer.get("points", 0),
-            seconds=answer.get("seconds", 0.0),
-        )
+        given = {name: value for name, value in facts.items() if value is not None}
+        answer = self.ask({"job": job, "path": path, "mode": mode, "video": self._video, **given})
+        ended_by = answer.pop("ended_by")
+        assert ended_by in (0, signal.SIGKILL), (ended_by, answer)
+        return Ending(killed=ended_by == signal.SIGKILL, **answer)
 
 
 @dataclass(frozen=True)
@@ -264,36 +142,68 @@ class Ending:
     """How a run ended."""
 
     killed: bool
-    error: str | None
-    points: int
-    seconds: float
+    error: str | None = None
+    points: int = 0
+    seconds: float = 0.0
+    resumed_from: int = 0
+    computed: int = 0
+    "frames that went through the model"
+    foreign: list[str] = field(default_factory=list)
+    "see :class:`Operations`"
 
     @property
     def finished(self) -> bool:
         return not self.killed and self.error is None
 
 
+class Finish(Protocol):
+    """What a run tells that had to finish a store."""
+
+    finished: bool
+    error: str | None
+    resumed_from: int
+    computed: int
+    foreign: list[str]
+
+
 @dataclass(frozen=True)
 class Truth:
     """The store of an undisturbed run."""
 
+    job: str
     arrays: dict[str, np.ndarray]
     files: set[str]
     points: int
     "at which such a run can be killed"
 
     @staticmethod
-    def of(path: Path, points: int) -> Truth:
-        return Truth(read_arrays(path), files_of(path), points)
+    def of(job: str, path: Path, ending: Any) -> Truth:
+        assert ending.finished, ending.error
+        assert not ending.foreign, ending.foreign
+        truth = Truth(job, read_arrays(path), paths_of(path), ending.points)
+        assert ending.computed == truth.num_frames
+        assert len(truth.arrays["digest"]) >= 6  # units
+        assert (SEEK in truth.files) == (job == "encode")
+        return truth
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.arrays["frame_pts"])
 
     @property
     def frame_bytes(self) -> float:
         """Bytes of one frame in all arrays."""
-        return sum(array.nbytes for array in self.arrays.values()) / len(self.arrays["frame_pts"])
+        return sum(array.nbytes for array in self.arrays.values()) / self.num_frames
 
+    def start(self, known: int) -> int:
+        """The first chunk of a run that resumes when so many frames are committed: warm-up and one of proof before."""
+        first = (known - 1) // CHUNK_FRAMES - 1
+        return first - WARMUP[self.job] if first > WARMUP[self.job] else 0
 
-def files_of(path: Path) -> set[str]:
-    return {str(entry.relative_to(path)) for entry in path.rglob("*")}
+    def to_compute(self, known: int) -> int:
+        """The frames that go through the model in such a run."""
+        start = self.start(known)
+        return self.num_frames - (0 if start == 0 else 1 + start * CHUNK_FRAMES)
 
 
 def root_of(path: Path) -> dict | None:
@@ -303,6 +213,10 @@ def root_of(path: Path) -> dict | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     return root if root.get("consolidated_metadata") else None
+
+
+def is_complete(root: dict | None) -> bool:
+    return root is not None and root["attributes"]["longvid"]["status"] == "complete"
 
 
 def published_frames(path: Path) -> int:
@@ -341,6 +255,12 @@ class Outcome:
     failed: list[str] = field(default_factory=list)
     "anything else that was not as promised"
     lost_frames: int = 0
+    frames: int = 0
+    "that readers were shown last"
+    complete: bool = False
+    "whether they were told that these are all"
+    started_in_the_middle: bool = False
+    "whether the run that followed did not begin with frame 0"
 
     @property
     def ok(self) -> bool:
@@ -348,28 +268,38 @@ class Outcome:
 
     def see(self, path: Path, truth: Truth, *, least: int) -> int:
         """Look at what readers are shown after a fault; ``least`` frames have to be there. How many are."""
+        self.failed += [f"{name} is not of the format" for name in foreign_paths(path)]
         try:
-            arrays, frames = read_arrays(path), published_frames(path)
+            arrays, root = read_arrays(path), root_of(path)
+            self.frames, self.complete = published_frames(path), is_complete(root)
         except Exception as exc:
             self.failed.append(f"cannot be read: {exc!r}")
             self.lost_frames += least
             return 0
         if not is_prefix(arrays, truth):
-            self.wrong.append(f"the {frames} frames that are published are not those of an undisturbed run")
-        if len(arrays.get("frame_pts", ())) != frames:
-            self.failed.append(f"{len(arrays.get('frame_pts', ()))} rows, {frames} frames are recorded")
-        self.lost_frames += max(0, least - frames)
-        return frames
+            self.wrong.append(f"the {self.frames} frames that are published are not those of an undisturbed run")
+        if len(arrays.get("frame_pts", ())) != self.frames:
+            self.failed.append(f"{len(arrays.get('frame_pts', ()))} rows, {self.frames} frames are recorded")
+        self.lost_frames += max(0, least - self.frames)
+        return self.frames
 
-    def see_end(self, path: Path, truth: Truth, ending: Ending) -> None:
+    def see_end(self, path: Path, truth: Truth, ending: Finish) -> None:
         """Look at the store after the run that had to finish it."""
         if not ending.finished:
             self.failed.append(ending.error or "the resumed run was killed")
             return
-        self.see(path, truth, least=len(truth.arrays["frame_pts"]))
+        computed = 0 if self.complete else truth.to_compute(self.frames)
+        self.started_in_the_middle = 0 < computed < truth.num_frames
+        if (ending.resumed_from, ending.computed) != (self.frames, computed):
+            self.failed.append(
+                f"resumed from {ending.resumed_from} and computed {ending.computed} frames, {computed} of them had to "
+                f"be, since {self.frames} were there"
+            )
+        self.failed += [f"{name} was written" for name in ending.foreign]
+        self.see(path, truth, least=truth.num_frames)
         self.failed += _faults_of(path)
-        if files_of(path) != truth.files:
-            self.failed.append(f"files differ: {sorted(files_of(path) ^ truth.files)}")
+        if differ := (paths_of(path) ^ truth.files) - {SEEK}:  # which is not synced, and may be lost
+            self.failed.append(f"files differ: {sorted(differ)}")
 
 
 def explain(bad: list[tuple[object, Outcome]]) -> str:
@@ -396,87 +326,6 @@ def spread(total: int, count: int, seed: int) -> list[int]:
         return list(range(total))
     edges = [total * i // count for i in range(count + 1)]
     return [rng.randrange(a, b) for a, b in pairwise(edges)]
-
-
-# ------------------------------------------------------------------------------------------- power cuts
-
-
-class PowerCut:
-    """What a disk may hold after the power failed, made from what a process did until it died.
-
-    Names that were made, replaced or removed since their folder was synced may be as before, each by itself. A file
-    that was not synced since it was written last may hold all, none, half, or zeros, or may be gone.
-
-    Args:
-        root: the store's folder.
-        log: what :class:`Operations` wrote.
-        rng: what happens to what may happen.
-    """
-
-    def __init__(self, root: Path, log: Path, rng: random.Random) -> None:
-        self._root = root
-        self._rng = rng
-        self._records = [json.loads(line) for line in log.read_bytes().splitlines(keepends=True) if line[-1:] == b"\n"]
-
-    def durable_frames(self) -> int:
-        """Frames that were published by a root whose name was on the disk."""
-        durable = shown = 0
-        for record in self._records:
-            shown = record.get("frames", shown)
-            if record["op"] == "fsync" and record["path"] == str(self._root):
-                durable = shown
-        return durable
-
-    def shown_frames(self) -> int:
-        """Frames that readers were shown, durable or not."""
-        return next((record["frames"] for record in reversed(self._records) if "frames" in record), 0)
-
-    def happen(self) -> None:
-        """Turn the folder into such a state."""
-        synced = {tuple(record["state"]) for record in self._records if record["op"] == "fsync"}
-        for record in reversed(list(self._unsettled())):
-            if self._rng.random() < 0.5:
-                self._undo(record)
-        for path in sorted(self._root.rglob("*")):
-            if path.is_file():
-                found = path.stat()
-                if (found.st_ino, found.st_size, found.st_mtime_ns) not in synced:
-                    self._spoil(path)
-
-    def _unsettled(self) -> Iterable[dict]:
-        synced_until: dict[str, int] = {}
-        for number, record in enumerate(self._records):
-            if record["op"] == "fsync":
-                synced_until[record["path"]] = number
-        for number, record in enumerate(self._records):
-            if record["op"] != "fsync" and synced_until.get(os.path.dirname(record["path"]), -1) < number:
-                yield record
-
-    def _undo(self, record: dict) -> None:
-        path, old = Path(record["path"]), record.get("old")
-        if not path.parent.is_dir():  # went with a folder
-            return
-        if record["op"] == "mkdir":
-            shutil.rmtree(path, ignore_errors=True)
-        elif record["op"] == "create":
-            if path.is_file() and path.stat().st_ino == record["inode"]:
-                path.unlink()
-        elif record["op"] == "unlink":
-            if old is not None and not path.exists():
-                os.link(old, path)
-        elif path.is_file() and path.stat().st_ino == record["inode"]:  # else it was replaced once more
-            os.replace(path, record["src"])
-            if old is not None:
-                os.link(old, path)
-
-    def _spoil(self, path: Path) -> None:
-        content = path.read_bytes()
-        kind = self._rng.choice(("kept", "empty", "zeros", "half", "missing"))
-        if kind == "kept":
-            return
-        path.unlink()  # the file may have another name, among those that were kept
-        if kind != "missing":
-            path.write_bytes({"empty": b"", "zeros": bytes(len(content)), "half": content[: len(content) // 2]}[kind])
 
 
 if __name__ == "__main__":

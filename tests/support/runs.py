@@ -69,7 +69,7 @@ def run_report(last: ChunkEvent, **changes) -> RunReport:
         "direction": last.direction, "frames": last.frames_done, "latent_frames": 2 * (last.index + 1),
         "seconds": last.seconds, "frames_per_second": last.frames_done / last.seconds,
         "compute_seconds": 0.75 * last.seconds, "wait_seconds": 0.125 * last.seconds,
-        "read_seconds": 0.5 * last.seconds, "write_seconds": 0.25 * last.seconds, "snapshot_seconds": 0.0,
+        "read_seconds": 0.5 * last.seconds, "write_seconds": 0.25 * last.seconds,
         "peak_device_bytes": last.peak_device_bytes, "projected_bytes": BASE_BYTES + 200 * MIB,
         "peak_rss_bytes": last.rss_bytes, "cache_bytes": last.cache_bytes, "offloaded_bytes": last.offloaded_bytes,
         "resumed_from_frame": 0, "complete": True,

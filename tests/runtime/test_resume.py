@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 import zarr
 
-from longvid import Durability, StoreError, VideoSession, load_model
-from longvid.runtime.snapshot import fingerprint_digest
-from longvid.store.target import differences
+from longvid import StoreError, VideoSession, load_model
 
 HEIGHT, WIDTH, NUM_FRAMES = 32, 48, 44
 
@@ -64,7 +62,7 @@ def test_stopped_after_any_chunk_the_bits_are_the_same(model, video, tmp_path, d
         assert not first.complete
         second = run(model, direction, source, path, offload="all" if offload == "none" else "none")
         assert second.complete
-        assert second.resumed_from_frame == first.frames == model.geometry.schedule.full(chunk).frame_stop
+        assert second.resumed_from_frame <= first.frames == model.geometry.schedule.full(chunk).frame_stop
         found = arrays(path)
         assert found.keys() == whole.keys()
         for name in whole:
@@ -78,29 +76,6 @@ def test_a_run_that_is_stopped_after_every_chunk_comes_to_its_end(model, video, 
             break
     whole, found = arrays(tmp_path / "whole.zarr"), arrays(tmp_path / "a.zarr")
     assert all(np.array_equal(whole[name], found[name]) for name in whole)
-
-
-def test_without_snapshots_a_run_starts_over_and_compares(model, video, tmp_path):
-    none = Durability(publish_seconds=0, snapshot_seconds=float("inf"))
-    run(model, "encode", video, tmp_path / "whole.zarr")
-    last = model.geometry.schedule.num_chunks(NUM_FRAMES) - 2
-    assert not run(model, "encode", video, tmp_path / "a.zarr", stop_after=last, durability=none).complete
-    report = run(model, "encode", video, tmp_path / "a.zarr")
-    assert (report.complete, report.resumed_from_frame) == (True, 0)
-    whole, found = arrays(tmp_path / "whole.zarr"), arrays(tmp_path / "a.zarr")
-    assert all(np.array_equal(whole[name], found[name]) for name in whole)
-
-
-def test_other_frames_than_those_that_were_published_are_noticed(video, tmp_path):
-    """An iterable has no content to take a digest of in advance; the frames themselves tell."""
-    none = Durability(publish_seconds=0, snapshot_seconds=float("inf"))
-    nano = load_model("cogvideox-nano", random_weights=1)
-    run(nano, "encode", iter([video[:20], video[20:]]), tmp_path / "a.zarr", stop_after=3, durability=none)
-    other = video.copy()
-    other[5] ^= 1
-    with pytest.raises(StoreError, match="differs from the committed one") as caught:
-        run(nano, "encode", iter([other[:20], other[20:]]), tmp_path / "a.zarr")
-    assert caught.value.kind == "mismatch"
 
 
 CHANGES = {
@@ -139,14 +114,3 @@ def test_what_decides_the_bits_may_not_change_and_nothing_is_written(video, tmp_
     assert caught.value.kind == "mismatch"
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     assert attempt(first).complete
-
-
-def test_fingerprints():
-    a = {"x": {"y": 1, "z": [1, 2]}, "w": "a"}
-    assert differences(a, {"x": {"y": 1, "z": (1, 2)}, "w": "a"}) == []
-    assert differences(a, {"x": {"y": 2}, "w": "a"}) == [
-        "x.y is 1 in the store and 2 in this run",
-        "x.z is [1, 2] in the store and missing in this run",
-    ]
-    assert fingerprint_digest({"a": 1, "b": 2}) == fingerprint_digest({"b": 2, "a": 1})
-    assert fingerprint_digest({"a": 1}) != fingerprint_digest({"a": 2})

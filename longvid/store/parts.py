@@ -1,0 +1,211 @@
+"""Owns parts: the stores that several runs made of one video, each of a share of its chunks, and the one store that is
+joined of them.
+
+A part is an ordinary store. All but the first begin with a chunk that the part before has too, so that :func:`join` can
+compare what two runs computed, bit for bit. No torch here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longvid.errors import StoreError
+from longvid.files import local_path
+from longvid.store.durability import Durability, WriteOptions
+from longvid.store.metadata import Part, RunFacts, StoreMetadata
+from longvid.store.reader import StoreReader, open_reader
+from longvid.store.target import changes
+from longvid.store.writer import StoreWriter, Unit
+
+__all__ = ["chunks_of_part", "join", "part_path", "without_part"]
+
+_NAME = re.compile(r"\.part-(\d+)-of-(\d+)")
+_OWN_FACTS = ("part", "window")
+"what the fingerprints of the parts of one video do not share"
+
+
+def part_path(store: Path, number: int, of: int) -> Path:
+    """Where a part of a store is written."""
+    return store.with_name(f"{store.name}.part-{number}-of-{of}")
+
+
+def without_part(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """What the fingerprints of all parts of one video share."""
+    return {name: value for name, value in fingerprint.items() if name not in _OWN_FACTS}
+
+
+def join(store: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Make one store of its parts, ``STORE.part-1-of-n`` and so on, which stay as they are.
+
+    The result is, in every data file, the store of one run. It becomes visible with one commit.
+
+    Args:
+        store: where the joined store goes; the parts lie beside it.
+        overwrite: replace a longvid store that is there.
+
+    Raises:
+        StoreError: kind ``"missing"``, ``"incomplete"`` or ``"mismatch"`` if a part is missing, was not finished or is
+            of another run, or if two neighbours differ in the chunk that both have; kind ``"exists"`` if a store is
+            there.
+    """
+    target = local_path(store)
+    readers = [open_reader(path) for path in _paths(target)]
+    _check_one_run(readers)
+    options = WriteOptions(durability=Durability(), overwrite=overwrite, resume="never")
+    with _JoinedWriter(target, [reader.metadata for reader in readers], options) as writer:
+        before: StoreReader | None = None
+        for reader in readers:
+            part = _part(reader)
+            if before is not None:
+                _check_overlap(before, reader)
+            writer.copy(reader, first=part.overlap)
+            before = reader
+    return target
+
+
+def _paths(target: Path) -> list[Path]:
+    """All parts in their order; StoreError unless they are there."""
+    found: dict[int, dict[int, Path]] = {}
+    for path in target.parent.glob(f"{_escaped(target.name)}.part-*-of-*"):
+        match = _NAME.fullmatch(path.name.removeprefix(target.name))
+        if match is not None:
+            found.setdefault(int(match[2]), {})[int(match[1])] = path
+    if len(found) != 1:
+        there = ", ".join(f"{len(parts)} of {of}" for of, parts in sorted(found.items())) or "none"
+        raise StoreError(
+            f"{target} has to be joined of all parts of one run, {target.name}.part-1-of-N to .part-N-of-N; parts that "
+            f"are there: {there}",
+            kind="mismatch" if found else "missing",
+        )
+    of, parts = found.popitem()
+    missing = [number for number in range(1, of + 1) if number not in parts]
+    if missing:
+        names = ", ".join(part_path(target, number, of).name for number in missing)
+        raise StoreError(f"{target} lacks parts: {names}; make them with --part K/{of}", kind="missing")
+    return [parts[number] for number in range(1, of + 1)]
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r"([*?\[])", r"[\1]", name)
+
+
+def _part(reader: StoreReader) -> Part:
+    part = reader.metadata.part
+    if part is None:
+        raise StoreError(f"{reader.path} is a whole store and no part of one", kind="mismatch")
+    return part
+
+
+def _check_one_run(readers: list[StoreReader]) -> None:
+    """Require finished parts of one run that follow each other without a gap."""
+    row, frame, of = 0, _part(readers[0]).frame, len(readers)
+    for number, reader in enumerate(readers, 1):
+        metadata, part = reader.metadata, _part(reader)
+        if not metadata.complete:
+            raise StoreError(f"{reader.path} is not finished; run the command that makes it again", kind="incomplete")
+        other = changes(without_part(readers[0].metadata.fingerprint), without_part(metadata.fingerprint))
+        if other or metadata.seams:
+            what = "; ".join(f"{name} is {old} there and {new} here" for name, (old, new) in list(other.items())[:6])
+            raise StoreError(
+                f"{reader.path} is of another run than {readers[0].path.name}: {what or 'it has a seam'}. All parts "
+                "have to be made of one video by one model, with the same settings, threads and libraries",
+                kind="mismatch",
+            )
+        at = part.row + part.overlap, part.frame + _overlap_frames(reader)
+        if (part.number, part.of) != (number, of) or at != (row, frame):
+            raise StoreError(
+                f"{reader.path} is {part} and begins at frame {at[1]}, and the parts before it end at frame {frame}; "
+                "make it again",
+                kind="mismatch",
+            )
+        row, frame = part.row + metadata.main.shape[0], part.frame + metadata.num_frames
+
+
+def _overlap_frames(reader: StoreReader) -> int:
+    """Frames of the overlap."""
+    rows, metadata = _part(reader).overlap, reader.metadata
+    return 0 if not rows else int(metadata.padded_frames(rows - 1)[1])
+
+
+def _check_overlap(before: StoreReader, reader: StoreReader) -> None:
+    """Require that two neighbours computed the same for the chunk that both have."""
+    part, shift = _part(reader), before.metadata.main.shape[0] - _part(reader).overlap
+    frames, frame_shift = _overlap_frames(reader), before.metadata.num_frames - _overlap_frames(reader)
+    for name, array in _values(reader, 0, part.overlap, 0, frames).items():
+        there = _values(before, shift, shift + part.overlap, frame_shift, frame_shift + frames)[name]
+        if array.tobytes() != there.tobytes():
+            raise StoreError(
+                f"{reader.path} and {before.path.name} differ in the chunk that both have, in {name}: they were not "
+                "computed alike, or frames were replaced (--on-non-finite quarantine) within the warm-up of "
+                f"{part}; make {reader.path.name} again on a machine like that of the other, or the whole store "
+                "without --part",
+                kind="mismatch",
+            )
+
+
+def _values(reader: StoreReader, start: int, stop: int, first: int, last: int) -> Unit:
+    """Rows ``start`` to ``stop`` of all arrays, and frames ``first`` to ``last`` of those that have one row a frame."""
+    columns, _ = reader.checked_columns()
+    rows = np.arange(start, stop)
+    data = {name: reader.take(name, rows) for name in reader.metadata.data_names}
+    of_frames = {"frame_pts", "frame_valid"}
+    return data | {name: c[first:last] if name in of_frames else c[start:stop] for name, c in columns.items()}
+
+
+class _JoinedWriter(StoreWriter):
+    """Writes the rows of all parts, coordinates too, as one run would have written them."""
+
+    def __init__(self, path: Path, parts: list[StoreMetadata], options: WriteOptions) -> None:
+        first = parts[0]
+        self.kind = first.kind  # type: ignore[misc]
+        attributes = {name: value for name, value in first.attributes.items() if name != "longvid"}
+        facts = first.attributes["longvid"]
+        own = {"part", "digests", "seal", "num_frames", "status", "epoch", "warmup_chunks", "fingerprint"}
+        fingerprint = without_part(first.fingerprint)
+        if first.window is not None and parts[-1].window is not None:
+            fingerprint["window"] = [first.window[0], parts[-1].window[1]]
+        extra = {name: value for name, value in facts.items() if name not in own}
+        super().__init__(
+            path, RunFacts(fingerprint=fingerprint, extra=extra), options, attributes, {}, first.frame_rate
+        )
+        self.rows = {name: first.arrays[name].shape[1:] for name in first.data_names}
+        self.dtype, self.unit_rows = str(first.main.dtype), first.main.chunks[0]
+        self._last_commit = float("inf")  # one commit, at the end
+        self.array_attributes = {name: array.attributes for name, array in first.arrays.items() if array.attributes}
+
+    def copy(self, reader: StoreReader, *, first: int) -> None:
+        """Append the rows of a part from ``first`` on, a unit at a time."""
+        metadata = reader.metadata
+        for start in range(first, metadata.main.shape[0], self.unit_rows):
+            stop = min(start + self.unit_rows, metadata.main.shape[0])
+            frames = metadata.padded_frames(start)[0], min(metadata.padded_frames(stop - 1)[1], metadata.num_frames)
+            self._receive(_values(reader, start, stop, *frames))
+
+    def _unit(self, count: int) -> Unit:
+        rows = [name for name in self._waiting if name not in ("frame_pts", "frame_valid")]
+        unit = {name: self._take(name, count) for name in rows}
+        frames = count if self.kind == "frames" else int(unit["frame_stop"][-1] - unit["frame_start"][0])
+        unit |= {name: self._take(name, frames) for name in ("frame_pts", "frame_valid")}
+        self.num_frames += frames
+        return unit
+
+
+def chunks_of_part(number: int, of: int, num_chunks: int) -> tuple[int, int]:
+    """The half-open range of chunks that a part has, of ``num_chunks`` in all.
+
+    Raises:
+        StoreError: kind ``"format"`` if there is no such part, or if it would be empty.
+    """
+    if not 1 <= number <= of or of > num_chunks:
+        raise StoreError(
+            f"part {number}/{of} was asked for; the video has {num_chunks} chunks, so that parts from 1/{num_chunks} "
+            f"to {num_chunks}/{num_chunks} are possible",
+            kind="format",
+        )
+    return num_chunks * (number - 1) // of, num_chunks * number // of
