@@ -5,24 +5,21 @@
     python benchmarks/durability.py --resume [--hours 1] ...
     python benchmarks/durability.py --parts ...
 
-Cost: three kinds of run take turns in one process. *bare*: nothing waits for the disk, one publish at the end, no
-snapshots. *fsync*: as by default, without snapshots. *default*: all of it. Two figures for publishing: the medians of
-the rounds compared, which is what a user pays and noisy, and the time inside ``publish`` as a share of the run, which
-is more than a user pays, since it is spent in the writing thread while the next chunk is computed. Bars: fsync and
-publish at most 3 %, snapshots at most 2 %.
+Cost: two kinds of run take turns in one process. *bare*: nothing waits for the disk, and one commit comes at the end.
+*default*: a commit every second, with fsync. Two figures: the medians of the rounds compared, which is what a user pays
+and noisy, and the time inside ``commit`` as a share of the run, which is more than a user pays, since it is spent in
+the writing thread while the next chunk is computed. Bars: each at most 3 %.
 
-Resume (``--resume``): `longvid encode` of an hour of video is killed (SIGKILL) when fifty minutes of it are published,
-and started again. Reported are the seconds from the new process's start to the first frame that was not published
-before, beside the interval between two snapshots that the run had chosen; bar: at most two intervals. The store must
-then be, array for array, that of a run that was left alone.
+Resume (``--resume``): `longvid encode` of an hour of video is killed (SIGKILL) when fifty minutes of it are committed,
+and started again. Reported are the seconds from the start of the new process to the first frame that was not committed
+before, and the frames that were computed again. Bars: at most the warm-up, the chunk that is compared and the chunk in
+which the store ends are computed again; the store is, array for array, that of a run that was left alone.
 
-Parts (``--parts``): the digest of a MiB, and a snapshot of 1.65 GiB of contexts, about what CogVideoX has at 720x480,
-with its digest and sync. Medians.
+Parts (``--parts``): the digest of a MiB. Median.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import signal
 import statistics
@@ -36,54 +33,51 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 import numpy as np
-import torch
 from common import loop_clip, new_parser
 from tqdm import tqdm
 
 import longvid as lv
 from longvid.demo.__main__ import CLIP
 from longvid.environment import describe_machine
-from longvid.runtime.snapshot import snapshots_in, write_snapshot
-from longvid.store.format import PRIVATE, unit_digest
+from longvid.store.format import unit_digest
 from longvid.store.writer import StoreWriter
 from longvid.units import parse_size
 
 FOREVER = float("inf")
 KINDS = {
-    "bare": lv.Durability(mode="rename", publish_seconds=FOREVER, snapshot_seconds=FOREVER),
-    "fsync": lv.Durability(snapshot_seconds=FOREVER),
+    "bare": lv.Durability(mode="rename", publish_seconds=FOREVER),
     "default": lv.Durability(),
 }
-BARS = {"fsync and publish": 0.03, "inside publish": 0.03, "snapshots": 0.02}
+BARS = {"fsync and commits": 0.03, "inside commits": 0.03}
 FRAMES_PER_MINUTE = 24 * 60
 
 
-class PublishClock:
+class CommitClock:
     """Adds up the time inside ``StoreWriter.commit``, in whose place :meth:`wrapped` stands."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def wrapped(self) -> Callable[..., None]:
-        """``publish`` with a clock."""
+        """``commit`` with a clock."""
         real = StoreWriter.commit
 
-        def publish(writer: StoreWriter, *status: Literal["writing", "complete"]) -> None:
+        def commit(writer: StoreWriter, *status: Literal["writing", "complete"]) -> None:
             started = time.perf_counter()
             real(writer, *status)
             self.seconds += time.perf_counter() - started
 
-        return publish
+        return commit
 
 
 def cost(folder: Path, num_frames: int, size: str, rounds: int) -> dict[str, Any]:
-    """Time of the three kinds, in turns, there and back."""
+    """Time of both kinds, in turns, there and back."""
     loop_clip(CLIP, folder / "loop.mp4", num_frames)
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    shares: dict[str, list[float]] = {"snapshots": [], "inside publish": []}
-    inside = PublishClock()
-    publish = patch.object(StoreWriter, "commit", inside.wrapped())
-    with publish, lv.VideoSession("tiny", device="cpu", dtype="float32") as session:
+    shares: list[float] = []
+    inside = CommitClock()
+    clocked = patch.object(StoreWriter, "commit", inside.wrapped())
+    with clocked, lv.VideoSession("tiny", device="cpu", dtype="float32") as session:
         for turn in tqdm(range(rounds + 1), desc="cost"):
             for kind in KINDS if turn % 2 else reversed(KINDS):
                 inside.seconds = 0.0
@@ -93,29 +87,27 @@ def cost(folder: Path, num_frames: int, size: str, rounds: int) -> dict[str, Any
                     size=parse_size(size),
                     durability=KINDS[kind],
                     overwrite=True,
-                    resume=False,
+                    resume="never",
                 )
                 if turn:  # the first one warms up
                     seconds[kind].append(report.seconds)
                     if kind == "default":
-                        shares["snapshots"].append(report.snapshot_seconds / report.seconds)
-                    if kind == "fsync":
-                        shares["inside publish"].append(inside.seconds / report.seconds)
+                        shares.append(inside.seconds / report.seconds)
     medians = {kind: statistics.median(times) for kind, times in seconds.items()}
-    pairs = [fsync / bare - 1 for fsync, bare in zip(seconds["fsync"], seconds["bare"], strict=True)]
+    pairs = [default / bare - 1 for default, bare in zip(seconds["default"], seconds["bare"], strict=True)]
     found = {
-        "fsync and publish": medians["fsync"] / medians["bare"] - 1,
-        **{name: statistics.median(values) for name, values in shares.items()},
+        "fsync and commits": medians["default"] / medians["bare"] - 1,
+        "inside commits": statistics.median(shares),
     }
     print(f"\n{num_frames} frames of {size}: " + ", ".join(f"{kind} {value:.2f} s" for kind, value in medians.items()))
-    print(f"fsync over bare by round: {', '.join(f'{pair:+.1%}' for pair in pairs)}")
+    print(f"default over bare by round: {', '.join(f'{pair:+.1%}' for pair in pairs)}")
     for name, value in found.items():
         verdict = "" if value <= BARS[name] else "   MISSED"
         print(f"{name}: {value:+.2%} (bar {BARS[name]:.0%}){verdict}")
     return {"frames": num_frames, "size": size, "seconds": seconds, "medians": medians, "shares": found}
 
 
-def published(store: Path) -> int:
+def committed(store: Path) -> int:
     """Frames that readers see now."""
     try:
         facts = json.loads((store / "zarr.json").read_bytes())
@@ -136,79 +128,51 @@ def resume(folder: Path, hours: float, size: str) -> dict[str, Any]:
     video, store = folder / "loop.mp4", folder / "killed.zarr"
     loop_clip(CLIP, video, num_frames)
     first = subprocess.Popen(command(video, store, size), stdout=subprocess.DEVNULL)
-    started = time.monotonic()
-    taken: dict[str, float] = {}
-    while published(store) < mark:
-        for path in snapshots_in(store / PRIVATE / "snapshots"):
-            taken.setdefault(path.name, time.monotonic() - started)
+    while committed(store) < mark:
         if first.poll() is not None:
             raise SystemExit(f"the run ended by itself with {first.returncode}")
         time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    before = published(store)
-    moments = sorted(taken.values())
-    interval = statistics.median(b - a for a, b in itertools.pairwise(moments))
+    before = committed(store)
     began = time.monotonic()
     second = subprocess.Popen(command(video, store, size), stdout=subprocess.PIPE, text=True)
-    while published(store) <= before and second.poll() is None:
+    while committed(store) <= before and second.poll() is None:
         time.sleep(0.01)
     waited = time.monotonic() - began
     told = json.loads(second.communicate()[0])
-    with lv.VideoSession("tiny", device="cpu", dtype="float32") as session:
+    again = told["frames_computed"] - (told["frames"] - told["resumed_from_frame"])
+    model = lv.load_model("tiny")
+    most = (lv.warmup(model, "encode").chunks + 2) * model.geometry.schedule.chunk_frames
+    with lv.VideoSession(model, device="cpu", dtype="float32") as session:
         session.encode(video, folder / "alone.zarr", size=parse_size(size))
     a, b = lv.open_store(store), lv.open_store(folder / "alone.zarr")
     same = all(np.array_equal(a.arrays[name][:], b.arrays[name][:]) for name in b.arrays)
-    print(f"\nkilled at frame {before} of {num_frames} ({before / FRAMES_PER_MINUTE:.1f} min of video)")
-    print(f"snapshots every {interval:.1f} s; went on from frame {told['resumed_from_frame']}")
-    print(f"first new frame after {waited:.1f} s, start of the process included (bar {2 * interval:.1f} s)")
+    print(f"\nkilled at frame {before} of {told['frames']} ({before / FRAMES_PER_MINUTE:.1f} min of video)")
+    print(f"resumed from frame {told['resumed_from_frame']}; {again} frames were computed again (bar {most})")
+    print(f"first new frame after {waited:.1f} s, start of the process included")
     print(f"the same bits as a run left alone: {same}")
     return {
-        "frames": num_frames,
+        "frames": told["frames"],
+        "size": size,
         "killed_at": before,
         "resumed_from_frame": told["resumed_from_frame"],
-        "snapshot_interval_seconds": interval,
+        "frames_computed_again": again,
         "seconds_to_first_new_frame": waited,
-        "snapshots": len(moments),
         "same_bits": same,
-        "ok": same and waited <= 2 * interval,
+        "ok": same and again <= most,
     }
 
 
-def parts(folder: Path) -> dict[str, Any]:
+def parts() -> dict[str, Any]:
     """What the pieces take by themselves."""
-
-    def seconds(step: Callable[[], object], rounds: int) -> float:
-        times = []
-        for _ in range(rounds):
-            started = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - started)
-        return statistics.median(times)
-
-    rows = np.random.default_rng(0).random(2**21, np.float32)  # 8 MiB
-    contexts = [(f"layer{i}", torch.randn(1, 128, 2, 480, 720).bfloat16()) for i in range(10)]
-    numbers = itertools.count(1)
-
-    def snapshot() -> None:
-        write_snapshot(
-            folder,
-            chunk=next(numbers),
-            units=0,
-            position=None,
-            rows={},
-            contexts=contexts,
-            fingerprint="",
-            sync=True,
-            keep_all=False,
-        )
-
-    found = {
-        "digest_ms_per_mib": 1e3 * seconds(lambda: unit_digest([rows]), 9) / 8,
-        "snapshot_gib": sum(z.numel() * z.element_size() for _, z in contexts) / 2**30,
-        "snapshot_seconds": seconds(snapshot, 3),
-    }
-    print(", ".join(f"{name} {value:.2f}" for name, value in found.items()))
+    rows, times = np.random.default_rng(0).random(2**21, np.float32), []  # 8 MiB
+    for _ in range(9):
+        started = time.perf_counter()
+        unit_digest([rows])
+        times.append(time.perf_counter() - started)
+    found = {"digest_ms_per_mib": 1e3 * statistics.median(times) / 8}
+    print(f"digest of a MiB: {found['digest_ms_per_mib']:.2f} ms")
     return found
 
 
@@ -230,7 +194,7 @@ def main() -> int:
             results["resume"] = resume(Path(name), args.hours, args.size)
             ok = bool(results["resume"]["ok"])
         elif args.parts:
-            results["parts"] = parts(Path(name))
+            results["parts"] = parts()
             ok = True
         else:
             results["cost"] = cost(Path(name), args.frames, args.size, args.rounds)

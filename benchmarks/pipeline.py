@@ -124,7 +124,7 @@ class Bench:
         """Frames in memory to latents on the host, as the session computes them."""
         with EncodeRun(self.engine, self.plan.encode, "mode", 0) as run:
             for piece in pieces:
-                keep((piece.chunk, piece.pts, piece.valid, *run.latents(piece.chunk, piece.frames)))
+                keep((piece.chunk, piece.pts, piece.valid, *run.latents(piece.chunk, piece.values)))
 
     def write_latents(self, pieces: list[EncodedChunk]) -> None:
         """Latents in memory to a store, as the writing thread does, with its beginning and its end."""
@@ -135,7 +135,7 @@ class Bench:
             source=self.info,
             layout=LatentLayout(shape_CYX=(shape[1], shape[3], shape[4]), representation="mode"),
             facts=RunFacts(vae=self.engine.model.describe()),
-            options=WriteOptions(overwrite=True, resume=False),
+            options=WriteOptions(overwrite=True, resume="never"),
         ) as target:
             for piece in pieces:
                 store_latents(target, *piece)
@@ -163,8 +163,8 @@ class Bench:
     def decode_chunks(self, items: list[Any], keep: Callable[[Frames], object] = lambda _: None) -> None:
         """Latents in memory to frames on the host, as the session computes them."""
         with DecodeRun(self.engine, self.plan.decode, (self.info.height, self.info.width)) as run:
-            for chunk, z_TCHW in items:
-                keep(run.frames(chunk, z_TCHW))
+            for item in items:
+                keep(run.frames(item.chunk, item.values))
 
     def write_frames(self, pieces: list[tuple[Frames, Times]], suffix: str) -> None:
         """Frames in memory to a file or a store, as the writing thread does, with its beginning and its end."""
@@ -181,7 +181,7 @@ class Bench:
                 frame_rate=latents.frame_rate,
                 source=latents.source,
                 facts=RunFacts(),
-                options=WriteOptions(overwrite=True, resume=False),
+                options=WriteOptions(overwrite=True, resume="never"),
             )
         with sink:
             for piece in pieces:
@@ -194,7 +194,8 @@ class Bench:
         frames: list[Frames] = []
         self.decode_chunks(latents, frames.append)
         pts = open_store(self.store).frame_pts
-        pieces = [(f, pts[c.frame_start : c.frame_stop]) for (c, _), f in zip(latents, frames, strict=True)]
+        chunks = [item.chunk for item in latents]
+        pieces = [(f, pts[c.frame_start : c.frame_stop]) for c, f in zip(chunks, frames, strict=True)]
 
         def decode(suffix: str) -> None:
             self.session.decode(self.store, self.folder / f"back{suffix}", overwrite=True)
