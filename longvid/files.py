@@ -1,16 +1,21 @@
-"""Single output files: checked before a run starts, and written so that they appear whole or not at all."""
+"""Single files: output is checked before a run starts and appears whole or not at all; input is never a link."""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 import tempfile
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from longvid.errors import StoreError
 
-__all__ = ["check_file_target", "local_path", "write_whole"]
+__all__ = ["check_file_target", "disk_errors", "local_path", "read_regular", "sync_path", "write_durably",
+           "write_whole"]  # fmt: skip
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
@@ -69,11 +74,103 @@ def write_whole(path: str | os.PathLike[str], text: str, *, what: str) -> None:
         StoreError: the disk refuses the write. The old file, if there was one, is untouched.
     """
     target = Path(path)
-    partial = target.with_name(f".{target.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, target)
+        write_durably(target, text.encode(), sync=False)
     except OSError as exc:
+        raise StoreError(f"{what} {target} cannot be written: {exc.strerror}; make room on the disk") from exc
+
+
+def sync_path(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _fsync(fd, path)
+    finally:
+        os.close(fd)
+
+
+def _fsync(fd: int, path: Path) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as exc:
+        if exc.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+        raise StoreError(
+            f"{path} cannot be made durable: its file system has no fsync ({exc.strerror}). Choose another folder, or "
+            'add --durability rename (durability="rename"), which survives the death of the process only',
+            kind="other",
+        ) from exc
+
+
+def write_durably(path: Path, content: bytes | Callable[[BinaryIO], None], *, sync: bool) -> None:
+    """Write a file so that at any moment its name stands for the old content or for the new content.
+
+    With ``sync`` the new content is on the disk before it takes the name. The folder is not synced here.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
+            if sync:
+                file.flush()
+                _fsync(file.fileno(), path)
+        os.replace(partial, path)
+    except BaseException:
         with suppress(OSError):
             partial.unlink()
-        raise StoreError(f"{what} {target} cannot be written: {exc.strerror}; make room on the disk") from exc
+        raise
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """The first bytes of a regular file that is not reached through a link."""
+    # Without O_NONBLOCK, opening a FIFO would wait for a writer.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        with open(os.open(path, flags), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise _refused(path, "it is not a regular file", "files and folders")
+            return file.read(min(max_bytes, found.st_size + 1))  # Python allocates what it is asked to read
+    except StoreError:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as exc:
+        raise StoreError(f"there is no {path}", kind="missing") from exc
+    except ValueError as exc:  # a zero byte in the name
+        raise StoreError(f"{str(path)!r} cannot be a path: {exc}", kind="refused") from exc
+    except OSError as exc:
+        if exc.errno in (errno.ELOOP, errno.EMLINK, errno.EISDIR):
+            raise _refused(
+                path, "it is a folder" if exc.errno == errno.EISDIR else "it is a symbolic link", "a file"
+            ) from exc
+        kind = "corrupt" if exc.errno == errno.EIO else "other"
+        raise StoreError(f"{path} cannot be read: {exc.strerror}", kind=kind) from exc
+
+
+def _refused(path: Path, found: str, allowed: str) -> StoreError:
+    return StoreError(f"{path} is refused: {found}; allowed: {allowed}", kind="refused")
+
+
+_KINDS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "full"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "read-only"),
+}
+_HINTS = {
+    "full": "; make room and run the same command again to resume",
+    "read-only": "; choose another folder, or make this one writable",
+}
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn errors of the operating system about files into StoreError."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as exc:
+        kind = _KINDS.get(exc.errno or 0, "other")
+        message = f"{path} cannot be written: {exc.strerror or exc}{_HINTS.get(kind, '')}"
+        raise StoreError(message, kind=kind) from exc

@@ -86,6 +86,10 @@ class ChunkSchedule:
         """The chunk that holds a latent frame."""
         return max(0, (latent - 1) // self.chunk_latents)
 
+    def latent_of_frame(self, frame: int) -> int:
+        """The latent frame that stands for a frame."""
+        return -(-frame // self.frames_per_latent)
+
     def full(self, index: int) -> Chunk:
         """Chunk ``index`` with no padding: what runs as soon as that many frames have arrived."""
         return self.tail(index, self.capacity(index))
@@ -138,6 +142,28 @@ class ChunkSchedule:
         for index in range(last):
             yield self.full(index)
         yield self.tail(last, num_frames - (0 if last == 0 else 1 + last * self.chunk_frames))
+
+    def part(self, number: int, of: int, first: int, stop: int) -> tuple[int, int, int]:
+        """The part of the frames from ``first`` to ``stop`` that is number ``number``, from 1 on, of ``of`` parts.
+
+        Parts have whole chunks, and all but the first one chunk more, so that it can be compared with its neighbour.
+
+        Returns:
+            the frame where it begins, that where the part before ends, and that where it ends itself.
+
+        Raises:
+            ScheduleError: there is no such part, or it would be empty.
+        """
+        begin = self.index_of_frame(first)
+        num_chunks = self.index_of_frame(stop - 1) + 1 - begin
+        if not 1 <= number <= of or of > num_chunks:
+            raise ScheduleError(
+                f"part {number}/{of} was asked for; the video has {num_chunks} chunks, so that parts from "
+                f"1/{num_chunks} to {num_chunks}/{num_chunks} are possible"
+            )
+        own, behind = (begin + num_chunks * count // of for count in (number - 1, number))
+        shared, start = (max(first, self.full(max(begin, chunk)).frame_start) for chunk in (own - 1, own))
+        return shared, start, stop if number == of else self.full(behind).frame_start
 
     def same_latents(self, other: ChunkSchedule) -> bool:
         """Whether latents made by the other plan can be decoded by this one: equal, or the cut does not matter."""

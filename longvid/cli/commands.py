@@ -226,7 +226,8 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _tune(args: argparse.Namespace) -> int:
     from longvid.files import check_file_target
-    from longvid.runtime.tune import Sweep, draw, tune
+    from longvid.reporting.tuning_plot import draw
+    from longvid.runtime.tune import Sweep, tune
 
     picture = _picture_path(args)
     for path, what in ((args.save, "profile"), (picture, "plot")):

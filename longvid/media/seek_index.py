@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from longvid.errors import StoreError
+from longvid.files import read_regular
 from longvid.frames import Times
-from longvid.store.validation import read_regular
 
 if TYPE_CHECKING:
     from av.packet import Packet

@@ -7,19 +7,18 @@ computes, and the budget. Push mode and whole videos take these two and know not
 from __future__ import annotations
 
 import os
-import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 
 from longvid.environment import kernels_of
-from longvid.errors import MemoryBudgetError, SessionStateError, StoreError
+from longvid.errors import MemoryBudgetError, SessionStateError
 from longvid.events import Callback, Direction
 from longvid.memory.budget import MemoryBudget
 from longvid.memory.host import host_available_bytes
@@ -33,13 +32,10 @@ from longvid.planning.warmup import Warmup, warmup
 from longvid.runtime.engine import Engine
 from longvid.runtime.prefetch import StopRequest
 from longvid.schedule import ChunkSchedule
-from longvid.store.durability import WriteOptions
-from longvid.store.metadata import Part, StoreMetadata
-from longvid.store.parts import chunks_of_part, part_path
-from longvid.store.target import Found, settle_complete
+from longvid.store.metadata import StoreMetadata
 from longvid.units import format_bytes
 
-__all__ = ["Admission", "AdmissionControl", "Job", "RunOptions", "SessionGuard", "Share"]
+__all__ = ["Admission", "AdmissionControl", "Job", "SessionGuard"]
 
 Size: TypeAlias = tuple[int, int]
 "height and width"
@@ -122,85 +118,6 @@ class Admission:
     def part(self) -> DirectionPlan:
         """What the video was planned to need."""
         return self.plan.direction(self.direction)
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What a run computes of a video: all of it, or a part."""
-
-    first: int
-    "the first chunk with a result"
-    stop: int | None
-    "the chunk behind the last one; None for the end of the video"
-    window: tuple[int, int]
-    "half-open range of its frames"
-    part: Part | None
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What it adds to the fingerprint of a run."""
-        return {} if self.part is None else {"part": asdict(self.part)}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions(WriteOptions):
-    """What a run may replace, continue and lose; see :meth:`longvid.VideoSession.encode`."""
-
-    part: tuple[int, int] | None = None
-    "the number of a part, from 1 on, and of how many; None for the whole video"
-    share: Share | None = None
-    "what a repair computes again, as it was; None to follow ``part``"
-
-    def path_of(self, store: Path) -> Path:
-        """Where the run writes."""
-        return store if self.part is None else part_path(store, *self.part)
-
-    def part_of(self, schedule: ChunkSchedule, window: tuple[int, int], unit: Literal["latent", "frame"]) -> Share:
-        """The share of the frames in ``window`` that the part has; all of them without a part."""
-        first, last = (schedule.index_of_frame(frame) for frame in (window[0], window[1] - 1))
-        if self.share is not None:
-            return self.share
-        if self.part is None:
-            return Share(first, None, window, None)
-        start, stop = (first + chunk for chunk in chunks_of_part(*self.part, last + 1 - first))
-        begin = schedule.full(max(first, start - 1))
-        frame = max(window[0], begin.frame_start)
-        row = begin.latent_start if unit == "latent" else frame - window[0]
-        own = schedule.full(start).latent_start if unit == "latent" else schedule.full(start).frame_start - window[0]
-        part = Part(
-            number=self.part[0], of=self.part[1], row=row, frame=frame, overlap=own - row if start > first else 0
-        )
-        end = window[1] if stop == last + 1 else schedule.full(stop).frame_start
-        return Share(begin.index, None if stop == last + 1 else stop, (frame, end), part)
-
-    def continued(self, found: Found) -> StoreMetadata | None:
-        """The store whose run is continued: its choices count where the user made none."""
-        metadata = found.metadata
-        return None if metadata is None or (metadata.complete and self.overwrite) else metadata
-
-    def is_done(self, found: Found, fingerprint: Mapping[str, Any]) -> bool:
-        """Whether the store that was found is what the run would write; it is tidied then."""
-        decision = found.decide(fingerprint, overwrite=self.overwrite, resume=self.resume)
-        if decision != "done" or self.mend:
-            return False
-        settle_complete(found, self.durability)
-        return True
-
-    def check_disk(self, found: Found, num_rows: int | None, row_bytes: float) -> None:
-        """Fail early if ``num_rows`` (None if unknown) of about ``row_bytes`` each do not fit on the disk.
-
-        The bytes of what is there count as written. ``row_bytes`` is a low estimate.
-        """
-        if num_rows is None or self.mend:
-            return
-        there = sum(file.stat().st_size for file in found.path.rglob("*") if file.is_file())
-        free, needed = shutil.disk_usage(found.path.parent).free, int(num_rows * row_bytes) - there
-        if needed > free:
-            raise StoreError(
-                f"{found.path} needs at least {format_bytes(needed)} of disk, and {format_bytes(free)} are free; make "
-                "room or choose another folder",
-                kind="full",
-            )
 
 
 class AdmissionControl:

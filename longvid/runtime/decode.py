@@ -7,35 +7,29 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
-
-import numpy as np
-import numpy.typing as npt
 
 from longvid.errors import ScheduleError, StoreError
 from longvid.events import RunReport
 from longvid.frames import ColorInfo, Frames, Marks, Times
 from longvid.media.video_writer import VideoWriter
 from longvid.models.base import CausalVAE, model_name
-from longvid.models.kernels.cpu import compute_threads
-from longvid.runtime.admission import Admission, Job, RunOptions, Share
-from longvid.runtime.monitor import Monitor, nothing_done
+from longvid.runtime.admission import Job
 from longvid.runtime.run import DecodeRun
-from longvid.runtime.span import Span, SpanSteps, run_span
-from longvid.schedule import Chunk, ChunkSchedule
+from longvid.runtime.span import Piece, RunOptions, VideoTask
+from longvid.schedule import ChunkSchedule
 from longvid.store.frame_writer import FrameStoreWriter
 from longvid.store.metadata import RunFacts
 from longvid.store.reader import LatentStore, open_store, require_complete
-from longvid.store.target import check_target
-from longvid.store.writer import StoreWriter
+from longvid.store.target import Found, check_target
 
 __all__ = ["DecodeOptions", "decode_video", "latent_chunks", "video_sink"]
 
-_Write: TypeAlias = Callable[[Frames, Times, Marks], None]
+_Frames: TypeAlias = tuple[Frames, Times, Marks]
 _SHRINK = 0.05
 "least share of their bytes that frames take on the disk: drawings compress well, film to about 0.4"
 
@@ -48,53 +42,77 @@ class DecodeOptions(RunOptions):
     frames: int | None = None
 
 
-class _Stopped(Exception):  # noqa: N818 - nothing went wrong
-    """The run was stopped, and what it writes cannot be continued: leave its sink by an exception."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
+class _Decoding(VideoTask[_Frames]):
     """One store that is decoded."""
 
-    job: Job
-    options: DecodeOptions
-    latents: LatentStore
-    admission: Admission
-    share: Share
+    direction = "decode"
+    _options: DecodeOptions
+    _sink: VideoWriter | FrameStoreWriter
 
-    @property
-    def window(self) -> tuple[int, int]:
-        """Half-open range of the frames that are written."""
-        return self.share.window
+    def __init__(
+        self,
+        job: Job,
+        options: DecodeOptions,
+        found: Found | None,
+        latents: LatentStore,
+        out: Path | Callable[[Frames], None],
+    ) -> None:
+        window = _frame_window(latents.num_frames, options.start, options.frames)
+        super().__init__(job, options, found, (latents.height, latents.width), window)
+        self._latents, self._out = latents, out
+        self._first, self._last = self.window[0], self.window[1] or window[1]
 
-    def span(self, target: StoreWriter | None) -> Span:
-        """The chunks that the window needs and the store lacks, and those in front of them."""
-        schedule, control, (first, last) = self.admission.schedule, self.job.control, self.window
-        row, stop = (0, None) if target is None else target.wanted_rows
-        return Span.of(
-            schedule.index_of_frame(first + row),
-            schedule.index_of_frame((last if stop is None else min(last, first + stop)) - 1) + 1,
-            lambda: control.warmup("decode", schedule),
-            origin=schedule.index_of_frame(first),
-            proof=row > 0 and not self.options.mend,
-        )
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Everything that decides the bits of the frames."""
-        latents = self.latents
+    def fingerprint(self, compute: dict[str, Any]) -> dict[str, Any]:
+        latents = self._latents
+        facts = {"digests": latents.metadata.digests, "num_frames": latents.num_frames}
         return {
             "kind": "frames",
-            "latents": {
-                "digests": latents.metadata.digests,
-                "num_frames": latents.num_frames,
-                "dtype": str(latents.latents.dtype),
-            },
-            "window": list(self.window),
+            "latents": {**facts, "dtype": str(latents.latents.dtype)},
+            "window": [self._first, self._last],
             "size": [latents.height, latents.width],
-            **self.job.engine.fingerprint(self.admission.part.execution.numerics, self.admission.num_threads),
-            "chunk_plan": self.admission.schedule.to_dict(),
-            **self.share.fingerprint,
+            **compute,
         }
+
+    def least_bytes(self, num_frames: int) -> float:
+        return num_frames * self._latents.height * self._latents.width * 3 * _SHRINK
+
+    def sink(self, fingerprint: dict[str, Any], facts: dict[str, Any]) -> AbstractContextManager[Any]:
+        latents = self._latents
+        if not isinstance(self._out, Path):
+            return nullcontext()
+        if self._found is None:
+            self._sink = video_sink(latents, self._out, self._options.overwrite)
+            return self._sink
+        self._sink = FrameStoreWriter(
+            self._found.path,
+            size=(latents.height, latents.width),
+            time_base=latents.time_base,
+            frame_rate=latents.frame_rate,
+            source=latents.source,
+            facts=RunFacts(fingerprint=fingerprint, vae=latents.vae, extra={**facts, "latents": str(latents.path)}),
+            options=self._options,
+            part=self.part,
+        )
+        return self._sink
+
+    def make_run(self) -> DecodeRun:
+        size = (self._latents.height, self._latents.width)
+        self._run = DecodeRun(self.job.engine, self.admission.part, size, traced=self.job.traced)
+        return self._run
+
+    def read(self, start: int) -> Iterator[Piece]:
+        return latent_chunks(self._latents, self.schedule, self._last, first=start)
+
+    def compute(self, piece: Piece) -> _Frames:
+        start, stop = (frame - piece.chunk.frame_start for frame in self.inside(piece.chunk, self._first))
+        pixels = self._run.frames(piece.chunk, piece.values)
+        return pixels[start:stop], piece.pts[start:stop], piece.valid[start:stop]
+
+    def write(self, result: _Frames) -> None:
+        if isinstance(self._out, Path):
+            self._sink.write(*result)
+        else:
+            self._out(result[0])
 
 
 def decode_video(
@@ -103,30 +121,8 @@ def decode_video(
     """Decode a store, or resume it. Arguments and errors are those of ``VideoSession.decode``."""
     latents = store if isinstance(store, LatentStore) else open_store(store)
     _require_decodable(latents, job.engine.model)
-    window = _frame_window(latents.num_frames, options.start, options.frames)
     target = _store_path(out, options)
-    found = None if target is None else check_target(target)
-    earlier = None if found is None else options.continued(found)
-    size = (latents.height, latents.width)
-    admission = job.control.admit("decode", size, earlier=earlier, whole=True)
-    share = options.part_of(admission.schedule, window, "frame")
-    if share.part is not None and share.first:
-        job.control.warmup("decode", admission.schedule)  # raises if the model runs from frame 0 only
-    task, window = _Task(job, options, latents, admission, share), share.window
-    fingerprint = task.fingerprint()
-    if found is not None:
-        if options.is_done(found, fingerprint):
-            return nothing_done(admission, found)
-        options.check_disk(found, window[1] - window[0], size[0] * size[1] * 3 * _SHRINK)
-    sink, write = _sink(task, out, target, fingerprint)
-    with ExitStack() as stack:
-        stack.enter_context(compute_threads(admission.num_threads))
-        run = stack.enter_context(DecodeRun(job.engine, admission.part, size, traced=job.traced))
-        monitor = stack.enter_context(Monitor(job.callbacks, run, admission.plan, window[1] - window[0]))
-        done = False
-        with suppress(_Stopped), sink:
-            done = _decode_chunks(task, write, run, monitor, sink if isinstance(sink, StoreWriter) else None)
-        return monitor.finish(complete=done)
+    return _Decoding(job, options, None if target is None else check_target(target), latents, out).run()
 
 
 def _store_path(out: Path | Callable[[Frames], None], options: DecodeOptions) -> Path | None:
@@ -141,78 +137,6 @@ def _store_path(out: Path | Callable[[Frames], None], options: DecodeOptions) ->
     return None
 
 
-def _sink(
-    task: _Task, out: Path | Callable[[Frames], None], target: Path | None, fingerprint: Mapping[str, Any]
-) -> tuple[AbstractContextManager[Any], _Write]:
-    """Where the frames are written, and what writes them. Nothing is created yet."""
-    latents, options = task.latents, task.options
-    if not isinstance(out, Path):
-        return nullcontext(), lambda frames, *_: out(frames)
-    if target is None:
-        video = video_sink(latents, out, options.overwrite)
-        return video, video.write
-    store = FrameStoreWriter(
-        target,
-        size=(latents.height, latents.width),
-        time_base=latents.time_base,
-        frame_rate=latents.frame_rate,
-        source=latents.source,
-        facts=RunFacts(
-            fingerprint=fingerprint,
-            vae=latents.vae,
-            extra={
-                "numerics": task.admission.part.execution.numerics.to_dict(),
-                "tiling": task.admission.part.execution.tiling,
-                "latents": str(latents.path),
-            },
-        ),
-        options=options,
-        part=task.share.part,
-    )
-    return store, store.write
-
-
-def _decode_chunks(task: _Task, write: _Write, run: DecodeRun, monitor: Monitor, target: StoreWriter | None) -> bool:
-    """Compute what the output lacks; returns whether that is done. ``target`` is the output if it is a store."""
-    latents, schedule, (first, last) = task.latents, task.admission.schedule, task.window
-    span, known = task.span(target), first if target is None else first + target.known_frames
-    pts, valid = latents.frame_pts, latents.frame_valid
-
-    def inside(chunk: Chunk, start: int = first) -> tuple[int, int]:
-        """The frames of a chunk that lie in the window, from ``start`` on."""
-        return min(max(chunk.frame_start, start), last), min(max(chunk.frame_stop, start), last)
-
-    def compute(piece: LatentPiece) -> tuple[Frames, Times, Marks]:
-        a, b = inside(piece.chunk)
-        pixels = run.frames(piece.chunk, piece.values)
-        return pixels[a - piece.chunk.frame_start : b - piece.chunk.frame_start], pts[a:b], valid[a:b]
-
-    def count(chunk: Chunk) -> tuple[int, int]:
-        a, b = inside(chunk, first if task.options.mend else known)
-        return b - a, chunk.num_latents if a < b else 0
-
-    if target is not None:
-        frame, _ = inside(schedule.full(span.first))
-        target.start_at(frame - first, frame - first)
-        if span.warmup is not None:
-            target.record("warmup_chunks", span.warmup.chunks)
-        if target.known_frames and not task.options.mend:
-            chunks = [schedule.full(schedule.index_of_frame(frame)) for frame in (first, known)]
-            monitor.resume(target.known_frames, chunks[1].latent_start - chunks[0].latent_start)
-    steps: SpanSteps[LatentPiece, tuple[Frames, Times, Marks]] = SpanSteps(
-        read=lambda start: latent_chunks(latents, schedule, last, first=start),
-        compute=compute,
-        write=lambda made: write(*made),
-        count=count,
-    )
-    done = run_span(span, run, steps, monitor, task.job.stop)
-    if not done:
-        if target is None:
-            raise _Stopped
-        target.pause()
-    return done
-
-
 def _frame_window(num_frames: int, start: int, frames: int | None) -> tuple[int, int]:
     if start < 0 or start >= num_frames or (frames is not None and frames < 1):
         raise ScheduleError(
@@ -222,21 +146,15 @@ def _frame_window(num_frames: int, start: int, frames: int | None) -> tuple[int,
     return start, num_frames if frames is None else min(num_frames, start + frames)
 
 
-@dataclass(frozen=True, slots=True)
-class LatentPiece:
-    """Latents (t, c, h, w) of one chunk."""
-
-    chunk: Chunk
-    values: npt.NDArray[np.float32]
-
-
-def latent_chunks(store: LatentStore, plan: ChunkSchedule, stop_frame: int, *, first: int = 0) -> Iterator[LatentPiece]:
+def latent_chunks(store: LatentStore, plan: ChunkSchedule, stop_frame: int, *, first: int = 0) -> Iterator[Piece]:
     """Latents of every chunk from ``first`` up to ``stop_frame``; runs in the reader thread."""
     for chunk in plan.chunks(store.num_frames):
         if chunk.frame_start >= stop_frame:
             return
         if chunk.index >= first:
-            yield LatentPiece(chunk, store.read(chunk.latent_start, chunk.latent_stop))
+            frames = slice(chunk.frame_start, chunk.frame_stop)
+            latents = store.read(chunk.latent_start, chunk.latent_stop)
+            yield Piece(chunk, latents, store.frame_pts[frames], store.frame_valid[frames])
 
 
 def video_sink(store: LatentStore, out: Path, overwrite: bool) -> VideoWriter:

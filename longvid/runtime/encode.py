@@ -8,10 +8,11 @@ Axes: T time, H height, W width, C channels; lower-case c t h w are those of a l
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
 
@@ -25,16 +26,14 @@ from longvid.frames import Frames, Marks, Times
 from longvid.media.arrays import FrameSource
 from longvid.media.limits import Limits
 from longvid.media.sources import open_source
-from longvid.models.kernels.cpu import compute_threads
-from longvid.runtime.admission import Admission, Job, RunOptions, Share
-from longvid.runtime.monitor import Monitor, nothing_done
+from longvid.runtime.admission import Job
 from longvid.runtime.reblock import Reblocker, pad_frames
 from longvid.runtime.run import EncodeRun, Representation, check_representation
-from longvid.runtime.span import Span, SpanSteps, run_span
+from longvid.runtime.span import Piece, RunOptions, VideoTask
 from longvid.schedule import Chunk, ChunkSchedule
 from longvid.store.latent_writer import LatentLayout, LatentWriter
 from longvid.store.metadata import ReadOptions, RunFacts, ratio
-from longvid.store.target import check_target
+from longvid.store.target import Found, check_target
 
 __all__ = ["EncodeOptions", "EncodedChunk", "OnNonFinite", "encode_video", "frame_chunks", "store_latents"]
 
@@ -70,7 +69,10 @@ def encode_video(job: Job, source: Any, store: Path, options: EncodeOptions) -> 
     replaced: frozenset[int] = frozenset()
     while True:
         try:
-            return _encode(job, source, store, options, replaced)
+            found = check_target(options.path_of(store))
+            with open_source(source, **asdict(options.reading), limits=options.limits) as video:
+                task = _Encoding(job, options, found, video, replaced)
+                return task.run(None if options.mend else video.info.num_frames)
         except NonFiniteError as exc:
             why = _why_not_quarantined(exc.chunk, source, options, replaced)
             if why:
@@ -98,173 +100,89 @@ def _why_not_quarantined(chunk: int, source: Any, options: EncodeOptions, replac
     return ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
+class _Encoding(VideoTask[EncodedChunk]):
     """One attempt to encode one video."""
 
-    job: Job
-    options: EncodeOptions
-    video: FrameSource
-    admission: Admission
-    share: Share
-    replaced: frozenset[int]
+    direction = "encode"
+    _options: EncodeOptions
+    _found: Found
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the frames that the model sees."""
-        info = self.video.info
-        return self.job.engine.model.geometry.padded_size(info.height, info.width)
+    def __init__(
+        self, job: Job, options: EncodeOptions, found: Found, video: FrameSource, replaced: frozenset[int]
+    ) -> None:
+        length = video.count_frames() if isinstance(options.part, tuple) else None
+        super().__init__(job, options, found, (video.info.height, video.info.width), (0, length))
+        self._video, self._replaced = video, replaced
+        geometry = job.engine.model.geometry
+        self._size = geometry.padded_size(video.info.height, video.info.width)
+        height, width = (length // geometry.pixels_per_latent for length in self._size)
+        self._latent_shape = geometry.latent_channels, height, width
+        self._seed = {"seed": options.seed} if options.representation == "sample" else {}
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, rows and columns of a latent frame."""
-        geometry, (height, width) = self.job.engine.model.geometry, self.size
-        return geometry.latent_channels, height // geometry.pixels_per_latent, width // geometry.pixels_per_latent
+    @cached_property
+    def _source(self) -> dict[str, Any]:
+        return self._video.fingerprint()
 
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of a latent frame in the store, before compression."""
-        options, (channels, height, width) = self.options, self.latent_shape
-        arrays = 3 if options.representation == "moments" else 1
-        return arrays * channels * height * width * (2 if options.store_dtype == "float16" else 4)
+    def fingerprint(self, compute: dict[str, Any]) -> dict[str, Any]:
+        representation, dtype = self._options.representation, self._options.store_dtype
+        choices = {"representation": representation, "store_dtype": dtype, **self._seed}
+        return {"kind": "latents", "source": self._source, **compute, **choices}
 
-    @property
-    def seed(self) -> dict[str, int]:
-        """The seed, if it decides the result."""
-        return {"seed": self.options.seed} if self.options.representation == "sample" else {}
+    def least_bytes(self, num_frames: int) -> float:
+        row_bytes = math.prod(self._latent_shape) * np.dtype(self._options.store_dtype).itemsize
+        row_bytes *= 3 if self._options.representation == "moments" else 1
+        return self.schedule.num_latents(num_frames) * row_bytes * _SHRINK
 
-    def span(self, target: LatentWriter) -> Span:
-        """The chunks that the store lacks, and those in front of them."""
-        schedule, control = self.admission.schedule, self.job.control
-        row, stop = target.wanted_rows
-        return Span.of(
-            schedule.index_of_latent(self.origin.latent_start + row),
-            self.share.stop if stop is None else schedule.index_of_latent(self.origin.latent_start + stop - 1) + 1,
-            lambda: control.warmup("encode", schedule),
-            origin=self.share.first,
-            proof=row > 0 and not self.options.mend,
-        )
-
-    @property
-    def origin(self) -> Chunk:
-        """The chunk at which the store begins."""
-        return self.admission.schedule.full(self.share.first)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Everything that decides the bits of the latents."""
-        return {
-            "kind": "latents",
-            "source": self.video.fingerprint(),
-            **self.job.engine.fingerprint(self.admission.part.execution.numerics, self.admission.num_threads),
-            "chunk_plan": self.admission.schedule.to_dict(),
-            "representation": self.options.representation,
-            "store_dtype": self.options.store_dtype,
-            **self.seed,
-            **self.share.fingerprint,
+    def sink(self, fingerprint: dict[str, Any], facts: dict[str, Any]) -> LatentWriter:
+        engine, options, info = self.job.engine, self._options, self._video.info
+        # what a repair needs to read the source as this run does
+        reading = {**asdict(options.reading), "frame_rate": ratio(options.reading.frame_rate)}
+        extra = {
+            "compute_dtype": engine.dtype_name,
+            "compute_device": engine.device.type,
+            **facts,
+            "padded_size": list(self._size),
+            "pixel_range": [-1, 1],
+            "run": {**reading, "source": info.name if info.kind == "video" else None},
+            **self._seed,
         }
+        self._target = LatentWriter(
+            self._found.path,
+            schedule=self.schedule,
+            source=info,
+            layout=LatentLayout(
+                shape_CYX=self._latent_shape, representation=options.representation, dtype=options.store_dtype
+            ),
+            facts=RunFacts(fingerprint=fingerprint, vae=engine.model.describe(), extra=extra),
+            options=options,
+            part=self.part,
+        )
+        return self._target
 
+    def make_run(self) -> EncodeRun:
+        options = self._options
+        self._run = EncodeRun(
+            self.job.engine, self.admission.part, options.representation, options.seed, traced=self.job.traced
+        )
+        return self._run
 
-def _encode(job: Job, source: Any, store: Path, options: EncodeOptions, replaced: frozenset[int]) -> RunReport:
-    engine, store = job.engine, options.path_of(store)
-    found = check_target(store)
-    with ExitStack() as stack:
-        video = stack.enter_context(open_source(source, **asdict(options.reading), limits=options.limits))
-        info = video.info
-        size, earlier = (info.height, info.width), options.continued(found)
-        admission = job.control.admit("encode", size, earlier=earlier, whole=True)
-        length = info.num_frames if options.part is None else video.count_frames()
-        share = options.part_of(admission.schedule, (0, length or 1), "latent")
-        if share.first:
-            job.control.warmup("encode", admission.schedule)  # raises if the model runs from frame 0 only
-        task = _Task(job, options, video, admission, share, replaced)
-        fingerprint = task.fingerprint()
-        if options.is_done(found, fingerprint):
-            return nothing_done(admission, found)
-        length = None if length is None else share.window[1] - share.window[0]
-        num_latents = None if length is None else admission.schedule.num_latents(length)
-        options.check_disk(found, num_latents, task.stored_bytes * _SHRINK)
-        target = _writer(task, store, fingerprint)
-        run = EncodeRun(engine, admission.part, options.representation, options.seed, traced=job.traced)
-        stack.enter_context(compute_threads(admission.num_threads))
-        stack.enter_context(run)
-        monitor = stack.enter_context(Monitor(job.callbacks, run, admission.plan, length))
-        with target:
-            done = _encode_chunks(task, target, run, monitor, fingerprint["source"])
-        return monitor.finish(complete=done)
+    def read(self, start: int) -> Iterator[Piece]:
+        self._video.index.load(self._target.seek_index, self._source)
+        replaced = self._replaced | _replaced_before(self.schedule, self.origin, self._target.known("frame_valid"))
+        schedule, stage = self.schedule, self.job.engine.staged
+        for piece in frame_chunks(self._video, schedule, self._size, first=start, replaced=replaced, stage=stage):
+            # before it goes through the model, where frames that are not those of the store would spoil the contexts
+            self._target.check_times(piece.chunk.frame_start - self.origin.frame_start, piece.pts)
+            yield piece
 
+    def compute(self, piece: Piece) -> EncodedChunk:
+        return piece.chunk, piece.pts, piece.valid, *self._run.latents(piece.chunk, piece.values)
 
-def _writer(task: _Task, store: Path, fingerprint: dict[str, Any]) -> LatentWriter:
-    engine, options, info = task.job.engine, task.options, task.video.info
-    # what a repair needs to read the source as this run does
-    reading = {**asdict(options.reading), "frame_rate": ratio(options.reading.frame_rate)}
-    return LatentWriter(
-        store,
-        schedule=task.admission.schedule,
-        source=info,
-        layout=LatentLayout(
-            shape_CYX=task.latent_shape, representation=options.representation, dtype=options.store_dtype
-        ),
-        facts=RunFacts(
-            fingerprint=fingerprint,
-            vae=engine.model.describe(),
-            extra={
-                "compute_dtype": engine.dtype_name,
-                "compute_device": engine.device.type,
-                "numerics": task.admission.part.execution.numerics.to_dict(),
-                "tiling": task.admission.part.execution.tiling,
-                "padded_size": list(task.size),
-                "pixel_range": [-1, 1],
-                "run": {**reading, "source": info.name if info.kind == "video" else None},
-                **task.seed,
-            },
-        ),
-        options=options,
-        part=task.share.part,
-    )
-
-
-def _encode_chunks(task: _Task, target: LatentWriter, run: EncodeRun, monitor: Monitor, source: dict[str, Any]) -> bool:
-    """Compute what the store lacks; returns whether that is done."""
-    schedule, span, origin = task.admission.schedule, task.span(target), task.origin
-    known, num_known = target.known_frames, target.wanted_rows[0] if target.known_frames else 0
-    replaced = task.replaced | _replaced_before(schedule, origin, target.known("frame_valid"))
-    first = schedule.full(span.first)
-    target.start_at(first.latent_start - origin.latent_start, first.frame_start - origin.frame_start)
-    if span.warmup is not None:
-        target.record("warmup_chunks", span.warmup.chunks)
-    if not task.options.mend:
-        monitor.resume(known, num_known)
-
-    def compute(piece: FramePiece) -> EncodedChunk:
-        return piece.chunk, piece.pts, piece.valid, *run.latents(piece.chunk, piece.values)
-
-    def count(chunk: Chunk) -> tuple[int, int]:
-        if task.options.mend:
-            return chunk.num_frames, chunk.num_latents
-        frame = max(chunk.frame_start, origin.frame_start + known)
-        latent = max(chunk.latent_start, origin.latent_start + num_known)
-        return max(0, chunk.frame_stop - frame), max(0, chunk.latent_stop - latent)
-
-    def write(item: EncodedChunk) -> None:
-        num_units = target.committed_units
-        store_latents(target, *item)
-        if target.committed_units > num_units:
-            task.video.index.save(target.seek_index)
-
-    task.video.index.load(target.seek_index, source)
-    steps: SpanSteps[FramePiece, EncodedChunk] = SpanSteps(
-        read=lambda start: frame_chunks(
-            task.video, schedule, task.size, first=start, replaced=replaced, stage=task.job.engine.staged
-        ),
-        check=lambda piece: target.check_times(piece.chunk.frame_start - origin.frame_start, piece.pts),
-        compute=compute,
-        write=write,
-        count=count,
-    )
-    done = run_span(span, run, steps, monitor, task.job.stop)
-    if not done:
-        target.pause()
-    return done
+    def write(self, result: EncodedChunk) -> None:
+        num_units = self._target.committed_units
+        store_latents(self._target, *result)
+        if self._target.committed_units > num_units:
+            self._video.index.save(self._target.seek_index)
 
 
 def _replaced_before(schedule: ChunkSchedule, origin: Chunk, valid_T: Marks) -> frozenset[int]:
@@ -276,16 +194,6 @@ def _replaced_before(schedule: ChunkSchedule, origin: Chunk, valid_T: Marks) -> 
     return frozenset((origin.index + np.flatnonzero(~good)).tolist())
 
 
-@dataclass(frozen=True, slots=True)
-class FramePiece:
-    """Frames of one chunk, padded for the model, with the time stamps of the true ones."""
-
-    chunk: Chunk
-    values: Frames
-    pts: Times
-    valid: Marks
-
-
 def frame_chunks(
     video: FrameSource,
     plan: ChunkSchedule,
@@ -294,7 +202,7 @@ def frame_chunks(
     first: int = 0,
     replaced: frozenset[int] = frozenset(),
     stage: Callable[[Frames], Frames] = lambda frames: frames,
-) -> Iterator[FramePiece]:
+) -> Iterator[Piece]:
     """Decode, re-block, pad to ``size`` and stage the frames of every chunk; runs in the reader thread.
 
     The first piece is chunk ``first``. Chunks in ``replaced`` repeat the last frame before them.
@@ -302,26 +210,24 @@ def frame_chunks(
     start = first
     while start in replaced and start > 0:  # the frame that it repeats lies further back
         start -= 1
-    reblock = Reblocker(plan.capacity, first=start)
     before: Frames | None = None
-
-    def piece(chunk: Chunk, frames: Frames, pts: Times, valid: Marks) -> FramePiece:
-        nonlocal before
+    for chunk, (frames, pts, valid) in _cut(video, plan, start):
         if chunk.index in replaced and before is not None:
             frames, valid = np.repeat(before, len(frames), axis=0), np.zeros(len(frames), np.bool_)
         else:
             before = frames[-1:].copy(order="K")
-        padded = stage(pad_frames(frames, chunk.padded_frames, *size))
-        return FramePiece(chunk, padded, pts, valid)
+        if chunk.index >= first:
+            yield Piece(chunk, stage(pad_frames(frames, chunk.padded_frames, *size)), pts, valid)
 
-    def pieces() -> Iterator[FramePiece]:
-        for block in video.blocks(first=plan.full(start).frame_start):
-            for index, (frames, pts, valid) in reblock.push(block.frames_THWC, block.pts_T, block.valid_T):
-                yield piece(plan.full(index), frames, pts, valid)
-        for index, (frames, pts, valid) in reblock.rest():
-            yield piece(plan.tail(index, len(frames)), frames, pts, valid)
 
-    return (made for made in pieces() if made.chunk.index >= first)
+def _cut(video: FrameSource, plan: ChunkSchedule, start: int) -> Iterator[tuple[Chunk, tuple[npt.NDArray[Any], ...]]]:
+    """Frames, time stamps and marks of every chunk from ``start`` on."""
+    reblock = Reblocker(plan.capacity, first=start)
+    for block in video.blocks(first=plan.full(start).frame_start):
+        for index, arrays in reblock.push(block.frames_THWC, block.pts_T, block.valid_T):
+            yield plan.full(index), arrays
+    for index, arrays in reblock.rest():
+        yield plan.tail(index, len(arrays[0])), arrays
 
 
 def store_latents(

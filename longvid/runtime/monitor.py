@@ -12,13 +12,11 @@ from longvid.environment import describe_machine
 from longvid.events import Callback, ChunkEvent, LayerContext, RunReport, RunStart
 from longvid.memory.host import peak_rss_bytes, rss_bytes
 from longvid.planning.plan import Plan
-from longvid.runtime.admission import Admission
 from longvid.runtime.prefetch import Prefetcher, Writer
 from longvid.runtime.run import Run
 from longvid.schedule import Chunk
-from longvid.store.target import Found
 
-__all__ = ["Monitor", "nothing_done"]
+__all__ = ["Monitor"]
 
 
 class Monitor:
@@ -168,17 +166,3 @@ class Monitor:
 def _thread_seconds(reader: Prefetcher[Any], writer: Writer[Any]) -> tuple[float, float, float]:
     """Seconds so far in which compute waited for either, in which the reader worked, and in which the writer did."""
     return reader.wait_seconds + writer.wait_seconds, reader.busy_seconds, writer.busy_seconds
-
-
-def nothing_done(admission: Admission, found: Found) -> RunReport:
-    """The report of a run whose store is complete already."""
-    num_frames = 0 if found.metadata is None else found.metadata.num_frames
-    return RunReport(
-        direction=admission.direction,
-        frames=num_frames,
-        latent_frames=admission.schedule.num_latents(num_frames),
-        projected_bytes=admission.part.projected_bytes,
-        peak_rss_bytes=peak_rss_bytes(),
-        resumed_from_frame=num_frames,
-        complete=True,
-    )

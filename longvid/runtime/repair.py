@@ -19,19 +19,20 @@ import numpy.typing as npt
 
 from longvid.errors import ModelError, StoreError
 from longvid.events import Direction
+from longvid.files import disk_errors, write_durably
 from longvid.frames import Marks, Times
 from longvid.media.sources import open_source
-from longvid.runtime.admission import Job, Share
+from longvid.runtime.admission import Job
 from longvid.runtime.decode import DecodeOptions, decode_video
 from longvid.runtime.encode import EncodeOptions, encode_video, frame_chunks
 from longvid.runtime.session import VideoSession
 from longvid.schedule import ChunkSchedule
 from longvid.store.format import PRIVATE, digest_chain, serialized
-from longvid.store.latent_writer import seconds_of_latents
+from longvid.store.latent_writer import latent_coordinates
 from longvid.store.lock import WriterLock
 from longvid.store.metadata import StoreMetadata
 from longvid.store.reader import StoreReader, open_reader, open_store
-from longvid.store.staging import StagedStore, disk_errors, open_array, write_durably
+from longvid.store.staging import StagedStore, open_array
 from longvid.store.verify import Verification, recomputed_digests, verify
 
 __all__ = ["RepairReport", "repair"]
@@ -103,8 +104,11 @@ def repair(session: VideoSession, path: str | Path, *, source: Any = None) -> Re
                 kind="corrupt",
             )
         restored += _metadata(opened, before)
-        restored += _digests(opened, before)
-        restored += _coordinates(opened, before, source)
+        kinds = {damage.kind for damage in before.damages}
+        if "digests" in kinds:
+            restored += _digests(opened)
+        if "coordinates" in kinds:
+            restored += _coordinates(opened, source)
     units = frozenset(d.unit for d in before.damages if d.kind == "data" and d.unit is not None)
     frames = _data(session, opened, units, source) if units else 0
     restored += sorted(d.name for d in before.damages if d.kind == "data")
@@ -128,9 +132,7 @@ def _metadata(opened: StoreReader, found: Verification) -> Iterable[str]:
         yield damage.name
 
 
-def _digests(opened: StoreReader, found: Verification) -> Iterable[str]:
-    if not any(damage.kind == "digests" for damage in found.damages):
-        return
+def _digests(opened: StoreReader) -> list[str]:
     digests = recomputed_digests(opened)
     if digest_chain(digests) != opened.metadata.digests:
         raise StoreError(
@@ -139,61 +141,52 @@ def _digests(opened: StoreReader, found: Verification) -> Iterable[str]:
             kind="corrupt",
         )
     _rewrite(opened, {"digest": digests})
-    yield "digest"
+    return ["digest"]
 
 
-def _coordinates(opened: StoreReader, found: Verification, source: Any) -> Iterable[str]:
-    """All coordinates, if any is damaged: they are small, and follow from time stamps and marks of the frames."""
-    if not any(damage.kind == "coordinates" for damage in found.damages):
-        return
+def _coordinates(opened: StoreReader, source: Any) -> list[str]:
+    """All of them, since they are small."""
     digests = opened.stored("digest", 0, opened.metadata.num_units)
-    candidates = _candidates(opened, source)
-    columns = next((made for made in candidates if opened.metadata.unit_with_other(made, digests) is None), None)
-    if columns is None:
-        raise StoreError(
-            f"{opened.path}: the time stamps of its frames cannot be restored: the source gives other ones than those "
-            "that were published",
-            kind="mismatch",
-        )
-    _rewrite(opened, columns)
-    yield from sorted(columns)
+    for pts, valid in _stamps(opened, source):
+        columns = _columns(opened.metadata, pts, valid)
+        if opened.metadata.unit_with_other(columns, digests) is None:
+            _rewrite(opened, columns)
+            return sorted(columns)
+    raise StoreError(
+        f"{opened.path}: the time stamps of its frames cannot be restored: the source gives other ones than those that "
+        "were published",
+        kind="mismatch",
+    )
 
 
-def _candidates(opened: StoreReader, source: Any) -> Iterator[Columns]:
-    """What the coordinates may have been: by the time stamps that are there, then by those of the source."""
-    metadata = opened.metadata
-    schedule, base, num_frames = metadata.schedule, metadata.time_base, metadata.num_frames
-    if schedule is None:
-        latents = open_store(_source_of(opened, source))
-        first, last = metadata.window or (0, None)
-        pts, valid = (stamps[first:last][:num_frames] for stamps in (latents.frame_pts, latents.frame_valid))
-        base = latents.time_base
-        yield {"t": pts * base.numerator / base.denominator, "frame_pts": pts, "frame_valid": valid}
-        return
-    row, frame = (0, 0) if metadata.part is None else (metadata.part.row, metadata.part.frame)
-    padded = np.array([schedule.frame_range(row + i) for i in range(metadata.main.shape[0])], np.int64)
-    ranges = np.minimum(padded, frame + num_frames)
-    for pts, valid in _stamps(opened, schedule, source):
-        yield {
-            "t": seconds_of_latents(padded[:, 0], pts, frame, base, metadata.frame_rate),
-            "frame_start": ranges[:, 0],
-            "frame_stop": ranges[:, 1],
-            "frame_pts": pts,
-            "frame_valid": valid,
-        }
-
-
-def _stamps(opened: StoreReader, schedule: ChunkSchedule, source: Any) -> Iterator[tuple[Times, Marks]]:
-    """Time stamps and marks of all frames: those that are there, then those of the source, read without the model."""
+def _stamps(opened: StoreReader, source: Any) -> Iterator[tuple[Times, Marks]]:
+    """What time stamps and marks may have been: those that are there, then those of the source, without the model."""
     there = opened.columns["frame_pts"], opened.columns["frame_valid"]
     if there[0] is not None and there[1] is not None:
         yield there[0], there[1]
-    num_frames = opened.metadata.num_frames
-    with open_source(_source_of(opened, source), **asdict(opened.metadata.reading)) as video:
-        first = 0 if opened.metadata.part is None else schedule.index_of_latent(opened.metadata.part.row)
-        pieces = frame_chunks(video, schedule, (video.info.height, video.info.width), first=first)
-        read = [(piece.pts, piece.valid) for piece in islice(pieces, schedule.num_chunks(num_frames + 1))]
-    yield np.concatenate([pts for pts, _ in read])[:num_frames], np.concatenate([v for _, v in read])[:num_frames]
+    metadata, where = opened.metadata, _source_of(opened, source)
+    if metadata.schedule is None:
+        latents, (first, last) = open_store(where), metadata.window or (0, metadata.num_frames)
+        yield latents.frame_pts[first:last], latents.frame_valid[first:last]
+        return
+    with open_source(where, **asdict(metadata.reading)) as video:
+        first = 0 if metadata.part is None else metadata.schedule.index_of_frame(metadata.part.frame)
+        pieces = frame_chunks(video, metadata.schedule, (video.info.height, video.info.width), first=first)
+        read = [
+            (piece.pts, piece.valid) for piece in islice(pieces, metadata.schedule.num_chunks(metadata.num_frames + 1))
+        ]
+    pts, valid = (np.concatenate(stamps)[: metadata.num_frames] for stamps in zip(*read, strict=True))
+    yield pts, valid
+
+
+def _columns(metadata: StoreMetadata, pts: Times, valid: Marks) -> Columns:
+    """All coordinates: they follow from time stamps and marks of the frames."""
+    base, part, stamps = metadata.time_base, metadata.part, {"frame_pts": pts, "frame_valid": valid}
+    if metadata.schedule is None:
+        return {"t": pts * base.numerator / base.denominator, **stamps}
+    row, frame = (0, 0) if part is None else (part.row, part.frame)
+    rows, stop = range(row, row + metadata.main.shape[0]), frame + metadata.num_frames
+    return latent_coordinates(metadata.schedule, rows, stop, pts, frame, base, metadata.frame_rate) | stamps
 
 
 def _rewrite(opened: StoreReader, columns: Columns) -> None:
@@ -210,12 +203,12 @@ def _rewrite(opened: StoreReader, columns: Columns) -> None:
 def _data(session: VideoSession, opened: StoreReader, units: frozenset[int], source: Any) -> int:
     """Compute units again; returns how many frames went through the model."""
     where, path, metadata = _source_of(opened, source), opened.path, opened.metadata
-    share, num_frames = _share(metadata), 0
+    num_frames = 0
     with session.running("repair") as job:
         for cluster in _clusters(units, metadata, job):
             if metadata.kind == "frames":
                 first, last = metadata.window or (0, metadata.num_frames)
-                decoding = DecodeOptions(start=first, frames=last - first, mend=cluster, share=share)
+                decoding = DecodeOptions(start=first, frames=last - first, mend=cluster, part=metadata.part)
                 report = decode_video(job, where, path, decoding)
             else:
                 encoding = EncodeOptions(
@@ -224,7 +217,7 @@ def _data(session: VideoSession, opened: StoreReader, units: frozenset[int], sou
                     store_dtype=cast("Any", str(metadata.main.dtype)),
                     seed=metadata.seed,
                     mend=cluster,
-                    share=share,
+                    part=metadata.part,
                 )
                 report = encode_video(job, where, path, encoding)
             num_frames += report.frames_computed
@@ -234,7 +227,7 @@ def _data(session: VideoSession, opened: StoreReader, units: frozenset[int], sou
 def _clusters(units: frozenset[int], metadata: StoreMetadata, job: Job) -> list[frozenset[int]]:
     """Units whose gaps are shorter than a warm-up together, since one run computes them with less work."""
     direction: Direction = "encode" if metadata.kind == "latents" else "decode"
-    schedule = _chunk_plan(metadata)
+    schedule = metadata.schedule or ChunkSchedule.from_dict(metadata.fingerprint["chunk_plan"])
     try:
         gap = job.control.warmup(direction, schedule).chunks
     except ModelError:  # every run begins at frame 0
@@ -246,19 +239,6 @@ def _clusters(units: frozenset[int], metadata: StoreMetadata, job: Job) -> list[
             clusters.append([])
         clusters[-1].append(unit)
     return [frozenset(cluster) for cluster in clusters]
-
-
-def _chunk_plan(metadata: StoreMetadata) -> ChunkSchedule:
-    return metadata.schedule or ChunkSchedule.from_dict(metadata.fingerprint["chunk_plan"])
-
-
-def _share(metadata: StoreMetadata) -> Share | None:
-    """What the run computed that made a part; None for a whole store."""
-    part, window = metadata.part, metadata.window
-    if part is None:
-        return None
-    window = window or (part.frame, part.frame + metadata.num_frames)
-    return Share(_chunk_plan(metadata).index_of_frame(window[0]), None, window, part)
 
 
 def _source_of(opened: StoreReader, source: Any) -> Any:

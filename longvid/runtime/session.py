@@ -210,7 +210,7 @@ class VideoSession:
         Raises:
             SourceError: frames cannot be read. If nothing was committed yet, no store is left behind.
             StoreError: the store exists, is of another run, is being written by another run, or cannot be written.
-            MemoryBudgetError: it would not fit; raised before a frame is read or the store is made.
+            MemoryBudgetError, ScheduleError: it would not fit, or has no such ``part``; raised before a store is made.
             SessionStateError: the session is closed, busy or of another thread, or its model was changed.
         """
         options = EncodeOptions(
@@ -259,7 +259,7 @@ class VideoSession:
         Raises:
             StoreError: the store is missing, incomplete, damaged or of another kind of model; the output exists or
                 cannot be written. A file that is not finished is removed.
-            ScheduleError: the store was made with another chunk plan, or ``start`` and ``frames`` leave nothing.
+            ScheduleError: the store has another chunk plan, or ``start``, ``frames`` and ``part`` leave nothing.
             MemoryBudgetError: it would not fit; raised before anything is written.
             SessionStateError: as for :meth:`encode`.
         """

@@ -7,7 +7,6 @@ chunks take at most ``slack`` longer than with nothing offloaded.
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +32,7 @@ from longvid.runtime.engine import Engine
 from longvid.runtime.run import DecodeRun, EncodeRun
 from longvid.units import format_bytes
 
-__all__ = ["Sweep", "ThresholdPoint", "Tuning", "draw", "tune"]
+__all__ = ["Sweep", "ThresholdPoint", "Tuning", "tune"]
 
 _FIRST_TIMED = 3
 "chunks before it warm up, and on a CPU they are the ones whose allocations are tracked, which takes time of its own"
@@ -141,16 +140,13 @@ def tune(
     options, sweep = options or ComputeOptions(), sweep or Sweep()
     engine = Engine.on_device(model, device, options.dtype, offload_dir=sweep.offload_dir)
     with engine.copy_engine:
-        link = _link_rate(engine)
-        bench = _Bench(engine, Planner(engine.model, engine.device), (height, width), options, sweep, link, say)
+        bench = _Bench(engine, (height, width), options, sweep, _link_rate(engine), say)
         points: list[ThresholdPoint] = []
         parts: dict[Direction, DirectionProfile] = {}
-        excess = 0
         for direction in sweep.directions:
             plans = bench.thresholds(direction)
-            row = _as_points(plans, bench.measure(plans), sweep.slack)
+            row = bench.measure(plans)
             points += row
-            excess = max(excess, *(point.peak_bytes - point.projected_bytes for point in row))
             (knee,) = (point for point in row if point.knee)
             parts[direction] = DirectionProfile(
                 slice_frames=knee.slice_frames,
@@ -159,15 +155,12 @@ def tune(
                 peak_bytes=knee.peak_bytes,
                 slowdown=knee.slowdown,
                 flops_per_second=plans[0].cost_model.total_flops / min(point.seconds for point in row),
-                link_bytes_per_second=link,
+                link_bytes_per_second=bench.link,
             )
-        scope = engine.scope((height, width))
-        return Tuning(
-            slack=sweep.slack,
-            points=tuple(points),
-            profile=Profile(scope=scope, reserved_bytes=max(0, excess), directions=parts),
-            machine=describe_machine(str(engine.device)),
-        )
+        excess = max(point.peak_bytes - point.projected_bytes for point in points)
+        profile = Profile(scope=engine.scope((height, width)), reserved_bytes=max(0, excess), directions=parts)
+        machine = describe_machine(str(engine.device))
+        return Tuning(slack=sweep.slack, points=tuple(points), profile=profile, machine=machine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +168,6 @@ class _Bench:
     """Plans thresholds for one model and measures them."""
 
     engine: Engine
-    planner: Planner
     size: tuple[int, int]
     options: ComputeOptions
     sweep: Sweep
@@ -185,13 +177,14 @@ class _Bench:
     def thresholds(self, direction: Direction) -> list[DirectionPlan]:
         """Plans in ever shorter slices, then from nothing to everything offloaded, each different from the others."""
         memory, count = self.options.allowed_bytes, self.sweep.thresholds
+        planner = Planner(self.engine.model, self.engine.device)
         rates = DeviceRates(link_bytes_per_second=self.link)
 
         def planned(policy: OffloadPolicy, slice_frames: int | None = None) -> DirectionPlan:
             free = replace(
                 self.options, allowed_bytes=None, offload=policy, slice_frames=slice_frames, default_rates=rates
             )
-            return self.planner.plan(self.size, free, (direction,)).direction(direction)
+            return planner.plan(self.size, free, (direction,)).direction(direction)
 
         none = planned(OffloadPolicy("none"))
         if memory is None or none.projected_bytes <= memory:  # how early contexts are fetched depends on the rates
@@ -221,22 +214,39 @@ class _Bench:
             )
         return fitting
 
-    def measure(self, plans: Sequence[DirectionPlan]) -> list[tuple[list[float], int]]:
-        """Seconds of a chunk in each round, and the highest peak, for each plan."""
-        seconds: list[list[float]] = [[] for _ in plans]
+    def measure(self, plans: Sequence[DirectionPlan]) -> list[ThresholdPoint]:
+        """The point of each plan."""
+        rounds: list[list[float]] = [[] for _ in plans]
         peaks = [0] * len(plans)
         for number in range(self.sweep.rounds):
             # Forwards and backwards in turn, so that a drift of the machine does not favour one end of the row.
-            order = range(len(plans)) if number % 2 == 0 else reversed(range(len(plans)))
-            for index in order:
+            for index in range(len(plans))[:: -1 if number % 2 else 1]:
                 took, peak = self._run_once(plans[index])
-                seconds[index].append(took)
+                rounds[index].append(took)
                 peaks[index] = max(peaks[index], peak)
                 self.say(
                     f"{plans[index].workload.direction}, round {number + 1} of {self.sweep.rounds}, "
                     f"{format_bytes(peak)}: {took * 1e3:.1f} ms per chunk"
                 )
-        return list(zip(seconds, peaks, strict=True))
+        times = [statistics.median(seconds) for seconds in rounds]
+        allowed = [i for i, seconds in enumerate(times) if seconds <= (1 + self.sweep.slack) * times[0]]
+        knee = min(allowed, key=lambda i: (peaks[i], times[i]))
+        return [
+            ThresholdPoint(
+                direction=part.workload.direction,
+                slice_frames=part.execution.slice_frames or part.chunk_frames,
+                resident_bytes=part.resident_cache_bytes,
+                offloaded_bytes=part.offloaded_cache_bytes,
+                prefetch_bytes=part.placement.prefetch_bytes,
+                projected_bytes=part.projected_bytes,
+                peak_bytes=peaks[i],
+                seconds=times[i],
+                spread=max(rounds[i]) / min(rounds[i]),
+                slowdown=times[i] / times[0],
+                knee=i == knee,
+            )
+            for i, part in enumerate(plans)
+        ]
 
     def _run_once(self, part: DirectionPlan) -> tuple[float, int]:
         """Seconds of a chunk in the middle, the shorter of two, and the peak of all."""
@@ -263,40 +273,12 @@ def _chunks(run: EncodeRun | DecodeRun) -> Iterator[Callable[[], object]]:
 
 def _seconds(engine: Engine, work: Callable[[], object]) -> float:
     """Time of ``work`` on the device, which a call only queues there."""
-    _wait_for(engine)
+    wait = (lambda _: None) if engine.device.type == "cpu" else torch.accelerator.synchronize
+    wait(engine.device)
     started = time.perf_counter()
     work()
-    _wait_for(engine)
+    wait(engine.device)
     return time.perf_counter() - started
-
-
-def _wait_for(engine: Engine) -> None:
-    if engine.device.type != "cpu":
-        torch.accelerator.synchronize(engine.device)
-
-
-def _as_points(
-    plans: Sequence[DirectionPlan], measured: Sequence[tuple[list[float], int]], slack: float
-) -> list[ThresholdPoint]:
-    times = [statistics.median(rounds) for rounds, _ in measured]
-    allowed = [i for i, seconds in enumerate(times) if seconds <= (1 + slack) * times[0]]
-    knee = min(allowed, key=lambda i: (measured[i][1], times[i]))
-    return [
-        ThresholdPoint(
-            direction=part.workload.direction,
-            slice_frames=part.execution.slice_frames or part.chunk_frames,
-            resident_bytes=part.resident_cache_bytes,
-            offloaded_bytes=part.offloaded_cache_bytes,
-            prefetch_bytes=part.placement.prefetch_bytes,
-            projected_bytes=part.projected_bytes,
-            peak_bytes=peak,
-            seconds=times[i],
-            spread=max(rounds) / min(rounds),
-            slowdown=times[i] / times[0],
-            knee=i == knee,
-        )
-        for i, (part, (rounds, peak)) in enumerate(zip(plans, measured, strict=True))
-    ]
 
 
 def _link_rate(engine: Engine) -> float:
@@ -309,29 +291,3 @@ def _link_rate(engine: Engine) -> float:
     back = [_seconds(engine, lambda: copy_engine.to_device(slot, source, None).synchronize()) for _ in range(5)]
     copy_engine.release(host_buffer)
     return source.nbytes / max(statistics.median(out), statistics.median(back))
-
-
-def draw(tuning: Tuning, path: str | os.PathLike[str]) -> None:
-    """Draw peak against time as a picture; needs matplotlib (``pip install "longvid[plot]"``)."""
-    from matplotlib.figure import Figure
-
-    directions = [d for d in ("encode", "decode") if any(point.direction == d for point in tuning.points)]
-    figure = Figure(figsize=(4.2 * len(directions) + 0.6, 4.0), layout="constrained")
-    scope = tuning.profile.scope
-    figure.suptitle(f"{scope.model}, {scope.size}, {scope.dtype}, {scope.device}", fontsize=10)
-    panels = figure.subplots(1, len(directions), sharey=True, squeeze=False)[0]
-    for axes, direction in zip(panels, directions, strict=True):
-        row = [point for point in tuning.points if point.direction == direction]
-        (knee,) = (point for point in row if point.knee)
-        axes.axhline(1 + tuning.slack, color="#888888", linewidth=0.8, linestyle=":")
-        x, y = [point.peak_bytes / 2**20 for point in row], [point.slowdown for point in row]
-        axes.plot(x, y, color="#b8cdd6", zorder=1)
-        axes.scatter(x, y, color="#1f6f8b", zorder=2)
-        axes.scatter(knee.peak_bytes / 2**20, knee.slowdown, s=200, facecolors="none", edgecolors="#c8553d", zorder=3)
-        axes.set_title(f"{direction}: knee at {format_bytes(knee.peak_bytes)}", fontsize=10)
-        axes.set_xlabel("measured peak in MiB, weights included")
-        axes.margins(x=0.12, y=0.15)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-    panels[0].set_ylabel("time of a chunk / nothing offloaded")
-    figure.savefig(path, dpi=130)

@@ -22,13 +22,8 @@ __all__ = ["FrameStoreWriter"]
 class FrameStoreWriter(StoreWriter):
     """Writes array ``frames`` (t, y, x, rgb) uint8 with ``t``, ``frame_pts`` and ``frame_valid``.
 
-    Args:
-        path, facts, options: as for :class:`~longvid.store.writer.StoreWriter`, which also describes its life.
-        size: (height, width) of the frames.
-        time_base: seconds per unit of the time stamps.
-        frame_rate: mean frames per second, recorded.
-        source: facts of where the frames came from, recorded.
-        part: the part of the frames that is written; None for all of them.
+    :class:`~longvid.store.writer.StoreWriter` describes its life. ``size`` is height and width, ``time_base`` the
+    seconds per unit of the time stamps. ``part`` is the part of the frames that is written; None for all of them.
     """
 
     kind: ClassVar = "frames"

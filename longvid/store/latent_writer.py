@@ -18,7 +18,7 @@ from longvid.store.metadata import Part, RunFacts, ratio
 from longvid.store.target import Found
 from longvid.store.writer import TARGET_CHUNK_BYTES, StoreWriter, Unit
 
-__all__ = ["LatentLayout", "LatentWriter", "seconds_of_latents"]
+__all__ = ["LatentLayout", "LatentWriter", "latent_coordinates"]
 
 _MOST_LATENTS_PER_CHUNK = 64
 
@@ -33,14 +33,9 @@ class LatentLayout:
 
 
 class LatentWriter(StoreWriter):
-    """Writes latents with their coordinates.
+    """Writes latents with their coordinates; :class:`~longvid.store.writer.StoreWriter` describes its life.
 
-    Args:
-        path, facts, options: as for :class:`~longvid.store.writer.StoreWriter`, which also describes its life.
-        schedule: the chunk plan, recorded in the store.
-        source: where the frames are from, recorded in the store.
-        layout: shape, dtype and representation of the latents.
-        part: the part of the video that is written; None for all of it.
+    ``schedule`` and ``source`` are recorded. ``part`` is the part of the video that is written; None for all of it.
     """
 
     kind: ClassVar = "latents"
@@ -67,7 +62,7 @@ class LatentWriter(StoreWriter):
         }
         super().__init__(path, facts, options, attributes, recorded, source.frame_rate)
         self._schedule, self._source = schedule, source
-        self._row, self._frame = (0, 0) if part is None else (part.row, part.frame)
+        self._row_before, self._frame = (0, 0) if part is None else (part.row, part.frame)
         self.rows, self.dtype = {"latents": (c, y, x)}, layout.dtype
         if layout.representation == "moments":
             self.rows["moments"] = (2 * c, y, x)
@@ -109,6 +104,9 @@ class LatentWriter(StoreWriter):
         self._num_received = chunk.frame_stop
         self._receive({**rows, "frame_pts": np.asarray(pts_T, np.int64), "frame_valid": np.asarray(valid, np.bool_)})
 
+    def _row(self, frame: int) -> int:
+        return self._schedule.latent_of_frame(self._frame + frame) - self._row_before
+
     def _open(self, found: Found) -> None:
         super()._open(found)
         self._last_pts = self.known("frame_pts")[-2:]
@@ -132,45 +130,49 @@ class LatentWriter(StoreWriter):
         )
 
     def _unit(self, count: int) -> Unit:
-        start = self._row + self.num_units * self.unit_rows
-        padded = np.array([self._schedule.frame_range(i) for i in range(start, start + count)], np.int64)
-        ranges = np.minimum(padded, self._num_received)
-        num_frames = int(ranges[-1, 1] - ranges[0, 0])
-        pts = self._take("frame_pts", num_frames)
-        unit = {name: self._take(name, count) for name in self.rows}
-        unit |= {
-            "t": seconds_of_latents(
-                padded[:, 0],
-                np.concatenate([self._last_pts, pts]),
-                self._frame + self.num_frames - len(self._last_pts),
+        start = self._row_before + self.num_units * self.unit_rows
+        first = self._frame + self.num_frames
+        stop = min(self._schedule.frame_range(start + count - 1)[1], self._num_received)
+        pts, earlier = self._take("frame_pts", stop - first), self._last_pts
+        self._last_pts = np.concatenate([earlier, pts])[-2:]
+        self.num_frames = stop - self._frame
+        return {
+            **{name: self._take(name, count) for name in self.rows},
+            **latent_coordinates(
+                self._schedule,
+                range(start, start + count),
+                stop,
+                np.concatenate([earlier, pts]),
+                first - len(earlier),
                 self._source.time_base,
                 self._source.frame_rate,
             ),
-            "frame_start": ranges[:, 0],
-            "frame_stop": ranges[:, 1],
             "frame_pts": pts,
-            "frame_valid": self._take("frame_valid", num_frames),
+            "frame_valid": self._take("frame_valid", stop - first),
         }
-        self._last_pts = np.concatenate([self._last_pts, pts])[-2:]
-        self.num_frames = int(ranges[-1, 1]) - self._frame
-        return unit
 
 
-def seconds_of_latents(
-    first_frames: npt.NDArray[np.int64],
+def latent_coordinates(
+    schedule: ChunkSchedule,
+    rows: range,
+    stop: int,
     pts_T: npt.NDArray[np.int64],
     first_known: int,
     time_base: Fraction,
     frame_rate: Fraction | None,
-) -> npt.NDArray[np.float64]:
-    """Seconds of each latent's first frame, by the time stamps of consecutive frames from ``first_known`` on.
+) -> Unit:
+    """The frames that each latent stands for, up to ``stop``, and the seconds at which the first of them is shown.
 
-    A padded tail continues at the frame rate, or, without one, at the distance of the last two frames.
+    ``pts_T`` are time stamps of consecutive frames from ``first_known`` on. A padded tail continues at the frame rate,
+    or, without one, at the distance of the last two frames.
     """
+    padded = np.array([schedule.frame_range(row) for row in rows], np.int64)
+    ranges = np.minimum(padded, stop)
     last = first_known + len(pts_T) - 1
     step = float(1 / frame_rate / time_base) if frame_rate else float(pts_T[-1] - pts_T[-2]) if len(pts_T) > 1 else 0.0
-    ticks = np.array([pts_T[f - first_known] if f <= last else pts_T[-1] + step * (f - last) for f in first_frames])
-    return ticks * time_base.numerator / time_base.denominator
+    ticks = np.array([pts_T[f - first_known] if f <= last else pts_T[-1] + step * (f - last) for f in padded[:, 0]])
+    seconds = ticks * time_base.numerator / time_base.denominator
+    return {"t": seconds, "frame_start": ranges[:, 0], "frame_stop": ranges[:, 1]}
 
 
 def _latents_per_chunk(shape: tuple[int, int, int], itemsize: int, multiple: int) -> int:

@@ -79,14 +79,11 @@ class WriterLock:
 def is_locked(path: Path) -> bool:
     """Whether a process holds the lock at ``path`` now, as far as this process may see. Writes nothing."""
     with _guard:
-        identity = _identity_at(path)
-        if identity == (0, 0):
-            return False
-        if _held.get(identity, (0, {}))[0] == os.getpid():
+        if _held.get(_identity_at(path), (0, {}))[0] == os.getpid():
             return True
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:  # it vanished, or only its owner may read it
+        except OSError:  # there is none, or only its owner may read it
             return False
         try:
             fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from longvid.store.reader import StoreReader, open_reader
 from longvid.store.target import changes
 from longvid.store.writer import StoreWriter, Unit
 
-__all__ = ["chunks_of_part", "join", "part_path", "without_part"]
+__all__ = ["join", "part_path", "without_part"]
 
 _NAME = re.compile(r"\.part-(\d+)-of-(\d+)")
 _OWN_FACTS = ("part", "window")
@@ -57,15 +58,12 @@ def join(store: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     target = local_path(store)
     readers = [open_reader(path) for path in _paths(target)]
     _check_one_run(readers)
+    for before, reader in pairwise(readers):
+        _check_overlap(before, reader)
     options = WriteOptions(durability=Durability(), overwrite=overwrite, resume="never")
     with _JoinedWriter(target, [reader.metadata for reader in readers], options) as writer:
-        before: StoreReader | None = None
         for reader in readers:
-            part = _part(reader)
-            if before is not None:
-                _check_overlap(before, reader)
-            writer.copy(reader, first=part.overlap)
-            before = reader
+            writer.copy(reader, first=_part(reader).overlap)
     return target
 
 
@@ -117,7 +115,7 @@ def _check_one_run(readers: list[StoreReader]) -> None:
                 "have to be made of one video by one model, with the same settings, threads and libraries",
                 kind="mismatch",
             )
-        at = part.row + part.overlap, part.frame + _overlap_frames(reader)
+        at = part.row + part.overlap, part.frame + metadata.padded_frames(part.overlap)[0]
         if (part.number, part.of) != (number, of) or at != (row, frame):
             raise StoreError(
                 f"{reader.path} is {part} and begins at frame {at[1]}, and the parts before it end at frame {frame}; "
@@ -127,19 +125,12 @@ def _check_one_run(readers: list[StoreReader]) -> None:
         row, frame = part.row + metadata.main.shape[0], part.frame + metadata.num_frames
 
 
-def _overlap_frames(reader: StoreReader) -> int:
-    """Frames of the overlap."""
-    rows, metadata = _part(reader).overlap, reader.metadata
-    return 0 if not rows else int(metadata.padded_frames(rows - 1)[1])
-
-
 def _check_overlap(before: StoreReader, reader: StoreReader) -> None:
     """Require that two neighbours computed the same for the chunk that both have."""
-    part, shift = _part(reader), before.metadata.main.shape[0] - _part(reader).overlap
-    frames, frame_shift = _overlap_frames(reader), before.metadata.num_frames - _overlap_frames(reader)
-    for name, array in _values(reader, 0, part.overlap, 0, frames).items():
-        there = _values(before, shift, shift + part.overlap, frame_shift, frame_shift + frames)[name]
-        if array.tobytes() != there.tobytes():
+    part, stop = _part(reader), before.metadata.main.shape[0]
+    there = _values(before, stop - part.overlap, stop)
+    for name, array in _values(reader, 0, part.overlap).items():
+        if array.tobytes() != there[name].tobytes():
             raise StoreError(
                 f"{reader.path} and {before.path.name} differ in the chunk that both have, in {name}: they were not "
                 "computed alike, or frames were replaced (--on-non-finite quarantine) within the warm-up of "
@@ -149,13 +140,13 @@ def _check_overlap(before: StoreReader, reader: StoreReader) -> None:
             )
 
 
-def _values(reader: StoreReader, start: int, stop: int, first: int, last: int) -> Unit:
-    """Rows ``start`` to ``stop`` of all arrays, and frames ``first`` to ``last`` of those that have one row a frame."""
-    columns, _ = reader.checked_columns()
-    rows = np.arange(start, stop)
-    data = {name: reader.take(name, rows) for name in reader.metadata.data_names}
+def _values(reader: StoreReader, start: int, stop: int) -> Unit:
+    """Rows ``start`` to ``stop`` of the main array, with the rows of all other arrays that belong to them."""
+    (columns, _), metadata = reader.checked_columns(), reader.metadata
+    frames = slice(metadata.padded_frames(start)[0], min(metadata.padded_frames(stop - 1)[1], metadata.num_frames))
+    data = {name: reader.take(name, np.arange(start, stop)) for name in metadata.data_names}
     of_frames = {"frame_pts", "frame_valid"}
-    return data | {name: c[first:last] if name in of_frames else c[start:stop] for name, c in columns.items()}
+    return data | {name: c[frames] if name in of_frames else c[start:stop] for name, c in columns.items()}
 
 
 class _JoinedWriter(StoreWriter):
@@ -181,11 +172,9 @@ class _JoinedWriter(StoreWriter):
 
     def copy(self, reader: StoreReader, *, first: int) -> None:
         """Append the rows of a part from ``first`` on, a unit at a time."""
-        metadata = reader.metadata
-        for start in range(first, metadata.main.shape[0], self.unit_rows):
-            stop = min(start + self.unit_rows, metadata.main.shape[0])
-            frames = metadata.padded_frames(start)[0], min(metadata.padded_frames(stop - 1)[1], metadata.num_frames)
-            self._receive(_values(reader, start, stop, *frames))
+        num_rows = reader.metadata.main.shape[0]
+        for start in range(first, num_rows, self.unit_rows):
+            self._receive(_values(reader, start, min(start + self.unit_rows, num_rows)))
 
     def _unit(self, count: int) -> Unit:
         rows = [name for name in self._waiting if name not in ("frame_pts", "frame_valid")]
@@ -194,18 +183,3 @@ class _JoinedWriter(StoreWriter):
         unit |= {name: self._take(name, frames) for name in ("frame_pts", "frame_valid")}
         self.num_frames += frames
         return unit
-
-
-def chunks_of_part(number: int, of: int, num_chunks: int) -> tuple[int, int]:
-    """The half-open range of chunks that a part has, of ``num_chunks`` in all.
-
-    Raises:
-        StoreError: kind ``"format"`` if there is no such part, or if it would be empty.
-    """
-    if not 1 <= number <= of or of > num_chunks:
-        raise StoreError(
-            f"part {number}/{of} was asked for; the video has {num_chunks} chunks, so that parts from 1/{num_chunks} "
-            f"to {num_chunks}/{num_chunks} are possible",
-            kind="format",
-        )
-    return num_chunks * (number - 1) // of, num_chunks * number // of

@@ -21,7 +21,7 @@ import zarr
 from zarr.storage import LocalStore
 
 from longvid.errors import StoreError
-from longvid.files import local_path
+from longvid.files import local_path, read_regular
 from longvid.schedule import ChunkSchedule
 from longvid.store.format import (
     DIGEST_BYTES,
@@ -35,7 +35,7 @@ from longvid.store.format import (
 )
 from longvid.store.metadata import StoreMetadata, store_kind
 from longvid.store.staging import open_array
-from longvid.store.validation import MAX_DOCUMENT_BYTES, check_chunk, check_tree, read_document, read_regular
+from longvid.store.validation import MAX_DOCUMENT_BYTES, check_chunk, check_tree, read_document
 
 __all__ = ["CheckedArray", "FrameStore", "LatentStore", "StoreReader", "bytes_of", "may_stand_beside", "open_frames",
            "open_reader", "open_store", "require_complete"]  # fmt: skip

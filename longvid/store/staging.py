@@ -1,4 +1,4 @@
-"""Owns atomic files and staged zarr writes: a file is whole or missing, and nothing is visible before it is committed.
+"""Owns staged zarr writes: nothing is visible before it is committed.
 
 zarr grows an array by writing the longer shape first and the data after it. A reader in between, or after a kill, sees
 rows that do not exist. So a :class:`StagedStore` writes no metadata before :meth:`StagedStore.commit` and keeps chunks
@@ -7,25 +7,21 @@ that are rewritten as an array grows in memory until then. Chunks that are writt
 
 from __future__ import annotations
 
-import errno
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import zarr
 from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, StorePath
 
-from longvid.errors import StoreError
+from longvid.files import sync_path, write_durably
 from longvid.store.format import serialized
 
-__all__ = ["StagedStore", "delete", "disk_errors", "is_partial", "open_array", "partial_files", "sweep",
-           "sync_path", "write_durably"]  # fmt: skip
+__all__ = ["StagedStore", "delete", "is_partial", "open_array", "partial_files", "sweep"]
 
 _PARTIAL = re.compile(r"(\..+|.*\.[0-9a-f]{32})\.partial")
 "name of a file while it is being written: ours, and those of zarr's LocalStore"
@@ -36,50 +32,6 @@ _CHUNK_FILE = re.compile(r"c\.(\d+)(\.0)*")
 def is_partial(name: str) -> bool:
     """Whether a file of this name, in a folder of ours, is one that was never finished."""
     return _PARTIAL.fullmatch(name) is not None
-
-
-def sync_path(path: Path) -> None:
-    """Wait until the content of a file, or the names in a folder, are on the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        _fsync(fd, path)
-    finally:
-        os.close(fd)
-
-
-def _fsync(fd: int, path: Path) -> None:
-    try:
-        os.fsync(fd)
-    except OSError as exc:
-        if exc.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            raise
-        raise StoreError(
-            f"{path} cannot be made durable: its file system has no fsync ({exc.strerror}). Choose another folder, or "
-            'add --durability rename (durability="rename"), which survives the death of the process only',
-            kind="other",
-        ) from exc
-
-
-def write_durably(path: Path, content: bytes | Callable[[BinaryIO], None], *, sync: bool) -> None:
-    """Write a file so that at any moment its name stands for the old content or for the new content.
-
-    With ``sync`` the new content is on the disk before it takes the name. The folder is not synced here.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
-                content(file)
-            if sync:
-                file.flush()
-                _fsync(file.fileno(), path)
-        os.replace(partial, path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
 
 
 class StagedStore(LocalStore):
@@ -171,26 +123,3 @@ def open_array(files: LocalStore, name: str, document: dict[str, Any]) -> zarr.A
     """The array of these metadata, without a look at its ``zarr.json``. Chunks of fill values are written as well."""
     place = StorePath(files, name)
     return zarr.Array(zarr.AsyncArray(cast("Any", document), place, config={"write_empty_chunks": True}))
-
-
-_KINDS = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "full"),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "read-only"),
-}
-_HINTS = {
-    "full": "; make room and run the same command again to resume",
-    "read-only": "; choose another folder, or make this one writable",
-}
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn errors of the operating system about files into StoreError."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except OSError as exc:
-        kind = _KINDS.get(exc.errno or 0, "other")
-        message = f"{path} cannot be written: {exc.strerror or exc}{_HINTS.get(kind, '')}"
-        raise StoreError(message, kind=kind) from exc

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from longvid.errors import StoreError
-from longvid.files import local_path
+from longvid.files import disk_errors, local_path, write_durably
 from longvid.store.durability import Durability, Resume
 from longvid.store.format import (
     OWN_NAMES,
@@ -34,9 +34,9 @@ from longvid.store.format import (
 from longvid.store.lock import WriterLock
 from longvid.store.metadata import StoreMetadata
 from longvid.store.reader import StoreReader, bytes_of, is_ours
-from longvid.store.staging import disk_errors, partial_files, write_durably
+from longvid.store.staging import partial_files
 
-__all__ = ["Committed", "Found", "changes", "check_target", "in_words", "is_of_machine", "read_root", "settle_complete"]
+__all__ = ["Committed", "Found", "changes", "check_target", "in_words", "is_of_machine", "settle_complete"]
 
 _OF_MACHINE = ("fingerprint", "numerics", "tiling", "versions", "created_by")
 "what a store records of the machine and the libraries that compute it"
@@ -159,8 +159,8 @@ def check_target(path: str | os.PathLike[str]) -> Found:
     begun = (target / PRIVATE).is_dir() or (digest.is_dir() and not digest.is_symlink() and not any(digest.iterdir()))
     if not entries or (begun and set(entries) <= {"digest", PARTIAL_ROOT}):  # of a run that ended before it wrote
         return Found(target)
-    root = read_root(target)
-    if root is None:
+    content = bytes_of(target / "zarr.json")
+    if content is None or not is_ours(content):
         if begun:
             raise StoreError(
                 f"{target}: the root metadata are damaged or missing; `longvid repair` restores them", kind="corrupt"
@@ -176,19 +176,13 @@ def check_target(path: str | os.PathLike[str]) -> Found:
             kind="foreign",
         )
     try:
-        return Found(target, StoreMetadata.parse(root, where=str(target)))
+        return Found(target, StoreMetadata.parse(json.loads(content), where=str(target)))
     except StoreError as exc:
         if exc.kind == "refused" and not checksum_is_right((target / "zarr.json").read_bytes()):
             exc = StoreError(
                 f"{target}: the root metadata are damaged; `longvid repair` restores them ({exc})", kind="corrupt"
             )
         return Found(target, problem=exc)
-
-
-def read_root(path: Path) -> dict[str, Any] | None:
-    """The root metadata of the store at ``path``; None if there are none of ours that can be read."""
-    content = bytes_of(path / "zarr.json")
-    return json.loads(content) if content is not None and is_ours(content) else None
 
 
 def settle_complete(found: Found, durability: Durability) -> None:
@@ -219,18 +213,14 @@ class Committed:
 
     def __init__(self, reader: StoreReader, facts: Mapping[str, Any], resume: Resume) -> None:
         self.columns, self.digests = reader.checked_columns()
-        self.num_frames = reader.metadata.num_frames
+        self.metadata = reader.metadata
         self._reader, self._facts, self._resume = reader, facts, resume
-        have, want = reader.metadata.attributes["longvid"], facts
+        have, want = self.metadata.attributes["longvid"], facts
         self._changed = changes(have["fingerprint"], want["fingerprint"])
         self.differs = bool(self._changed)
         "whether the results of the run are taken to be other ones than those of the run before would be"
         for name in ("tiling", "versions"):
             self._changed |= changes({name: have.get(name, {})}, {name: want.get(name, {})})
-
-    def num_rows(self, name: str) -> int:
-        """Committed rows of an array."""
-        return self._reader.metadata.arrays[name].shape[0]
 
     def compare(self, name: str, start: int, values: npt.NDArray[Any]) -> None:
         """Require that rows from ``start`` on are those that are committed; rows before and beyond these are not
@@ -241,10 +231,10 @@ class Committed:
                 ``resume="close"``, where :attr:`differs` is set.
         """
         values, start = values[max(0, -start) :], max(0, start)
-        stop = min(start + len(values), self.num_rows(name))
+        stop = min(start + len(values), self.metadata.arrays[name].shape[0])
         if stop <= start:
             return
-        data = name in self._reader.metadata.data_names
+        data = name in self.metadata.data_names
         there = self._reader.take(name, np.arange(start, stop)) if data else self.columns[name][start:stop]
         if there.tobytes() == values[: stop - start].tobytes():
             return
@@ -265,20 +255,16 @@ class Committed:
 
     def check_unit(self, name: str, unit: int, rows: npt.NDArray[Any]) -> None:
         """Require that rows that were computed again are, by their digest, those of a damaged unit."""
-        if not np.array_equal(unit_digest([rows]), self.digests[unit, self._reader.metadata.data_names.index(name)]):
+        if not np.array_equal(unit_digest([rows]), self.digests[unit, self.metadata.data_names.index(name)]):
             raise StoreError(
                 f"{self._reader.path}: {name} of unit {unit} were computed again and differ from those that were "
                 "committed: the source has other frames, or the same model computes other values on this machine",
                 kind="mismatch",
             )
 
-    def rows(self, unit: int) -> tuple[int, int]:
-        """Half-open range of rows of the main array in a unit."""
-        return self._reader.metadata.rows(unit)
-
     def seam(self) -> dict[str, Any]:
         """What a store records where values begin to be those of another machine or of other libraries."""
         before, after = ({name: values[side] for name, values in self._changed.items()} for side in (0, 1))
-        earlier = self._reader.metadata.attributes["longvid"].get("seams", [])
-        seams = [*earlier, {"frame": self.num_frames, "before": before, "after": after}]
+        earlier = self.metadata.attributes["longvid"].get("seams", [])
+        seams = [*earlier, {"frame": self.metadata.num_frames, "before": before, "after": after}]
         return {"seams": seams} | {name: self._facts[name] for name in _OF_MACHINE if name in self._facts}

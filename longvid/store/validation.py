@@ -12,11 +12,9 @@ A reader calls :func:`check_tree` once, :func:`read_document` and :func:`check_a
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +22,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from longvid.errors import StoreError
+from longvid.files import read_regular
 from longvid.store.format import (
     AXES,
     CHUNK_ROWS,
@@ -36,7 +35,7 @@ from longvid.store.format import (
 )
 
 __all__ = ["MAX_CHUNK_BYTES", "MAX_DOCUMENT_BYTES", "MAX_ROWS", "check_arrays", "check_chunk", "check_tree",
-           "read_document", "read_regular"]  # fmt: skip
+           "read_document"]  # fmt: skip
 
 MAX_DOCUMENT_BYTES = 16 * 2**20
 "largest ``zarr.json``"
@@ -67,29 +66,6 @@ def read_document(path: Path) -> dict[str, Any]:
     if layer:
         _refuse(str(path), "its metadata are nested deeper", f"{_MAX_DEPTH} levels")
     return document
-
-
-def read_regular(path: Path, max_bytes: int) -> bytes:
-    """The first bytes of a regular file that is not reached through a link."""
-    # Without O_NONBLOCK, opening a FIFO would wait for a writer.
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        with open(os.open(path, flags), "rb") as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                _refuse(str(path), "it is not a regular file", "files and folders")
-            return file.read(min(max_bytes, found.st_size + 1))  # Python allocates what it is asked to read
-    except StoreError:
-        raise
-    except (FileNotFoundError, NotADirectoryError) as exc:
-        raise StoreError(f"there is no {path}", kind="missing") from exc
-    except ValueError as exc:  # a zero byte in the name
-        raise StoreError(f"{str(path)!r} cannot be a path: {exc}", kind="refused") from exc
-    except OSError as exc:
-        if exc.errno in (errno.ELOOP, errno.EMLINK, errno.EISDIR):
-            _refuse(str(path), f"it is {'a folder' if exc.errno == errno.EISDIR else 'a symbolic link'}", "a file")
-        kind = "corrupt" if exc.errno == errno.EIO else "other"
-        raise StoreError(f"{path} cannot be read: {exc.strerror}", kind=kind) from exc
 
 
 def check_arrays(root: Mapping[str, Any], kind: StoreKind, *, where: str) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -163,14 +164,11 @@ def metadata_is_whole(content: bytes | None, document: Mapping[str, Any], comple
     """Whether an array's own metadata are those of the root, or of an earlier commit in an unfinished store."""
     if content is None:
         return not complete
-    if content == serialized(document):
-        return True
-    try:
-        there = json.loads(content)
-        shorter = {**document, "shape": [there["shape"][0], *document["shape"][1:]]}
-        return not complete and there["shape"][0] <= document["shape"][0] and content == serialized(shorter)
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-        return False
+    num_rows, *row = document["shape"]
+    with suppress(ValueError, KeyError, TypeError, IndexError, RecursionError):
+        length = num_rows if complete else min(json.loads(content)["shape"][0], num_rows)
+        return content == serialized({**document, "shape": [length, *row]})
+    return False
 
 
 def recomputed_digests(reader: StoreReader) -> npt.NDArray[np.uint8]:

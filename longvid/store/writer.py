@@ -30,6 +30,7 @@ import zarr
 
 from longvid import __version__
 from longvid.errors import StoreError
+from longvid.files import disk_errors, sync_path, write_durably
 from longvid.store.durability import WriteOptions
 from longvid.store.format import (
     COORDINATE_NAMES,
@@ -48,9 +49,9 @@ from longvid.store.format import (
 )
 from longvid.store.lock import WriterLock
 from longvid.store.metadata import RunFacts, StoreMetadata, ratio
-from longvid.store.reader import StoreReader
-from longvid.store.staging import StagedStore, delete, disk_errors, open_array, sweep, sync_path, write_durably
-from longvid.store.target import Committed, Found, check_target, read_root
+from longvid.store.reader import StoreReader, bytes_of, is_ours
+from longvid.store.staging import StagedStore, delete, open_array, sweep
+from longvid.store.target import Committed, Found, check_target
 from longvid.store.validation import check_tree
 
 __all__ = ["TARGET_CHUNK_BYTES", "StoreWriter", "Unit"]
@@ -71,10 +72,8 @@ class StoreWriter(ABC):
 
     Args:
         path: the folder; its parent exists.
-        facts: facts of the run, recorded.
-        options: what may be replaced or resumed, and when results are durable.
-        attributes: the attributes of the group, beside those that every store has.
-        recorded: what the attribute ``longvid`` says, beside what it says in every store.
+        facts, options: what is recorded of the run, and what it may replace or resume.
+        attributes, recorded: of the group, and of its attribute ``longvid``, beside what every store has.
         frame_rate: mean frames per second, recorded.
 
     Raises:
@@ -106,7 +105,6 @@ class StoreWriter(ABC):
         self.path = Path(path)
         self._options, self.durability, self._mend = options, options.durability, options.mend
         self._sync = self.durability.syncs
-        self._fingerprint = facts.fingerprint
         self._epoch = uuid.uuid4().hex
         about = {
             "format_version": FORMAT_VERSION,
@@ -122,8 +120,9 @@ class StoreWriter(ABC):
             "epoch": self._epoch,
         }
         self._attributes = {"Conventions": "CF-1.11", "longvid": about, **attributes}
-        self._epoch_there: str | None = self._epoch
-        "the epoch of the writer that wrote the root metadata last"
+        self._root: bytes | None = None
+        "the root metadata as this run found them, or wrote them last"
+        self._owns_root = False
         self._documents: dict[str, dict[str, Any]] = {}
         "the metadata of every array, with the rows that were received"
         self._waiting: dict[str, list[npt.NDArray[Any]]] = {}
@@ -135,7 +134,7 @@ class StoreWriter(ABC):
         "the row that comes next, by the name of its array"
         self._chain = hashlib.blake2b(digest_size=DIGEST_BYTES)
         "the digest of all digests so far"
-        self._created_folder = self._committed = self._paused = False
+        self._created_folder = self._paused = False
         self._last_commit = -float("inf")
         self.num_units = 0
         "units that are in the store: found there, or written now"
@@ -163,7 +162,9 @@ class StoreWriter(ABC):
         return self
 
     def _decide(self, found: Found) -> Literal["create", "replace", "resume"]:
-        decision = found.decide(self._fingerprint, overwrite=self._options.overwrite, resume=self._options.resume)
+        decision = found.decide(
+            self._about["fingerprint"], overwrite=self._options.overwrite, resume=self._options.resume
+        )
         if self._mend:
             return "resume"
         if decision == "done":
@@ -187,34 +188,35 @@ class StoreWriter(ABC):
         return self.path / PRIVATE / "seek"
 
     @property
-    def wanted_rows(self) -> tuple[int, int | None]:
-        """Half-open range of rows of the main array that have to be computed; no end if it is that of the video."""
-        if self._mend:
-            return min(self._mend) * self.unit_rows, (max(self._mend) + 1) * self.unit_rows
-        return self.committed_units * self.unit_rows, None
+    def wanted_frames(self) -> tuple[int, int | None]:
+        """Half-open range of frames that have to be computed, from the first one of the store on; None for the end."""
+        if self._there is None or not self._mend:
+            return self.known_frames, None
+        first, last = (self._there.metadata.frames(unit) for unit in (min(self._mend), max(self._mend)))
+        return first[0], last[1]
 
     @property
     def known_frames(self) -> int:
         """Frames that were committed when the store was resumed."""
-        return 0 if self._there is None else self._there.num_frames
+        return 0 if self._there is None else self._there.metadata.num_frames
 
     def known(self, name: str) -> npt.NDArray[Any]:
         """A coordinate of the frames that were committed when the store was resumed, an empty array if none were."""
         return np.zeros(0, DTYPES[name][0]) if self._there is None else self._there.columns[name]
 
-    def start_at(self, row: int, frame: int) -> None:
-        """Say that what comes next are this row of the data arrays and this frame; by default the first ones."""
-        self._at = Counter(dict.fromkeys(self.rows, row) | dict.fromkeys(("frame_pts", "frame_valid"), frame))
+    def start_at(self, frame: int) -> None:
+        """Say which frame comes next, by the first one of the store; by default that one."""
+        self._at = Counter(dict.fromkeys(self.rows, self._row(frame)) | {"frame_pts": frame, "frame_valid": frame})
+
+    def _row(self, frame: int) -> int:
+        return frame
 
     def record(self, name: str, value: Any) -> None:
         """Say something of the run in the attribute ``longvid``, from the next commit on."""
         self._attributes["longvid"][name] = value
 
     def check_times(self, frame: int, pts_T: npt.NDArray[np.int64]) -> None:
-        """Compare time stamps of consecutive frames from ``frame`` on with those that are committed.
-
-        StoreError of kind ``"mismatch"`` if they differ: the source has other frames than it had.
-        """
+        """Raise StoreError of kind ``"mismatch"`` if committed frames from ``frame`` on have other time stamps."""
         if self._there is not None:
             self._there.compare("frame_pts", frame, np.asarray(pts_T, np.int64))
 
@@ -224,8 +226,6 @@ class StoreWriter(ABC):
 
     def _finish(self) -> None:
         with disk_errors(self.path):
-            if not self._paused and not self._mend and self._num_waiting:
-                self._take_unit(self._unit(self._num_waiting))
             if self._mend:
                 self._staged.commit((self.path / "zarr.json").read_bytes(), self._documents, settled=True)
                 return
@@ -233,6 +233,8 @@ class StoreWriter(ABC):
                 if self.num_units > self.committed_units:
                     self.commit()
                 return
+            if self._num_waiting:
+                self._take_unit(self._unit(self._num_waiting))
             if not self.num_units:
                 raise StoreError(f"{self.path} would hold no frames; it was not written")
             if self._at["frame_pts"] < self.known_frames:
@@ -247,12 +249,14 @@ class StoreWriter(ABC):
         self._write_root(None)
         if self._sync:
             sync_path(self.path.parent)
-        coordinates: dict[str, tuple[int, ...]] = dict.fromkeys(COORDINATE_NAMES[self.kind], ())
-        about = {"digest": {"long_name": "blake2b of each unit's data, then of its coordinates"}}
-        about |= self.array_attributes
-        for name, row in {**self.rows, **coordinates, "digest": (len(self.rows) + 1, DIGEST_BYTES)}.items():
-            dtype = self.dtype if name in self.rows else DTYPES[name][0]
-            self._documents[name] = array_document(self.kind, name, (0, *row), dtype, self.unit_rows, about.get(name))
+        digest = {"long_name": "blake2b of each unit's data, then of its coordinates"}
+        attributes = {"digest": digest, **self.array_attributes}
+        rows = (
+            self.rows | dict.fromkeys(COORDINATE_NAMES[self.kind], ()) | {"digest": (len(self.rows) + 1, DIGEST_BYTES)}
+        )
+        for name, row in rows.items():
+            dtype, about = self.dtype if name in self.rows else DTYPES[name][0], attributes.get(name)
+            self._documents[name] = array_document(self.kind, name, (0, *row), dtype, self.unit_rows, about)
 
     def _open(self, found: Found) -> None:
         """Resume what is there: lengths, digests and metadata as the root has them, and nothing beyond."""
@@ -262,9 +266,7 @@ class StoreWriter(ABC):
                 f"{self.path}: the root metadata are damaged; `longvid repair` restores them", kind="corrupt"
             )
         check_tree(self.path)
-        self._attributes, self._epoch_there = metadata.attributes, metadata.epoch
-        if self._mend:
-            self._epoch = metadata.epoch
+        self._attributes, self._root = metadata.attributes, content
         self._attributes["longvid"]["epoch"] = self._epoch
         if self._mend or not metadata.arrays:
             sweep(self.path, tuple(self.rows), metadata.num_units)
@@ -277,7 +279,6 @@ class StoreWriter(ABC):
         self._documents = {name: copy.deepcopy(array.document) for name, array in metadata.arrays.items()}
         self.unit_rows, self.num_frames = metadata.main.chunks[0], metadata.num_frames
         self.num_units = self.committed_units = metadata.num_units
-        self._committed = True
         if not self._mend:
             self._check_chunks(metadata)
 
@@ -296,7 +297,7 @@ class StoreWriter(ABC):
     def _take_over(self) -> None:
         """Begin to write to a store that is resumed, now that the run has reproduced what is there. A writer of an
         older epoch that is still alive sees then that it lost the store."""
-        if self._there is None or self._epoch_there == self._epoch:
+        if self._there is None or self._owns_root:
             return
         if self._there.differs:
             self._attributes["longvid"] |= self._there.seam()
@@ -317,12 +318,9 @@ class StoreWriter(ABC):
 
     def _holds_nothing(self) -> bool:
         """Whether there is nothing to resume from, and no other run has taken the store over."""
-        if self._committed or self._paused:
+        if self.committed_units or self._paused:
             return False
-        root = read_root(self.path)  # a commit that failed may have been visible before it did
-        return root is None or not (
-            root.get("consolidated_metadata") or root["attributes"]["longvid"].get("epoch") != self._epoch_there
-        )
+        return bytes_of(self.path / "zarr.json") in (None, self._root)  # a commit that failed may be visible
 
     def _remove(self) -> None:
         """Remove what this writer made, unless foreign files were added. The next run removes what stays."""
@@ -347,7 +345,7 @@ class StoreWriter(ABC):
                     continue
                 if self._there is not None:
                     self._there.compare(name, start, values)
-                    known = max(0, self._there.num_rows(name) - start)
+                    known = max(0, self._there.metadata.arrays[name].shape[0] - start)
                 if known < len(values):
                     self._waiting.setdefault(name, []).append(values[known:])
             while not self._mend and self._num_waiting >= self.unit_rows:
@@ -360,7 +358,7 @@ class StoreWriter(ABC):
         """Write those units again that are to be mended and that these rows complete."""
         for row, value in enumerate(values, start) if name in self.rows else ():
             unit = row // self.unit_rows
-            first, stop = there.rows(unit)
+            first, stop = there.metadata.rows(unit)
             waiting = self._waiting.setdefault(name, [])
             if unit not in self._mend or len(waiting) != row - first:
                 continue
@@ -407,7 +405,6 @@ class StoreWriter(ABC):
         self._take_over()
         self._attributes["longvid"] |= {"status": status, "num_frames": self.num_frames}
         self._write_root(self._documents)
-        self._committed = True
         self.committed_units = max(self.committed_units, self.num_units)
         self._last_commit = time.monotonic()
 
@@ -423,25 +420,23 @@ class StoreWriter(ABC):
             write_durably(self.path / "zarr.json", content, sync=self._sync)
             if self._sync:
                 sync_path(self.path)
-            self._epoch_there = self._epoch
         else:
-            self._require_epoch()
+            self._require_own_root()
             self._staged.commit(content, documents, settled=complete)
+        self._root, self._owns_root = content, True
         write_durably(self.path / PRIVATE / "root.json", content, sync=self._sync and complete)
 
-    def _require_epoch(self) -> None:
-        """Require that no run took the store over, or committed more before this one did. The lock prevents it, but
-        not every file system has locks."""
-        root = read_root(self.path)
-        if root is None:
-            raise StoreError(
-                f"{self.path}: the root metadata disappeared or were damaged while the store was being written",
-                kind="corrupt",
-            )
-        facts, theirs = root["attributes"]["longvid"], self._epoch != self._epoch_there and self.known_frames
-        if facts.get("epoch") != self._epoch_there or (theirs and facts.get("num_frames") != theirs):
+    def _require_own_root(self) -> None:
+        """Require that no run took the store over. The lock prevents it, but not every file system has locks."""
+        there = bytes_of(self.path / "zarr.json")
+        if there == self._root:
+            return
+        if is_ours(there):
             raise StoreError(f"{self.path} was taken over by another run; this one ends", kind="locked")
-        self._epoch_there = self._epoch
+        raise StoreError(
+            f"{self.path}: the root metadata disappeared or were damaged while the store was being written",
+            kind="corrupt",
+        )
 
     @abstractmethod
     def _unit(self, count: int) -> Unit:

@@ -12,7 +12,8 @@ from longvid import MemoryBudgetError, ModelError, Profile, StoreError, VideoSes
 from longvid.cli.commands import main
 from longvid.planning.options import ComputeOptions
 from longvid.planning.profile import DirectionProfile, ProfileScope
-from longvid.runtime.tune import Sweep, draw, tune
+from longvid.reporting.tuning_plot import draw
+from longvid.runtime.tune import Sweep, tune
 
 HEIGHT, WIDTH = 16, 24
 

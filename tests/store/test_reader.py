@@ -381,7 +381,7 @@ def test_a_store_of_frames_cut_short_is_not_a_source(tmp_path):
     frames = np.full((200, 90, 120, 3), 7, np.uint8)
     with pytest.raises(KeyboardInterrupt), frame_store(tmp_path / "f.zarr") as store:
         store.write(frames, np.arange(200))
-        assert store._committed
+        assert store.committed_units
         raise KeyboardInterrupt
     with pytest.raises(SourceError, match="incomplete") as caught:
         open_source(tmp_path / "f.zarr")

@@ -7,8 +7,9 @@ import pytest
 import tensorstore
 import zarr
 
+from longvid.files import write_durably
 from longvid.store.format import array_document
-from longvid.store.staging import StagedStore, is_partial, open_array, write_durably
+from longvid.store.staging import StagedStore, is_partial, open_array
 
 
 @pytest.mark.parametrize("call", ["replace", "fsync"])

@@ -118,7 +118,7 @@ def test_a_file_system_without_fsync_names_the_option(tmp_path, monkeypatch):
     def fsync(_):
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr("longvid.store.staging.os.fsync", fsync)
+    monkeypatch.setattr("os.fsync", fsync)
     with pytest.raises(StoreError, match=r"no fsync .*--durability rename"):
         write(tmp_path / "a.zarr", 9)
     write(tmp_path / "a.zarr", 9, durability=Durability(mode="rename"))

@@ -66,12 +66,11 @@ class Attempt:
         )  # fmt: skip
         self.target.__enter__()
         self.run, self.index = Recurrence(bias), SeekIndex()
-        row, stop = self.target.wanted_rows
-        stop = None if stop is None else PLAN.index_of_latent(stop - 1) + 1
-        proof = proof and row > 0 and not mend
-        self.span = Span.of(PLAN.index_of_latent(row), stop, lambda: warmup, proof=proof)
-        first = PLAN.full(self.span.first)
-        self.target.start_at(first.latent_start, first.frame_start)
+        wanted, stop = self.target.wanted_frames
+        stop = None if stop is None else PLAN.index_of_frame(stop - 1) + 1
+        proof = proof and wanted > 0 and not mend
+        self.span = Span.of(PLAN.index_of_frame(wanted), stop, lambda: warmup, proof=proof)
+        self.target.start_at(PLAN.full(self.span.first).frame_start)
         self.index.load(self.target.seek_index, FINGERPRINT)
         self.next = self.span.start
 
