@@ -18,7 +18,7 @@ import numpy as np
 
 from longvid.errors import StoreError
 from longvid.files import local_path
-from longvid.store.durability import Durability, WriteOptions
+from longvid.store.durability import WriteOptions
 from longvid.store.metadata import Part, RunFacts, StoreMetadata
 from longvid.store.reader import StoreReader, open_reader
 from longvid.store.target import changes
@@ -60,7 +60,7 @@ def join(store: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     _check_one_run(readers)
     for before, reader in pairwise(readers):
         _check_overlap(before, reader)
-    options = WriteOptions(durability=Durability(), overwrite=overwrite, resume="never")
+    options = WriteOptions(overwrite=overwrite)
     with _JoinedWriter(target, [reader.metadata for reader in readers], options) as writer:
         for reader in readers:
             writer.copy(reader, first=_part(reader).overlap)
@@ -142,11 +142,15 @@ def _check_overlap(before: StoreReader, reader: StoreReader) -> None:
 
 def _values(reader: StoreReader, start: int, stop: int) -> Unit:
     """Rows ``start`` to ``stop`` of the main array, with the rows of all other arrays that belong to them."""
-    (columns, _), metadata = reader.checked_columns(), reader.metadata
+    metadata = reader.metadata
+    # the coordinates were compared with their digests when the part was opened
+    columns = {name: column for name, column in reader.columns.items() if column is not None}
     frames = slice(metadata.padded_frames(start)[0], min(metadata.padded_frames(stop - 1)[1], metadata.num_frames))
     data = {name: reader.take(name, np.arange(start, stop)) for name in metadata.data_names}
     of_frames = {"frame_pts", "frame_valid"}
-    return data | {name: c[frames] if name in of_frames else c[start:stop] for name, c in columns.items()}
+    return data | {
+        name: column[frames if name in of_frames else slice(start, stop)] for name, column in columns.items()
+    }
 
 
 class _JoinedWriter(StoreWriter):

@@ -206,9 +206,13 @@ def test_a_store_that_is_there_is_not_replaced_unless_asked(tiny, tmp_path):
     for number in (1, 2):
         tiny.run("encode", store, (number, 2))
     lv.join(store)
-    with pytest.raises(StoreError, match="overwrite") as caught:
+    with pytest.raises(StoreError, match="is a complete store of this run") as caught:
         lv.join(store)
     assert caught.value.kind == "exists"
+    with VideoSession("tiny", device="cpu") as session:
+        session.encode(tiny.frames[:9], store, overwrite=True)
+    with pytest.raises(StoreError, match="made by another run.*--overwrite"):
+        lv.join(store)
     lv.join(store, overwrite=True)
     assert data_files(store) == data_files(tiny.latents)
 
