@@ -211,7 +211,7 @@ def test_a_store_that_is_there_is_not_replaced_unless_asked(tiny, tmp_path):
     assert caught.value.kind == "exists"
     with VideoSession("tiny", device="cpu") as session:
         session.encode(tiny.frames[:9], store, overwrite=True)
-    with pytest.raises(StoreError, match="made by another run.*--overwrite"):
+    with pytest.raises(StoreError, match=r"made by another run.*--overwrite"):
         lv.join(store)
     lv.join(store, overwrite=True)
     assert data_files(store) == data_files(tiny.latents)
