@@ -168,14 +168,14 @@ def test_never_refuses_an_unfinished_store(video, store):
 
 
 def test_threads_and_tiles_are_taken_up(video, store):
-    with compute_threads(2):
+    with compute_threads(1):
         stopped(video, store, slice_frames=1)
     tiling = open_store(store).metadata.tiling
     assert tiling["slice_frames"] == 1
-    with compute_threads(1):
+    with compute_threads(2):
         assert resumed(video, store)[0].complete
     metadata = open_store(store).metadata
-    assert (metadata.tiling, metadata.compute["threads"]) == (tiling, 2)
+    assert (metadata.tiling, metadata.compute["threads"]) == (tiling, 1)
 
 
 def test_a_source_that_is_shorter_now_is_noticed(video, store):
