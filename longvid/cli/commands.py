@@ -127,6 +127,7 @@ def _info(args: argparse.Namespace) -> int:
         **own,
         **{name: getattr(store, name) for name in ("complete", "numerics", "source")},
         "model": model,
+        "part": None if store.part is None else asdict(store.part),
         "seams": [asdict(seam) for seam in store.seams],
         "stored_bytes": reader.stored_bytes,
     }
@@ -143,6 +144,8 @@ def _info(args: argparse.Namespace) -> int:
         + ("" if store.kind == "frames" else f", scaling_factor {factor}")
     )
     print(f"source    {(store.source or {}).get('name')}")
+    if store.part is not None:
+        print(f"part      {store.part}; longvid join makes one store of all parts")
     for seam in store.seams:
         print(f"seam      {seam}")
     print(f"stored    {format_bytes(reader.stored_bytes)}")

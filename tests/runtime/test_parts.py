@@ -270,7 +270,9 @@ def test_the_command_line(tiny, tmp_path, capsys):
     for number in (1, 2, 3):
         assert main(["encode", str(source), str(store), "--part", f"{number}/3", "--quiet"]) == 0
     assert main(["info", str(part_of(store, 2, 3)), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["frames"] > 500
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["frames"] > 500
+    assert (facts["part"]["number"], facts["part"]["of"]) == (2, 3)
     assert main(["join", str(store), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"frames": len(tiny.frames), "complete": True}
     assert main(["join", str(store)]) == 4
