@@ -52,6 +52,7 @@ def kernels_of(device: str) -> str:
     if kind != "cpu":
         libraries = {}
         if kind == "cuda":
+            # torch declares no types for it
             libraries["cuDNN"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
             with suppress(PackageNotFoundError):
                 libraries["Triton"] = version("triton")

@@ -107,7 +107,7 @@ class SourceError(_KindedError):
 
     Attributes:
         kind: ``"missing"``, ``"not-video"``, ``"no-video-stream"``, ``"no-frames"``, ``"truncated"``,
-            ``"damaged"``, ``"geometry-changed"``, ``"changed"`` (not the frames that were there before), ``"refused"``
+            ``"damaged"``, ``"geometry-changed"``, ``"refused"``
             (a link, an address, a playlist), ``"limit"`` (more than :class:`longvid.Limits` allows), ``"stalled"``,
             ``"layout"`` (wrong dtype or axes of an array), ``"range"`` (start or count outside the video) or
             ``"other"``.

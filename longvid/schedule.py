@@ -82,10 +82,6 @@ class ChunkSchedule:
         """The chunk that holds a frame."""
         return max(0, (frame - 1) // self.chunk_frames)
 
-    def index_of_latent(self, latent: int) -> int:
-        """The chunk that holds a latent frame."""
-        return max(0, (latent - 1) // self.chunk_latents)
-
     def latent_of_frame(self, frame: int) -> int:
         """The latent frame that stands for a frame."""
         return -(-frame // self.frames_per_latent)
@@ -136,10 +132,10 @@ class ChunkSchedule:
         _require_frames(num_frames)
         return 1 + self._padded(num_frames - 1) // self.frames_per_latent
 
-    def chunks(self, num_frames: int) -> Iterator[Chunk]:
-        """All chunks of a video of known length."""
+    def chunks(self, num_frames: int, *, first: int = 0) -> Iterator[Chunk]:
+        """The chunks of a video of known length, from number ``first`` on."""
         last = self.num_chunks(num_frames) - 1
-        for index in range(last):
+        for index in range(first, last):
             yield self.full(index)
         yield self.tail(last, num_frames - (0 if last == 0 else 1 + last * self.chunk_frames))
 

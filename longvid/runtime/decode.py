@@ -148,13 +148,12 @@ def _frame_window(num_frames: int, start: int, frames: int | None) -> tuple[int,
 
 def latent_chunks(store: LatentStore, plan: ChunkSchedule, stop_frame: int, *, first: int = 0) -> Iterator[Piece]:
     """Latents of every chunk from ``first`` up to ``stop_frame``; runs in the reader thread."""
-    for chunk in plan.chunks(store.num_frames):
+    for chunk in plan.chunks(store.num_frames, first=first):
         if chunk.frame_start >= stop_frame:
             return
-        if chunk.index >= first:
-            frames = slice(chunk.frame_start, chunk.frame_stop)
-            latents = store.read(chunk.latent_start, chunk.latent_stop)
-            yield Piece(chunk, latents, store.frame_pts[frames], store.frame_valid[frames])
+        frames = slice(chunk.frame_start, chunk.frame_stop)
+        latents = store.read(chunk.latent_start, chunk.latent_stop)
+        yield Piece(chunk, latents, store.frame_pts[frames], store.frame_valid[frames])
 
 
 def video_sink(store: LatentStore, out: Path, overwrite: bool) -> VideoWriter:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ class FrameStoreWriter(StoreWriter):
     seconds per unit of the time stamps. ``part`` is the part of the frames that is written; None for all of them.
     """
 
-    kind: ClassVar = "frames"
+    kind = "frames"
     dtype = "uint8"
 
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,7 @@ class LatentWriter(StoreWriter):
     ``schedule`` and ``source`` are recorded. ``part`` is the part of the video that is written; None for all of it.
     """
 
-    kind: ClassVar = "latents"
+    kind = "latents"
 
     def __init__(
         self,

@@ -158,7 +158,7 @@ class _JoinedWriter(StoreWriter):
 
     def __init__(self, path: Path, parts: list[StoreMetadata], options: WriteOptions) -> None:
         first = parts[0]
-        self.kind = first.kind  # type: ignore[misc]
+        self.kind = first.kind
         attributes = {name: value for name, value in first.attributes.items() if name != "longvid"}
         facts = first.attributes["longvid"]
         own = {"part", "digests", "seal", "num_frames", "status", "epoch", "warmup_chunks", "fingerprint"}

@@ -241,15 +241,15 @@ class Committed:
         if data and self._resume == "close":
             self.differs = True
             return
-        why = "the source has other frames or time stamps than it had"
+        why, advice = "the source has other frames or time stamps than it had", "give the source that it was"
         if data:
+            advice = "--resume close accepts other values from here on"
             recorded = "; ".join(in_words(self._changed)) or "nothing that is recorded has changed"
             why = f"the same model computes other values than it did ({recorded}), or the source has other frames"
         raise StoreError(
             f"{self._reader.path}: {name} {start} to {stop - 1} were computed again before the run is continued, and "
             f"they differ from those that are stored: {why}. Nothing was written. `longvid verify` tells whether the "
-            "store is damaged; --resume close accepts other values from here on, --overwrite --resume never starts "
-            "over",
+            f"store is damaged; {advice}, --overwrite --resume never starts over",
             kind="mismatch",
         )
 

@@ -22,7 +22,7 @@ from collections import Counter
 from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -81,7 +81,7 @@ class StoreWriter(ABC):
             or the disk refuses.
     """
 
-    kind: ClassVar[StoreKind]
+    kind: StoreKind
     rows: dict[str, tuple[int, ...]]
     "shape of one row of every data array, the main array first; their chunks are written once, in units"
     dtype: str

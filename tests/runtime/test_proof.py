@@ -159,6 +159,22 @@ def test_another_source_is_refused_by_close_too(video, store):
         resumed(video[::-1], store, resume="close")
 
 
+def test_other_time_stamps_are_refused_by_close_too_which_is_not_advised(video, store, monkeypatch):
+    stopped(video, store)
+    real, before = encode_module.frame_chunks, digests(store)
+
+    def shifted(*args, **options):
+        for piece in real(*args, **options):
+            yield replace(piece, pts=piece.pts + 1)
+
+    monkeypatch.setattr(encode_module, "frame_chunks", shifted)
+    for resume in ("exact", "close"):
+        with pytest.raises(StoreError, match=r"frame_pts .* other frames or time stamps .* give the source") as caught:
+            resumed(video, store, resume=resume)
+        assert "--resume close" not in str(caught.value)
+    assert digests(store) == before
+
+
 def test_never_refuses_an_unfinished_store(video, store):
     stopped(video, store)
     with pytest.raises(StoreError, match="exists: an incomplete store"):

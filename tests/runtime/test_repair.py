@@ -47,18 +47,27 @@ def damage(store, name):
     (store / name).write_bytes(content)
 
 
+def made(session, video, folder, kind, **options):
+    """A store of latents, or of the frames that they are decoded to, and what it was made from."""
+    latents, store = folder / "latents.zarr", folder / f"{kind}.zarr"
+    if kind == "latents":
+        session.encode(video, store, durability=BARE, **options)
+        return video, store
+    session.encode(video, latents, durability=BARE)
+    session.decode(latents, store, durability=BARE, **options)
+    return latents, store
+
+
 @pytest.mark.parametrize("kind", ["latents", "frames"])
 def test_no_more_than_the_warmup_and_the_chunks_of_the_damage_is_computed(session, video, tmp_path, kind):
-    video, latents, store = np.concatenate([video] * 2), tmp_path / "latents.zarr", tmp_path / f"{kind}.zarr"
-    session.encode(video, latents, durability=BARE)
-    if kind == "frames":
-        session.decode(latents, store, durability=BARE)
+    video = np.concatenate([video] * 2)
+    source, store = made(session, video, tmp_path, kind)
     warmup = lv.warmup(load_model("tiny"), "encode" if kind == "latents" else "decode", chunk_frames=CHUNK).chunks
     whole, computed = contents(store), []
     for unit in range(verify(store).num_units):
         damage(store, f"{kind}/c.{unit}.0.0.0")
         ((start, stop),) = verify(store).frame_ranges
-        report = repair(session, store, source=latents if kind == "frames" else video)
+        report = repair(session, store, source=source)
         assert report.ok
         assert contents(store) == whole
         chunks = (stop - 2) // CHUNK - max(0, start - 1) // CHUNK + 1
@@ -70,14 +79,12 @@ def test_no_more_than_the_warmup_and_the_chunks_of_the_damage_is_computed(sessio
 
 @pytest.mark.parametrize("kind", ["latents", "frames"])
 def test_damage_that_lies_far_apart_is_computed_apart(session, video, tmp_path, kind):
-    video, latents, store = np.concatenate([video] * 4), tmp_path / "latents.zarr", tmp_path / f"{kind}.zarr"
-    session.encode(video, latents, durability=BARE)
-    if kind == "frames":
-        session.decode(latents, store, durability=BARE)
+    video = np.concatenate([video] * 4)
+    source, store = made(session, video, tmp_path, kind)
     whole, last = contents(store), verify(store).num_units - 1
     for unit in (0, 2, last // 2, last):
         (store / kind / f"c.{unit}.0.0.0").unlink()
-    report = repair(session, store, source=latents if kind == "frames" else video)
+    report = repair(session, store, source=source)
     assert report.ok
     assert contents(store) == whole
     assert report.frames_computed < len(video) / 2
@@ -85,18 +92,13 @@ def test_damage_that_lies_far_apart_is_computed_apart(session, video, tmp_path, 
 
 @pytest.mark.parametrize("kind", ["latents", "frames"])
 def test_a_part_is_repaired_too(session, video, tmp_path, kind):
-    video, latents, store = np.concatenate([video] * 4), tmp_path / "latents.zarr", tmp_path / f"{kind}.zarr"
-    session.encode(video, latents, durability=BARE)
-    if kind == "latents":
-        session.encode(video, tmp_path / "latents.zarr", durability=BARE, part=(2, 3))
-    else:
-        session.decode(latents, store, durability=BARE, part=(2, 3))
+    source, _ = made(session, np.concatenate([video] * 4), tmp_path, kind, part=(2, 3))
     part = tmp_path / f"{kind}.zarr.part-2-of-3"
     whole, last = contents(part), verify(part).num_units - 1
     for unit in (0, last // 2, last):
         damage(part, f"{kind}/c.{unit}.0.0.0")
     (part / "frame_pts" / "c.0").unlink()
-    report = repair(session, part, source=latents if kind == "frames" else video)
+    report = repair(session, part, source=source)
     assert report.ok
     assert contents(part) == whole
 
