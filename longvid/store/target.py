@@ -92,7 +92,8 @@ class Found:
         """What differs, and how the run can be continued all the same."""
         listed = in_words(changed)
         advice = "use the settings of that run, "
-        if any(name.startswith("model.") for name in changed):
+        # the digest of the weights is that of the dtype in which they compute
+        if any(name.startswith("model.") for name in changed) and "compute.dtype" not in changed:
             advice = "pass the model that made it with --model (model=), "
         elif not self.complete and all(map(is_of_machine, changed)):
             advice = (

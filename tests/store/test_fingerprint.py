@@ -95,6 +95,7 @@ def refused(folder, field, *arguments, **options):
     with pytest.raises(StoreError, match=field.replace(".", r"\.") + " is ") as caught:
         attempt(*arguments, **options)
     assert caught.value.kind == "mismatch"
+    assert ("--model" in str(caught.value)) == field.startswith("model.")
     assert contents(folder) == before
 
 
