@@ -47,7 +47,7 @@ from longvid.memory.offload import OffloadPolicy
 from longvid.memory.offloader import Offloader
 from longvid.models.cogvideox import CogVideoXVAE
 from longvid.models.device import tensor_bytes
-from longvid.models.norms import GroupNormSiLU
+from longvid.models.layers.norms import GroupNormSiLU
 from longvid.models.numerics import Numerics
 from longvid.planning.options import ComputeOptions
 from longvid.units import parse_size

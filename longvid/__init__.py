@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from longvid.models.base import CausalVAE as CausalVAE, LatentGeometry as LatentGeometry
     from longvid.models.cache import ConvCache as ConvCache
     from longvid.models.context import ForwardContext as ForwardContext
-    from longvid.models.layers import CausalConv3d as CausalConv3d
+    from longvid.models.layers.causal_conv import CausalConv3d as CausalConv3d
     from longvid.models.loading import load_model as load_model
     from longvid.planning.plan import Plan as Plan
     from longvid.planning.planner import make_plan as make_plan
@@ -53,7 +53,7 @@ _HOMES = {
     "models.base": "CausalVAE LatentGeometry",
     "models.cache": "ConvCache",
     "models.context": "ForwardContext",
-    "models.layers": "CausalConv3d",
+    "models.layers.causal_conv": "CausalConv3d",
     "models.loading": "load_model",
     "planning.plan": "Plan",
     "planning.planner": "make_plan",

@@ -116,6 +116,8 @@ class NativeVAE(nn.Module, ABC):
 
     class_name: ClassVar[str]
     "the class that a ``config.json`` names"
+    other_names: ClassVar[tuple[str, ...]] = ()
+    "classes of the same modules"
     config_class: ClassVar[Any]
     weights_dtype: ClassVar[torch.dtype | None] = None
     "what weights are read as; None for as they are stored"
@@ -158,7 +160,20 @@ class NativeVAE(nn.Module, ABC):
             return self._decode(z_BCTHW, context)
 
     def _check_chunk(self, x_BCTHW: Tensor, context: ForwardContext) -> None:
-        """Raise ScheduleError if the model cannot encode a chunk of this shape; the cache stays usable."""
+        """Raise ScheduleError if the model cannot encode a chunk of this shape; the cache stays usable.
+
+        If the cut is free, the first chunk of a video has 1 + f n frames, and the others f n, where f is the temporal
+        compression; n may differ from chunk to chunk. Norms over time make the chunks of the schedule the only right
+        ones, so the caller is trusted.
+        """
+        geometry, first = self.geometry, context.cache.num_chunks == 0
+        T, H, W = x_BCTHW.shape[2:]
+        f, p = geometry.frames_per_latent, geometry.pixels_per_latent
+        if geometry.chunk_invariant and ((T - first) % f or T < 1):
+            expected = f"1 + {f} n frames, the first chunk of a video" if first else f"{f} n frames"
+            raise ScheduleError(f"a chunk of {T} frames does not fit: this one must have {expected}")
+        if geometry.chunk_invariant and (H % p or W % p):
+            raise ScheduleError(f"frames of {W}x{H} are not whole blocks of {p}x{p}; pad them first")
 
     @abstractmethod
     def _encode(self, x_BCTHW: Tensor, context: ForwardContext) -> Tensor:
@@ -167,6 +182,10 @@ class NativeVAE(nn.Module, ABC):
     @abstractmethod
     def _decode(self, z_BCTHW: Tensor, context: ForwardContext) -> Tensor:
         """:meth:`decode` inside the chunk."""
+
+    def checkpoint_names(self) -> dict[str, str]:
+        """The name that each weight has in a checkpoint in diffusers format, by its name here."""
+        return {name: name for name in self.state_dict()}
 
     def describe(self) -> dict[str, Any]:
         """Class, config, origin of the weights and the facts that turn raw latents into the model's own scale."""

@@ -4,9 +4,9 @@ A causal convolution with k taps in time needs the last k - 1 input frames of th
 contexts of a video are in one ConvCache, keyed by the layer's module path, and never on a module. So two videos may
 interleave on one model, and a video leaves nothing behind.
 
-Layers reach their context through a :class:`~longvid.models.window.Window`. Layers with one tap in time have no entry.
-The :class:`~longvid.memory.offloader.Offloader` decides whether a context is on the device or on the host between
-chunks.
+Layers reach their context through a :class:`~longvid.models.layers.window.Window`. Layers with one tap in time have no
+entry. The :class:`~longvid.memory.offloader.Offloader` decides whether a context is on the device or on the host
+between chunks.
 
 Axes: B batch, C channels, T time, H height, W width.
 """

@@ -9,7 +9,7 @@ Source: CogVideoX, Yang et al. 2024, arXiv 2408.06072. Axes: B batch, C channels
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from longvid.errors import ModelError
 from longvid.models.base import LatentGeometry, NativeVAE
 from longvid.models.context import ForwardContext
-from longvid.models.layers import CausalConv3d, ResnetBlock
-from longvid.models.norms import GroupNormSiLU, SpatialNormSiLU
-from longvid.models.resampling import Downsample, Upsample
+from longvid.models.layers.causal_conv import CausalConv3d
+from longvid.models.layers.norms import GroupNormSiLU, SpatialNormSiLU
+from longvid.models.layers.resampling import Downsample, Upsample
+from longvid.models.layers.residual import ResnetBlock
 
 __all__ = ["CogVideoXConfig", "CogVideoXVAE"]
 
@@ -92,16 +93,11 @@ class _Stage(nn.Module):
     def __init__(self, config: CogVideoXConfig, widths: tuple[int, int], num_blocks: int, latents: int | None) -> None:
         super().__init__()
         before, width = widths
-        self.resnets = nn.ModuleList(
-            ResnetBlock(
-                before if i == 0 else width,
-                width,
-                num_groups=config.norm_num_groups,
-                eps=config.norm_eps,
-                latent_channels=latents,
-            )
-            for i in range(num_blocks)
-        )
+        groups = config.norm_num_groups
+        norm: Callable[[int], nn.Module] = partial(GroupNormSiLU, groups, eps=config.norm_eps)
+        if latents is not None:
+            norm = partial(SpatialNormSiLU, latent_channels=latents, num_groups=groups)
+        self.resnets = nn.ModuleList(ResnetBlock(width if i else before, width, norm) for i in range(num_blocks))
 
 
 class _Half(nn.Module):

@@ -104,6 +104,11 @@ class ForwardContext:
                 self._kernels[layer] = found
         return found
 
+    @property
+    def at_start(self) -> bool:
+        """Whether the frames that a layer computes now are the first ones of the video."""
+        return self.cache.num_chunks == 0
+
     def weight(self, layer: nn.Conv2d | nn.Conv3d) -> Tensor:
         """A convolution's weight, in float32 where products are."""
         if not self.widens(layer.weight.dtype):

@@ -28,14 +28,28 @@ from longvid.models.base import CausalVAE, NativeVAE
 from longvid.models.cogvideox import CogVideoXVAE
 from longvid.models.device import weights_digest
 from longvid.models.tiny import TinyVAE
+from longvid.models.wan import WanVAE
 
 __all__ = ["ARCHITECTURES", "BUILT_IN", "load_architecture", "load_model"]
 
-FAMILIES: tuple[type[NativeVAE], ...] = (CogVideoXVAE, TinyVAE)
+FAMILIES: tuple[type[NativeVAE], ...] = (CogVideoXVAE, WanVAE, TinyVAE)
 "Model families; each one reads the configs that name its ``class_name``."
 
 BUILT_IN: dict[str, Path] = {"tiny": Path(__file__).parent.with_name("weights") / "tiny"}
 "Models whose weights come with the package."
+
+_WAN_21: dict[str, Any] = {"_class_name": "AutoencoderKLWan", "base_dim": 96, "z_dim": 16}
+_WAN_22: dict[str, Any] = {
+    "_class_name": "AutoencoderKLWan",
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+}
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cogvideox-2b": {"_class_name": "AutoencoderKLCogVideoX", "scaling_factor": 1.15258426},
@@ -47,9 +61,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "norm_num_groups": 4,
         "layers_per_block": 1,
     },
+    "wan2.1": _WAN_21,
+    "wan2.2": _WAN_22,
+    "wan2.1-nano": {**_WAN_21, "base_dim": 8, "num_res_blocks": 1},
+    "wan2.2-nano": {**_WAN_22, "base_dim": 8, "decoder_base_dim": 8, "num_res_blocks": 1},
 }
-"""Architectures known by name; none has weights. ``cogvideox-nano`` is CogVideoX at 1/16 of the width, for demos and
-tests; it was never trained."""
+"""Architectures known by name; none has weights. Those called nano have a small part of the width, for demos and tests,
+and were never trained."""
 
 _WEIGHTS = "diffusion_pytorch_model"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -158,7 +176,8 @@ def _build_architecture(name: str, seed: int | None) -> CausalVAE:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _build(ARCHITECTURES[name], {**origin, "random_weights": seed}, device="cpu")
-    return _assign(model, model.state_dict(), name)
+    names = model.checkpoint_names()
+    return _assign(model, {names[key]: tensor for key, tensor in model.state_dict().items()}, name)
 
 
 def _load_folder(folder: Path, origin: Mapping[str, Any], *, allow_pickle: bool) -> CausalVAE:
@@ -196,7 +215,7 @@ def _build(config: Mapping[str, Any], origin: Mapping[str, Any], *, device: str 
     """The model that a config describes; without weights on ``meta``, which takes no memory."""
     class_name = config.get("_class_name")
     for family in FAMILIES:
-        if family.class_name == class_name:
+        if class_name in (family.class_name, *family.other_names):
             _require_sane(config)
             try:
                 with torch.device(device):
@@ -226,7 +245,8 @@ def _require_sane(config: Mapping[str, Any]) -> None:
 
 def _require_fit(model: NativeVAE, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Raise ModelError unless names and shapes are those of the model, which takes no memory yet."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    names = model.checkpoint_names()
+    expected = {names[name]: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = [
         f"{name} is {shapes[name]} instead of {shape}" if name in shapes else f"missing {name}"
         for name, shape in expected.items()
@@ -256,7 +276,7 @@ def _assign(model: NativeVAE, weights: Mapping[str, Tensor], where: str) -> Nati
             continue
         if not all(math.isfinite(end) for end in torch.stack(tensor.detach().aminmax()).tolist()):
             raise ModelError(f"{name} in {where} holds values that are not finite; these weights are damaged")
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict({name: weights[theirs] for name, theirs in model.checkpoint_names().items()}, assign=True)
     model.requires_grad_(False)
     model.origin["weights_sha256"] = weights_digest(model)
     return model

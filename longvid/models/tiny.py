@@ -29,12 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longvid.errors import ModelError, ScheduleError
+from longvid.errors import ModelError
 from longvid.models.base import LatentGeometry, NativeVAE
 from longvid.models.context import ForwardContext
 from longvid.models.kernels.convolution import Attempt, run_once
-from longvid.models.layers import CausalConv3d
-from longvid.models.window import Window
+from longvid.models.layers.causal_conv import CausalConv3d
+from longvid.models.layers.window import Window
 
 __all__ = ["BlockTransform", "TinyConfig", "TinyVAE"]
 
@@ -215,24 +215,14 @@ class TinyVAE(NativeVAE):
             chunk_invariant=True,
         )
 
-    def _check_chunk(self, x_BCTHW: Tensor, context: ForwardContext) -> None:
-        """The first chunk of a video has 1 + 4 n frames, the others 4 n; n may differ from chunk to chunk."""
-        first = context.cache.num_chunks == 0
-        T, H, W = x_BCTHW.shape[2:]
-        if (T - first) % FRAMES or T < 1:
-            expected = f"1 + {FRAMES} n frames, the first chunk of a video" if first else f"{FRAMES} n frames"
-            raise ScheduleError(f"a chunk of {T} frames does not fit: this one must have {expected}")
-        if H % PIXELS or W % PIXELS:
-            raise ScheduleError(f"frames of {W}x{H} are not whole blocks of {PIXELS}x{PIXELS}; pad them first")
-
     def _encode(self, x_BCTHW: Tensor, context: ForwardContext) -> Tensor:
-        first = context.cache.num_chunks == 0
+        first = context.at_start
         coefficients = context.attempt(lambda: self.transform(x_BCTHW, first))
         mean: Tensor = self.encoder(coefficients, context, first)
         log_variance = 2 * math.log(self.config.posterior_std)
         return context.attempt(lambda: torch.cat([mean, torch.full_like(mean, log_variance)], dim=1))
 
     def _decode(self, z_BCTHW: Tensor, context: ForwardContext) -> Tensor:
-        first = context.cache.num_chunks == 0
+        first = context.at_start
         coefficients = self.decoder(z_BCTHW, context, first)
         return context.attempt(lambda: self.transform.inverse(coefficients, first))

@@ -31,7 +31,7 @@ from torch import Tensor
 from longvid.models.kernels.convolution import convolution, faithful, fuses_residuals
 from longvid.models.kernels.cpu import compute_threads, has_bfloat16, has_matrix_unit, has_onednn
 from longvid.models.kernels.winograd import two_frames, winograd_filters
-from longvid.models.layers import CausalConv3d
+from longvid.models.layers.causal_conv import CausalConv3d
 from longvid.models.numerics import Layout, Numerics
 from longvid.planning.dry_run import DryRuns
 from longvid.planning.workload import Execution, Workload

@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from longvid.errors import ModelError, StoreError
 from longvid.events import Direction, RunReport
+from longvid.files import disk_errors
 from longvid.frames import Marks, Times
 from longvid.memory.host import peak_rss_bytes
 from longvid.models.kernels.cpu import compute_threads
@@ -295,8 +296,9 @@ class VideoTask(ABC, Generic[ResultT]):
 
 def _check_disk(path: Path, least_bytes: float) -> None:
     """Fail early if so much does not fit on the disk. The bytes of what is there count as written."""
-    there = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    free, needed = shutil.disk_usage(path.parent).free, int(least_bytes) - there
+    with disk_errors(path):
+        there = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        free, needed = shutil.disk_usage(path.parent).free, int(least_bytes) - there
     if needed > free:
         raise StoreError(
             f"{path} needs at least {format_bytes(needed)} of disk, and {format_bytes(free)} are free; make room or "

@@ -149,6 +149,11 @@ def check_target(path: str | os.PathLike[str]) -> Found:
             of a store of ours are damaged.
     """
     target = local_path(path)
+    with disk_errors(target):
+        return _look_at(target)
+
+
+def _look_at(target: Path) -> Found:
     if not target.parent.is_dir():
         raise StoreError(f"{target} cannot be written: there is no folder {target.parent}; make it", kind="missing")
     if not target.exists() and not target.is_symlink():

@@ -405,7 +405,6 @@ class StoreWriter(ABC):
         self._take_over()
         self._attributes["longvid"] |= {"status": status, "num_frames": self.num_frames}
         self._write_root(self._documents)
-        self.committed_units = max(self.committed_units, self.num_units)
         self._last_commit = time.monotonic()
 
     def _write_root(self, documents: dict[str, dict[str, Any]] | None) -> None:
@@ -423,6 +422,7 @@ class StoreWriter(ABC):
         else:
             self._require_own_root()
             self._staged.commit(content, documents, settled=complete)
+            self.committed_units = max(self.committed_units, self.num_units)  # also if what follows fails
         self._root, self._owns_root = content, True
         write_durably(self.path / PRIVATE / "root.json", content, sync=self._sync and complete)
 

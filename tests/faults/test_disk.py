@@ -41,7 +41,7 @@ def disk(tmp_path):
 @pytest.mark.timeout(3600)
 def test_a_disk_that_fills_up(bench, disk, ledger, all_faults):
     """Of every size from nothing to enough, by bytes and by files; then it grows, and the run resumes."""
-    sizes = range(16, 148, 4) if all_faults else (64, 136)
+    sizes = range(16, 148, 4) if all_faults else (64, 100, 136)
     nodes = range(4, 36) if all_faults else (12, 32)
     bad, in_the_middle = [], 0
     for options in (*(f"size={n}k,nr_inodes=0" for n in sizes), *(f"size=8m,nr_inodes={n}" for n in nodes)):

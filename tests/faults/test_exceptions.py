@@ -242,7 +242,7 @@ def test_memory_that_runs_out_at_any_call_gives_the_same_bits_or_an_error(vae):
 
 
 def test_a_measured_peak_above_the_plan_is_told_once(vae, monkeypatch):
-    from longvid.models.layers import CausalConv3d
+    from longvid.models.layers.causal_conv import CausalConv3d
     from longvid.planning.dry_run import DryRuns
 
     real, kept = CausalConv3d.stream, []

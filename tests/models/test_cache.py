@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from longvid import CacheError, CausalConv3d, ConvCache, ForwardContext
-from longvid.models.window import Window
+from longvid.models.layers.window import Window
 
 
 class Two(nn.Module):

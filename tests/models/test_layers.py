@@ -1,4 +1,5 @@
 import itertools
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -9,18 +10,24 @@ from hypothesis import strategies as st
 from support.contexts import forward_context
 
 from longvid import CausalConv3d
-from longvid.models import norms
 from longvid.models.kernels import convolution
 from longvid.models.kernels.convolution import fuses_residuals
 from longvid.models.kernels.cpu import has_bfloat16
 from longvid.models.kernels.cuts import row_tiles
-from longvid.models.layers import ResnetBlock
-from longvid.models.norms import Producer
+from longvid.models.layers import norms
+from longvid.models.layers.norms import Producer
+from longvid.models.layers.resampling import Downsample, Upsample
+from longvid.models.layers.residual import ResnetBlock
+from longvid.models.layers.window import Window
 from longvid.models.numerics import Numerics
-from longvid.models.resampling import Downsample, Upsample
-from longvid.models.window import Window
 
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+def group_norm(num_groups, latent_channels=None):
+    if latent_channels is None:
+        return partial(norms.GroupNormSiLU, num_groups)
+    return partial(norms.SpatialNormSiLU, latent_channels=latent_channels, num_groups=num_groups)
 
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
@@ -94,7 +101,7 @@ def test_a_block_in_slices_is_the_whole_bit_for_bit(dtype, widths, paired, fused
         pytest.skip("this build of PyTorch cannot")
     # Without kernels for bfloat16, products in float32, or else this takes minutes.
     numerics = Numerics(paired_frames=paired, fused_residuals=fused, float32_products=not has_bfloat16())
-    block = ResnetBlock(*widths, num_groups=4, eps=1e-6).to(dtype)
+    block = ResnetBlock(*widths, group_norm(4)).to(dtype)
     chunks = [torch.randn(1, widths[0], t, 6, 10, dtype=dtype).contiguous(memory_format=layout) for t in (9, 8, 3)]
 
     def run(slice_elements):
@@ -192,7 +199,7 @@ def test_a_tiled_block_agrees_with_the_whole(widths, form, latent_channels, rows
     dtype, winograd, fused = form
     assume(not fused or fuses_residuals(dtype))
     torch.manual_seed(0)
-    block = ResnetBlock(*widths, num_groups=2, eps=1e-6, latent_channels=latent_channels).to(dtype)
+    block = ResnetBlock(*widths, group_norm(2, latent_channels)).to(dtype)
     numerics = Numerics(
         layout="channels_last",
         paired_frames=winograd,
@@ -214,7 +221,7 @@ def test_a_tiled_block_agrees_with_the_whole(widths, form, latent_channels, rows
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    slabs = mock.patch.object(norms, "_SLAB_BYTES", 4000)  # less than a tile of these frames
+    slabs = mock.patch.object(norms, "SLAB_BYTES", 4000)  # less than a tile of these frames
     try:
         with slabs:
             (outs, contexts), (expected, expected_contexts) = run(**limits), run()
@@ -263,10 +270,10 @@ def test_what_a_convolution_reads_is_dense_in_every_tile(monkeypatch):
 @pytest.mark.parametrize(("batch", "tile_elements", "kernel_calls"), [(1, 1, 3), (1, None, 1), (2, 1, 0)])
 def test_a_residual_of_a_tile_is_added_in_one_call(monkeypatch, batch, tile_elements, kernel_calls):
     """And not in one for each of its frames. The library has no way for more than one video."""
-    block, calls = ResnetBlock(64, 64, num_groups=2, eps=1e-6), []
+    block, calls = ResnetBlock(64, 64, group_norm(2)), []
     real = convolution._accumulate
     monkeypatch.setattr(convolution, "_accumulate", lambda *args: calls.append(1) or real(*args))
-    monkeypatch.setattr(norms, "_SLAB_BYTES", 1)
+    monkeypatch.setattr(norms, "SLAB_BYTES", 1)
     x = torch.randn(batch, 64, 8, 40, 10).contiguous(memory_format=LAYOUTS[1])
     numerics = Numerics(layout="channels_last", fused_residuals=True)
     context = forward_context(block, tile_elements=tile_elements, numerics=numerics)
@@ -277,7 +284,7 @@ def test_a_residual_of_a_tile_is_added_in_one_call(monkeypatch, batch, tile_elem
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layouts_agree_to_rounding_and_pass_through(dtype):
-    block = ResnetBlock(16, 24, num_groups=4, eps=1e-6, latent_channels=5).to(dtype)
+    block = ResnetBlock(16, 24, group_norm(4, 5)).to(dtype)
     x, z = torch.randn(1, 16, 4, 8, 12, dtype=dtype), torch.randn(1, 5, 2, 2, 3, dtype=dtype)
 
     def run(layout, paired=False):

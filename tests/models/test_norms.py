@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from longvid.models import norms
-from longvid.models.norms import GroupNormSiLU, SpatialNormSiLU, _moments_by_frame, group_moments
+from longvid.models.layers import norms
+from longvid.models.layers.norms import GroupNormSiLU, SpatialNormSiLU, _moments_by_frame, group_moments
 
 DTYPES = [torch.float32, torch.bfloat16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
@@ -104,7 +104,7 @@ def test_rows_in_bands_and_frames_in_slices_are_the_same(dtype, latent, threads,
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with torch.inference_mode(), mock.patch.object(norms, "_SLAB_BYTES", 8 * x[0, :, 0, 0].nbytes):
+        with torch.inference_mode(), mock.patch.object(norms, "SLAB_BYTES", 8 * x[0, :, 0, 0].nbytes):
             fitted = norm.fit(x, z)
             assert fitted.row_step == 8
             fitted.write(range(4), range(24), whole)

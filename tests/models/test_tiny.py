@@ -19,7 +19,7 @@ from longvid.demo.__main__ import CLIP
 from longvid.errors import CacheError, MemoryBudgetError, ModelError, ScheduleError
 from longvid.media.video_file import VideoFile
 from longvid.models.cache import ConvCache
-from longvid.models.layers import CausalConv3d
+from longvid.models.layers.causal_conv import CausalConv3d
 from longvid.models.loading import BUILT_IN
 from longvid.models.tiny import BLOCK, BlockTransform, TinyConfig, TinyVAE
 from longvid.train.__main__ import psnr

@@ -17,10 +17,10 @@ from longvid import (
     load_model,
     make_plan,
 )
-from longvid.models import norms
 from longvid.models.device import placed
 from longvid.models.forward import decode_chunk, encode_chunk
 from longvid.models.kernels.cpu import has_bfloat16
+from longvid.models.layers import norms
 from longvid.models.numerics import Numerics
 from longvid.planning.dry_run import DryRuns
 from longvid.planning.kernel_choice import can_compute
@@ -211,7 +211,7 @@ def assert_planned(plan, model, direction, size, dtype, keep):
 def test_tiles_and_packed_kernels_are_in_the_projection(
     packable, monkeypatch, direction, keep, dtype, numerics, slice_frames
 ):
-    monkeypatch.setattr(norms, "_SLAB_BYTES", 2**15)  # a few rows of these frames, fewer than a tile has
+    monkeypatch.setattr(norms, "SLAB_BYTES", 2**15)  # a few rows of these frames, fewer than a tile has
     monkeypatch.setattr(DryRuns, "_known", {})
     if not can_compute(numerics, dtype):
         pytest.skip("a kernel is missing here")

@@ -116,10 +116,16 @@ class Conv2d(nn.Conv2d):
 
 
 class Conv3d(nn.Conv3d):
-    """PyTorch's, by way of :func:`_call`. Padding is zeros and none in time, nothing is strided or dilated."""
+    """PyTorch's, by way of :func:`_call`. Padding is zeros and none in time, nothing is dilated."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _call(input, weight, bias, cast("tuple[int, ...]", self.padding), self.stride)
+
+    def with_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The same with a weight that may be widened; hooks see the call where it is the module's own."""
+        if weight is self.weight:
+            return cast("Tensor", self(x))
+        return _call(x, weight, self.bias, cast("tuple[int, ...]", self.padding), self.stride)
 
 
 def convolution(

@@ -1,9 +1,9 @@
-"""The layers that causal video VAEs are built from.
+"""CausalConv3d: the layer that causal video VAEs are built from.
 
 Four rules keep memory low.
 
-1. What feeds a causal convolution is a :class:`~longvid.models.norms.Producer`, which writes into that convolution's
-   window.
+1. What feeds a causal convolution is a :class:`~longvid.models.layers.norms.Producer`, which writes into that
+   convolution's window.
 2. A convolution may run in blocks, slices of frames and row tiles, through a window that moves over the input. Beside
    the input and the output of a layer only one block is alive, and it may fit a cache of the processor.
 3. What works frame by frame (resampling, 1x1 shortcuts) does so in a loop over frames, so its temporaries are one frame
@@ -35,10 +35,10 @@ from longvid.models.context import ForwardContext
 from longvid.models.kernels.convolution import MAX_ELEMENTS, Conv3d, accumulate, convolution, packed
 from longvid.models.kernels.cuts import even_parts, row_tiles
 from longvid.models.kernels.winograd import two_frames, winograd_filters
-from longvid.models.norms import GroupNormSiLU, Producer, SpatialNormSiLU
-from longvid.models.window import Block, Window
+from longvid.models.layers.norms import Producer
+from longvid.models.layers.window import Block, Window
 
-__all__ = ["CausalConv3d", "ResnetBlock"]
+__all__ = ["CausalConv3d"]
 
 _LEAST_WINOGRAD_CHANNELS = 16
 _LEAST_TILE_ROWS = 16
@@ -286,56 +286,3 @@ class _BlockConv:
             return self._layer._convolve(x, weight, self._context.limits.conv_elements)
         # A tile is within the limits of one call, and pads no rows, as parts would.
         return convolution(x, weight, self._layer.conv.bias, padding=(0, *self._padding))
-
-
-class ResnetBlock(nn.Module):
-    """norm, SiLU, causal conv, twice, plus the input or its 1x1 projection.
-
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        num_groups: groups of the norms.
-        eps: epsilon of plain norms.
-        latent_channels: channels of the latent that steers the norms; None for plain ones.
-    """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, *, num_groups: int, eps: float, latent_channels: int | None = None
-    ) -> None:
-        super().__init__()
-
-        def norm(channels: int) -> GroupNormSiLU | SpatialNormSiLU:
-            if latent_channels is None:
-                return GroupNormSiLU(num_groups, channels, eps=eps)
-            return SpatialNormSiLU(channels, latent_channels, num_groups=num_groups)
-
-        self.norm1 = norm(in_channels)
-        self.conv1 = CausalConv3d(in_channels, out_channels, 3)
-        self.norm2 = norm(out_channels)
-        self.conv2 = CausalConv3d(out_channels, out_channels, 3)
-        if in_channels != out_channels:
-            self.conv_shortcut = nn.Conv3d(in_channels, out_channels, 1)
-
-    def forward(self, x_BCTHW: Tensor, context: ForwardContext, latent: Tensor | None = None) -> Tensor:
-        """(B, in, T, H, W) to (B, out, T, H, W).
-
-        Alive at the peak: the input, the hidden state, one window, one block.
-
-        The input is taken over: without a shortcut, the output is added to it in place, so a hook that
-        watches a layer before it has to clone what it wants to keep. With one, the output takes the place of the hidden
-        state.
-        """
-        h = self.conv1.stream(context.attempt(partial(self.norm1.fit, x_BCTHW, latent)), context)
-        normed = context.attempt(partial(self.norm2.fit, h, latent))
-        del h
-        if not hasattr(self, "conv_shortcut"):
-            return self.conv2.stream(normed, context, onto=x_BCTHW)
-        add_shortcut = partial(self._add_shortcut, x_BCTHW, context)
-        return self.conv2.stream(normed, context, finish=add_shortcut, overwrite=True)
-
-    def _add_shortcut(self, x_BCTHW: Tensor, context: ForwardContext, block: Block, y_BCTHW: Tensor) -> None:
-        weight, bias = context.weight(self.conv_shortcut)[:, :, 0], self.conv_shortcut.bias
-        x_BCTRW = x_BCTHW[:, :, :, block.rows.start : block.rows.stop]
-        for i, t in enumerate(block.frames):
-            shortcut = partial(convolution, x_BCTRW[:, :, t], weight, bias, padding=(0, 0))
-            y_BCTHW[:, :, i].add_(context.attempt(shortcut))

@@ -26,7 +26,7 @@ from longvid.models.kernels import triton_norms
 
 __all__ = ["Fitted", "GroupNormSiLU", "Producer", "SpatialNormSiLU", "group_moments"]
 
-_SLAB_BYTES = 2**20
+SLAB_BYTES = 2**20
 "size of a slab, on a CPU: what stays in a core's cache from one operation on it to the next"
 _NORM_CALLS = 4
 "in how many parts moments are gathered where the kernel writes a copy that nobody needs"
@@ -76,7 +76,7 @@ class Fitted(Producer):
         # cache from one operation to the next, and whole rows of the maps.
         _, C, _, H, W = x_BCTHW.shape
         repeat = 1 if maps is None else H // maps[0].shape[3]
-        self.row_step = max(repeat, _SLAB_BYTES // (C * W * x_BCTHW.element_size()) // repeat * repeat)
+        self.row_step = max(repeat, SLAB_BYTES // (C * W * x_BCTHW.element_size()) // repeat * repeat)
         self._triton = triton_norms.available(x_BCTHW)
         self._folded: tuple[Tensor, Tensor] | None = None
         last = layout_of(x_BCTHW) == torch.channels_last_3d and not self._triton
