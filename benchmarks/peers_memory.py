@@ -130,7 +130,7 @@ class BlockingOffloader(Offloader):
         held = self._held.pop(path, None)
         return None if held is None else held.back()
 
-    def keep(self, path: str, tail: Tensor) -> None:
+    def keep(self, path: str, tail: Tensor, *, complete: bool = True) -> None:
         """Take it out now, before the layer computes. The chain of calls is SAT's."""
         self._held[path] = _Held(tail.contiguous().detach().clone())
 

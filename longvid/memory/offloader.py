@@ -9,6 +9,10 @@ from then on, when the window of layer l opens ::
     3. l's context is handed over; row by row its new context takes the old one's place as the layer's input becomes
        known and, if the placement says so, starts for the host while the layer computes the last of it
 
+Layers that run several times in a chunk, each time for a few of its frames, form a **group**, which is one such layer
+here: all its contexts come before it begins and stay while it runs. Each starts for the host when it is complete, and
+all have left when the group ends, so each moves once per chunk.
+
 So between two openings the device holds the resident contexts and a few others, and which ones is known in advance
 (:meth:`~longvid.memory.offload.Placement.staged`). Resident contexts never move. Where a context is never changes a
 result.
@@ -68,8 +72,12 @@ class Offloader:
         "path of the layer whose window holds its context; it is sent when it is kept"
         self._homes: dict[str, _Home] = {}
         "in the order in which the layers run"
+        self._groups: dict[str, list[str]] = {}
+        "the layers of each group in that order; a layer that is in no other is a group of its own"
+        self._group: str | None = None
+        "the group that runs"
         self._contexts: list[tuple[str, int]] = []
-        "path and bytes in that order; known when the first chunk is through"
+        "group and bytes in that order; known when the first chunk is through"
         self._position: dict[str, int] = {}
         self._buffers: list[HostBuffer] = []
         self._leaving: list[_Home] = []
@@ -93,11 +101,20 @@ class Offloader:
     @property
     def offloaded_bytes(self) -> int:
         """Bytes of the contexts that leave the device between chunks."""
-        return sum(home.num_bytes for path, home in self._homes.items() if path in self._placement.offloaded)
+        return sum(
+            self._homes[path].num_bytes
+            for group, paths in self._groups.items()
+            if group in self._placement.offloaded
+            for path in paths
+        )
 
     def layer_bytes(self) -> dict[str, int]:
         """Bytes of each context by the path of its layer."""
         return {path: home.num_bytes for path, home in self._homes.items()}
+
+    def layer_bytes_by_group(self) -> dict[str, dict[str, int]]:
+        """Bytes of each context by the name of its group and the path of its layer, in the order in which they run."""
+        return {group: {path: self._homes[path].num_bytes for path in paths} for group, paths in self._groups.items()}
 
     # ------------------------------------------------------------------------------------------- between chunks
 
@@ -116,30 +133,56 @@ class Offloader:
 
     # ------------------------------------------------------------------------------------------- one layer
 
+    def begin(self, group: str) -> None:
+        """A group begins to run: its contexts come to the device, if they are not there. May be repeated."""
+        self._stage(group)
+        self._group = group
+
+    def end(self) -> None:
+        """The group has run, and holds no device memory any more if its contexts leave."""
+        self._group = None
+        self._free_what_left()
+
+    def _stage(self, group: str) -> None:
+        """Make room for a group that runs next, and fetch its contexts and those of coming groups."""
+        self._free_what_left()
+        paths = self._groups.setdefault(group, [])
+        if not any(self._homes[path].num_bytes for path in paths):
+            return
+        if len(self._contexts) < len(self._groups):  # in a cold start a few layers come in with each chunk
+            sizes = {name: sum(self._homes[path].num_bytes for path in paths) for name, paths in self._groups.items()}
+            self._contexts = list(sizes.items())
+            self._position = {name: i for i, name in enumerate(sizes)}
+        for position in self._placement.staged(self._position[group], self._contexts):
+            for path in self._groups[self._contexts[position][0]]:
+                self._fetch(path)
+
     def open(self, path: str) -> Tensor | None:
         """The context of a layer whose window opens, on the device; None in the first chunk of a video.
 
         May be repeated after it failed.
         """
-        self._free_what_left()
+        group = self._group or path
+        if self._group is None:
+            self._stage(path)
         home = self._homes.setdefault(path, _Home())
+        if path not in self._groups[group]:
+            self._groups[group].append(path)
         self._in_use = path
         if not home.num_bytes:
             self._mark_open(path)
             return None
-        if len(self._contexts) < len(self._homes):  # in a cold start a few layers come in with each chunk
-            self._contexts = [(other, home.num_bytes) for other, home in self._homes.items()]
-            self._position = {other: i for i, other in enumerate(self._homes)}
-        for position in self._placement.staged(self._position[path], self._contexts):
-            self._fetch(self._contexts[position][0])
+        self._fetch(path)  # it may have left within its group, when the device ran out of memory
         if home.arriving is not None:
             home.arriving.wait()
             home.arriving = None
         self._mark_open(path)
         return home.device
 
-    def keep(self, path: str, context: Tensor) -> None:
+    def keep(self, path: str, context: Tensor, *, complete: bool = True) -> None:
         """Make ``context`` that of a layer for the next chunk. It is taken over: nobody else may write to it.
+
+        It is not ``complete`` while pieces of the same chunk follow.
 
         It is what :meth:`open` gave, changed in place, or in the first chunk a tensor of :func:`empty_context`.
         """
@@ -147,8 +190,8 @@ class Offloader:
         home.device, home.num_bytes = context, context.numel() * context.element_size()
         self._in_use = ""
         if self._evicted:  # also a context that has just come into being
-            self._placement = Placement(offloaded=self._placement.offloaded | {path})
-        if path in self._placement.offloaded:
+            self._placement = Placement(offloaded=self._placement.offloaded | {self._group or path})
+        if complete and (self._group or path) in self._placement.offloaded:
             self._send(path, home)
 
     def done(self, path: str) -> None:
@@ -171,7 +214,7 @@ class Offloader:
         self._free_what_left()
         before = self.device_bytes
         self._evicted = True
-        self._placement = Placement(offloaded=self._placement.offloaded.union(self._homes))
+        self._placement = Placement(offloaded=self._placement.offloaded.union(self._groups))
         for path, home in self._homes.items():
             if home.arriving is not None and path != self._in_use:  # a prefetched context is still on the host
                 home.arriving.synchronize()

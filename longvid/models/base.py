@@ -121,6 +121,8 @@ class NativeVAE(nn.Module, ABC):
     config_class: ClassVar[Any]
     weights_dtype: ClassVar[torch.dtype | None] = None
     "what weights are read as; None for as they are stored"
+    runs_in_pieces: ClassVar[bool] = False
+    "whether its layers follow ``Limits.pieces``: none of them looks across time but through its context"
     geometry: LatentGeometry
     encoder: nn.Module
     decoder: nn.Module

@@ -13,7 +13,7 @@ Axes: B batch, C channels, T time, H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -52,6 +52,8 @@ class _Entry:
     path: str
     chunk: int = -1
     "the last chunk in which the layer ran"
+    piece: int = 0
+    "the last piece of that chunk in which it ran, in a group"
     signature: dict[str, object] | None = None
     "facts of the layer's input that must not change within a video; None before the first chunk"
 
@@ -81,6 +83,11 @@ class ConvCache:
         self._in_chunk = False
         self._open: _Entry | None = None
         "whose window is open"
+        self._group: list[_Entry] = []
+        "layers that run piece by piece now"
+        self.piece = 0
+        "which piece of a chunk a group computes now; 0 also outside groups"
+        self._is_last_piece = True
         self.last_layer: str | None = None
         """path of the layer whose context is the last that counts in a chunk of a cold start: the chunk ends there,
         without an output; None for whole chunks"""
@@ -180,11 +187,35 @@ class ConvCache:
                 )
         except _EndOfChunk:
             self._open = None
+            if self._group:
+                self.offloader.end()
         except BaseException:
             self._drop(_State.FAILED)
             raise
         finally:
             self._in_chunk = False
+            self._group, self.piece, self._is_last_piece = [], 0, True
+
+    def pieces(self, modules: Sequence[nn.Module], parts: Sequence[range]) -> Iterator[range]:
+        """Iterate over parts of a chunk, for each of which all layers in ``modules`` run once more.
+
+        Their contexts are on the device from the first part to the last.
+        """
+        inside = {part for module in modules for part in module.modules()}
+        group = [entry for layer, entry in self._entries.items() if layer in inside]
+        assert group
+        assert not self._group
+        name = group[0].path if len(group) == 1 else f"{group[0].path} .. {group[-1].path}"
+        self.offloader.begin(name)
+        self._group = group
+        for self.piece, part in enumerate(parts):
+            self._is_last_piece = self.piece == len(parts) - 1
+            yield part
+            for entry in group:
+                if (entry.chunk, entry.piece) != (self._chunk, self.piece):
+                    raise CacheError(f"layer {entry.path!r} did not run in piece {self.piece} of chunk {self._chunk}")
+        self._group, self.piece = [], 0
+        self.offloader.end()
 
     def open_window(self, layer: CausalLayer, shape: tuple[int, int, int, int, int], kind: TensorKind) -> str:
         """Say that the window of a layer opens whose input has this shape, whatever T is; return the layer's path.
@@ -201,7 +232,8 @@ class ConvCache:
         path = entry.path
         if not self._in_chunk:
             raise CacheError(f"layer {path!r} ran outside a chunk; wrap the call in: with cache.chunk()")
-        if entry.chunk == self._chunk:
+        again = entry in self._group and self.piece == entry.piece + 1
+        if entry.chunk == self._chunk and not again:
             raise CacheError(f"layer {path!r} ran twice in chunk {self._chunk}; every call needs a layer of its own")
         got = _signature(shape, kind.dtype, kind.device)
         have = entry.signature = entry.signature or got
@@ -226,9 +258,9 @@ class ConvCache:
     def keep(self, context: Tensor) -> None:
         """Make ``context`` that of the open window's layer for the next chunk. The layer has then run in this one."""
         assert self._open is not None
-        self.offloader.keep(self._open.path, context)
-        self._open.chunk = self._chunk
-        if self._open.path == self.last_layer:
+        self.offloader.keep(self._open.path, context, complete=self._is_last_piece)
+        self._open.chunk, self._open.piece = self._chunk, self.piece
+        if self._open.path == self.last_layer and self._is_last_piece:
             raise _EndOfChunk
 
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Self, TypeVar
+from typing import Literal, Self, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,10 @@ from longvid.models.cache import ConvCache
 from longvid.models.numerics import Numerics
 from longvid.units import format_bytes
 
-__all__ = ["ForwardContext", "Limits"]
+__all__ = ["ForwardContext", "Limits", "Pieces"]
 
 T = TypeVar("T")
+Pieces: TypeAlias = Literal["blocks", "stages"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,10 @@ class Limits:
     slice_elements: int = 2**31 - 1
     """layers run in slices of so many frames that neither the new input nor the output of a slice has more elements
     than this, but of one frame at least"""
+    pieces: Pieces | None = None
+    """layers that look across time through contexts only run for a few frames of a chunk, and then again for the next
+    ones: ``"blocks"`` one residual block after the other, ``"stages"`` all layers at one frame size together, so that
+    only a few of its frames exist at a time. A piece has as many frames as ``slice_elements`` allows"""
     tile_elements: int | None = None
     """layers in channels last run in row tiles whose window and output have at most this many elements, but of about
     16 rows at least, and with packed weights; None for whole frames. Saves memory, and time if a tile fits a cache"""
@@ -107,7 +112,7 @@ class ForwardContext:
     @property
     def at_start(self) -> bool:
         """Whether the frames that a layer computes now are the first ones of the video."""
-        return self.cache.num_chunks == 0
+        return self.cache.num_chunks == 0 and self.cache.piece == 0
 
     def weight(self, layer: nn.Conv2d | nn.Conv3d) -> Tensor:
         """A convolution's weight, in float32 where products are."""

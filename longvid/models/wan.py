@@ -11,8 +11,10 @@ Source: Wan, 2025, arXiv 2503.20314. Axes: B batch, C channels, T time, H height
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -28,6 +30,7 @@ from longvid.models.layers.pixel_norm import PixelNormSiLU
 from longvid.models.layers.resampling import CausalDownsample, CausalUpsample, Downsample, Upsample
 from longvid.models.layers.residual import ResnetBlock
 from longvid.models.layers.shortcuts import add_repeats, average_shortcut, require_shortcut
+from longvid.models.pieces import Forward, Stage
 
 __all__ = ["LATENT_STATISTICS", "WanConfig", "WanVAE"]
 
@@ -212,21 +215,34 @@ class ResidualUpBlock(nn.Module):
         return h
 
 
-class _Half(nn.Module):
+class _Half(nn.Module, ABC):
     """Encoder or decoder: a convolution, layers in a row, a norm and a convolution."""
 
     conv_in: CausalConv3d
     norm_out: PixelNormSiLU
     conv_out: CausalConv3d
 
-    def _run(self, x: Tensor, context: ForwardContext, layers: Iterator[nn.Module]) -> Tensor:
+    @abstractmethod
+    def _stages(self) -> Iterator[Stage]:
+        """All layers, cut where the size of frames changes."""
+
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """One chunk. The loop is flat so that no caller up the stack keeps a layer's input alive."""
-        x = self.conv_in(x, context)
-        for layer in layers:
-            x = layer(x, context)
+        stages = list(self._stages())
+        calls = [call for stage in stages for call in stage.calls]
+        for step in stages if context.limits.pieces == "stages" else calls:
+            x = step(x, context)
+        return x
+
+    def _finish(self, x: Tensor, context: ForwardContext) -> Tensor:
         normed = self.norm_out.fit(x)
         del x
         return self.conv_out.stream(normed, context)
+
+    def _stage(self, layers: list[nn.Module], widest: int, time: Fraction, *, first: bool, last: bool) -> Stage:
+        front, end = [self.conv_in] * first, [self.norm_out, self.conv_out] * last
+        calls: list[Forward] = [*front, *layers, *[self._finish] * last]
+        return Stage(modules=[*front, *layers, *end], calls=calls, widest=widest, time=time)
 
 
 class Encoder(_Half):
@@ -252,9 +268,19 @@ class Encoder(_Half):
         self.norm_out = PixelNormSiLU(width)
         self.conv_out = _conv(width, 2 * config.z_dim)
 
-    def forward(self, x_BCTHW: Tensor, context: ForwardContext) -> Tensor:
-        """One chunk."""
-        return self._run(x_BCTHW, context, iter([*self.down_blocks, *self.mid_block.layers()]))
+    def _stages(self) -> Iterator[Stage]:
+        layers: list[nn.Module] = []
+        first = True
+        for layer in self.down_blocks:
+            layers.append(layer)
+            down = layer.downsampler if isinstance(layer, ResidualDownBlock) else layer
+            if isinstance(down, (Downsample, CausalDownsample)):
+                width = (down.space if isinstance(down, CausalDownsample) else down).conv.in_channels
+                time = Fraction(1, 2 if isinstance(down, CausalDownsample) else 1)
+                yield self._stage(layers, width, time, first=first, last=False)
+                layers, first = [], False
+        layers += self.mid_block.layers()
+        yield self._stage(layers, self.conv_out.conv.in_channels, Fraction(1), first=first, last=True)
 
 
 class Decoder(_Half):
@@ -279,12 +305,20 @@ class Decoder(_Half):
         self.norm_out = PixelNormSiLU(width)
         self.conv_out = _conv(width, config.out_channels)
 
-    def forward(self, z_BCTHW: Tensor, context: ForwardContext) -> Tensor:
-        """One chunk."""
+    def _stages(self) -> Iterator[Stage]:
         layers: list[nn.Module] = [*self.mid_block.layers()]
+        widest, time, first = self.conv_in.conv.out_channels, Fraction(1), True
         for block in self.up_blocks:
-            layers += block.layers() if isinstance(block, _UpBlock) else [block]
-        return self._run(z_BCTHW, context, iter(layers))
+            for layer in block.layers() if isinstance(block, _UpBlock) else [block]:
+                up = layer.upsampler if isinstance(layer, ResidualUpBlock) else layer
+                if isinstance(up, (Upsample, CausalUpsample)):  # what is enlarged never exists as a whole
+                    yield self._stage(layers, widest, time, first=first, last=False)
+                    layers, first = [], False
+                    time = Fraction(2 if isinstance(up, CausalUpsample) else 1)
+                    space = up.space if isinstance(up, CausalUpsample) else up
+                    widest = 4 * int(time) * space.conv.out_channels
+                layers.append(layer)
+        yield self._stage(layers, widest, time, first=first, last=True)
 
 
 class WanVAE(NativeVAE):
@@ -293,6 +327,7 @@ class WanVAE(NativeVAE):
     class_name = "AutoencoderKLWan"
     other_names = ("AutoencoderKLQwenImage",)
     config_class = WanConfig
+    runs_in_pieces = True
     config: WanConfig
 
     def __init__(self, config: WanConfig, origin: Mapping[str, Any] | None = None) -> None:

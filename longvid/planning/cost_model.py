@@ -39,6 +39,7 @@ class LayerCost:
     """From the opening of one layer's window to the opening of the next. Bytes are without weights and contexts."""
 
     layer: str
+    "its path, or the name of a group of layers that run piece by piece"
     context_bytes: int
     first_open_bytes: int
     "first chunk, before the layer's context has come into being"
@@ -48,6 +49,10 @@ class LayerCost:
     "any later chunk"
     flops: int
     "counted in a later chunk"
+    sizes: tuple[int, ...] = ()
+    "bytes of each context of a group"
+    left_bytes: int | None = None
+    "any later chunk, between the end of a group and the next step: its contexts have left if they are to"
 
     @property
     def bytes_per_flop(self) -> float:
@@ -112,8 +117,10 @@ class CostModel:
         return sum(step.context_bytes for step in self.steps if step.layer not in placement.offloaded)
 
     def idle_need(self, placement: Placement) -> Need:
-        """Between two chunks: the last step's contexts are still there, and nothing is computed."""
+        """Between two chunks: the last layer's context is still there, and nothing is computed."""
         transit = self._transit(len(self.steps) - 1, placement) if self.steps else 0
+        if self.steps and self.steps[-1].left_bytes is not None and self.steps[-1].layer in placement.offloaded:
+            transit -= self.steps[-1].context_bytes
         return Need(working_bytes=0, resident_bytes=self.resident_bytes(placement), transit_bytes=transit)
 
     def steady_needs(self, placement: Placement) -> list[Need]:
@@ -121,7 +128,12 @@ class CostModel:
         needs = [replace(self.idle_need(placement), working_bytes=self.steady_lead_bytes)]
         for position, step in enumerate(self.steps):
             transit = self._transit(position, placement)
-            needs.append(replace(needs[0], working_bytes=step.steady_bytes, transit_bytes=transit))
+            need = replace(needs[0], working_bytes=step.steady_bytes, transit_bytes=transit)
+            if step.left_bytes is not None:
+                own = step.context_bytes if step.layer in placement.offloaded else 0
+                left = replace(need, working_bytes=step.left_bytes, transit_bytes=transit - own)
+                need = max(need, left, key=lambda need: need.total_bytes)
+            needs.append(need)
         return needs
 
     def first_needs(self, placement: Placement) -> list[Need]:
@@ -132,7 +144,7 @@ class CostModel:
             needs.append(Need(working_bytes=step.first_open_bytes, resident_bytes=resident, transit_bytes=0))
             leaves = step.layer in placement.offloaded
             resident += 0 if leaves else step.context_bytes
-            transit = step.context_bytes if leaves else 0
+            transit = step.context_bytes if leaves and step.left_bytes is None else 0
             needs.append(Need(working_bytes=step.first_kept_bytes, resident_bytes=resident, transit_bytes=transit))
         return needs
 

@@ -54,9 +54,9 @@ def dry_run(
 
     If buffers are kept, middle chunks run until their sizes have settled, and one more as the first of a run that is
     resumed; the highest of them counts. ``like`` is the cost model of the same workload in another execution, from
-    which FLOPs are taken over: those of row tiles cannot be counted, since tiles that are alike are left out.
+    which FLOPs are taken over: those of row tiles and pieces cannot be counted, since what is alike is left out.
     """
-    if like is None and execution.limits.tile_elements is not None:
+    if like is None and (execution.limits.tile_elements is not None or execution.limits.pieces is not None):
         like = dry_run(model, workload, Execution(numerics=execution.numerics))
     run = encode_chunk if workload.direction == "encode" else decode_chunk
     first_host, middle_host = (_host_chunk(model, workload, i) for i in range(2))  # outside the tracker
@@ -81,21 +81,28 @@ def dry_run(
                     break
             context.buffers = BufferPool(keep=True)
             middle.append(compute(middle_host))
-        context_bytes = probe.layer_bytes()
+        sizes, groups = probe.layer_bytes_by_group(), probe.group_names
+
+    def bytes_of(chunk: _ChunkCost, layer: str) -> list[int]:
+        return chunk.step_bytes[layer][: 1 if layer in groups else 2]
+
     flops = middle[0].flops
     if like is not None:
-        flops = {"": like.lead_flops} | {step.layer: step.flops for step in like.steps}
+        known = {step.layer: step.flops for step in like.steps}
+        flops = {"": like.lead_flops} | {group: sum(known[path] for path in paths) for group, paths in sizes.items()}
     return CostModel(
         steps=tuple(
             LayerCost(
                 layer=layer,
-                context_bytes=context_bytes[layer],
+                context_bytes=sum(sizes[layer].values()),
+                sizes=tuple(sizes[layer].values()) if layer in groups else (),
                 first_open_bytes=first.step_bytes[layer][0],
                 first_kept_bytes=first.step_bytes[layer][1],
-                steady_bytes=max(max(chunk.step_bytes[layer]) for chunk in middle),
+                steady_bytes=max(max(bytes_of(chunk, layer)) for chunk in middle),
+                left_bytes=max(chunk.step_bytes[layer][1] for chunk in middle) if layer in groups else None,
                 flops=flops[layer],
             )
-            for layer in context_bytes
+            for layer in sizes
         ),
         first_lead_bytes=first.lead_bytes,
         steady_lead_bytes=max(chunk.lead_bytes for chunk in middle),
@@ -150,7 +157,10 @@ class DryRuns:
         if key not in self._cost_models:
             alike = (workload, execution.numerics)  # other kernel forms have other FLOPs
             known = self._cost_models.items()
-            like = next((cost for (other, how), cost in known if (other, how.numerics) == alike), None)
+            like = next(
+                (cost for (other, how), cost in known if (other, how.numerics) == alike and how.limits.pieces is None),
+                None,
+            )
             self._cost_models[key] = dry_run(self._skeleton(workload.dtype), workload, execution, like=like)
         return self._cost_models[key]
 
@@ -204,19 +214,39 @@ class _Probe(Offloader):
         self._flops: dict[str, int] = {}
         self._flops_before = 0
         self._step = ""
+        self.group_names: set[str] = set()
+        self._before = 0
+        "bytes of contexts when the last of these moments was over; those that a group makes count to its step"
+
+    def begin(self, group: str) -> None:
+        self.group_names.add(group)
+        self._start(group)
+        super().begin(group)
+
+    def end(self) -> None:
+        self._cut()
+        super().end()
+        self._before = self.device_bytes
 
     def open(self, path: str) -> Tensor | None:
-        self._cut()
-        self._step = path
-        self._bytes[path] = []
+        if self._group is None:
+            self._start(path)
         return super().open(path)
 
-    def keep(self, path: str, context: Tensor) -> None:
+    def keep(self, path: str, context: Tensor, *, complete: bool = True) -> None:
+        if self._group is None:
+            self._cut()
+        super().keep(path, context, complete=complete)
+        if self._group is None:
+            self._before = self.device_bytes
+
+    def _start(self, step: str) -> None:
         self._cut()
-        super().keep(path, context)
+        self._step = step
+        self._bytes[step] = []
 
     def _cut(self) -> None:
-        self._bytes[self._step].append(self.tracker.peak_bytes - self.device_bytes)
+        self._bytes[self._step].append(self.tracker.peak_bytes - self._before)
         self.tracker.reset_peak()
         done = self.flop_counter.get_total_flops() - self._flops_before - sum(self._flops.values())
         self._flops[self._step] = self._flops.get(self._step, 0) + done

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +16,7 @@ from longvid.models.device import resolve_device
 from longvid.models.numerics import Layout, Numerics
 from longvid.planning.cost_model import DeviceRates
 from longvid.planning.profile import Profile
+from longvid.planning.workload import Tiling
 
 __all__ = ["ComputeOptions", "default_dtype", "parse_dtype", "planned_device"]
 
@@ -32,7 +32,7 @@ class ComputeOptions:
     "numerics of a run that is resumed, where the user left the choice"
     chunk_frames: int | None = None
     slice_frames: int | None = None
-    tiling: Mapping[str, int | None] | None = field(default=None, hash=False)
+    tiling: Tiling | None = field(default=None, hash=False)
     "slices and row tiles of a run that is resumed, taken up where they fit"
     offload: OffloadPolicy = field(default_factory=OffloadPolicy)
     allowed_bytes: int | None = None

@@ -113,7 +113,8 @@ class DirectionPlan:
     @property
     def host_sizes(self) -> tuple[int, ...]:
         """Bytes of every context that needs a place off the device."""
-        return tuple(layer.bytes for layer in self.layers if not layer.resident)
+        leaving = (step for step in self.cost_model.steps if step.layer in self.placement.offloaded)
+        return tuple(size for step in leaving for size in step.sizes or (step.context_bytes,))
 
     @property
     def layers(self) -> tuple[LayerPlan, ...]:

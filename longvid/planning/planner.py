@@ -23,7 +23,7 @@ from longvid.events import Direction
 from longvid.memory.budget import MemoryBudget
 from longvid.memory.offload import OffloadPolicy, Placement
 from longvid.models.base import CausalVAE, model_name
-from longvid.models.context import Limits
+from longvid.models.context import Limits, Pieces
 from longvid.models.loading import load_architecture
 from longvid.models.numerics import Numerics, parse_layout, parse_paired_frames
 from longvid.planning.cost_model import choose_placement
@@ -38,6 +38,8 @@ from longvid.units import parse_bytes, parse_reserve
 __all__ = ["Offload", "Planner", "make_plan"]
 
 Offload: TypeAlias = str | int | OffloadPolicy
+_TILE_BYTES = 24 * 2**20
+"of row tiles that save memory only"
 _BOTH: tuple[Direction, ...] = ("encode", "decode")
 
 
@@ -240,8 +242,13 @@ class _Search:
         only if the shortest slices are not enough.
         """
         tried = self._slicings(workload)
-        least = self.runs.cost_model(workload, tried[-1])
         staying = OffloadPolicy("none") if policy.kind == "auto" else policy
+        shortest, offloading = tried[-1], self._offloading(workload, tried)
+        least = self.runs.cost_model(workload, offloading[-1])
+        if staying.kind == "none":
+            tried += self._in_pieces(workload, shortest, "stages")  # contexts that stay are on the device anyway
+        else:
+            tried += self._in_pieces(workload, shortest, "blocks")
         if self.may_keep and staying.kind == "none":
             kept = replace(tried[0], keeps_buffers=True)
             tried[:0] = [replace(kept, keeps_kernels=True), kept]
@@ -259,7 +266,29 @@ class _Search:
             part = self._placed(part, staying)
             if self.fits(part, part.placement):
                 return part
-        return self._placed(part, policy)
+        if policy == staying:
+            return part
+        for execution in offloading:
+            cost_model = self.runs.cost_model(workload, execution)
+            part = self._placed(replace(part, execution=execution, cost_model=cost_model), policy)
+            if self.fits(part, part.placement):
+                return part
+        return part
+
+    def _offloading(self, workload: Workload, slicings: list[Execution]) -> list[Execution]:
+        """What to try when contexts leave: the shortest slices, then blocks that run piece by piece."""
+        return [slicings[-1], *self._in_pieces(workload, slicings[-1], "blocks")]
+
+    def _in_pieces(self, workload: Workload, execution: Execution, pieces: Pieces) -> list[Execution]:
+        """The same piece by piece, in whole frames and in row tiles, as far as the model and the layout can."""
+        if not getattr(self.runs.model, "runs_in_pieces", False):
+            return []
+        limits = replace(execution.limits, pieces=pieces)
+        found = [replace(execution, limits=limits)]
+        if limits.tile_elements is None and self.numerics.layout == "channels_last":
+            tile_elements = _TILE_BYTES // workload.dtype.itemsize
+            found.append(replace(execution, limits=replace(limits, tile_elements=tile_elements)))
+        return found
 
     def _placed(self, part: DirectionPlan, policy: OffloadPolicy) -> DirectionPlan:
         chosen = choose_placement(part.cost_model, policy, partial(self.fits, part), part.rates)
@@ -343,5 +372,5 @@ class _Search:
 
     def _minimum_bytes(self, workload: Workload) -> int:
         """Bytes beside the weights, with the shortest slices and every context on the host as far as that helps."""
-        cost_model = self.runs.cost_model(workload, self._slicings(workload)[-1])
+        cost_model = self.runs.cost_model(workload, self._offloading(workload, self._slicings(workload))[-1])
         return cost_model.peak(cost_model.least).total_bytes

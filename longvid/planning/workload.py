@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias, cast
 
 import torch
 from torch import nn
@@ -12,11 +13,13 @@ from longvid.events import Direction
 from longvid.memory.buffer_pool import BufferPool
 from longvid.memory.offloader import Offloader
 from longvid.models.cache import ConvCache
-from longvid.models.context import ForwardContext, Limits
+from longvid.models.context import ForwardContext, Limits, Pieces
 from longvid.models.numerics import Numerics
 from longvid.schedule import ChunkSchedule
 
-__all__ = ["Execution", "Workload"]
+__all__ = ["Execution", "Tiling", "Workload"]
+
+Tiling: TypeAlias = Mapping[str, int | str | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,25 +59,33 @@ class Execution:
         )
 
     @property
-    def tiling(self) -> dict[str, int | None]:
-        """The slices and row tiles, as a store records them."""
+    def tiling(self) -> Tiling:
+        """The slices, row tiles and pieces, as a store records them."""
         limits = self.limits
         return {
             "slice_frames": self.slice_frames,
             "slice_elements": limits.slice_elements,
             "tile_elements": limits.tile_elements,
+            **({} if limits.pieces is None else {"pieces": limits.pieces}),
         }
 
-    def tiled(self, tiling: Mapping[str, int | None]) -> Execution:
-        """The same with the slices and row tiles of a record."""
-        elements = tiling["slice_elements"] or self.limits.slice_elements
-        limits = replace(self.limits, slice_elements=elements, tile_elements=tiling["tile_elements"])
-        return replace(self, limits=limits, slice_frames=tiling["slice_frames"])
+    def tiled(self, tiling: Tiling) -> Execution:
+        """The same with the slices, row tiles and pieces of a record."""
+        numbers = {name: cast("int | None", value) for name, value in tiling.items() if name != "pieces"}
+        limits = replace(
+            self.limits,
+            slice_elements=numbers["slice_elements"] or self.limits.slice_elements,
+            tile_elements=numbers["tile_elements"],
+            pieces=cast("Pieces | None", tiling.get("pieces")),
+        )
+        return replace(self, limits=limits, slice_frames=numbers["slice_frames"])
 
     @property
     def slices(self) -> str:
         """Slices and row tiles in words."""
         frames = self.slice_frames
+        if self.limits.pieces is not None:
+            return f"{self.limits.pieces}, {frames} frame" + ("s" if frames != 1 else "")
         if self.limits.tile_elements is None:
             return "whole chunks" if frames is None else f"slices of {frames}"
         return "row tiles" if frames is None else f"{frames}-frame tiles"

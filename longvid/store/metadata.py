@@ -124,7 +124,7 @@ class StoreMetadata:
     "identifies the writer that committed last"
     fingerprint: dict[str, Any]
     numerics: dict[str, Any] | None
-    tiling: dict[str, int | None] | None
+    tiling: dict[str, int | str | None] | None
     "slices and row tiles of the run that committed last; on some processors they decide the last bits"
     height: int
     width: int
@@ -349,12 +349,16 @@ def _facts(
     }
 
 
-def _tiling(record: dict[str, Any] | None) -> dict[str, int | None] | None:
-    names = ("slice_frames", "slice_elements", "tile_elements")
-    found = None if record is None else {name: _optional(record, name, int) for name in names}
-    if found is not None and not all(value is None or value > 0 for value in found.values()):
+def _tiling(record: dict[str, Any] | None) -> dict[str, int | str | None] | None:
+    if record is None:
+        return None
+    found = {name: _optional(record, name, int) for name in ("slice_frames", "slice_elements", "tile_elements")}
+    if not all(value is None or value > 0 for value in found.values()):
         raise _WrongValueError(f"tiling is {found}, numbers above 0 are expected")
-    return found
+    pieces = _optional(record, "pieces", str)
+    if pieces not in (None, "blocks", "stages"):
+        raise _WrongValueError(f"pieces are {pieces!r}, 'blocks' or 'stages' are expected")
+    return {**found, **({} if pieces is None else {"pieces": pieces})}
 
 
 def _part(record: dict[str, Any] | None) -> Part | None:

@@ -72,12 +72,16 @@ class _Normed(Producer):
                 stop = min(start + step, rows.stop)
                 out = out_BCTHW[:, :, i, start - rows.start : stop - rows.start]
                 normalize_pixels(self.like[:, :, t, start:stop], self._gamma, out)
-                F.silu(out, inplace=True)
+                if not out.is_meta:
+                    F.silu(out, inplace=True)
 
 
 def normalize_pixels(x_BCHW: Tensor, gamma_C11: Tensor, out_BCHW: Tensor) -> None:
     """Write x / |x| * sqrt(C) * gamma. Narrow dtypes are normalised in float32, and rounded after each of the three."""
     narrow = x_BCHW.dtype in (torch.float16, torch.bfloat16)
+    if x_BCHW.is_meta:  # nothing else is allocated, and operations on meta tensors take their time
+        out_BCHW.new_empty((out_BCHW.shape[0], 1, *out_BCHW.shape[2:]), dtype=torch.float32 if narrow else None)
+        return
     norm = torch.linalg.vector_norm(x_BCHW, dim=1, keepdim=True, dtype=torch.float32 if narrow else None)
     norm.clamp_min_(_LEAST_NORM)
     scale = x_BCHW.shape[1] ** 0.5

@@ -17,6 +17,7 @@ from longvid.models.kernels.convolution import convolution
 from longvid.models.layers.causal_conv import CausalConv3d
 from longvid.models.layers.norms import Producer
 from longvid.models.layers.window import Block
+from longvid.models.pieces import in_pieces
 
 __all__ = ["Norm", "ResnetBlock"]
 
@@ -68,6 +69,13 @@ class ResnetBlock(nn.Module):
         watches a layer before it has to clone what it wants to keep. With one, the output takes the place of the hidden
         state.
         """
+        if context.limits.pieces == "blocks" and latent is None:
+            widest = max(x_BCTHW.shape[1], self.conv2.conv.out_channels)
+            in_place = not hasattr(self, "conv_shortcut")
+            return in_pieces([self], self._forward, x_BCTHW, context, widest=widest, in_place=in_place)
+        return self._forward(x_BCTHW, context, latent)
+
+    def _forward(self, x_BCTHW: Tensor, context: ForwardContext, latent: Tensor | None = None) -> Tensor:
         h = self.conv1.stream(context.attempt(partial(self.norm1.fit, x_BCTHW, latent)), context)
         normed = context.attempt(partial(self.norm2.fit, h, latent))
         del h
