@@ -26,9 +26,9 @@ from longvid import ConvCache, ForwardContext, load_model
 from longvid.environment import describe_machine
 from longvid.events import Direction
 from longvid.memory.offloader import Offloader
-from longvid.models.base import CausalVAE
-from longvid.models.cogvideox import CogVideoXVAE
+from longvid.models.base import CausalVAE, LatentGeometry, NativeVAE
 from longvid.models.context import Limits
+from longvid.models.loading import ARCHITECTURES
 from longvid.models.numerics import Numerics
 from longvid.planning.options import ComputeOptions
 from longvid.planning.plan import DirectionPlan
@@ -39,6 +39,7 @@ Step: TypeAlias = Callable[[Tensor], Tensor]
 
 DIRECTIONS: tuple[Direction, ...] = ("encode", "decode")
 CPU = torch.device("cpu")
+COGVIDEOX = LatentGeometry(latent_channels=16, frames_per_latent=4, pixels_per_latent=8, chunk_frames=8)
 
 
 def new_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -63,22 +64,33 @@ def write_results(path: Path | None, device: str = "cpu", **facts: Any) -> None:
 # --------------------------------------------------------------------------------------------------- models
 
 
-def random_models(dtype: torch.dtype, device: torch.device = CPU) -> tuple[Any, CogVideoXVAE]:
-    """CogVideoX at its full width as diffusers and as longvid have it, with the same seeded random weights."""
+def random_models(dtype: torch.dtype, device: torch.device = CPU, name: str = "cogvideox-2b") -> tuple[Any, NativeVAE]:
+    """An architecture at its full width as diffusers and as longvid have it, with the same seeded random weights."""
     import diffusers
 
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     torch.manual_seed(0)
-    theirs: Any = diffusers.AutoencoderKLCogVideoX()  # type: ignore[no-untyped-call]
+    config = dict(ARCHITECTURES[name])
+    theirs: Any = getattr(diffusers, config.pop("_class_name"))(**config)
     theirs = theirs.to(device, dtype).eval().requires_grad_(False)
-    return theirs, cast("CogVideoXVAE", load_model(theirs))
+    return theirs, cast("NativeVAE", load_model(theirs))
 
 
 def chunk(
-    direction: str, height: int, width: int, dtype: torch.dtype, index: int, device: torch.device = CPU
+    direction: str,
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    index: int,
+    device: torch.device = CPU,
+    *,
+    geometry: LatentGeometry = COGVIDEOX,
 ) -> Tensor:
     """Input of a chunk: noise that depends on the index only; the first chunk is one frame, or one latent, longer."""
-    shape = (1, 3, 8, height, width) if direction == "encode" else (1, 16, 2, height // 8, width // 8)
+    p, frames, latents = geometry.pixels_per_latent, geometry.chunk_frames, geometry.schedule.chunk_latents
+    shape = (1, 3, frames, height, width)
+    if direction == "decode":
+        shape = (1, geometry.latent_channels, latents, height // p, width // p)
     if index == 0:
         shape = (*shape[:2], shape[2] + 1, *shape[3:])
     if device.type == "meta":
@@ -102,13 +114,43 @@ def fixed_plan(
 
 
 def open_diffusers(vae: Any, direction: str) -> Step:
-    """Its own modules with its own cache handling."""
+    """Its own modules with its own cache handling, as its ``encode`` and ``decode`` loop over the frames."""
+    if hasattr(vae, "clear_cache"):
+        return _open_wan(vae, direction)
     module, kept = (vae.encoder if direction == "encode" else vae.decoder), {"cache": None}
 
     @torch.no_grad()
     def step(x: Tensor) -> Tensor:
         out, kept["cache"] = module(x, conv_cache=kept["cache"])
         return cast("Tensor", out)
+
+    return step
+
+
+def _open_wan(vae: Any, direction: str) -> Step:
+    """Wan takes one latent at a time: its frames while encoding, itself while decoding."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
+
+    vae.clear_cache()
+    encodes, size = direction == "encode", vae.config.patch_size or 1
+    contexts: list[Any] = [None] * (vae._enc_conv_num if encodes else vae._conv_num)
+    started = False
+
+    @torch.no_grad()
+    def step(x: Tensor) -> Tensor:
+        nonlocal started
+        outs = []
+        x = cast("Any", patchify)(x, size) if encodes else vae.post_quant_conv(x)
+        first = [] if started else [x[:, :, :1]]
+        for part in (*first, *torch.split(x[:, :, len(first) :], 4 if encodes else 1, dim=2)):
+            more = {} if encodes else {"first_chunk": not started}
+            run = vae.encoder if encodes else vae.decoder
+            outs.append(run(part, feat_cache=contexts, feat_idx=[0], **more))
+            started = True
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+        return cast(
+            "Tensor", vae.quant_conv(out) if encodes else torch.clamp(cast("Any", unpatchify)(out, size), -1.0, 1.0)
+        )
 
     return step
 

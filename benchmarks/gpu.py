@@ -45,7 +45,7 @@ from longvid.memory.budget import default_reserved_bytes
 from longvid.memory.copy_engine import CopyEngine
 from longvid.memory.offload import OffloadPolicy
 from longvid.memory.offloader import Offloader
-from longvid.models.cogvideox import CogVideoXVAE
+from longvid.models.base import NativeVAE
 from longvid.models.device import tensor_bytes
 from longvid.models.layers.norms import GroupNormSiLU
 from longvid.models.numerics import Numerics
@@ -144,13 +144,13 @@ def link_rates() -> dict[str, float]:
     return {name: _LINK_BYTES / seconds(work) / 1e9 for name, work in works.items()}
 
 
-def held_bytes(model: CogVideoXVAE, cache: ConvCache) -> int:
+def held_bytes(model: NativeVAE, cache: ConvCache) -> int:
     """Of weights and contexts that are on the device before a chunk."""
     return tensor_bytes(model) + cache.device_bytes
 
 
 @torch.no_grad()
-def chunks(theirs: Any, ours: CogVideoXVAE, direction: Direction, size: str, rounds: int) -> dict[str, Any]:
+def chunks(theirs: Any, ours: NativeVAE, direction: Direction, size: str, rounds: int) -> dict[str, Any]:
     """Seconds, peaks and plans of the contestants, which take turns chunk by chunk."""
     height, width = parse_size(size)
     numerics, reserved = Numerics(layout="channels_last"), default_reserved_bytes(CUDA)

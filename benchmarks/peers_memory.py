@@ -63,7 +63,7 @@ from longvid.memory.copy_engine import CopyEngine
 from longvid.memory.host import peak_rss_bytes
 from longvid.memory.offload import OffloadPolicy, Placement
 from longvid.memory.offloader import Offloader
-from longvid.models.cogvideox import CogVideoXVAE
+from longvid.models.base import NativeVAE
 from longvid.models.context import Limits
 from longvid.models.device import placed
 from longvid.models.numerics import Numerics
@@ -140,7 +140,7 @@ class BlockingOffloader(Offloader):
 
 
 def open_longvid(
-    model: CogVideoXVAE,
+    model: NativeVAE,
     direction: Direction,
     placement: Placement | None,
     device: torch.device,
@@ -160,7 +160,7 @@ def open_longvid(
 
 
 def contestants(
-    theirs: Any, ours: CogVideoXVAE, direction: Direction, size: str, dtype: str, device: torch.device
+    theirs: Any, ours: NativeVAE, direction: Direction, size: str, dtype: str, device: torch.device
 ) -> dict[str, Opener]:
     """Openers by name. On a real device contexts go to a file once; on meta none is fetched early once."""
     plain = ComputeOptions(dtype=parse_dtype(dtype), offload=OffloadPolicy("none"), keep_buffers=False)
@@ -226,7 +226,7 @@ def measure_bytes(opener: Opener, inputs: Sequence[Tensor]) -> tuple[dict[str, A
 
 
 def measure_sizes(
-    theirs: Any, ours: CogVideoXVAE, sizes: Sequence[str], dtype: str, device: torch.device
+    theirs: Any, ours: NativeVAE, sizes: Sequence[str], dtype: str, device: torch.device
 ) -> list[dict[str, Any]]:
     """A row for every size, direction and contestant."""
     rows = []
@@ -318,7 +318,7 @@ def compare_tensor_bytes(args: argparse.Namespace) -> int:
     """Measure, print tables, write the results and draw."""
     dtype = getattr(torch, args.dtype)
     theirs, _ = random_models(dtype)
-    skeleton = cast("CogVideoXVAE", load_model("cogvideox-2b")).to(dtype)
+    skeleton = cast("NativeVAE", load_model("cogvideox-2b")).to(dtype)
     meta = measure_sizes(theirs.to(META), skeleton, META_SIZES, args.dtype, META)
     print_meta(meta)
     real: list[dict[str, Any]] = []
@@ -353,7 +353,7 @@ def run_here(contestant: str, direction: str, size: str, dtype: torch.dtype, num
                 step(x)
             return peak_rss_bytes()
         map_large_allocations()
-        ours = placed(cast("CogVideoXVAE", load_model("cogvideox-2b", random_weights=0)), CPU, dtype)
+        ours = placed(cast("NativeVAE", load_model("cogvideox-2b", random_weights=0)), CPU, dtype)
         where = stack.enter_context(tempfile.TemporaryDirectory()) if contestant == IN_A_FILE else None
         offload = "none" if where is None else "all"
         session = stack.enter_context(VideoSession(ours, device="cpu", offload=offload, offload_dir=where))
