@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longvid.cli.importing import check_import_options, imported
 from longvid.cli.parser import Command, make_parser
 from longvid.cli.signals import Ended, StopRequest, handle_signals
 from longvid.environment import map_large_allocations
@@ -33,6 +34,7 @@ from longvid.errors import (
     StoreError,
 )
 from longvid.events import ChunkEvent, RunObserver, RunReport, RunStart
+from longvid.latents import is_latent_file
 from longvid.units import format_bytes
 
 if TYPE_CHECKING:
@@ -107,11 +109,14 @@ def _decode(args: argparse.Namespace) -> int:
     from longvid.store.reader import open_store
     from longvid.store.target import check_target
 
-    store, out = open_store(args.store), _part_path(args, args.out)
+    check_import_options(args)
+    store, out = None if is_latent_file(args.store) else open_store(args.store), _part_path(args, args.out)
     is_complete = Path(args.out).suffix == ".zarr" and check_target(out).complete
-    _take_recorded_model(args, store.vae)
-    with _session(args, output_complete=is_complete) as session:
-        report = session.decode(store, args.out, start=args.start, frames=args.frames, **_safety(args))
+    if store is not None:
+        _take_recorded_model(args, store.vae)
+    with _session(args, output_complete=is_complete) as session, ExitStack() as stack:
+        latents = store if store is not None else stack.enter_context(imported(args, session.model))
+        report = session.decode(latents, args.out, start=args.start, frames=args.frames, **_safety(args))
     return _show(args, report, out)
 
 
