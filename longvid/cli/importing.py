@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longvid.errors import ModelError, OptionError
+from longvid.errors import ModelError, OptionError, SourceError
 from longvid.latents import is_latent_file
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ def check_import_options(args: argparse.Namespace) -> None:
     """Raise an error for a file without a model, and for options of a file with a store."""
     given = [f"--{name.replace('_', '-')}" for name in _OPTIONS if getattr(args, name) not in (None, False)]
     if is_latent_file(args.store):
+        if not Path(args.store).is_file():
+            raise SourceError(f"there is no file of latents {args.store}", kind="missing")
         if args.model is None:
             raise ModelError(f"{args.store} does not record whose latents it holds; name the model with --model")
     elif given:

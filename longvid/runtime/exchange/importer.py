@@ -171,7 +171,7 @@ class _Import:
 
     def __init__(self, z: Any, model: CausalVAE, options: ImportOptions) -> None:
         self._model, self._options = model, options
-        self._name, found = "latents", z
+        self._name, found = "an array of latents", z
         if isinstance(z, (str, os.PathLike)):
             self._name, found = str(z), read_latents(Path(z), options.tensor)
         self._given = {"shape": list(np.shape(found)), "dtype": str(getattr(found, "dtype", "")).removeprefix("torch.")}
@@ -198,7 +198,6 @@ class _Import:
             settle_complete(found, writing.durability)
             return open_store(path)
         height, width = self._size
-        given = {**self._given, "file": None if self._name == "latents" else self._name}
         source = SourceInfo(
             kind="latents",
             name=self._name,
@@ -208,7 +207,7 @@ class _Import:
             time_base=1 / rate,
             frame_rate=rate,
             timing_assumed=self._options.fps is None,
-            details={**given, "normalized": self._options.normalized},
+            details={**self._given, "normalized": self._options.normalized},
         )
         padded = self._model.geometry.padded_size(height, width)
         extra = {"padded_size": list(padded), "pixel_range": [-1, 1]}
