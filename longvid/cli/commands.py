@@ -159,16 +159,16 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _latent_facts(store: LatentStore) -> tuple[dict[str, Any], str]:
+    padded = int((~store.latents_valid).sum())
     facts = {
         "frames": store.num_frames,
         "latent_shape": list(store.latents.shape),
         "latent_dtype": str(store.latents.dtype),
-        "latents_valid": int(store.latents_valid.sum()),
+        "latents_valid": store.num_latents - padded,
         "representation": store.representation,
         "chunk_plan": store.schedule.to_dict(),
     }
     shape, n = "x".join(map(str, store.latents.shape)), store.schedule.chunk_frames
-    padded = store.num_latents - facts["latents_valid"]
     padding = f"; the last {padded} stand for no frame" if padded else ""
     return facts, (
         f"frames of {store.width}x{store.height}\n"
