@@ -59,7 +59,7 @@ def read_latents(path: Path, tensor: str | None = None) -> Any:
             kind="refused",
         ) from exc
     except Exception as exc:  # a damaged or hostile file can raise anything
-        if path.suffix == ".npy" and "allow_pickle" in str(exc):
+        if path.suffix == ".npy" and any(word in str(exc) for word in ("allow_pickle", "Python objects")):
             raise SourceError(
                 f"{path} holds pickled objects, which could run code, and was not read", kind="refused"
             ) from exc
