@@ -15,17 +15,14 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from longvid.errors import ModelError, OptionError
 
-__all__ = ["LATENT_SUFFIXES", "denormalize", "find_channel_axis", "is_latent_file", "normalize"]
+__all__ = ["denormalize", "find_channel_axis", "normalize"]
 
-LATENT_SUFFIXES = (".safetensors", ".npy", ".pt", ".pth")
-"names of files that latents of other programs come in"
 _LAYOUTS = {4: {0: "(c, t, h, w)", 1: "(t, c, h, w)"}, 5: {1: "(b, c, t, h, w)", 2: "(b, t, c, h, w)"}}
 "layouts of latents by their number of axes, then by the axis of channels"
 
@@ -109,11 +106,6 @@ def find_channel_axis(shape: Sequence[int], channels: int, channel_axis: int | N
             f"channels: channel_axis={fitting[0]} or channel_axis={fitting[1]} (--channel-axis)"
         )
     return fitting[0]
-
-
-def is_latent_file(path: str | Path) -> bool:
-    """Whether a path is that of a file of latents and not of a store, by its name."""
-    return Path(path).suffix in LATENT_SUFFIXES and not Path(path).is_dir()
 
 
 def _all_layouts() -> str:

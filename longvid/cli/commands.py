@@ -34,7 +34,7 @@ from longvid.errors import (
     StoreError,
 )
 from longvid.events import ChunkEvent, RunObserver, RunReport, RunStart
-from longvid.latents import is_latent_file
+from longvid.files import is_latent_file
 from longvid.units import format_bytes
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longvid.errors import ModelError, OptionError, SourceError
-from longvid.latents import is_latent_file
+from longvid.files import is_latent_file
 
 if TYPE_CHECKING:
     from longvid.models.base import CausalVAE

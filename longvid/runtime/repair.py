@@ -20,9 +20,8 @@ import numpy.typing as npt
 
 from longvid.errors import ModelError, StoreError
 from longvid.events import Direction
-from longvid.files import disk_errors, write_durably
+from longvid.files import disk_errors, is_latent_file, write_durably
 from longvid.frames import Marks, Times
-from longvid.latents import is_latent_file
 from longvid.media.sources import open_source
 from longvid.runtime.admission import Job
 from longvid.runtime.decode import DecodeOptions, decode_video

@@ -2,6 +2,8 @@
 
 import json
 import tempfile
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from support.stores import files
 import longvid as lv
 from longvid.cli.commands import main
 
-NANO = ["--model", "wan2.1-nano", "--random-weights", "0"]
+NANO = ["--model", "wan2.1-nano", "--random-weights", "0", "--layout", "contiguous", "--paired-frames", "off"]
 
 
 @pytest.fixture
@@ -32,7 +34,8 @@ def temporary(tmp_path, monkeypatch):
     """A temporary folder of its own, which has to be empty again."""
     folder = tmp_path / "temporary"
     folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    own = SimpleNamespace(TemporaryDirectory=partial(tempfile.TemporaryDirectory, dir=folder))
+    monkeypatch.setattr("longvid.runtime.exchange.importer.tempfile", own)
     yield
     assert list(folder.iterdir()) == []
 
@@ -47,7 +50,7 @@ def z(tmp_path):
 def frames_of(z, folder, **options):
     model = lv.load_model("wan2.1-nano", random_weights=0)
     store, frames = lv.import_latents(z, folder / "expected.zarr", model=model, **options), []
-    with lv.VideoSession(model, device="cpu") as session:
+    with lv.VideoSession(model, device="cpu", layout="contiguous", paired_frames="off") as session:
         session.decode(store, frames.append)
     return np.concatenate(frames)
 
@@ -82,13 +85,13 @@ def test_to_a_video_file(run, tmp_path, z):
 
 def test_a_store_of_its_frames_is_repaired_from_a_store_of_it(run, tmp_path, z):
     out = tmp_path / "o.zarr"
-    assert run("decode", tmp_path / "z.pt", out, *NANO, "--quiet")[0] == 0
+    assert run("decode", tmp_path / "z.pt", out, "--model", "tiny", "--quiet")[0] == 0
     before = files(out)
     chunk = out / "frames" / "c.0.0.0.0"
     chunk.write_bytes(chunk.read_bytes()[:-9])
     code, _, err = run("repair", out)
     assert (code, "a file of latents; make a store of it" in err) == (4, True)
-    lv.import_latents(tmp_path / "z.pt", tmp_path / "z.zarr", model="wan2.1-nano")
+    lv.import_latents(tmp_path / "z.pt", tmp_path / "z.zarr", model="tiny")
     code, _, err = run("repair", out, "--source", tmp_path / "z.zarr")
     assert code == 0, err
     assert files(out) == before

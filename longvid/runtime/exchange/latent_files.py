@@ -7,6 +7,7 @@ unpickler, which builds tensors only, reads the others.
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from longvid.errors import SourceError
-from longvid.latents import LATENT_SUFFIXES
+from longvid.files import LATENT_SUFFIXES
 
 __all__ = ["read_latents"]
 
@@ -79,7 +80,9 @@ def _from_pickle(path: Path, tensor: str | None) -> Tensor:
             packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
         if packed:
             raise SourceError(f"{path} is compressed inside; torch.save writes no such file", kind="refused")
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on protocols of pickle that the restricted unpickler may not know
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     if isinstance(content, (list, tuple)) and len(content) == 1:
         content = content[0]
     if isinstance(content, Mapping):
