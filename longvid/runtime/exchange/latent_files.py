@@ -47,10 +47,10 @@ def read_latents(path: Path, tensor: str | None = None) -> Any:
         raise SourceError(f"{path} holds one array without a name; {tensor!r} was asked for", kind="layout")
     try:
         if path.suffix == ".safetensors":
-            return _from_safetensors(path, tensor)
+            return _from_safetensors(path, tensor).clone()  # of a mapped file, which others may change
         if path.suffix == ".npy":
             return np.array(np.load(path, mmap_mode="r", allow_pickle=False))  # mapped: a header may claim any size
-        return _from_pickle(path, tensor)
+        return _from_pickle(path, tensor).clone()
     except SourceError:
         raise
     except pickle.UnpicklingError as exc:
