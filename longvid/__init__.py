@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         StoreError as StoreError,
     )
     from longvid.events import ChunkEvent as ChunkEvent, RunReport as RunReport, RunStart as RunStart
+    from longvid.latents import denormalize as denormalize, normalize as normalize
     from longvid.media.limits import Limits as Limits
     from longvid.memory.tracker import AllocationTracker as AllocationTracker
     from longvid.models.base import CausalVAE as CausalVAE, LatentGeometry as LatentGeometry
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from longvid.reporting.page import ReportPage as ReportPage
     from longvid.reporting.progress import ProgressBar as ProgressBar
     from longvid.reporting.recorder import Recorder as Recorder
+    from longvid.runtime.exchange.importer import import_latents as import_latents
     from longvid.runtime.session import VideoSession as VideoSession
     from longvid.schedule import Chunk as Chunk, ChunkSchedule as ChunkSchedule
     from longvid.store.durability import Durability as Durability
@@ -48,6 +50,7 @@ _HOMES = {
     "errors": "CacheError LongvidError MemoryBudgetError ModelError NonFiniteError OptionError ScheduleError "
     "SessionStateError SourceError StoreError",
     "events": "ChunkEvent RunReport RunStart",
+    "latents": "denormalize normalize",
     "media.limits": "Limits",
     "memory.tracker": "AllocationTracker",
     "models.base": "CausalVAE LatentGeometry",
@@ -62,6 +65,7 @@ _HOMES = {
     "reporting.page": "ReportPage",
     "reporting.progress": "ProgressBar",
     "reporting.recorder": "Recorder",
+    "runtime.exchange.importer": "import_latents",
     "runtime.session": "VideoSession",
     "schedule": "Chunk ChunkSchedule",
     "store.durability": "Durability",

@@ -14,8 +14,11 @@ from typing import BinaryIO
 
 from longvid.errors import StoreError
 
-__all__ = ["check_file_target", "disk_errors", "local_path", "read_regular", "sync_path", "write_durably",
-           "write_whole"]  # fmt: skip
+__all__ = ["LATENT_SUFFIXES", "check_file_target", "disk_errors", "is_latent_file", "local_path", "read_regular",
+           "sync_path", "write_durably", "write_whole"]  # fmt: skip
+
+LATENT_SUFFIXES = (".safetensors", ".npy", ".pt", ".pth")
+"names of files that latents of other programs come in"
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
@@ -34,6 +37,11 @@ def local_path(path: str | os.PathLike[str]) -> Path:
             kind="refused",
         )
     return Path(text)
+
+
+def is_latent_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is that of a file of latents and not of a store, by its name."""
+    return Path(path).suffix in LATENT_SUFFIXES and not Path(path).is_dir()
 
 
 def check_file_target(path: str | os.PathLike[str], *, overwrite: bool, what: str) -> None:

@@ -14,12 +14,13 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longvid.cli.importing import check_import_options, imported
 from longvid.cli.parser import Command, make_parser
 from longvid.cli.signals import Ended, StopRequest, handle_signals
 from longvid.environment import map_large_allocations
@@ -33,6 +34,7 @@ from longvid.errors import (
     StoreError,
 )
 from longvid.events import ChunkEvent, RunObserver, RunReport, RunStart
+from longvid.files import is_latent_file
 from longvid.units import format_bytes
 
 if TYPE_CHECKING:
@@ -107,11 +109,14 @@ def _decode(args: argparse.Namespace) -> int:
     from longvid.store.reader import open_store
     from longvid.store.target import check_target
 
-    store, out = open_store(args.store), _part_path(args, args.out)
+    check_import_options(args)
+    store, out = None if is_latent_file(args.store) else open_store(args.store), _part_path(args, args.out)
     is_complete = Path(args.out).suffix == ".zarr" and check_target(out).complete
-    _take_recorded_model(args, store.vae)
-    with _session(args, output_complete=is_complete) as session:
-        report = session.decode(store, args.out, start=args.start, frames=args.frames, **_safety(args))
+    if store is not None:
+        _take_recorded_model(args, store.vae)
+    with _session(args, output_complete=is_complete) as session, ExitStack() as stack:
+        latents = store if store is not None else stack.enter_context(imported(args, session.model))
+        report = session.decode(latents, args.out, start=args.start, frames=args.frames, **_safety(args))
     return _show(args, report, out)
 
 
@@ -137,11 +142,12 @@ def _info(args: argparse.Namespace) -> int:
     print(f"{args.store}: {'complete' if store.complete else 'incomplete'}, {facts['frames']} {words}")
     if store.numerics:
         print(f"computed  {Numerics.from_dict(store.numerics).words}")
-    seed, factor = model.get("random_weights"), model.get("scaling_factor")
+    seed, scale = model.get("random_weights"), f"scaling_factor {model.get('scaling_factor')}"
+    scale = "latents_mean and latents_std by channel" if model.get("latents_mean") else scale
     print(
         f"model     {model.get('name_or_path') or model.get('class_name')}"
         + ("" if seed is None else f" with random weights (seed {seed})")
-        + ("" if store.kind == "frames" else f", scaling_factor {factor}")
+        + ("" if store.kind == "frames" else f", {scale}")
     )
     print(f"source    {(store.source or {}).get('name')}")
     if store.part is not None:
@@ -153,17 +159,20 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _latent_facts(store: LatentStore) -> tuple[dict[str, Any], str]:
+    padded = int((~store.latents_valid).sum())
     facts = {
         "frames": store.num_frames,
         "latent_shape": list(store.latents.shape),
         "latent_dtype": str(store.latents.dtype),
+        "latents_valid": store.num_latents - padded,
         "representation": store.representation,
         "chunk_plan": store.schedule.to_dict(),
     }
     shape, n = "x".join(map(str, store.latents.shape)), store.schedule.chunk_frames
+    padding = f"; the last {padded} stand for no frame" if padded else ""
     return facts, (
         f"frames of {store.width}x{store.height}\n"
-        f"latents   {shape} (t c y x) {store.latents.dtype}, {store.representation}, raw (not scaled)\n"
+        f"latents   {shape} (t c y x) {store.latents.dtype}, {store.representation}, raw (not scaled){padding}\n"
         f"chunks    {1 + n}, {n}, {n}, ... frames"
     )
 
@@ -205,14 +214,15 @@ def _repair(args: argparse.Namespace) -> int:
 
     metadata = open_reader(args.store, strict=False).metadata
     made_by = metadata.compute
-    _take_recorded_model(args, metadata.vae)
+    if not metadata.imported:
+        _take_recorded_model(args, metadata.vae)
     numerics = made_by.get("numerics", {})
     vars(args).update(offload="auto", reserved=None, profile=None, slice_frames=None, report=None, record=None)
     args.dtype = args.dtype or made_by.get("dtype")
     args.layout = numerics.get("layout", "auto")
     args.paired_frames = numerics.get("paired_frames", "auto")
     args.chunk_frames = metadata.fingerprint.get("chunk_plan", {}).get("chunk_frames")
-    with _session(args) as session:
+    with nullcontext() if metadata.imported else _session(args) as session:
         done = repair(session, args.store, source=args.source)
     print(json.dumps(done.to_dict()) if args.json else done.explain())
     return 0 if done.ok else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -91,6 +92,16 @@ def _read_part(text: str) -> tuple[int, int]:
     if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
         raise ValueError(f"{text!r} is not a part; give its number and how many there are, such as 3/8")
     return int(number), int(of)
+
+
+def _read_rate(text: str) -> Fraction:
+    try:
+        rate = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        rate = Fraction(0)
+    if rate <= 0:
+        raise ValueError(f"{text!r} is not a number of frames per second, such as 16 or 30000/1001")
+    return rate
 
 
 # ------------------------------------------------------------------------------------------------- shared options
@@ -225,9 +236,18 @@ _ENCODE = (
     *_RUN_OPTIONS,
 )
 _DECODE = (
-    _option("store", "store of latents to read", metavar="STORE"),
+    _option(
+        "store",
+        "store of latents to read; or latents of another program: a .safetensors, .npy, .pt or .pth file, with --model",
+        metavar="STORE",
+    ),
     _option("out", "output to write: .mp4, .mov, .mkv, or .zarr for a store of frames", metavar="OUT"),
     *_model_options(None),
+    _flag("--normalized", "of a file: its latents are those of a diffusion model, such as output_type='latent' gives"),
+    _count("--num-frames", "of a file: frames of its video (default: all that the latents hold)", 1),
+    _option("--fps", "of a file: frames per second of its video (default: 24)", read=_read_rate, metavar="N"),
+    _count("--channel-axis", "of a file: the axis of the channels, if the shape does not tell", 0),
+    _option("--tensor", "of a file: name of the tensor, if there are several", metavar="NAME"),
     *_RUN_OPTIONS,
 )
 _JOIN = (

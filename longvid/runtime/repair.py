@@ -1,7 +1,8 @@
 """Repair: bring a store back, bit for bit, to what was published, with as little work as the damage allows.
 
 Metadata comes back from its copy, digests from the data, coordinates from each other or from the source. Data that is
-damaged is computed again, behind a warm-up (:mod:`longvid.runtime.span`). What is computed is compared with the
+damaged is computed again, behind a warm-up (:mod:`longvid.runtime.span`), unless it was imported: then another program
+made it, and all but the data can be restored. What is computed is compared with the
 digests of what was published before it takes a place, so a repair restores, or says why it cannot.
 """
 
@@ -19,7 +20,7 @@ import numpy.typing as npt
 
 from longvid.errors import ModelError, StoreError
 from longvid.events import Direction
-from longvid.files import disk_errors, write_durably
+from longvid.files import disk_errors, is_latent_file, write_durably
 from longvid.frames import Marks, Times
 from longvid.media.sources import open_source
 from longvid.runtime.admission import Job
@@ -75,17 +76,18 @@ class RepairReport:
         return f"{done}\n{self.after.explain()}"
 
 
-def repair(session: VideoSession, path: str | Path, *, source: Any = None) -> RepairReport:
+def repair(session: VideoSession | None, path: str | Path, *, source: Any = None) -> RepairReport:
     """Restore what is damaged in a store, to the same bits.
 
     Args:
-        session: with the model that made the store, in the dtype and on a device like those of that run.
+        session: with the model that made the store, in the dtype and on a device like those of that run; None for a
+            store of imported latents, which no model can compute.
         path: the store.
         source: what it was made from, if that is not where the store says: a video, or the store of latents.
 
     Raises:
         StoreError: kind ``"mismatch"`` if source or model are not those of the store, ``"corrupt"`` if the root
-            metadata and its copy are both damaged.
+            metadata and its copy are both damaged, or if imported latents are, which nothing here can compute.
         SourceError: the source is needed and cannot be read.
     """
     where = Path(path)
@@ -164,7 +166,11 @@ def _stamps(opened: StoreReader, source: Any) -> Iterator[tuple[Times, Marks]]:
     there = opened.columns["frame_pts"], opened.columns["frame_valid"]
     if there[0] is not None and there[1] is not None:
         yield there[0], there[1]
-    metadata, where = opened.metadata, _source_of(opened, source)
+    metadata = opened.metadata
+    if metadata.imported:  # they have no source, and are counted
+        yield np.arange(metadata.num_frames), np.ones(metadata.num_frames, np.bool_)
+        return
+    where = _source_of(opened, source)
     if metadata.schedule is None:
         latents, (first, last) = open_store(where), metadata.window or (0, metadata.num_frames)
         yield latents.frame_pts[first:last], latents.frame_valid[first:last]
@@ -200,10 +206,19 @@ def _rewrite(opened: StoreReader, columns: Columns) -> None:
     store.commit(opened.content, documents, settled=True)
 
 
-def _data(session: VideoSession, opened: StoreReader, units: frozenset[int], source: Any) -> int:
+def _data(session: VideoSession | None, opened: StoreReader, units: frozenset[int], source: Any) -> int:
     """Compute units again; returns how many frames went through the model."""
-    where, path, metadata = _source_of(opened, source), opened.path, opened.metadata
-    num_frames = 0
+    path, metadata = opened.path, opened.metadata
+    if metadata.imported:
+        raise StoreError(
+            f"{path}: {len(units)} of its units are damaged, and its latents were imported from "
+            f"{metadata.source.get('name')}: another program made them, and they cannot be computed again. Import them "
+            "once more (lv.import_latents with overwrite=True)",
+            kind="corrupt",
+        )
+    if session is None:
+        raise ModelError(f"{path} has damaged data, which only a session with the model that made it can compute again")
+    where, num_frames = _source_of(opened, source), 0
     with session.running("repair") as job:
         for cluster in _clusters(units, metadata, job):
             if metadata.kind == "frames":
@@ -242,10 +257,15 @@ def _clusters(units: frozenset[int], metadata: StoreMetadata, job: Job) -> list[
 
 
 def _source_of(opened: StoreReader, source: Any) -> Any:
-    if source is not None:
-        return source
-    if opened.metadata.origin is None:
+    origin = opened.metadata.origin if source is None else source
+    if opened.metadata.kind == "frames" and isinstance(origin, (str, Path)) and is_latent_file(origin):
+        raise StoreError(
+            f"{opened.path} was decoded from {origin}, a file of latents; make a store of it, as it was decoded "
+            "(lv.import_latents), and pass that with source= (--source)",
+            kind="missing",
+        )
+    if origin is None:
         raise StoreError(
             f"{opened.path} does not say where its source is; pass it with source= (--source)", kind="missing"
         )
-    return opened.metadata.origin
+    return origin

@@ -160,6 +160,11 @@ class VideoSession:
         assert self._admission_control is not None
         return self._admission_control
 
+    @property
+    def model(self) -> CausalVAE:
+        """The model as it was passed in."""
+        return self._source_model
+
     def plan(self, *, height: int, width: int) -> Plan:
         """The plan for frames of this size under the session's dtype and budget; see :func:`longvid.make_plan`."""
         self._guard.check("plan")

@@ -28,7 +28,7 @@ class LatentLayout:
     """The arrays of a store of latents; with ``"moments"`` a second one holds mean and log variance."""
 
     shape_CYX: tuple[int, int, int]
-    representation: Literal["mode", "sample", "moments"]
+    representation: Literal["mode", "sample", "moments", "imported"]
     dtype: Literal["float16", "float32"] = "float16"
 
 

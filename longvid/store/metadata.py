@@ -135,7 +135,7 @@ class StoreMetadata:
     schedule: ChunkSchedule | None
     "how a store of latents was cut into chunks; None for frames"
     representation: str
-    "``mode``, ``sample`` or ``moments``; empty for frames"
+    "``mode``, ``sample``, ``moments``, or ``imported`` for latents that another program made; empty for frames"
     seed: int
     reading: ReadOptions
     origin: str | None
@@ -181,6 +181,11 @@ class StoreMetadata:
     def source(self) -> dict[str, Any]:
         """Facts of the video."""
         return cast("dict[str, Any]", self.attributes.get("source") or {})
+
+    @property
+    def imported(self) -> bool:
+        """Whether the latents came from another program, so that no run can compute them again."""
+        return self.representation == "imported"
 
     @property
     def compute(self) -> dict[str, Any]:

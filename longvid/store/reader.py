@@ -22,6 +22,7 @@ from zarr.storage import LocalStore
 
 from longvid.errors import StoreError
 from longvid.files import local_path, read_regular
+from longvid.latents import normalize
 from longvid.schedule import ChunkSchedule
 from longvid.store.format import (
     DIGEST_BYTES,
@@ -315,8 +316,9 @@ class LatentStore:
         moments: (t, 2 c, y, x), the mean, then the log variance; None if they are not stored.
         num_frames: committed frames of the video.
         num_latents: committed latent frames.
+        latents_valid: which latent frames stand for at least one frame of the video; the others are of the padded tail.
         complete: whether the whole video is in the store.
-        representation: ``mode``, ``sample`` or ``moments``.
+        representation: ``mode``, ``sample``, ``moments``, or ``imported`` if another program made the latents.
         vae: facts of the model that made the latents.
         source: facts of the video.
         height, width: size of the video's frames in pixels.
@@ -341,6 +343,7 @@ class LatentStore:
             "digest": digests,
         }
         self.num_frames, self.num_latents = metadata.num_frames, self.latents.shape[0]
+        self.latents_valid: npt.NDArray[np.bool_] = columns["frame_start"] < columns["frame_stop"]
         self.complete, self.representation = metadata.complete, metadata.representation
         self.height, self.width = metadata.height, metadata.width
         self.time_base: Fraction = metadata.time_base
@@ -351,13 +354,18 @@ class LatentStore:
         """Bytes on disk."""
         return self._reader.stored_bytes
 
-    def read(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+    def read(self, start: int, stop: int, *, normalized: bool = False) -> npt.NDArray[np.float32]:
         """Latent frames ``start`` to ``stop``, as a slice takes them, in a new array of float32 (t, c, y, x).
+
+        They are raw, as the VAE computed them, or with ``normalized`` those that the pipelines of the model's family
+        give to their transformer: see :func:`longvid.normalize`.
 
         Raises:
             StoreError: kind ``"corrupt"`` if a stored chunk is damaged, missing or not the one that was committed.
+            ModelError: normalized latents were asked for, and the store does not record how they are scaled.
         """
-        return self.latents[start:stop].astype(np.float32, copy=False)
+        latents = self.latents[start:stop].astype(np.float32, copy=False)
+        return normalize(latents, self, channel_axis=1) if normalized else latents
 
     def __repr__(self) -> str:
         state = "complete" if self.complete else "incomplete"
