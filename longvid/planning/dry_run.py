@@ -82,10 +82,6 @@ def dry_run(
             context.buffers = BufferPool(keep=True)
             middle.append(compute(middle_host))
         sizes, groups = probe.layer_bytes_by_group(), probe.group_names
-
-    def bytes_of(chunk: _ChunkCost, layer: str) -> list[int]:
-        return chunk.step_bytes[layer][: 1 if layer in groups else 2]
-
     flops = middle[0].flops
     if like is not None:
         known = {step.layer: step.flops for step in like.steps}
@@ -98,7 +94,7 @@ def dry_run(
                 sizes=tuple(sizes[layer].values()) if layer in groups else (),
                 first_open_bytes=first.step_bytes[layer][0],
                 first_kept_bytes=first.step_bytes[layer][1],
-                steady_bytes=max(max(bytes_of(chunk, layer)) for chunk in middle),
+                steady_bytes=max(max(chunk.step_bytes[layer][: 1 if layer in groups else 2]) for chunk in middle),
                 left_bytes=max(chunk.step_bytes[layer][1] for chunk in middle) if layer in groups else None,
                 flops=flops[layer],
             )

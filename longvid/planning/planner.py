@@ -38,8 +38,8 @@ from longvid.units import parse_bytes, parse_reserve
 __all__ = ["Offload", "Planner", "make_plan"]
 
 Offload: TypeAlias = str | int | OffloadPolicy
-_TILE_BYTES = 24 * 2**20
-"of row tiles that save memory only"
+_SMALL_TILE_BYTES = 12 * 2**20
+"limit for the window of a row tile that is there to save memory, and not time"
 _BOTH: tuple[Direction, ...] = ("encode", "decode")
 
 
@@ -280,14 +280,14 @@ class _Search:
         return [slicings[-1], *self._in_pieces(workload, slicings[-1], "blocks")]
 
     def _in_pieces(self, workload: Workload, execution: Execution, pieces: Pieces) -> list[Execution]:
-        """The same piece by piece, in whole frames and in row tiles, as far as the model and the layout can."""
+        """The same piece by piece, and then in small row tiles as well, as far as the model and the layout can."""
         if not getattr(self.runs.model, "runs_in_pieces", False):
             return []
         limits = replace(execution.limits, pieces=pieces)
         found = [replace(execution, limits=limits)]
-        if limits.tile_elements is None and self.numerics.layout == "channels_last":
-            tile_elements = _TILE_BYTES // workload.dtype.itemsize
-            found.append(replace(execution, limits=replace(limits, tile_elements=tile_elements)))
+        if self.numerics.layout == "channels_last":
+            small = min(_SMALL_TILE_BYTES // workload.dtype.itemsize, limits.tile_elements or limits.conv_elements)
+            found.append(replace(execution, limits=replace(limits, tile_elements=small)))
         return found
 
     def _placed(self, part: DirectionPlan, policy: OffloadPolicy) -> DirectionPlan:

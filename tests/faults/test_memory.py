@@ -112,8 +112,8 @@ def test_every_context_is_forced_off_the_device_after_every_layer(
         getattr(session, direction)(source, tmp_path / "whole.zarr")
     freed, keep = [], Offloader.keep
 
-    def keep_and_evict(self, path, tail):
-        keep(self, path, tail)
+    def keep_and_evict(self, path, tail, *, complete=True):
+        keep(self, path, tail, complete=complete)
         if type(self) is Offloader:  # not the one of a plan
             freed.append(self.evict())
             assert self.device_bytes == 0

@@ -122,8 +122,8 @@ def test_only_what_was_planned_is_on_the_device(model, video):
         seen = []
 
         class Watched(Offloader):
-            def keep(self, path, tail, seen=seen):
-                super().keep(path, tail)
+            def keep(self, path, tail, *, complete=True, seen=seen):
+                super().keep(path, tail, complete=complete)
                 seen.append((path, self.device_bytes))
 
         with CopyEngine(CPU) as copies, ConvCache(model, offloader=Watched(placement, copies)) as cache:
