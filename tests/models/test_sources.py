@@ -126,7 +126,7 @@ def lay_out(folder, names):
     for number, name in enumerate(names):
         changed = {key: tensor + number for key, tensor in weights.items()}
         if name.endswith(".json"):
-            shards = [f"{STEM}{i}{number}.safetensors".replace(STEM, f"{STEM}-0000{i}-of-00002.v") for i in (1, 2)]
+            shards = [f"{STEM}-0000{i}-of-00002.v{number}.safetensors" for i in (1, 2)]
             keys = sorted(changed)
             for shard, part in zip(shards, (keys[:9], keys[9:]), strict=True):
                 save_file({key: changed[key] for key in part}, folder / shard)
@@ -221,7 +221,7 @@ def test_a_hub_id_downloads_the_vae_and_nothing_else(names, within, mine, tmp_pa
         assert repo_id == "owner/name"
         assert revision == ("c" * 40 if fetched else "main")
         for path in (p for p in mine.rglob("*") if p.is_file()):
-            name = str((path.relative_to(mine) if path.parent != mine else within / path.relative_to(mine)))
+            name = str(path.relative_to(mine) if path.parent != mine else within / path.relative_to(mine))
             if any(re.fullmatch(re.escape(p).replace(r"\*", ".*"), name) for p in allow_patterns):
                 (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, snapshot / name)
@@ -326,7 +326,9 @@ def layerwise(vae):
 
 
 def grouped(vae):
-    vae.enable_group_offload(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"))
+    vae.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
+    )
 
 
 class Wrapped(torch.Tensor):
@@ -361,7 +363,7 @@ def more(vae):
 
 
 INSTANCES = {
-    on_meta: "of the 1.. weights of this AutoencoderKLWan are on the meta device, such as decoder.mid_block.*accelerate",
+    on_meta: "of the 1.. weights of this AutoencoderKLWan are on the meta device, such as decoder.mid_.*accelerate",
     parametrized: "the weights of encoder.conv_in are parametrized.*remove_parametrizations",
     old_weight_norm: "do not fit its config: missing encoder.conv_in.weight",
     pruned: "do not fit its config: missing encoder.conv_in.weight",
