@@ -172,9 +172,12 @@ def _find(name: str, revision: str | None, *, weights: bool) -> tuple[Path, dict
         )
     folder = _download(name, revision, ["config.json", "vae/config.json"])  # of a pipeline, the VAE has its own folder
     origin = {"name_or_path": name, "revision": revision or folder.name}
+    try:
+        place = _read_architecture(folder, origin)[1]  # whose weights are they? those of another model may be huge
+    except ModelError as exc:
+        raise ModelError(f"{exc}. If {name} holds its VAE as one file, download that file and pass it") from exc
     if weights:
         commit = folder.name if _COMMIT.fullmatch(folder.name) else revision
-        place = _read_architecture(folder, origin)[1]  # whose weights are they? those of another model may be huge
         within = "" if place == folder else f"{place.name}/"
         _download(name, commit, [f"{within}{WEIGHTS}.safetensors", f"{within}{WEIGHTS}*.json"])
         if not (place / f"{WEIGHTS}.safetensors").exists():
@@ -255,9 +258,10 @@ def _wrap_instance(instance: Any) -> CausalVAE:
     config = getattr(instance, "config", None)
     where = type(instance).__name__
     if not isinstance(instance, nn.Module) or not isinstance(config, Mapping):
+        hint = ", here its vae," if isinstance(getattr(instance, "vae", None), nn.Module) else ""
         raise ModelError(
             f"a {where} cannot be loaded; pass a folder, a file of weights, a hub id, the name of an architecture, a "
-            "diffusers instance such as AutoencoderKLWan or an object with the CausalVAE protocol"
+            f"diffusers instance such as AutoencoderKLWan{hint} or an object with the CausalVAE protocol"
         )
     name = getattr(instance, "name_or_path", None) or config.get("_name_or_path")
     config = {**config, "_class_name": where}

@@ -243,9 +243,12 @@ def test_a_hub_id_of_another_model_downloads_its_config_only(tmp_path, monkeypat
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(ModelError, match="the class 'WanModel'"):
-        load_model("owner/name")
-    assert asked == [["config.json", "vae/config.json"]]
+    for load in (load_model, load_architecture):
+        with pytest.raises(
+            ModelError, match=r"the class 'WanModel'.*If owner/name holds its VAE as one file, download"
+        ):
+            load("owner/name")
+    assert asked == [["config.json", "vae/config.json"]] * 2
 
 
 # --------------------------------------------------------------------------------------------------------- instances
@@ -394,6 +397,12 @@ def test_an_instance_of_a_subclass_is_refused(wan_folder):
 
     with pytest.raises(ModelError, match=r"the class 'Mine'.*It is a subclass of AutoencoderKLWan and may compute"):
         load_model(Mine.from_pretrained(wan_folder))
+
+
+def test_a_pipeline_is_not_its_vae(vae):
+    pipeline = type("WanPipeline", (), {"vae": vae, "config": {}})()
+    with pytest.raises(ModelError, match=r"a WanPipeline cannot be loaded; .* AutoencoderKLWan, here its vae, or"):
+        load_model(pipeline)
 
 
 def test_an_instance_with_another_activation_is_refused():

@@ -92,7 +92,9 @@ def safetensors_of(folder: Path) -> list[Path]:
     """
     sources: dict[str, list[str]] = {}
     shards = []
-    for name in sorted(file.name for file in folder.iterdir()):
+    with reading(folder):
+        names = sorted(file.name for file in folder.iterdir())
+    for name in names:
         index, single = _INDEX.fullmatch(name), _SINGLE.fullmatch(name)
         if index is not None:
             sources.setdefault(index["before"] or index["after"] or "", []).insert(0, name)
@@ -107,11 +109,11 @@ def safetensors_of(folder: Path) -> list[Path]:
     if "" not in sources and len(sources) > 1:
         raise _several(folder, [name for names in sources.values() for name in names])
     chosen = sources[""] if "" in sources else next(iter(sources.values()))
-    files = [_shards(folder, name) if name.endswith(".json") else [name] for name in chosen]
-    if any(other != files[0] for other in files):
+    choices = [_shards(folder, name) if name.endswith(".json") else [name] for name in chosen]
+    if any(other != choices[0] for other in choices):
         raise _several(folder, chosen)
     with reading(folder):
-        return [inside(folder, name) for name in files[0]]
+        return [inside(folder, name) for name in choices[0]]
 
 
 def _several(folder: Path, names: list[str]) -> ModelError:
