@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _EXIT_CODES = {OptionError: 2, ScheduleError: 2, SourceError: 3, StoreError: 4, MemoryBudgetError: 5, ModelError: 6}
+_LOADED = ("random_weights", "revision", "allow_pickle_weights")
 _PLANNED = ("device", "memory", "offload", "reserved", "chunk_frames", "slice_frames", "layout", "paired_frames")
 """options of plans and sessions alike"""
 
@@ -229,10 +230,12 @@ def _repair(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from longvid.models.loading import load_architecture
     from longvid.planning.planner import make_plan
 
     height, width = args.size
-    plan = make_plan(args.model, height=height, width=width, **_options(args, (*_PLANNED, "dtype")))
+    model = load_architecture(args.model, allow_pickle_weights=args.allow_pickle_weights)
+    plan = make_plan(model, height=height, width=width, dtype=_dtype(args), **_options(args, _PLANNED))
     print(json.dumps(plan.to_dict()) if args.json else plan.explain())
     return 0
 
@@ -252,7 +255,7 @@ def _tune(args: argparse.Namespace) -> int:
 
     height, width = args.size
     tuning = tune(
-        load_model(args.model, random_weights=args.random_weights, revision=args.revision),
+        load_model(args.model, **_options(args, _LOADED)),
         height=height,
         width=width,
         device=args.device,
@@ -343,7 +346,7 @@ def _load_model(args: argparse.Namespace) -> CausalVAE:
     from longvid.models.loading import load_model
 
     try:
-        return load_model(args.model, random_weights=args.random_weights, revision=args.revision)
+        return load_model(args.model, **_options(args, _LOADED))
     except ModelError as exc:
         if args.model_from is None:
             raise

@@ -110,17 +110,25 @@ _DTYPES = ("bfloat16", "float16", "float32")
 _JSON = _flag("--json", "print one JSON object")
 _QUIET = _flag("--quiet", "print no progress and no summary")
 _MEMORY = _option("--memory", "budget of device memory, such as 8GiB", read=parse_bytes, metavar="SIZE")
+_PICKLES = _flag(
+    "--allow-pickle-weights",
+    "accept weights in a pickled file such as .pth; it is read without running code from it",
+)
 _FRAME_SIZE = _option("--size", "frame size, such as 720x480", read=parse_size, required=True, metavar="WxH")
 
 
 def _model_options(default: str | None) -> tuple[_Option, ...]:
-    text = "tiny (built in, for previews), a folder or hub id in diffusers format, or the name of an architecture"
+    text = (
+        "tiny (built in, for previews), a folder or hub id in diffusers format, a file of weights, or the name of an "
+        "architecture"
+    )
     if default is None:
         text += " (default: the model recorded in the store)"
     return (
         _option("--model", text, default=default, metavar="MODEL"),
         _option("--revision", "branch, tag or commit of a hub id", metavar="REV"),
         _count("--random-weights", "random weights for a named architecture, for tests: their seed", 0),
+        _PICKLES,
     )
 
 
@@ -267,6 +275,7 @@ _REPAIR = (
 _INFO = (_option("store", "store of latents or of frames", metavar="STORE"), _JSON)
 _PLAN = (
     _option("--model", "model, as for encode", default="tiny", metavar="MODEL"),
+    _PICKLES,
     _FRAME_SIZE,
     _option("--device", "device to plan for: auto, cpu, cuda, ...; it need not exist here", default="auto"),
     _DTYPE,

@@ -39,7 +39,8 @@ class CogVideoXConfig:
     norm_eps: float = 1e-6
     norm_num_groups: int = 32
     temporal_compression_ratio: int = 4
-    scaling_factor: float = 1.15258426
+    scaling_factor: float | None = 1.15258426
+    "None where weights came without it"
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None

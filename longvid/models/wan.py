@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -97,8 +97,8 @@ class WanConfig:
             raise ModelError(f"attn_scales {config['attn_scales']!r} is not supported; published models have none")
         known = {f.name for f in fields(cls)}
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
-        if "input_channels" in config:  # of AutoencoderKLQwenImage
-            values["in_channels"] = config["input_channels"]
+        if "input_channels" in config:  # of AutoencoderKLQwenImage, for both ends
+            values["in_channels"] = values["out_channels"] = config["input_channels"]
         published = LATENT_STATISTICS.get(values.get("z_dim", 16), (None, None))
         for key, default, own in zip(("latents_mean", "latents_std"), LATENT_STATISTICS[16], published, strict=True):
             if values.get(key, default) == default:  # that of diffusers' class, whatever the number of channels is
@@ -108,7 +108,8 @@ class WanConfig:
         except TypeError as exc:
             raise ModelError(f"the model's config cannot be used: {exc}") from exc
         made._require_ratios(config)
-        return made
+        # one spelling, so that files and folders give the same record
+        return replace(made, decoder_base_dim=None) if made.decoder_base_dim == made.base_dim else made
 
     def _require_ratios(self, config: Mapping[str, Any]) -> None:
         """Raise ModelError for a compression that the modules do not have. The defaults of the class say nothing."""

@@ -64,7 +64,8 @@ def make_plan(
     It needs no weights and takes from a second to half a minute on a CPU. The device need not exist here.
 
     Args:
-        model: a model, or what :func:`longvid.load_model` takes; of a folder or a hub id only the config is read.
+        model: a model, or what :func:`longvid.load_model` takes. Of a folder or a hub id only the config is read, of a
+            file of weights only names and shapes.
         height: frame height in pixels; sizes that are not whole latents are padded up.
         width: frame width in pixels.
         device: to plan for. Where it does not exist here, the usual layout of such devices is assumed.

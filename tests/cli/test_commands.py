@@ -183,7 +183,7 @@ def bad_inputs(tmp_path, store):
         "start beyond the end": (["encode", CLIP, out, *small, "--start", 10_000], 3, "frames"),
         "wrong folder as model": (["encode", CLIP, out, "--model", foreign], 6, "no config.json"),
         "pickled weights": (["encode", CLIP, out, "--model", pickled], 6, "pickled weights"),
-        "unknown model": (["encode", CLIP, out, "--model", "nothing"], 6, "there is no such folder"),
+        "unknown model": (["encode", CLIP, out, "--model", "nothing"], 6, "there is no such file or folder"),
         "no weights": (["encode", CLIP, out, "--model", "cogvideox-nano"], 6, "--random-weights SEED"),
         "chunks of its own": (["encode", CLIP, out, *NANO, "--chunk-frames", 16], 2, "leave chunk_frames out"),
         "chunks of no latents": (["encode", CLIP, out, "--chunk-frames", 6], 2, "multiple of frames_per_latent"),

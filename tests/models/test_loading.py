@@ -154,9 +154,9 @@ def test_bad_folders(make, said, tmp_path):
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("no-such-thing", "no model 'no-such-thing': there is no such folder, and it is neither a hub id"),
-        ("/no/such/folder", "there is no such folder"),
-        (__file__, r"test_loading.py is a file; pass the folder"),
+        ("no-such-thing", "no model 'no-such-thing': there is no such file or folder, and it is neither a hub id"),
+        ("/no/such/folder", "there is no such file or folder"),
+        (__file__, r"test_loading.py is a file without weights that longvid can read; weights are .safetensors"),
         (42, "a int cannot be loaded"),
         (torch.nn.Linear(1, 1), "a Linear cannot be loaded"),
     ],
@@ -268,7 +268,7 @@ def test_names_shapes_and_dtypes_are_compared_before_weights_are_read(mine, monk
         rewrite(mine, change)
         with monkeypatch.context() as patch:
             patch.setattr("torch.frombuffer", None)  # what makes tensors of bytes
-            patch.setattr("longvid.models.loading._assign", None)
+            patch.setattr("longvid.models.checkpoints.fit.assign", None)
             refused(mine, said)
 
 
