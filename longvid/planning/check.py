@@ -11,10 +11,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from longvid.errors import ModelError
 from longvid.events import Direction
 from longvid.memory.tracker import is_out_of_memory
-from longvid.models.base import CausalVAE, model_name
+from longvid.models.base import model_name
 from longvid.models.loading import ARCHITECTURES, load_model
 from longvid.planning import conformance
 from longvid.planning.conformance import Finding
@@ -62,10 +61,9 @@ class ModelCheck:
     def __str__(self) -> str:
         wrong = sum(finding.verdict == "wrong" for finding in self.findings)
         what = "conforms" if self.conforms else f"does not conform, {wrong} of {len(self.findings)} findings are wrong"
-        lines = [f"{self.model}{' with random weights' if self.random_weights else ''}: {what}"]
-        for finding in self.findings:
-            lines.append(f"{finding.verdict:8}{finding.check:11}{finding.direction or '':8}{finding.text}")
-        return "\n".join(lines)
+        title = f"{self.model}{' with random weights' if self.random_weights else ''}: {what}"
+        rows = (f"{f.verdict:8}{f.check:11}{f.direction or '':8}{f.text}" for f in self.findings)
+        return "\n".join([title, *rows])
 
 
 def check_model(
@@ -95,9 +93,9 @@ def check_model(
         ModelError: there is no such model, it has no weights, or it is no torch module.
         ScheduleError: ``size`` is not positive.
     """
-    if random_weights is None and isinstance(model, (str, Path)) and str(model) in ARCHITECTURES:
-        if not Path(str(model)).exists():
-            random_weights = 0
+    is_name = isinstance(model, (str, Path)) and str(model) in ARCHITECTURES and not Path(model).exists()
+    if is_name and random_weights is None:
+        random_weights = 0
     loaded = load_model(
         model, random_weights=random_weights, revision=revision, allow_pickle_weights=allow_pickle_weights
     )
@@ -112,27 +110,23 @@ def check_model(
 
 
 def _findings(subject: Subject, size: tuple[int, int], own_dtype: torch.dtype) -> Iterator[Finding]:
-    """Every check, and what it raises as a finding of its own."""
-    for name in ("causal", "cuts"):
-        check = conformance.causality if name == "causal" else conformance.cuts
-        for direction in _DIRECTIONS:
-            yield _attempt(name, direction, partial(check, subject, direction))
-    yield _attempt("lengths", None, partial(conformance.lengths, subject))
-    for direction in _DIRECTIONS:
-        yield _attempt("warm-up", direction, partial(conformance.warmup_length, subject, direction))
-    for direction in _DIRECTIONS:
-        yield _attempt("contexts", direction, partial(conformance.contexts, subject, direction, size))
+    """Every check, and what it raises as a finding of its own. State comes first, as it may explain the others."""
+    per_direction: list[tuple[str, Callable[[Direction], Finding]]] = [
+        ("state", partial(conformance.state, subject)),
+        ("two videos", partial(conformance.interleaving, subject)),
+        ("causal", partial(conformance.causality, subject)),
+        ("cuts", partial(conformance.cuts, subject)),
+        ("warm-up", partial(conformance.warmup_length, subject)),
+        ("contexts", partial(conformance.contexts, subject.model, size=size)),
+    ]
     for dtype in (torch.float16, torch.bfloat16):
-        narrow = partial(conformance.narrow_dtype, subject, dtype=dtype, own=dtype == own_dtype)
+        check = partial(conformance.narrow_dtype, subject, dtype=dtype, own=dtype == own_dtype)
+        per_direction.append((str(dtype).removeprefix("torch."), check))
+    per_direction.append(("diffusers", partial(conformance.parity, subject)))
+    yield _attempt("lengths", None, partial(conformance.lengths, subject))
+    for name, run in per_direction:
         for direction in _DIRECTIONS:
-            yield _attempt(str(dtype).removeprefix("torch."), direction, partial(narrow, direction))
-    for name, check in (
-        ("state", conformance.state),
-        ("two videos", conformance.interleaving),
-        ("diffusers", conformance.parity),
-    ):
-        for direction in _DIRECTIONS:
-            yield _attempt(name, direction, partial(check, subject, direction))
+            yield _attempt(name, direction, partial(run, direction))
 
 
 def _attempt(name: str, direction: Direction | None, check: Callable[[], Finding]) -> Finding:

@@ -1,6 +1,6 @@
 """What a causal video VAE has to keep to, each as a function that runs the model and says what it found.
 
-Every function takes a :class:`~longvid.planning.subject.Subject` and returns a :class:`Finding`. They are what
+Nearly every function takes a :class:`~longvid.planning.subject.Subject`, and all return a :class:`Finding`. They are what
 :func:`longvid.check_model` is made of, and what the tests of every model family in this package run.
 """
 
@@ -14,11 +14,11 @@ from importlib.util import find_spec
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longvid.errors import LongvidError, ModelError
 from longvid.events import Direction
-from longvid.models.base import NativeVAE
+from longvid.models.base import CausalVAE, NativeVAE
 from longvid.models.kernels.narrow import NarrowArithmetic
 from longvid.planning.dry_run import DryRuns
 from longvid.planning.subject import Subject, Watch, relative_difference, state_of
@@ -39,7 +39,7 @@ _HEADROOM = 4
 "factor between the largest value and the largest number of a dtype below which a note is made"
 _FAR = 0.25
 "relative difference to float32 that rounding does not explain"
-_LATENTS = 7
+_LATENTS = 5
 "length of the videos that are cut"
 
 
@@ -61,7 +61,7 @@ class Finding:
 def causality(subject: Subject, direction: Direction) -> Finding:
     """Whether a changed frame, or latent, moves anything before it, within one chunk. Bit for bit."""
     geometry = subject.geometry
-    count = 5 if geometry.chunk_invariant else 1 + geometry.schedule.chunk_latents
+    count = 3 if geometry.chunk_invariant else 1 + geometry.schedule.chunk_latents
     x = subject.video(direction, count)
     before = subject.run(direction, x, [count])
     unit = "latent" if direction == "encode" else "frame"
@@ -94,12 +94,10 @@ def cuts(subject: Subject, direction: Direction) -> Finding:
     geometry = subject.geometry
     n = geometry.schedule.chunk_latents
     total = _LATENTS if geometry.chunk_invariant else 1 + 2 * n
-    rest = total - 3
     plans = {
         "one chunk": [total],
         "one latent at a time": [1] * total,
-        "mixed": [2, 1, rest] if rest > 0 else [1, total - 1],
-        "a short first chunk": [1, total - 1],
+        "mixed": [2, 1, total - 3] if total > 3 else [2, 1],
     }
     if not geometry.chunk_invariant:
         plans = {"the model's own": [1 + n, n], **plans}
@@ -147,7 +145,7 @@ def lengths(subject: Subject) -> Finding:
     f = geometry.frames_per_latent
     own = geometry.chunk_frames
     schedule = geometry.schedule_for(min(own, max(f, 2)) if geometry.chunk_invariant else None)
-    most = 2 * schedule.chunk_frames + f + 1
+    most = 2 * schedule.chunk_frames + 3
     x = subject.video("encode", schedule.num_latents(most) + schedule.chunk_latents, side=1)
     wrong: dict[int, str] = {}
     for num_frames in range(1, most + 1):
@@ -199,15 +197,16 @@ def warmup_length(subject: Subject, direction: Direction) -> Finding:
     return Finding(check="warm-up", direction=direction, verdict="ok", text=text, figures=figures)
 
 
-def contexts(subject: Subject, direction: Direction, size: tuple[int, int]) -> Finding:
-    """The contexts of one video of frames of ``size`` (height, width), in a dtype of 16 bits, from a dry run."""
-    geometry = subject.geometry
+def contexts(model: CausalVAE, direction: Direction, size: tuple[int, int]) -> Finding:
+    """The contexts of one video of frames of ``size`` (height, width), in a dtype of 16 bits, from a dry run.
+
+    The model needs no weights.
+    """
+    geometry = model.geometry
     height, width = geometry.padded_size(*size)
     schedule = geometry.schedule_for(geometry.frames_per_latent if geometry.chunk_invariant else None)
     workload = Workload(direction=direction, height=height, width=width, dtype=torch.bfloat16, schedule=schedule)
-    layers = {
-        step.layer: step.context_bytes for step in DryRuns.of(subject.model).cost_model(workload, Execution()).steps
-    }
+    layers = {step.layer: step.context_bytes for step in DryRuns.of(model).cost_model(workload, Execution()).steps}
     total, what = sum(layers.values()), f"at {width}x{height} in 16 bits"
     text = f"no layer keeps a context {what}: every chunk is computed for itself"
     if layers:
@@ -227,8 +226,8 @@ def narrow_dtype(subject: Subject, direction: Direction, dtype: torch.dtype, *, 
         dtype: float16 or bfloat16.
         own: whether it is the dtype of the model's weights, so that an overflow is an error and not a note.
     """
-    low = Subject(subject.model, dtype)
-    x = low.video(direction, 3, spread=3.0)
+    low = subject.fresh(dtype)
+    x = low.video(direction, 3, std=3.0)
     if direction == "encode":
         x = torch.where(x.abs() > 0.5, x.sign(), x)
     arithmetic = NarrowArithmetic(dtype)
@@ -273,8 +272,9 @@ class _StopError(Exception):
 
 def state(subject: Subject, direction: Direction) -> Finding:
     """What is left on the modules after a video, and after an exception in the middle of one."""
-    fresh = Subject(subject.model, subject.dtype)
-    x, cut = fresh.video(direction, 5), _own_cut(fresh, 5)
+    fresh = subject.fresh()
+    cut = _own_cut(fresh)
+    x = fresh.video(direction, sum(cut))
     clean, watch = state_of(fresh.module), Watch()
     alone = fresh.run(direction, x, cut, offloader=watch)
     left = _changed(clean, state_of(fresh.module))
@@ -307,8 +307,8 @@ def state(subject: Subject, direction: Direction) -> Finding:
 
 def interleaving(subject: Subject, direction: Direction) -> Finding:
     """Whether two videos that take turns, chunk by chunk, give what each of them gives alone. Bit for bit."""
-    fresh = Subject(subject.model, subject.dtype)
-    cut = _own_cut(fresh, 5)
+    fresh = subject.fresh()
+    cut = _own_cut(fresh)
     videos = [fresh.video(direction, sum(cut), seed=seed) for seed in (1, 2)]
     alone = [fresh.run(direction, x, cut) for x in videos]
     turns: list[list[Tensor]] = [[], []]
@@ -339,12 +339,10 @@ def parity(subject: Subject, direction: Direction) -> Finding:
     theirs = _reference(model, name)
     if theirs is None:
         return found("skipped", f"the diffusers that is installed has no {name}")
-    count = 3 if subject.geometry.chunk_invariant else 1 + 2 * subject.geometry.schedule.chunk_latents
-    x = subject.video(direction, count)
+    cut = [1, 1, 1] if subject.geometry.chunk_invariant else _own_cut(subject)
+    x = subject.video(direction, sum(cut))
     with torch.no_grad():
         expected = theirs.encode(x).latent_dist.parameters if direction == "encode" else theirs.decode(x).sample
-    n = subject.geometry.schedule.chunk_latents
-    cut = [1] * count if subject.geometry.chunk_invariant else [1 + n, n]
     difference = relative_difference(subject.run(direction, x, cut), expected)
     text = f"relative difference to {name} in float32: {difference:.1e}"
     return found("ok" if difference <= _ROUNDING else "wrong", text, difference=difference)
@@ -362,7 +360,7 @@ def _reference(model: NativeVAE, name: str) -> Any:
     if config.get("latents_mean", ()) is None:  # none of our own is theirs by default, and does not change results
         config = {key: value for key, value in config.items() if key not in ("latents_mean", "latents_std")}
     with torch.device("meta"):
-        theirs: nn.Module = reference(**config)
+        theirs: Any = reference(**config)
     names = model.checkpoint_names()
     theirs.load_state_dict({names[key]: tensor for key, tensor in model.state_dict().items()}, assign=True)
     if hasattr(theirs, "num_sample_frames_batch_size"):
@@ -370,10 +368,10 @@ def _reference(model: NativeVAE, name: str) -> Any:
     return theirs.eval()
 
 
-def _own_cut(subject: Subject, total: int) -> list[int]:
-    """Chunks of latents: two of them, of any length where that is free."""
+def _own_cut(subject: Subject) -> list[int]:
+    """Two chunks of latents, the shortest that have both kinds of latents where the cut is free."""
     if subject.geometry.chunk_invariant:
-        return [total - 2, 2]
+        return [2, 1]
     n = subject.geometry.schedule.chunk_latents
     return [1 + n, n]
 

@@ -64,20 +64,24 @@ class Subject:
         except Exception as exc:  # of any attribute of a module that we do not know
             raise ModelError(f"{type(model).__name__} cannot be copied, so it cannot be checked: {exc}") from exc
         self.device = next((weight.device for weight in module.parameters()), torch.device("cpu"))
-        self.dtype = dtype
+        self.dtype, self._original = dtype, model
         self.module = placed(module, self.device, dtype)
         self.model = cast("CausalVAE", self.module)
         self.geometry = self.model.geometry
+
+    def fresh(self, dtype: torch.dtype | None = None) -> Subject:
+        """Another copy, for which no video has run; in the same dtype unless another one is given."""
+        return Subject(self._original, dtype or self.dtype)
 
     def half(self, direction: Direction) -> nn.Module:
         """The encoder or the decoder."""
         return self.model.encoder if direction == "encode" else self.model.decoder
 
-    def video(self, direction: Direction, num_latents: int, *, side: int = 2, seed: int = 0, spread: float = 1) -> Tensor:
-        """Noise of ``side`` x ``side`` latents: pixels in [-1, 1], or latents of this standard deviation, (1, C, T, H, W)."""
+    def video(self, direction: Direction, num_latents: int, *, side: int = 2, seed: int = 0, std: float = 1) -> Tensor:
+        """Noise (1, C, T, H, W) of ``side`` x ``side`` latents: pixels in [-1, 1], or latents of this deviation."""
         generator = torch.Generator().manual_seed(seed)
         if direction == "decode":
-            x = torch.randn((1, self.geometry.latent_channels, num_latents, side, side), generator=generator) * spread
+            x = torch.randn((1, self.geometry.latent_channels, num_latents, side, side), generator=generator) * std
         else:
             size = side * self.geometry.pixels_per_latent
             num_frames = 1 + (num_latents - 1) * self.geometry.frames_per_latent
@@ -89,7 +93,7 @@ class Subject:
         if direction == "encode":
             f = self.geometry.frames_per_latent
             cut = [n * f - (f - 1) * (i == 0) for i, n in enumerate(cut)]
-        return x.split(list(cut), dim=2)
+        return torch.split(x, list(cut), dim=2)
 
     def context(self, direction: Direction, offloader: Offloader | None = None) -> ForwardContext:
         """The plainest context, to be entered."""
