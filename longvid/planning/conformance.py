@@ -1,7 +1,7 @@
 """What a causal video VAE has to keep to, each as a function that runs the model and says what it found.
 
-Nearly every function takes a :class:`~longvid.planning.subject.Subject`, and all return a :class:`Finding`. They are what
-:func:`longvid.check_model` is made of, and what the tests of every model family in this package run.
+The functions return a :class:`Finding`. :func:`longvid.check_model` is made of them, and the tests of every model family
+in this package run them.
 """
 
 from __future__ import annotations

@@ -351,7 +351,7 @@ def test_the_command_prints_what_the_call_returns(capsys):
     assert capsys.readouterr().out.startswith("tiny: conforms\nok      lengths ")
     assert main(["check", "tiny", "--json", "--size", "64x48"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts == json.loads(json.dumps(lv.check_model("tiny", size=(48, 64)).to_dict()))
+    assert (facts["model"], facts["conforms"], facts["chunk_invariant"]) == ("tiny", True, True)
     (contexts,) = (f for f in facts["findings"] if (f["check"], f["direction"]) == ("contexts", "encode"))
     assert (contexts["figures"]["height"], contexts["figures"]["width"]) == (48, 64)
 
