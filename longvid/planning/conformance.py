@@ -1,7 +1,7 @@
 """What a causal video VAE has to keep to, each as a function that runs the model and says what it found.
 
-The functions return a :class:`Finding`. :func:`longvid.check_model` is made of them, and the tests of every model family
-in this package run them.
+The functions return a :class:`Finding`. :func:`longvid.check_model` is made of them, and the tests of every family in
+this package run them.
 """
 
 from __future__ import annotations
