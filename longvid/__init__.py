@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from longvid.models.context import ForwardContext as ForwardContext
     from longvid.models.layers.causal_conv import CausalConv3d as CausalConv3d
     from longvid.models.loading import load_model as load_model
+    from longvid.planning.check import ModelCheck as ModelCheck, check_model as check_model
     from longvid.planning.plan import Plan as Plan
     from longvid.planning.planner import make_plan as make_plan
     from longvid.planning.profile import Profile as Profile
@@ -58,6 +59,7 @@ _HOMES = {
     "models.context": "ForwardContext",
     "models.layers.causal_conv": "CausalConv3d",
     "models.loading": "load_model",
+    "planning.check": "ModelCheck check_model",
     "planning.plan": "Plan",
     "planning.planner": "make_plan",
     "planning.profile": "Profile",

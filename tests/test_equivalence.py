@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longvid import VideoSession, open_store
+from longvid import VideoSession, load_model, open_store
 from longvid.media.sources import open_source
 from longvid.media.video_writer import VideoWriter
 
@@ -17,6 +17,13 @@ LENGTHS = range(1, 19)
 @pytest.fixture(scope="module")
 def session(vae):
     with VideoSession(vae) as s:
+        yield s
+
+
+@pytest.fixture(scope="module", params=["cogvideox", "wan2.1-nano", "wan2.2-nano"])
+def family_session(request, vae):
+    model = vae if request.param == "cogvideox" else load_model(request.param, random_weights=1)
+    with VideoSession(model, device="cpu") as s:
         yield s
 
 
@@ -37,8 +44,8 @@ def pulled(session, latents, step, **options):
 
 
 @pytest.mark.parametrize("num_frames", LENGTHS)
-def test_every_length_pushed_there_and_back(session, num_frames):
-    frames = noise(num_frames)
+def test_every_length_pushed_there_and_back(family_session, num_frames):
+    session, frames = family_session, noise(num_frames)
     latents = pushed(session, frames, num_frames)
     assert latents.shape[2] == session.plan(height=16, width=24).schedule.num_latents(num_frames)
     for step in (1, 7):
@@ -47,7 +54,18 @@ def test_every_length_pushed_there_and_back(session, num_frames):
     assert back.shape == frames.shape
     assert back.dtype == np.uint8
     for step in (1, 3):
-        np.testing.assert_array_equal(pulled(session, latents, step, num_frames=num_frames), back)
+        again = pulled(session, latents, step, num_frames=num_frames, size=(16, 24))
+        np.testing.assert_array_equal(again, back)
+
+
+@pytest.mark.parametrize("name", ["wan2.1-nano", "wan2.2-nano"])
+@pytest.mark.parametrize("num_frames", range(19, 41))
+def test_longer_videos_of_wan_come_back_with_every_frame(name, num_frames):
+    with VideoSession(load_model(name, random_weights=1), device="cpu", chunk_frames=16) as session:
+        latents = pushed(session, noise(num_frames, 16, 16), 40)
+        assert latents.shape[2] == 1 + -(-(num_frames - 1) // 4)
+        back = pulled(session, latents, 40, num_frames=num_frames, size=(16, 16))
+    assert back.shape == (num_frames, 16, 16, 3)
 
 
 @pytest.mark.parametrize("num_frames", [*range(1, 11), 17, 18])
@@ -77,8 +95,8 @@ def write_clip(path, frames):
 
 @settings(deadline=None, max_examples=15)
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(sum))
-def test_any_slicing_gives_the_same_bits(session, lengths):
-    frames = noise(sum(lengths), 8, 16)
+def test_any_slicing_gives_the_same_bits(family_session, lengths):
+    session, frames = family_session, noise(sum(lengths), 8, 16)
     expected = pushed(session, frames, len(frames))
     with session.encoder() as enc:
         parts, at = [], 0

@@ -21,6 +21,8 @@ def test_the_page_runs_as_printed(tmp_path, monkeypatch):
     assert store.latents.shape == (40, 4, 16, 24)
     assert isinstance(names["model"], lv.CausalVAE)
     assert names["second"].shape == (1, 8, 8, 16, 24)
+    assert names["found"].conforms
+    assert {finding.verdict for finding in names["found"].findings} == {"ok", "skipped"}
 
     # Chunk by chunk it computes what one pass over the whole video computes.
     x = torch.from_numpy(names["video"]).permute(3, 0, 1, 2)[None].float() / 127.5 - 1

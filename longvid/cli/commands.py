@@ -240,6 +240,14 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> int:
+    from longvid.planning.check import check_model
+
+    found = check_model(args.model, size=args.size, random_weights=args.random_weights, revision=args.revision)
+    print(json.dumps(found.to_dict()) if args.json else found)
+    return 0 if found.conforms else 1
+
+
 def _tune(args: argparse.Namespace) -> int:
     from longvid.files import check_file_target
     from longvid.reporting.tuning_plot import draw
@@ -296,6 +304,7 @@ _COMMANDS: dict[str, Command] = {
     "repair": _repair,
     "info": _info,
     "plan": _plan,
+    "check": _check,
     "tune": _tune,
 }
 

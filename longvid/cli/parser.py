@@ -282,6 +282,12 @@ _PLAN = (
     *_BUDGET_OPTIONS,
     _JSON,
 )
+_CHECK = (
+    _option("model", "tiny, a folder or hub id in diffusers format, or the name of an architecture", metavar="MODEL"),
+    *_model_options("tiny")[1:],
+    _option("--size", "frame size for which contexts are counted (default: 832x480)", read=parse_size, metavar="WxH"),
+    _JSON,
+)
 _TUNE = (
     *_model_options("tiny"),
     _FRAME_SIZE,
@@ -309,5 +315,6 @@ _COMMANDS: dict[str, tuple[str, tuple[_Option, ...]]] = {
     "repair": ("compute the damaged parts of a store again", _REPAIR),
     "info": ("show what a store holds", _INFO),
     "plan": ("show how much memory a model needs for a frame size; needs no weights", _PLAN),
+    "check": ("run a model on tiny frames and report what it keeps to: causality, cuts, lengths, dtypes", _CHECK),
     "tune": ("measure peak memory and time for several offload thresholds", _TUNE),
 }

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.plans import fixed_plan
 
-from longvid import MemoryBudgetError, VideoSession, open_store
+from longvid import MemoryBudgetError, VideoSession, load_model, open_store
 from longvid.memory.offload import OffloadPolicy, Placement
 from longvid.planning.cost_model import choose_placement
 
@@ -67,6 +67,24 @@ def test_no_threshold_changes_a_bit_and_every_plan_is_exact(vae, plan, reference
     ).decode
     assert report.peak_device_bytes == report.projected_bytes == expected.projected_bytes
     assert report.offloaded_bytes == expected.offloaded_cache_bytes
+
+
+@pytest.mark.parametrize("name", ["wan2.1-nano", "wan2.2-nano"])
+def test_no_threshold_changes_a_bit_of_wan_and_every_plan_is_exact(name, tmp_path):
+    model = load_model(name, random_weights=1)
+    frames = np.random.default_rng(3).integers(0, 256, (18, 32, 48, 3), dtype=np.uint8)
+    moments, _ = encoded(model, frames, tmp_path / "a.zarr", offload="none")
+    pixels, _ = decoded(model, tmp_path / "a.zarr", offload="none")
+    half = fixed_plan(model, height=32, width=48).encode.cache_bytes // 2
+    for policy in (half, "all"):
+        got, report = encoded(model, frames, tmp_path / f"{policy}.zarr", offload=policy)
+        assert np.array_equal(got, moments)
+        assert report.offloaded_bytes > 0
+        assert report.peak_device_bytes == report.projected_bytes
+        got, report = decoded(model, tmp_path / "a.zarr", offload=policy)
+        assert np.array_equal(got, pixels)
+        assert report.offloaded_bytes > 0
+        assert report.peak_device_bytes == report.projected_bytes
 
 
 def test_a_file_instead_of_host_memory(vae, plan, reference, tmp_path):

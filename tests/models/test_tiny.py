@@ -116,14 +116,6 @@ class TestChunks:
         y = small.transform.inverse(small.decoder(z, None, True), True)
         assert relative(decode(small, z, [1, 1, 2]), y) < 1e-5
 
-    def test_it_is_causal(self, small):
-        x = torch.rand(1, 3, 17, 16, 16) * 2 - 1
-        other = x.clone()
-        other[:, :, 9:] = 0
-        a, b = encode(small, x, [17]), encode(small, other, [17])
-        assert torch.equal(a[:, :, :3], b[:, :, :3])
-        assert not torch.equal(a[:, :, 3:], b[:, :, 3:])
-
     @pytest.mark.parametrize(("frames", "said"), [(8, "1 \\+ 4 n frames, the first"), (6, "1 \\+ 4 n")])
     def test_a_first_chunk_of_another_length_is_refused(self, small, frames, said):
         with ConvCache(small.encoder) as cache, pytest.raises(ScheduleError, match=said):

@@ -9,6 +9,7 @@ from longvid.memory.copy_engine import CopyEngine
 from longvid.memory.offload import Placement
 from longvid.memory.offloader import Offloader
 from longvid.models.cogvideox import CogVideoXConfig, CogVideoXVAE
+from longvid.models.wan import WanConfig, WanVAE
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,19 @@ def test_cogvideox_in_full_depth(deep, direction, chunks):
 @pytest.mark.parametrize(("direction", "chunks"), [("encode", 30), ("decode", 38)])
 def test_cogvideox_at_full_width(direction, chunks):
     assert warmup(load_model("cogvideox-2b", random_weights=0), direction).chunks == chunks
+
+
+@pytest.mark.parametrize(("direction", "latents"), [("encode", 28), ("decode", 38)])
+@pytest.mark.parametrize("generation", ["2.1", "2.2"])
+def test_wan_in_full_depth(generation, direction, latents):
+    """The depth is that of the published models, and so is W: 28 and 38 latents, however they are cut."""
+    config = {"base_dim": 4}
+    if generation == "2.2":
+        config |= {"z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2}
+    torch.manual_seed(1)
+    model = WanVAE(WanConfig(**config)).eval()
+    assert warmup(model, direction, chunk_frames=4).chunks == latents
+    assert warmup(model, direction, chunk_frames=16).chunks == -(-latents // 4)
 
 
 @pytest.mark.parametrize(

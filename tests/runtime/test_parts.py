@@ -32,15 +32,16 @@ def part_of(store, number, of):
 class Video:
     """A model, 100 chunks of frames that do not fill the last one, and the stores of one run in each direction."""
 
-    def __init__(self, model, frames, folder):
+    def __init__(self, model, frames, folder, **settings):
         self.model, self.frames, self.latents, self.decoded = model, frames, folder / "a.zarr", folder / "f.zarr"
-        with VideoSession(model, device="cpu") as session:
+        self.settings = settings
+        with VideoSession(model, device="cpu", **settings) as session:
             session.encode(frames, self.latents)
             session.decode(self.latents, self.decoded)
 
     def run(self, direction, store, part, **settings):
         source = self.frames if direction == "encode" else self.latents
-        with VideoSession(self.model, device="cpu", **settings) as session:
+        with VideoSession(self.model, device="cpu", **self.settings, **settings) as session:
             return getattr(session, direction)(source, store, part=part)
 
     def whole(self, direction):
@@ -72,6 +73,14 @@ def shorter(tmp_path_factory):
     return deep_video(88, tmp_path_factory.mktemp("shorter"))
 
 
+@pytest.fixture(scope="module", params=["wan2.1-nano", "wan2.2-nano"])
+def wan(request, tmp_path_factory):
+    """Chunks of 32 frames, of which the warm-up of an encode takes 3 and that of a decode 4, and 12 of them."""
+    frames = np.random.default_rng(2).integers(0, 256, (32 * 12 - 3, 16, 16, 3), dtype=np.uint8)
+    model = lv.load_model(request.param, random_weights=1)
+    return Video(model, frames, tmp_path_factory.mktemp("wan"), chunk_frames=32)
+
+
 def joins(video, direction, count, folder):
     folder.mkdir(exist_ok=True)
     store = folder / "joined.zarr"
@@ -81,7 +90,9 @@ def joins(video, direction, count, folder):
     lv.join(store)
     assert verify(store).ok
     assert data_files(store) == data_files(video.whole(direction))
-    with VideoSession(video.model, device="cpu") as session:  # the run that makes it as a whole has nothing left to do
+    with VideoSession(
+        video.model, device="cpu", **video.settings
+    ) as session:  # the run that makes it as a whole has nothing left to do
         source = video.frames if direction == "encode" else video.latents
         assert getattr(session, direction)(source, store).resumed_from_frame == len(video.frames)
 
@@ -97,6 +108,11 @@ def test_tiny_in_parts_is_the_store_of_one_run(tiny, tmp_path, direction, count)
 @pytest.mark.parametrize("count", COUNTS)
 def test_a_deep_model_in_parts_is_the_store_of_one_run(deep, tmp_path, direction, count):
     joins(deep, direction, count, tmp_path)
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_wan_in_two_parts_is_the_store_of_one_run(wan, tmp_path, direction):
+    joins(wan, direction, 2, tmp_path)
 
 
 def test_both_directions_of_a_deep_model_in_two_parts(shorter, tmp_path):

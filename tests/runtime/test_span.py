@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from longvid import ModelError, VideoSession
+from longvid import ModelError, VideoSession, load_model
 from longvid.models.cogvideox import CogVideoXConfig, CogVideoXVAE
 from longvid.planning.warmup import Warmup
 from longvid.runtime.admission import AdmissionControl
@@ -51,6 +51,21 @@ def test_from_any_frame_of_tiny_it_is_the_slice_of_the_whole(tiny_store, chunk_f
         for start in (*range(0, 12 * chunk_frames, 7), *np.random.default_rng(1).integers(0, 325, 20).tolist()):
             part, _ = decoded(session, tiny_store, start=start, frames=5)
             np.testing.assert_array_equal(part, whole[start : start + 5], err_msg=str(start))
+
+
+@pytest.mark.parametrize("name", ["wan2.1-nano", "wan2.2-nano"])
+def test_from_the_middle_of_wan_it_is_the_slice_of_the_whole(name, tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (32 * 7, 16, 16, 3), dtype=np.uint8)
+    events = []
+    model = load_model(name, random_weights=1)
+    with VideoSession(model, device="cpu", chunk_frames=32, callbacks=[events.append]) as session:
+        session.encode(frames, tmp_path / "a.zarr")
+        whole, _ = decoded(session, tmp_path / "a.zarr")
+        for start in (32 * 5 + 1, 32 * 6 + 7):
+            events.clear()
+            part, _ = decoded(session, tmp_path / "a.zarr", start=start, frames=5)
+            np.testing.assert_array_equal(part, whole[start : start + 5], err_msg=str(start))
+            assert len(events) <= 4 + 2
 
 
 @pytest.fixture(scope="module")
