@@ -40,7 +40,7 @@ from longvid.units import parse_size
 
 SIZES = {"wan2.1": ("832x480", "1280x720"), "wan2.2": ("832x480", "1280x704")}
 BARS = {"resident": {"encode": 0.55, "decode": 0.60}, "offloaded": {"encode": 0.25, "decode": 0.25}}
-PIECES: dict[str, Pieces] = {"resident": "stages", "offloaded": "blocks"}
+PIECES: dict[str, Pieces] = {"resident": "stages", "offloaded": "resnets"}
 ONE_LATENT = 4
 "frames"
 

@@ -20,7 +20,7 @@ from longvid.units import format_bytes
 __all__ = ["ForwardContext", "Limits", "Pieces"]
 
 T = TypeVar("T")
-Pieces: TypeAlias = Literal["blocks", "stages"]
+Pieces: TypeAlias = Literal["resnets", "stages"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class Limits:
     than this, but of one frame at least"""
     pieces: Pieces | None = None
     """layers that look across time through contexts only run for a few frames of a chunk, and then again for the next
-    ones: ``"blocks"`` one residual block after the other, ``"stages"`` all layers at one frame size together, so that
+    ones: ``"resnets"`` one residual block after the other, ``"stages"`` all layers at one frame size together, so that
     only a few of its frames exist at a time. A piece has as many frames as ``slice_elements`` allows"""
     tile_elements: int | None = None
     """layers in channels last run in row tiles whose window and output have at most this many elements, but of about

@@ -249,7 +249,7 @@ class _Search:
         if staying.kind == "none":
             tried += self._in_pieces(workload, shortest, "stages")  # contexts that stay are on the device anyway
         else:
-            tried += self._in_pieces(workload, shortest, "blocks")
+            tried += self._in_pieces(workload, shortest, "resnets")
         if self.may_keep and staying.kind == "none":
             kept = replace(tried[0], keeps_buffers=True)
             tried[:0] = [replace(kept, keeps_kernels=True), kept]
@@ -277,8 +277,8 @@ class _Search:
         return part
 
     def _offloading(self, workload: Workload, slicings: list[Execution]) -> list[Execution]:
-        """What to try when contexts leave: the shortest slices, then blocks that run piece by piece."""
-        return [slicings[-1], *self._in_pieces(workload, slicings[-1], "blocks")]
+        """What to try when contexts leave: the shortest slices, then residual blocks that run piece by piece."""
+        return [slicings[-1], *self._in_pieces(workload, slicings[-1], "resnets")]
 
     def _in_pieces(self, workload: Workload, execution: Execution, pieces: Pieces) -> list[Execution]:
         """The same piece by piece, and then in small row tiles as well, as far as the model and the layout can."""

@@ -361,8 +361,8 @@ def _tiling(record: dict[str, Any] | None) -> dict[str, int | str | None] | None
     if not all(value is None or value > 0 for value in found.values()):
         raise _WrongValueError(f"tiling is {found}, numbers above 0 are expected")
     pieces = _optional(record, "pieces", str)
-    if pieces not in (None, "blocks", "stages"):
-        raise _WrongValueError(f"pieces are {pieces!r}, 'blocks' or 'stages' are expected")
+    if pieces not in (None, "resnets", "stages"):
+        raise _WrongValueError(f"pieces are {pieces!r}, 'resnets' or 'stages' are expected")
     return {**found, **({} if pieces is None else {"pieces": pieces})}
 
 

@@ -34,7 +34,7 @@ def run(model, direction, size, limits, layout=torch.contiguous_format, **option
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
-@pytest.mark.parametrize("pieces", ["blocks", "stages"])
+@pytest.mark.parametrize("pieces", ["resnets", "stages"])
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 @pytest.mark.parametrize("name", NAMES)
 def test_pieces_give_what_whole_chunks_give(name, direction, pieces, layout):
@@ -70,7 +70,7 @@ class Moves(Offloader):
 def test_a_context_is_complete_once_per_chunk():
     model = load_model("wan2.1-nano", random_weights=0)
     moves = Moves()
-    run(model, "encode", (48, 64), Limits(pieces="blocks", slice_elements=1), offloader=moves)
+    run(model, "encode", (48, 64), Limits(pieces="resnets", slice_elements=1), offloader=moves)
     complete = [path for what, path in moves.seen if what == "complete"]
     layers = [path for path, layer in model.encoder.named_modules() if getattr(layer, "context_frames", 0)]
     assert sorted(complete) == sorted(3 * layers)
@@ -113,7 +113,7 @@ def test_a_layer_that_runs_twice_in_a_piece_is_an_error():
 def test_winograd_pairs_stay_pairs():
     model = load_model("wan2.1-nano", random_weights=0)
     outs = []
-    for pieces in (None, "blocks", "stages"):
+    for pieces in (None, "resnets", "stages"):
         limits = Limits(pieces=pieces, slice_elements=1)
         with ForwardContext(
             ConvCache(model.decoder), limits=limits, numerics=Numerics(layout="channels_last", paired_frames=True)

@@ -19,7 +19,7 @@ LAST = Numerics(layout="channels_last")
 
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
-@pytest.mark.parametrize("pieces", [None, "blocks", "stages"])
+@pytest.mark.parametrize("pieces", [None, "resnets", "stages"])
 @pytest.mark.parametrize(
     ("numerics", "dtype", "tile_elements"),
     [
@@ -55,7 +55,7 @@ def test_a_budget_that_only_pieces_fit_is_kept_to_the_byte(name, offload, tmp_pa
     size = SIZE[name]
     setting = {"height": size[0], "width": size[1], "chunk_frames": 4, "offload": offload}
     least = fixed_plan(model, **setting, memory=1).encode
-    assert least.execution.limits.pieces == ("stages" if offload == "none" else "blocks")
+    assert least.execution.limits.pieces == ("stages" if offload == "none" else "resnets")
     memory = least.projected_bytes
     assert fixed_plan(model, **setting, memory=memory).fits("encode")
     video = frames(13, size)

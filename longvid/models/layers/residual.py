@@ -69,7 +69,7 @@ class ResnetBlock(nn.Module):
         watches a layer before it has to clone what it wants to keep. With one, the output takes the place of the hidden
         state.
         """
-        if context.limits.pieces == "blocks" and latent is None:
+        if context.limits.pieces == "resnets" and latent is None:
             widest = max(x_BCTHW.shape[1], self.conv2.conv.out_channels)
             in_place = not hasattr(self, "conv_shortcut")
             return in_pieces([self], self._forward, x_BCTHW, context, widest=widest, in_place=in_place)
