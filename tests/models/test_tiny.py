@@ -63,7 +63,7 @@ def in_chunks(module, step, x, cuts, forget):
         done = []
         for piece in x.split(cuts, dim=2):
             if forget:
-                cache.offloader._homes.clear()
+                cache.offloader.drop()
             done.append(step(piece, cache))
     return torch.cat(done, dim=2)
 
