@@ -7,7 +7,7 @@ import torch
 from planning.test_plan import as_computed_here, run_for_real
 from support.plans import fixed_plan
 
-from longvid import VideoSession, load_model, open_store
+from longvid import VideoSession, load_model, open_store, warmup
 from longvid.memory.offload import Placement
 from longvid.models.context import Limits
 from longvid.models.numerics import Numerics
@@ -67,3 +67,33 @@ def test_a_budget_that_only_pieces_fit_is_kept_to_the_byte(name, offload, tmp_pa
         session.encode(video, tmp_path / "whole.zarr")
     pieces, whole = (open_store(tmp_path / f"{what}.zarr").read(0, 4) for what in ("pieces", "whole"))
     torch.testing.assert_close(torch.as_tensor(pieces), torch.as_tensor(whole), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("offload", [pytest.param("none", marks=pytest.mark.slow), "all"])
+def test_a_run_in_pieces_is_continued_in_pieces_after_a_warm_up(offload, tmp_path, monkeypatch):
+    """And not in whole chunks, whose last bits may differ."""
+    monkeypatch.setattr("longvid.store.latent_writer.TARGET_CHUNK_BYTES", 4000)
+    model, size = load_model("wan2.1-nano", random_weights=0), (32, 32)
+    num_chunks = warmup(model, "encode", chunk_frames=4).chunks + 16
+    video = frames(4 * num_chunks, size)
+    setting = {"height": size[0], "width": size[1], "chunk_frames": 4, "offload": offload}
+    memory = fixed_plan(model, **setting, memory=1).encode.projected_bytes
+    options = {"device": "cpu", "layout": "contiguous", "paired_frames": "off", "reserved": 0, "chunk_frames": 4}
+
+    def encode(path, stop_after=None, **more):
+        def stop(event):
+            if event.index == stop_after:
+                session.stop()
+
+        with VideoSession(model, **options, offload=offload, callbacks=[stop], **more) as session:
+            return session.encode(video, tmp_path / path)
+
+    encode("whole.zarr", memory=memory)
+    assert not encode("a.zarr", stop_after=num_chunks - 3, memory=memory).complete
+    report = encode("a.zarr", memory=memory)
+    assert report.complete
+    assert report.frames_computed < len(video)  # it began in the middle
+    stores = [open_store(tmp_path / name) for name in ("whole.zarr", "a.zarr")]
+    assert [store.metadata.tiling["pieces"] for store in stores] == 2 * ["stages" if offload == "none" else "resnets"]
+    whole, found = (store.read(0, num_chunks) for store in stores)
+    assert (whole == found).all()
