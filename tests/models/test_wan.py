@@ -95,9 +95,11 @@ def test_full_width_in_other_dtypes(name, dtype):
     if dtype == torch.bfloat16 and not has_bfloat16():
         pytest.skip("PyTorch's own bfloat16 kernels take hours")
     config = {} if name == "2.1" else {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True}
-    got, expected = both({**config, **(PATCHES if name == "2.2" else {})}, 9, (64, 64), dtype)
+    got, expected = both({**config, **(PATCHES if name == "2.2" else {})}, 5, (32, 48), dtype)
     errors = list(map(relative_error, got, expected))
-    assert max(errors) <= (0.0 if dtype == torch.float64 else 1e-2), errors
+    # The reference has one quant_conv for the whole video. At 96 channels and 6 pixels BLAS rounds by its columns.
+    exact = 0.0 if name == "2.1" else 1e-15
+    assert max(errors) <= (exact if dtype == torch.float64 else 1e-2), errors
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
