@@ -34,7 +34,7 @@ from longvid.models.loading import ARCHITECTURES
 from longvid.models.numerics import Numerics
 from longvid.planning.dry_run import DryRuns, dry_run, skeleton_of
 from longvid.planning.kernel_choice import preferred_band_bytes
-from longvid.planning.planner import _SMALL_TILE_BYTES
+from longvid.planning.planner import SMALL_TILE_BYTES
 from longvid.planning.workload import Execution, Workload
 from longvid.units import parse_size
 
@@ -79,7 +79,7 @@ def measure(theirs: Any, ours: Any, direction: Any, size: str, dtype: torch.dtyp
     )
     largest = DryRuns.of(ours).largest_frame(workload, Execution())
     tiles = Limits(tile_elements=(preferred_band_bytes(CPU) or 0) // dtype.itemsize)
-    small = Limits(tile_elements=_SMALL_TILE_BYTES // dtype.itemsize)
+    small = Limits(tile_elements=SMALL_TILE_BYTES // dtype.itemsize)
     for where in BARS:
         for how, limits in (
             ("whole chunks", tiles),

@@ -79,6 +79,8 @@ class Offloader:
         self._contexts: list[tuple[str, int]] = []
         "group and bytes in that order; known when the first chunk is through"
         self._position: dict[str, int] = {}
+        self._num_known = 0
+        "contexts that are in these sizes"
         self._buffers: list[HostBuffer] = []
         self._leaving: list[_Home] = []
         self._log: list[tuple[Lane, str, Mark, Mark, int]] | None = [] if traced and copies is not None else None
@@ -149,7 +151,9 @@ class Offloader:
         paths = self._groups.setdefault(group, [])
         if not any(self._homes[path].num_bytes for path in paths):
             return
-        if len(self._contexts) < len(self._groups):  # in a cold start a few layers come in with each chunk
+        known = sum(home.num_bytes > 0 for home in self._homes.values())
+        if self._num_known < known:  # in a cold start a few layers come in with each chunk
+            self._num_known = known
             sizes = {name: sum(self._homes[path].num_bytes for path in paths) for name, paths in self._groups.items()}
             self._contexts = list(sizes.items())
             self._position = {name: i for i, name in enumerate(sizes)}

@@ -212,7 +212,7 @@ class ResidualUpBlock(nn.Module):
             h = layer(h, context)
         if self.upsampler is not None:
             h = self.upsampler(h, context)
-            context.attempt(partial(add_repeats, x_BCTHW, h, time=self._time, space=self._space))
+            add_repeats(x_BCTHW, h, time=self._time, space=self._space, attempt=context.attempt)
         return h
 
 

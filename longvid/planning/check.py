@@ -79,7 +79,7 @@ def check_model(
     It says whether the model is causal in time, at which cuts into chunks it is exact, whether every length comes
     back, how long a start in the middle takes to be exact, how large its contexts are, whether 16-bit dtypes overflow,
     whether anything is left on its modules, and how far it is from the diffusers class of its name, if it has one and
-    diffusers is installed. It takes seconds, and for the largest models up to a minute on a CPU. The model is not
+    diffusers is installed. On a CPU it takes seconds for a narrow model, and minutes for a large one. The model is not
     changed.
 
     Args:
@@ -135,5 +135,5 @@ def _attempt(name: str, direction: Direction | None, check: Callable[[], Finding
     except Exception as exc:  # of a model that we do not know
         if isinstance(exc, MemoryError) or (isinstance(exc, RuntimeError) and is_out_of_memory(exc)):
             raise
-        said = conformance._brief(exc)
+        said = conformance.brief(exc)
         return Finding(check=name, direction=direction, verdict="wrong", text=f"it fails: {said}")

@@ -107,7 +107,7 @@ def cuts(subject: Subject, direction: Direction) -> Finding:
         try:
             results[name] = subject.run(direction, x, cut)
         except Exception as exc:  # of a model that we do not know
-            results[name] = _brief(exc)
+            results[name] = brief(exc)
     reference, *others = results
     expected = results[reference]
     if isinstance(expected, str):
@@ -290,7 +290,7 @@ def state(subject: Subject, direction: Direction) -> Finding:
     try:
         again_equal = torch.equal(fresh.run(direction, x, cut), alone)
     except Exception as exc:  # of a model that we do not know
-        left.append(f"the next video fails: {_brief(exc)}")
+        left.append(f"the next video fails: {brief(exc)}")
     figures = {"left": left, "left_after_exception": after_error, "next_video_equal": again_equal}
 
     def found(verdict: Verdict, text: str) -> Finding:
@@ -390,7 +390,7 @@ def _plural(count: int, unit: str) -> str:
     return f"{count} {unit}" + ("" if count == 1 else "s")
 
 
-def _brief(exc: BaseException) -> str:
+def brief(exc: BaseException) -> str:
     text = str(exc).strip().splitlines()
     name = "" if isinstance(exc, LongvidError) else f"{type(exc).__name__}: "
     return name + (text[0] if text else type(exc).__name__)

@@ -35,10 +35,10 @@ from longvid.planning.workload import Execution, Workload
 from longvid.schedule import ChunkSchedule
 from longvid.units import parse_bytes, parse_reserve
 
-__all__ = ["Offload", "Planner", "make_plan"]
+__all__ = ["SMALL_TILE_BYTES", "Offload", "Planner", "make_plan"]
 
 Offload: TypeAlias = str | int | OffloadPolicy
-_SMALL_TILE_BYTES = 12 * 2**20
+SMALL_TILE_BYTES = 12 * 2**20
 "limit for the window of a row tile that is there to save memory, and not time"
 _BOTH: tuple[Direction, ...] = ("encode", "decode")
 
@@ -246,10 +246,8 @@ class _Search:
         staying = OffloadPolicy("none") if policy.kind == "auto" else policy
         shortest, offloading = tried[-1], self._offloading(workload, tried)
         least = self.runs.cost_model(workload, offloading[-1])
-        if staying.kind == "none":
-            tried += self._in_pieces(workload, shortest, "stages")  # contexts that stay are on the device anyway
-        else:
-            tried += self._in_pieces(workload, shortest, "resnets")
+        # Contexts that stay are on the device anyway; those that leave come for one block at a time.
+        tried += self._in_pieces(workload, shortest, "stages" if staying.kind == "none" else "resnets")
         if self.may_keep and staying.kind == "none":
             kept = replace(tried[0], keeps_buffers=True)
             tried[:0] = [replace(kept, keeps_kernels=True), kept]
@@ -287,7 +285,7 @@ class _Search:
         limits = replace(execution.limits, pieces=pieces)
         found = [replace(execution, limits=limits)]
         if self.numerics.layout == "channels_last":
-            small = min(_SMALL_TILE_BYTES // workload.dtype.itemsize, limits.tile_elements or limits.conv_elements)
+            small = min(SMALL_TILE_BYTES // workload.dtype.itemsize, limits.tile_elements or limits.conv_elements)
             found.append(replace(execution, limits=replace(limits, tile_elements=small)))
         return found
 

@@ -11,9 +11,12 @@ Axes: B batch, C channels, T time, H height, W width.
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from longvid.errors import ModelError
+from longvid.models.kernels.convolution import Attempt, run_once
 
 __all__ = ["add_repeats", "average_shortcut", "require_shortcut"]
 
@@ -51,17 +54,18 @@ def average_shortcut(x_BCTHW: Tensor, out_BCTHW: Tensor, *, time: int, space: in
     return out_BCTHW
 
 
-def add_repeats(x_BCTHW: Tensor, out_BCTHW: Tensor, *, time: int, space: int) -> None:
+def add_repeats(x_BCTHW: Tensor, out_BCTHW: Tensor, *, time: int, space: int, attempt: Attempt = run_once) -> None:
     """Add the shortcut of a block that multiplies time and space by 1 or 2 to its output.
 
-    If the output lacks frames, which it does where a video starts, those are the first copies of the first frame.
+    If the output lacks frames, which it does where a video starts, those are the first copies of the first frame. The
+    output is changed in place, so ``attempt`` is for what takes memory, and this function must not be repeated.
     """
     B, C, T, H, W = x_BCTHW.shape
     out_channels, num_frames = out_BCTHW.shape[1:3]
     repeats = out_channels * time * space * space // C
     missing = T * time - num_frames
     for t in range(T):
-        entries = x_BCTHW[:, :, t].repeat_interleave(repeats, dim=1)
+        entries = attempt(partial(x_BCTHW[:, :, t].repeat_interleave, repeats, dim=1))
         entries = entries.view(B, out_channels, time, space, space, H, W).permute(0, 1, 2, 5, 3, 6, 4)
         for j in range(time):
             number = t * time + j - missing
