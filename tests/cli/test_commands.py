@@ -24,19 +24,6 @@ CLIP = demo.CLIP
 NANO = ["--model", "cogvideox-nano", "--random-weights", "0"]
 
 
-@pytest.fixture
-def run(capsys):
-    def call(*args):
-        try:
-            code = main([str(a) for a in args])
-        except SystemExit as exc:  # argparse
-            code = exc.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     path = tmp_path_factory.mktemp("store") / "clip.zarr"

@@ -11,19 +11,16 @@ import torch
 from support.stores import files
 
 import longvid as lv
-from longvid.cli.commands import main
 
 NANO = ["--model", "wan2.1-nano", "--random-weights", "0", "--layout", "contiguous", "--paired-frames", "off"]
 
 
 @pytest.fixture
-def run(capsys):
+def run(run):
+    """Without the warning that weights are random."""
+
     def call(*args):
-        try:
-            code = main([str(a) for a in args])
-        except SystemExit as exc:  # argparse
-            code = exc.code
-        out, err = capsys.readouterr()
+        code, out, err = run(*args)
         return code, out, "".join(line for line in err.splitlines(True) if "weights are random" not in line)
 
     return call

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.models import RunningMean
 from support.plans import fixed_plan
 from torch import nn
 
@@ -181,16 +182,6 @@ class AttentionOverAllFrames(nn.Module):
         past = sum(frames.shape[2] for frames in self.frames[:-1])
         sums = torch.cat(self.frames, dim=2).cumsum(dim=2)[:, :, past:]
         return x + sums / torch.arange(past + 1, past + 1 + x.shape[2], device=x.device).view(-1, 1, 1)
-
-
-class RunningMean(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(1))
-
-    def forward(self, x):
-        self.mean.mul_(0.9).add_(x.mean(), alpha=0.1)
-        return x - self.mean
 
 
 class LastFrame(nn.Module):

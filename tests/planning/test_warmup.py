@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.models import RunningMean
 from torch import nn
 
 from longvid import CausalConv3d, ConvCache, ForwardContext, LatentGeometry, ModelError, load_model, warmup
@@ -77,16 +78,6 @@ class Model(nn.Module):
 
     def describe(self):
         return {"class_name": "Model"}
-
-
-class RunningMean(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(1))
-
-    def forward(self, x):
-        self.mean.mul_(0.9).add_(x.mean(), alpha=0.1)
-        return x - self.mean
 
 
 class AttentionOverAllFrames(nn.Module):

@@ -102,20 +102,7 @@ def run_once(forward: Callable[[], Tensor]) -> Tensor:
     return forward()
 
 
-class Conv2d(nn.Conv2d):
-    """PyTorch's, by way of :func:`_call`. Padding is zeros, strides are alike in every axis, nothing is dilated."""
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _call(input, weight, bias, cast("tuple[int, ...]", self.padding), self.stride)
-
-    def with_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The same with a weight that may be widened; hooks see the call where it is the module's own."""
-        if weight is self.weight:
-            return cast("Tensor", self(x))
-        return _call(x, weight, self.bias, cast("tuple[int, ...]", self.padding), self.stride)
-
-
-class Conv3d(nn.Conv3d):
+class _Convolution(nn.modules.conv._ConvNd):
     """PyTorch's, by way of :func:`_call`. Padding is zeros and none in time, nothing is dilated."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -123,9 +110,15 @@ class Conv3d(nn.Conv3d):
 
     def with_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         """The same with a weight that may be widened; hooks see the call where it is the module's own."""
-        if weight is self.weight:
-            return cast("Tensor", self(x))
-        return _call(x, weight, self.bias, cast("tuple[int, ...]", self.padding), self.stride)
+        return cast("Tensor", self(x)) if weight is self.weight else self._conv_forward(x, weight, self.bias)
+
+
+class Conv2d(_Convolution, nn.Conv2d):
+    """A convolution in space."""
+
+
+class Conv3d(_Convolution, nn.Conv3d):
+    """A convolution in time and space."""
 
 
 def convolution(
