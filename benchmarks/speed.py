@@ -13,8 +13,9 @@ Contestants, all with the same random weights at the full width of an architectu
 * longvid plain: the same with every multiplication of the model (only where the session uses Winograd filtering).
 * longvid pairs: with Winograd filtering along time (only where the session does not use it).
 * longvid thrifty (only if named): the same as longvid, without memory that is kept from chunk to chunk.
-* longvid least (only if named): slices of one frame and every context moved to host memory and back, as a session does
-  whose budget is the least that the model runs in.
+* longvid stages (only if named, Wan): layers at one frame size run together, frame by frame, and contexts stay.
+* longvid least (only if named): every context moved to host memory and back and slices of one frame, or blocks that run
+  frame by frame where the model allows it, as a session does whose budget is the least that the model runs in.
 * diffusers channels last (only if named): a copy of its model whose convolutions have kernels in channels last. Its
   error says how far diffusers is from itself when only the order of the sums in the libraries' kernels changes.
 
@@ -55,12 +56,14 @@ from longvid.events import Direction
 from longvid.memory.copy_engine import CopyEngine
 from longvid.memory.offload import OffloadPolicy
 from longvid.models.base import CausalVAE
+from longvid.models.context import Limits, Pieces
 from longvid.models.forward import memory_format
 from longvid.models.numerics import Numerics
 from longvid.planning.dry_run import DryRuns, skeleton_of
 from longvid.planning.kernel_choice import choose_numerics, preferred_band_bytes
 from longvid.planning.options import ComputeOptions
-from longvid.planning.workload import Workload
+from longvid.planning.planner import SMALL_TILE_BYTES
+from longvid.planning.workload import Execution, Workload
 from longvid.runtime.run import context_of
 from longvid.units import parse_size
 
@@ -75,6 +78,7 @@ COLOURS = {
     "longvid plain": "#7fb0d8",
     "longvid pairs": "#a6c9b4",
     "longvid thrifty": "#d8b26a",
+    "longvid stages": "#7a5aa6",
     "longvid least": "#3f9b7f",
 }
 LABELS = {"longvid plain": "longvid, all multiplications", "longvid pairs": "longvid, Winograd"}
@@ -121,15 +125,27 @@ def open_longvid(
     *,
     least: bool = False,
     thrifty: bool = False,
+    pieces: Pieces | None = None,
 ) -> Step:
-    """As a session would run it without a budget, or with the ``least`` one, or ``thrifty`` between chunks."""
+    """As a session would run it without a budget, or with the ``least`` one, or ``thrifty`` between chunks.
+
+    With ``pieces`` it runs frame by frame in small row tiles, as a session does for a budget below whole chunks.
+    """
     asked = ComputeOptions(
         numerics=numerics,
         offload=OffloadPolicy("all" if least else "auto"),
-        slice_frames=1 if least else None,
-        keep_buffers=not thrifty,
+        slice_frames=1 if least and pieces is None else None,
+        keep_buffers=not thrifty and pieces is None,
     )
     part = fixed_plan(model, direction, (height, width), asked, preferred_band_bytes(CPU))
+    if pieces is not None:
+        workload = part.workload
+        limits = Limits(
+            tile_elements=SMALL_TILE_BYTES // workload.dtype.itemsize,
+            slice_elements=DryRuns.of(model).largest_frame(workload, Execution()),
+            pieces=pieces,
+        )
+        part = replace(part, execution=replace(part.execution, limits=limits))
     module, run = (model.encoder, model.encode) if direction == "encode" else (model.decoder, model.decode)
     copies = stack.enter_context(CopyEngine(CPU))
     context = stack.enter_context(context_of(part, module, copies))
@@ -207,8 +223,10 @@ def measure(
         "longvid plain": replace(numerics, paired_frames=False),
         "longvid pairs": replace(numerics, layout="channels_last", paired_frames=True),
         "longvid thrifty": numerics,
+        "longvid stages": numerics,
         "longvid least": numerics,
     }
+    pieces: dict[str, Pieces] = {"longvid stages": "stages", "longvid least": "resnets"}
     forms = ("longvid plain", "longvid pairs")
     variants = {name: choice for name, choice in variants.items() if name not in forms or choice != numerics}
     x = chunk(direction, height, width, dtype, 1, geometry=ours.geometry)
@@ -219,7 +237,8 @@ def measure(
         for name in wanted:
             if name in variants:
                 mode = {"least": name == "longvid least", "thrifty": name == "longvid thrifty"}
-                steps[name] = open_longvid(stack, ours, direction, variants[name], height, width, **mode)
+                how = pieces.get(name) if ours.geometry.chunk_invariant else None
+                steps[name] = open_longvid(stack, ours, direction, variants[name], height, width, pieces=how, **mode)
         if not steps:
             raise SystemExit(f"a session {direction}s in the form of {', '.join(wanted)} by itself: name longvid")
         base_name = next(iter(steps))
