@@ -127,3 +127,65 @@ def test_bad_lengths_are_refused():
         plan.max_frames(4)
     with pytest.raises(ScheduleError, match="holds 1 to 8"):
         plan.tail(1, 9)
+
+
+# ------------------------------------------------------------------------------------------------- the reference plan
+
+
+def diffusers_batches(total, size):
+    """Where diffusers cuts frames, or latents: ``AutoencoderKLCogVideoX._encode`` and ``_decode``."""
+    num_batches, remaining = max(total // size, 1), total % size
+    starts = [size * i + (0 if i == 0 else remaining) for i in range(num_batches)]
+    stops = [min(total, size * (i + 1) + remaining) for i in range(num_batches)]
+    return list(zip(starts, stops, strict=True))
+
+
+@given(st.integers(1, 2000), st.integers(0, 3))
+def test_the_reference_plan_is_that_of_diffusers(num_frames, power):
+    per_latent = 2**power
+    own = ChunkSchedule(chunk_frames=2 * per_latent, frames_per_latent=per_latent)
+    plan = own.reference(num_frames)
+    chunks = list(plan.chunks(num_frames))
+    assert [(c.frame_start, c.frame_stop) for c in chunks] == diffusers_batches(num_frames, 2 * per_latent)
+    assert all(c.padded_frames == c.num_frames for c in chunks)
+    num_latents = -(-num_frames // per_latent)
+    assert plan.num_latents(num_frames) == chunks[-1].latent_stop == num_latents
+    assert plan.max_frames(num_latents) == num_frames
+    assert [plan.frame_range(i) for i in range(num_latents)][-1][1] == num_frames
+    for frame in {0, num_frames // 3, num_frames // 2, num_frames - 1}:
+        start, stop = plan.frame_range(plan.latent_of_frame(frame))
+        assert start <= frame < stop
+        chunk = chunks[plan.index_of_frame(frame)]
+        assert chunk.frame_start <= frame < chunk.frame_stop
+        assert chunk.latent_start <= plan.latent_of_frame(frame) < chunk.latent_stop
+    decode, decoded = own.reference_decode(num_latents)
+    pieces = list(decode.chunks(decoded))
+    assert [(c.latent_start, c.latent_stop) for c in pieces] == diffusers_batches(num_latents, 2)
+    assert -per_latent < decoded - num_frames < per_latent
+    assert ChunkSchedule.from_dict(plan.to_dict()) == plan
+    assert own.same_latents(plan)
+
+
+@given(st.integers(1, 500))
+def test_where_the_cut_is_free_the_reference_plan_is_the_plan_itself(num_frames):
+    plan = ChunkSchedule(whole_chunks=False)
+    assert plan.reference(num_frames) is plan
+
+
+def test_the_reference_plan_has_no_tail():
+    plan = ChunkSchedule().reference(21)
+    assert [c.num_frames for c in plan.chunks(21)] == [13, 8]
+    with pytest.raises(ScheduleError, match="chunk 1 of the reference plan has 8 frames, and the video ended after 7"):
+        list(plan.chunks(20))
+    with pytest.raises(ScheduleError, match="4 \\+ k x 2"):
+        plan.max_frames(5)
+    with pytest.raises(ScheduleError, match="first chunk of 16 frames"):
+        ChunkSchedule(first_frames=16)
+
+
+def test_the_plans_are_told_apart_in_a_record():
+    plan = ChunkSchedule()
+    assert plan.reference(17).first_frames == 9
+    assert plan.reference(17).to_dict() != plan.to_dict()
+    assert plan.words == "online: chunks of 9, 8, 8, ... frames, the last one padded to a whole chunk"
+    assert plan.reference(29).words == "reference: chunks of 13, 8, 8, ... frames, nothing padded, as diffusers"

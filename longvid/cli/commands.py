@@ -100,9 +100,10 @@ def _encode(args: argparse.Namespace) -> int:
     out = _part_path(args, args.store)
     found = check_target(out)  # before a model is loaded
     limits = Limits(**{f.name: value for f in fields(Limits) if (value := getattr(args, f.name, None)) is not None})
-    names = ("representation", "start", "frames", "size", "store_dtype", "seed", "on_error", "on_non_finite")
+    names = ("representation", "chunk_plan", "seed", "start", "frames", "size", "store_dtype")
+    options = _options(args, (*names, "on_error", "on_non_finite"))
     with _session(args, output_complete=found.complete) as session:
-        report = session.encode(args.source, args.store, limits=limits, **_options(args, names), **_safety(args))
+        report = session.encode(args.source, args.store, limits=limits, **options, **_safety(args))
     return _show(args, report, out)
 
 
@@ -169,12 +170,12 @@ def _latent_facts(store: LatentStore) -> tuple[dict[str, Any], str]:
         "representation": store.representation,
         "chunk_plan": store.schedule.to_dict(),
     }
-    shape, n = "x".join(map(str, store.latents.shape)), store.schedule.chunk_frames
+    shape = "x".join(map(str, store.latents.shape))
     padding = f"; the last {padded} stand for no frame" if padded else ""
     return facts, (
         f"frames of {store.width}x{store.height}\n"
         f"latents   {shape} (t c y x) {store.latents.dtype}, {store.representation}, raw (not scaled){padding}\n"
-        f"chunks    {1 + n}, {n}, {n}, ... frames"
+        f"plan      {store.schedule.words}"
     )
 
 

@@ -225,6 +225,12 @@ _ENCODE = (
     ),
     _count("--seed", "seed of --representation sample", 0, default=0),
     _choice(
+        "--chunk-plan",
+        "for models with norms over time, such as CogVideoX: pad the last chunk, or make the first one longer by the "
+        "remainder, as diffusers does, for its very latents at any length",
+        *("online", "reference"),
+    ),
+    _choice(
         "--on-error",
         "where the file is damaged: stop with an error, keep what comes before and end there, or conceal the damage "
         "with the last good frame and mark it",

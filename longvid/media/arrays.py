@@ -111,7 +111,8 @@ class FrameSource(ABC):
         """
         if self.info.num_frames is None:
             raise SourceError(
-                f"the length of {self._name} is not known in advance, and a part needs it; give a file or an array",
+                f"the length of {self._name} is not known in advance, and a part or the reference plan needs it; give "
+                "a file or an array",
                 kind="layout",
             )
         return self.info.num_frames

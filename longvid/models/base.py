@@ -37,6 +37,21 @@ class LatentGeometry:
     "frames of a chunk after the first; for a chunk-invariant model this is a default only"
     chunk_invariant: bool = False
     "whether the result is independent of the cut into chunks, except in the last bits: no norm runs over time"
+    has_reference_plan: bool = False
+    "whether its layers take the first chunk of diffusers' plan, whose first latent may stand for several frames"
+
+    def reference_schedule(self, num_frames: int) -> ChunkSchedule:
+        """The plan by which diffusers encodes a video of so many frames; the model's own where the cut is free.
+
+        Raises:
+            ScheduleError: diffusers has no plan for this model.
+        """
+        if not (self.chunk_invariant or self.has_reference_plan):
+            raise ScheduleError(
+                "the chunk plan of diffusers was asked for (reference), and this model has none; its own plan is the "
+                "online one"
+            )
+        return self.schedule.reference(num_frames)
 
     @property
     def schedule(self) -> ChunkSchedule:

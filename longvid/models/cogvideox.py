@@ -182,6 +182,7 @@ class CogVideoXVAE(NativeVAE):
             frames_per_latent=config.temporal_compression_ratio,
             pixels_per_latent=2 ** (len(config.block_out_channels) - 1),
             chunk_frames=2 * config.temporal_compression_ratio,
+            has_reference_plan=True,
         )
 
     def _encode(self, x_BCTHW: Tensor, context: ForwardContext) -> Tensor:

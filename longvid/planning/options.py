@@ -31,6 +31,8 @@ class ComputeOptions:
     numerics: Numerics | None = None
     "numerics of a run that is resumed, where the user left the choice"
     chunk_frames: int | None = None
+    first_frames: int | None = None
+    "frames of the first chunk of a video that is cut by the reference plan"
     slice_frames: int | None = None
     tiling: Tiling | None = field(default=None, hash=False)
     "slices and row tiles of a run that is resumed, taken up where they fit"

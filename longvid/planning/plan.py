@@ -228,14 +228,13 @@ class Plan:
     def explain(self) -> str:
         """The plan as tables to read: peaks by direction, then the contexts."""
         directions, parts = list(self.parts), list(self.parts.values())
-        first = 1 + self.schedule.chunk_frames
         allowed, reserved = self.budget.allowed_bytes, self.budget.reserved_bytes
         budget = "no limit" if allowed is None else f"{format_bytes(allowed)} allowed"
         if reserved:
             budget += f", {format_bytes(reserved)} of it reserved for kernels and the allocator"
         lines = [
             f"{self.model} at {self.width}x{self.height} in {self.dtype} on {self.device}, {budget}",
-            f"chunks of {first}, {self.schedule.chunk_frames}, {self.schedule.chunk_frames}, ... frames",
+            self.schedule.lengths,
             f"computed in the {_by_direction(self.parts)}",
             "",
             " " * 28 + "".join(f"{direction:>14}" for direction in directions),

@@ -184,7 +184,10 @@ class Planner:
         self, options: ComputeOptions, directions: Sequence[Direction]
     ) -> Iterator[tuple[ChunkSchedule, Mapping[Direction, OffloadPolicy]]]:
         """What to try, best first; at least one. A shorter chunk costs less than a transfer where the cut is free."""
-        lengths = list(_schedules(self._model, options.chunk_frames))
+        lengths = [
+            replace(schedule, first_frames=options.first_frames)
+            for schedule in _schedules(self._model, options.chunk_frames)
+        ]
         policies = {d: options.policy(d) for d in directions}
         if len(lengths) > 1 and any(policy.kind == "auto" for policy in policies.values()):
             staying = {d: OffloadPolicy("none") if p.kind == "auto" else p for d, p in policies.items()}

@@ -132,13 +132,20 @@ class AdmissionControl:
         self._warmups: dict[tuple[Direction, int], Warmup] = {}
 
     def admit(
-        self, direction: Direction, size: Size, *, earlier: StoreMetadata | None = None, whole: bool = False
+        self,
+        direction: Direction,
+        size: Size,
+        *,
+        earlier: StoreMetadata | None = None,
+        whole: bool = False,
+        first_frames: int | None = None,
     ) -> Admission:
         """Check a video with frames of this size against all limits, beside those that are held, and plan it.
 
         One video computes at a time while the contexts of all are held; contexts count as planned, whether or not they
         exist yet. ``earlier`` is the store whose run is continued. A ``whole`` video may keep memory from chunk to
-        chunk. MemoryBudgetError if the video does not fit.
+        chunk. ``first_frames`` are those of the first chunk in the reference plan. MemoryBudgetError if the video does
+        not fit.
         """
         others = [admission.part for admission in self._held]
         held_bytes = sum(part.idle_bytes for part in others)
@@ -146,7 +153,7 @@ class AdmissionControl:
         # What this video may hold while the largest of the others computes.
         room = [budget.left(other.projected_bytes + held_bytes - other.idle_bytes) for other in others]
         idle_limit = min((r for r in room if r is not None), default=None)
-        options = self._options_for(earlier, whole)
+        options = replace(self._options_for(earlier, whole), first_frames=first_frames)
         plan = self.plan(size, (direction,), options, held_bytes=held_bytes, idle_limit_bytes=idle_limit)
         plan.check(direction)
         part = plan.direction(direction)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from longvid.errors import ScheduleError, StoreError
 from longvid.events import RunReport
 from longvid.frames import ColorInfo, Frames, Marks, Times
@@ -57,8 +59,16 @@ class _Decoding(VideoTask[_Frames]):
         latents: LatentStore,
         out: Path | Callable[[Frames], None],
     ) -> None:
-        window = _frame_window(latents.num_frames, options.start, options.frames)
-        super().__init__(job, options, found, (latents.height, latents.width), window)
+        first, last = _frame_window(latents.num_frames, options.start, options.frames)
+        first_frames = None
+        self._before = 0
+        "frames that come out in front of the video's first one; if negative, frames of the video that do not come out"
+        if latents.schedule.is_reference:
+            plan, num_frames = latents.schedule.reference_decode(latents.num_latents)
+            first_frames, self._before = plan.first_frames, num_frames - latents.num_frames
+            first = _from_first_that_comes_out(latents, first, last, -self._before)
+        window = first + self._before, last + self._before
+        super().__init__(job, options, found, (latents.height, latents.width), window, first_frames)
         self._latents, self._out = latents, out
         self._first, self._last = self.window[0], self.window[1] or window[1]
 
@@ -68,7 +78,7 @@ class _Decoding(VideoTask[_Frames]):
         return {
             "kind": "frames",
             "latents": {**facts, "dtype": str(latents.latents.dtype)},
-            "window": [self._first, self._last],
+            "window": [self._first - self._before, self._last - self._before],
             "size": [latents.height, latents.width],
             **compute,
         }
@@ -101,7 +111,7 @@ class _Decoding(VideoTask[_Frames]):
         return self._run
 
     def read(self, start: int) -> Iterator[Piece]:
-        return latent_chunks(self._latents, self.schedule, self._last, first=start)
+        return latent_chunks(self._latents, self.schedule, self._last, first=start, before=self._before)
 
     def compute(self, piece: Piece) -> _Frames:
         start, stop = (frame - piece.chunk.frame_start for frame in self.inside(piece.chunk, self._first))
@@ -146,12 +156,31 @@ def _frame_window(num_frames: int, start: int, frames: int | None) -> tuple[int,
     return start, num_frames if frames is None else min(num_frames, start + frames)
 
 
-def latent_chunks(store: LatentStore, plan: ChunkSchedule, stop_frame: int, *, first: int = 0) -> Iterator[Piece]:
-    """Latents of every chunk from ``first`` up to ``stop_frame``; runs in the reader thread."""
-    for chunk in plan.chunks(store.num_frames, first=first):
+def _from_first_that_comes_out(latents: LatentStore, first: int, last: int, missing: int) -> int:
+    """``first``, or the first frame that diffusers decodes; ScheduleError if none of the frames comes out."""
+    if first >= missing:
+        return first
+    why = (
+        f"{latents.path} has the reference plan, and of {latents.num_frames} frames in {latents.num_latents} latents "
+        f"diffusers decodes all but the first {missing}"
+    )
+    if last <= missing:
+        raise ScheduleError(f"frames {first} to {last - 1} do not come out: {why}; ask for later ones")
+    warnings.warn(f"frames {first} to {missing - 1} are left out: {why}", stacklevel=5)
+    return missing
+
+
+def latent_chunks(
+    store: LatentStore, plan: ChunkSchedule, stop_frame: int, *, first: int = 0, before: int = 0
+) -> Iterator[Piece]:
+    """Latents of every chunk from ``first`` up to ``stop_frame``; runs in the reader thread.
+
+    Of the frames that come out, ``before`` stand in front of the video's first one, which is shown at their time, too.
+    """
+    for chunk in plan.chunks(store.num_frames + before, first=first):
         if chunk.frame_start >= stop_frame:
             return
-        frames = slice(chunk.frame_start, chunk.frame_stop)
+        frames = np.maximum(0, np.arange(chunk.frame_start, chunk.frame_stop) - before)
         latents = store.read(chunk.latent_start, chunk.latent_stop)
         yield Piece(chunk, latents, store.frame_pts[frames], store.frame_valid[frames])
 
@@ -189,7 +218,9 @@ def _require_decodable(store: LatentStore, model: CausalVAE) -> None:
         frames = f"for frames of {store.width}x{store.height}, with"
         sizes = [f"latents of {w}x{h} {frames} {channels} channels" for channels, h, w in (stored, ours)]
         raise StoreError(differs(*sizes), kind="format")
-    if not geometry.schedule.same_latents(store.schedule):
+    if not geometry.schedule.same_latents(store.schedule) or (
+        store.schedule.is_reference and not geometry.has_reference_plan
+    ):
         raise ScheduleError(differs(str(store.schedule), str(geometry.schedule)))
     have, want = model.describe().get("weights_sha256"), store.vae.get("weights_sha256")
     if have and want and have != want:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from longvid.errors import ModelError, NonFiniteError, StoreError
+from longvid.errors import ModelError, NonFiniteError, ScheduleError, StoreError
 from longvid.events import RunReport
 from longvid.frames import Frames, Marks, Times
 from longvid.media.arrays import FrameSource
@@ -35,8 +35,9 @@ from longvid.store.latent_writer import LatentLayout, LatentWriter
 from longvid.store.metadata import ReadOptions, RunFacts, ratio
 from longvid.store.target import Found, check_target
 
-__all__ = ["EncodeOptions", "EncodedChunk", "OnNonFinite", "encode_video", "frame_chunks", "store_latents"]
+__all__ = ["ChunkPlan", "EncodeOptions", "EncodedChunk", "OnNonFinite", "encode_video", "frame_chunks", "store_latents"]
 
+ChunkPlan: TypeAlias = Literal["online", "reference"]
 OnNonFinite: TypeAlias = Literal["stop", "quarantine"]
 EncodedChunk: TypeAlias = tuple[Chunk, Times, Marks, Tensor, Tensor | None]
 "a chunk with the time stamps and marks of its true frames, its latents, and its moments if they are stored"
@@ -54,6 +55,7 @@ class EncodeOptions(RunOptions):
     seed: int
     on_non_finite: OnNonFinite = "stop"
     limits: Limits = field(default_factory=Limits)
+    chunk_plan: ChunkPlan = "online"
 
     def __post_init__(self) -> None:
         RunOptions.__post_init__(self)
@@ -62,6 +64,8 @@ class EncodeOptions(RunOptions):
             raise StoreError(f"store_dtype {self.store_dtype!r} is not known; choose float16 or float32", kind="format")
         if self.on_non_finite not in get_args(OnNonFinite):
             raise ModelError(f"on_non_finite {self.on_non_finite!r} is not known; choose stop or quarantine")
+        if self.chunk_plan not in get_args(ChunkPlan):
+            raise ScheduleError(f"chunk_plan {self.chunk_plan!r} is not known; choose online or reference")
 
 
 def encode_video(job: Job, source: Any, store: Path, options: EncodeOptions) -> RunReport:
@@ -110,10 +114,12 @@ class _Encoding(VideoTask[EncodedChunk]):
     def __init__(
         self, job: Job, options: EncodeOptions, found: Found, video: FrameSource, replaced: frozenset[int]
     ) -> None:
-        length = video.count_frames() if isinstance(options.part, tuple) else None
-        super().__init__(job, options, found, (video.info.height, video.info.width), (0, length))
-        self._video, self._replaced = video, replaced
         geometry = job.engine.model.geometry
+        length, first_frames = video.count_frames() if isinstance(options.part, tuple) else None, None
+        if options.chunk_plan == "reference":
+            first_frames = geometry.reference_schedule(video.count_frames()).first_frames
+        super().__init__(job, options, found, (video.info.height, video.info.width), (0, length), first_frames)
+        self._video, self._replaced = video, replaced
         self._size = geometry.padded_size(video.info.height, video.info.width)
         height, width = (length // geometry.pixels_per_latent for length in self._size)
         self._latent_shape = geometry.latent_channels, height, width
@@ -187,10 +193,11 @@ class _Encoding(VideoTask[EncodedChunk]):
 
 def _replaced_before(schedule: ChunkSchedule, origin: Chunk, valid_T: Marks) -> frozenset[int]:
     """The chunks without a good frame in what is stored: their frames repeat the last one before them."""
-    extra = int(origin.index == 0)  # the first frame of a video, which stands alone
-    length = max(0, len(valid_T) - extra) // schedule.chunk_frames * schedule.chunk_frames
-    good: Marks = np.any(valid_T[extra : extra + length].reshape(-1, schedule.chunk_frames), axis=1)
-    good[:extra] |= valid_T[:extra]
+    stops = np.arange(schedule.capacity(origin.index), len(valid_T) + 1, schedule.chunk_frames)
+    if not len(stops):
+        return frozenset()
+    starts = np.concatenate([[0], stops[:-1]])
+    good = np.logical_or.reduceat(valid_T[: stops[-1]], starts)
     return frozenset((origin.index + np.flatnonzero(~good)).tolist())
 
 
@@ -225,9 +232,22 @@ def _cut(video: FrameSource, plan: ChunkSchedule, start: int) -> Iterator[tuple[
     reblock = Reblocker(plan.capacity, first=start)
     for block in video.blocks(first=plan.full(start).frame_start):
         for index, arrays in reblock.push(block.frames_THWC, block.pts_T, block.valid_T):
+            if index and plan.first_frames is not None and plan.first_frames < plan.chunk_frames:
+                raise _other_length(video, f"more than {plan.first_frames} frames")
             yield plan.full(index), arrays
     for index, arrays in reblock.rest():
-        yield plan.tail(index, len(arrays[0])), arrays
+        num_frames = len(arrays[0])
+        if plan.is_reference and num_frames < plan.capacity(index):
+            raise _other_length(video, f"{plan.full(index).frame_start + num_frames} frames")
+        yield plan.tail(index, num_frames), arrays
+
+
+def _other_length(video: FrameSource, found: str) -> ScheduleError:
+    return ScheduleError(
+        f"{video.info.name} has {found}, and its header or packets tell of {video.count_frames()}: the reference plan "
+        "has put the remainder of that number into the first chunk. Give the number of its frames (--frames), or use "
+        "the online plan (leave --chunk-plan out)"
+    )
 
 
 def store_latents(

@@ -233,6 +233,7 @@ def _data(session: VideoSession | None, opened: StoreReader, units: frozenset[in
                     seed=metadata.seed,
                     mend=cluster,
                     part=metadata.part,
+                    chunk_plan="reference" if metadata.schedule and metadata.schedule.is_reference else "online",
                 )
                 report = encode_video(job, where, path, encoding)
             num_frames += report.frames_computed

@@ -34,7 +34,7 @@ from longvid.planning.planner import Offload
 from longvid.planning.profile import Profile
 from longvid.runtime.admission import AdmissionControl, Job, SessionGuard
 from longvid.runtime.decode import DecodeOptions, decode_video
-from longvid.runtime.encode import EncodeOptions, OnNonFinite, encode_video
+from longvid.runtime.encode import ChunkPlan, EncodeOptions, OnNonFinite, encode_video
 from longvid.runtime.engine import Engine
 from longvid.runtime.prefetch import StopRequest
 from longvid.runtime.push import PushDecoder, PushEncoder, Scope
@@ -178,6 +178,7 @@ class VideoSession:
         store: str | os.PathLike[str],
         *,
         representation: Representation = "mode",
+        chunk_plan: ChunkPlan = "online",
         start: int = 0,
         frames: int | None = None,
         size: tuple[int, int] | None = None,
@@ -198,6 +199,9 @@ class VideoSession:
             source: path of a video file; an iterable of uint8 arrays (T, H, W, 3); or a numpy, torch or zarr array.
             store: where the store goes; its parent folder exists.
             representation: the posterior's ``"mode"``, a ``"sample"`` by ``seed``, or all its ``"moments"``.
+            chunk_plan: of a model with norms over time: ``"online"`` pads the last chunk; ``"reference"`` makes the
+                first one longer by the remainder, as diffusers does, for its very latents at any length. It needs a
+                source whose length is known. The latents of other models do not depend on it.
             start, frames: frames to skip, and to encode at most.
             size: (height, width) to resize a file's frames to; frame_rate: of a source without time stamps.
             store_dtype: dtype of the stored latents. Values it cannot hold are an error, never clipped.
@@ -215,12 +219,14 @@ class VideoSession:
         Raises:
             SourceError: frames cannot be read. If nothing was committed yet, no store is left behind.
             StoreError: the store exists, is of another run, is being written by another run, or cannot be written.
-            MemoryBudgetError, ScheduleError: it would not fit, or has no such ``part``; raised before a store is made.
+            MemoryBudgetError, ScheduleError: it would not fit, or has no such ``part`` or plan; raised before a store
+                is made, unless a file is not as long as its header says and the plan is the reference plan.
             SessionStateError: the session is closed, busy or of another thread, or its model was changed.
         """
         options = EncodeOptions(
             reading=ReadOptions(start=start, frames=frames, size=size, frame_rate=_rate(frame_rate), on_error=on_error),
             representation=representation,
+            chunk_plan=chunk_plan,
             store_dtype=store_dtype,
             seed=seed,
             on_non_finite=on_non_finite,
@@ -246,6 +252,9 @@ class VideoSession:
         durability: str | Durability = "fsync",
     ) -> RunReport:
         """Decode a store of latents into exactly the frames that were encoded.
+
+        diffusers decodes some videos to fewer frames than it encoded, and so does this if their store has the reference
+        plan: up to three frames at the beginning are left out then, with a warning.
 
         Returns what was done; ``complete`` is False if :meth:`stop` ended it. An unfinished video file is removed then.
 

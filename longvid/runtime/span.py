@@ -135,18 +135,25 @@ class VideoTask(ABC, Generic[ResultT]):
         found: what is where the store of results goes; None if they go elsewhere.
         size: height and width of the frames.
         window: half-open range of the frames that are wanted; no end if it is not known.
+        first_frames: frames of the first chunk in the reference plan; None for the online plan.
     """
 
     direction: ClassVar[Direction]
 
     def __init__(
-        self, job: Job, options: RunOptions, found: Found | None, size: tuple[int, int], window: tuple[int, int | None]
+        self,
+        job: Job,
+        options: RunOptions,
+        found: Found | None,
+        size: tuple[int, int],
+        window: tuple[int, int | None],
+        first_frames: int | None = None,
     ) -> None:
         self.job, self._options, self._found, self._mend = job, options, found, bool(options.mend)
         earlier = None if found is None else found.metadata
         if earlier is not None and earlier.complete and options.overwrite:
             earlier = None
-        self.admission = job.control.admit(self.direction, size, earlier=earlier, whole=True)
+        self.admission = job.control.admit(self.direction, size, earlier=earlier, whole=True, first_frames=first_frames)
         self.schedule = self.admission.schedule
         self.window, self.part = self._own(options.part, window)
         self.origin = self.schedule.full(self.schedule.index_of_frame(self.window[0]))

@@ -34,11 +34,11 @@ def reference(config, dtype=torch.float32):
     return vae
 
 
-def ours(model, direction, x, num_frames):
+def ours(model, direction, x, num_frames, plan=None):
     module, step = (model.encoder, model.encode) if direction == "encode" else (model.decoder, model.decode)
     with ConvCache(module) as cache:
         parts = []
-        for c in model.geometry.schedule.chunks(num_frames):
+        for c in (plan or model.geometry.schedule).chunks(num_frames):
             a, b = (c.frame_start, c.frame_stop) if direction == "encode" else (c.latent_start, c.latent_stop)
             parts.append(step(x[:, :, a:b], cache))
         return torch.cat(parts, dim=2)
@@ -81,6 +81,23 @@ def test_other_lengths(num_frames, dtype):
 @pytest.mark.parametrize("num_frames", [1, 17])
 def test_another_temporal_compression(num_frames):
     check(CONFIGS["time-8"], num_frames, 32, 32, torch.float32)
+
+
+@pytest.mark.parametrize("config", ["nano", "time-8"])
+def test_every_length_by_the_reference_plan(config):
+    """The online plan pads and gives other latents where diffusers makes the first chunk longer."""
+    theirs = reference(CONFIGS[config])
+    model = load_model(theirs)
+    f, own = model.geometry.frames_per_latent, model.geometry.schedule
+    for num_frames in [*range(1, 4 * f + 3), 6 * f, 7 * f + 1]:
+        plan = model.geometry.reference_schedule(num_frames)
+        x = torch.rand(1, 3, num_frames, 16, 16) * 2 - 1
+        z = torch.randn(1, 16, plan.num_latents(num_frames), 2, 2)
+        with torch.no_grad():
+            moments, pixels = theirs.encode(x).latent_dist.parameters, theirs.decode(z).sample
+        assert relative_error(ours(model, "encode", x, num_frames, plan), moments) <= 1e-5, num_frames
+        decode, decoded = own.reference_decode(z.shape[2])
+        assert relative_error(ours(model, "decode", z, decoded, decode), pixels) <= 1e-5, num_frames
 
 
 def test_full_configuration():

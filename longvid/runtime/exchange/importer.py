@@ -138,26 +138,28 @@ def latent_file_as_store(path: str, model: CausalVAE, options: ImportOptions) ->
         yield store
 
 
-def schedule_of(geometry: LatentGeometry, num_latents: int) -> ChunkSchedule:
+def schedule_of(geometry: LatentGeometry, num_latents: int, num_frames: int | None = None) -> ChunkSchedule:
     """The chunk plan by which a model decodes latents of a pipeline to the frames that diffusers decodes them to.
 
     diffusers puts the remainder into the first chunk. For CogVideoX these are chunks of 3, 2, 2, ... latents if the
-    number is odd, as ours are, and of 2, 2, ... if it is even.
+    number is odd, as in the online plan, and of 2, 2, ... if it is even, which is the reference plan.
 
     Raises:
         ScheduleError: no plan of this model has such chunks.
     """
     schedule = geometry.schedule
-    unit = schedule.chunk_latents if schedule.whole_chunks else 1
-    if (num_latents - 1) % unit:  # the one place that refuses what needs a plan with a shorter first chunk
+    if not schedule.whole_chunks or (num_latents - 1) % schedule.chunk_latents == 0:
+        return schedule
+    if not geometry.has_reference_plan:
+        schedule.max_frames(num_latents)  # raises
+    most = schedule.reference_decode(num_latents)[1]
+    plan = schedule.reference(most if num_frames is None else num_frames)
+    if num_frames is not None and plan.num_latents(num_frames) != num_latents:
         raise ScheduleError(
-            f"{num_latents} latents cannot be decoded as diffusers decodes them: it begins with a chunk of "
-            f"{unit + num_latents % unit} latents, and the plan of this model with one of {1 + unit}, so that it has "
-            f"1 + k x {unit} latents; a plan with the remainder in the first chunk is needed (the reference plan). Of "
-            "CogVideoX 1.5, output_type='latent' may give one latent too many in front, which its pipeline drops "
-            "before it decodes: if so, pass the latents without it"
+            f"{num_latents} latent frames are those of {most - schedule.frames_per_latent + 1} to {most} frames, "
+            f"{num_frames} were asked for"
         )
-    return schedule
+    return plan
 
 
 class _Import:
@@ -180,7 +182,7 @@ class _Import:
             rows = _rows(found, geometry.latent_channels, options.channel_axis)
         except OptionError as exc:
             raise SourceError(f"{self._name}: {exc}" if found is not z else str(exc), kind="layout") from exc
-        self._schedule = schedule_of(geometry, len(rows))
+        self._schedule = schedule_of(geometry, len(rows), options.num_frames)
         most = self._schedule.max_frames(len(rows))
         self._num_frames = most if options.num_frames is None else options.num_frames
         self._schedule.check_length(self._num_frames, len(rows))
