@@ -32,7 +32,7 @@ from longvid.runtime.run import EncodeRun, Representation, check_representation
 from longvid.runtime.span import Piece, RunOptions, VideoTask
 from longvid.schedule import Chunk, ChunkSchedule
 from longvid.store.latent_writer import LatentLayout, LatentWriter
-from longvid.store.metadata import ReadOptions, RunFacts, ratio
+from longvid.store.metadata import ReadOptions, RunFacts
 from longvid.store.target import Found, check_target
 
 __all__ = ["ChunkPlan", "EncodeOptions", "EncodedChunk", "OnNonFinite", "encode_video", "frame_chunks", "store_latents"]
@@ -141,15 +141,14 @@ class _Encoding(VideoTask[EncodedChunk]):
 
     def sink(self, fingerprint: dict[str, Any], facts: dict[str, Any]) -> LatentWriter:
         engine, options, info = self.job.engine, self._options, self._video.info
-        # what a repair needs to read the source as this run does
-        reading = {**asdict(options.reading), "frame_rate": ratio(options.reading.frame_rate)}
         extra = {
             "compute_dtype": engine.dtype_name,
             "compute_device": engine.device.type,
             **facts,
             "padded_size": list(self._size),
             "pixel_range": [-1, 1],
-            "run": {**reading, "source": info.name if info.kind == "video" else None},
+            # what a repair needs to read the source as this run does
+            "run": {**options.reading.record, "source": info.name if info.kind == "video" else None},
             **self._seed,
         }
         self._target = LatentWriter(

@@ -21,7 +21,7 @@ import torch
 from longvid.errors import SourceError, StoreError
 from longvid.events import Callback, RunReport
 from longvid.files import local_path
-from longvid.frames import Frames, OnError
+from longvid.frames import Deinterlace, Fit, Frames, OnError, Pixels
 from longvid.media.limits import Limits
 from longvid.memory.offload import OffloadPolicy
 from longvid.models.base import CausalVAE
@@ -183,6 +183,11 @@ class VideoSession:
         frames: int | None = None,
         size: tuple[int, int] | None = None,
         frame_rate: Fraction | float | None = None,
+        fps: Fraction | float | None = None,
+        fit: Fit | None = None,
+        pixels: Pixels = "kept",
+        deinterlace: Deinterlace = "auto",
+        background: str = "black",
         store_dtype: Literal["float16", "float32"] = "float16",
         seed: int = 0,
         on_error: OnError = "stop",
@@ -203,7 +208,15 @@ class VideoSession:
                 first one longer by the remainder, as diffusers does, for its very latents at any length. It needs a
                 source whose length is known. The latents of other models do not depend on it.
             start, frames: frames to skip, and to encode at most.
-            size: (height, width) to resize a file's frames to; frame_rate: of a source without time stamps.
+            size: (height, width) to resize a file's frames to.
+            frame_rate: of a source without time stamps.
+            fps: frames per second to resample to by time stamps: frames are dropped and repeated.
+            fit: how frames of another shape come to ``size``: ``"stretch"``, ``"crop"`` or ``"pad"``; None crops them
+                if their aspect differs by more than 2 %, with a warning.
+            pixels: ``"square"`` resamples frames whose pixels are not square to their display shape; ``"kept"`` keeps
+                them, and records their aspect.
+            deinterlace: ``"auto"`` makes frames that consist of two fields whole, ``"off"`` leaves them.
+            background: the colour that transparent pixels are composited on, a name or #rrggbb.
             store_dtype: dtype of the stored latents. Values it cannot hold are an error, never clipped.
             on_error: where a file is damaged: ``"stop"`` raises, ``"keep"`` ends the video before the damage,
                 ``"conceal"`` repeats the last good frame and marks it in ``frame_valid``.
@@ -224,7 +237,18 @@ class VideoSession:
             SessionStateError: the session is closed, busy or of another thread, or its model was changed.
         """
         options = EncodeOptions(
-            reading=ReadOptions(start=start, frames=frames, size=size, frame_rate=_rate(frame_rate), on_error=on_error),
+            reading=ReadOptions(
+                start=start,
+                frames=frames,
+                size=size,
+                frame_rate=_rate(frame_rate),
+                on_error=on_error,
+                fit=fit,
+                pixels=pixels,
+                fps=_rate(fps),
+                deinterlace=deinterlace,
+                background=background,
+            ),
             representation=representation,
             chunk_plan=chunk_plan,
             store_dtype=store_dtype,

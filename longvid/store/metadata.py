@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from longvid.errors import ScheduleError, StoreError
+from longvid.frames import Deinterlace, Fit, OnError, Pixels
 from longvid.schedule import ChunkSchedule
 from longvid.store.format import (
     COORDINATE_NAMES,
@@ -54,11 +55,21 @@ class ArrayMetadata:
 class ReadOptions:
     """How the run read its source; a repair reads it again in the same way."""
 
-    start: int
-    frames: int | None
-    size: tuple[int, int] | None
-    frame_rate: Fraction | None
-    on_error: str
+    start: int = 0
+    frames: int | None = None
+    size: tuple[int, int] | None = None
+    frame_rate: Fraction | None = None
+    on_error: OnError = "stop"
+    fit: Fit | None = None
+    pixels: Pixels = "kept"
+    fps: Fraction | None = None
+    deinterlace: Deinterlace = "auto"
+    background: str = "black"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {**asdict(self), "frame_rate": ratio(self.frame_rate), "fps": ratio(self.fps)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -340,18 +351,36 @@ def _facts(
         "schedule": schedule,
         "representation": _get(facts, "representation", str, None if kind == "latents" else ""),
         "seed": _get(facts, "seed", int, 0),
-        "reading": ReadOptions(
-            start=_get(run, "start", int, 0),
-            frames=_optional(run, "frames", int),
-            size=_pair(run, "size"),
-            frame_rate=_fraction(run, "frame_rate"),
-            on_error=_get(run, "on_error", str, "stop"),
-        ),
+        "reading": _reading(run),
         "origin": _optional(facts, "latents", str) if kind == "frames" else _optional(run, "source", str),
         "window": _pair(fingerprint, "window"),
         "part": _part(_optional(facts, "part", dict)),
         "seams": tuple(_seam(record) for record in _get(facts, "seams", list, [])),
     }
+
+
+def _reading(run: Mapping[str, Any]) -> ReadOptions:
+    fit = _optional(run, "fit", str)
+    return ReadOptions(
+        start=_get(run, "start", int, 0),
+        frames=_optional(run, "frames", int),
+        size=_pair(run, "size"),
+        frame_rate=_fraction(run, "frame_rate"),
+        on_error=_word(run, "on_error", OnError, "stop"),
+        fit=None if fit is None else _word(run, "fit", Fit, fit),
+        pixels=_word(run, "pixels", Pixels, "kept"),
+        fps=_fraction(run, "fps"),
+        deinterlace=_word(run, "deinterlace", Deinterlace, "auto"),
+        background=_get(run, "background", str, "black"),
+    )
+
+
+def _word(record: Mapping[str, Any], key: str, words: Any, default: str) -> Any:
+    """One of the words of a Literal."""
+    value = _get(record, key, str, default)
+    if value not in get_args(words):
+        raise _WrongValueError(f"{key} is {ascii(value)[:60]}, one of {', '.join(get_args(words))} is expected")
+    return value
 
 
 def _tiling(record: dict[str, Any] | None) -> dict[str, int | str | None] | None:
