@@ -42,8 +42,8 @@ from longvid.demo.__main__ import CLIP
 from longvid.environment import describe_machine
 from longvid.events import Direction
 from longvid.frames import Frames, Times
+from longvid.media.output.video_writer import VideoWriter
 from longvid.media.sources import open_source
-from longvid.media.video_writer import VideoWriter
 from longvid.models.base import CausalVAE
 from longvid.planning.plan import Plan
 from longvid.runtime.decode import latent_chunks, video_sink

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 import longvid as lv
 from longvid.demo.__main__ import CLIP
+from longvid.media.output.video_writer import VideoWriter
 from longvid.media.video_file import VideoFile
-from longvid.media.video_writer import VideoWriter
 from longvid.models.cogvideox import CogVideoXVAE
 from longvid.units import parse_size
 

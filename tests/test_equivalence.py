@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longvid import VideoSession, load_model, open_store
+from longvid.media.output.video_writer import VideoWriter
 from longvid.media.sources import open_source
-from longvid.media.video_writer import VideoWriter
 
 LENGTHS = range(1, 19)
 "every remainder of a chunk, in videos of one to three chunks"

@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from longvid.errors import SourceError
 from longvid.frames import Deinterlace, Fit, FrameBlock, OnError, Pixels, SourceInfo, frame_digest
+from longvid.media.decoding.seek_index import SeekIndex
 from longvid.media.limits import Limits
-from longvid.media.seek_index import SeekIndex
 
 __all__ = [
     "ArrayFrames",
@@ -46,7 +46,7 @@ class Reading(TypedDict, total=False):
     "how many frames at most; all by default"
     size: tuple[int, int] | None
     "(height, width) to resize to; files only"
-    frame_rate: Fraction | int | None
+    frame_rate: Fraction | float | None
     "frames per second of a source without time stamps; a media file has its own"
     on_error: OnError
     """what happens where a media file is damaged: ``"stop"`` raises, ``"keep"`` ends before the damage, ``"conceal"``
@@ -55,7 +55,7 @@ class Reading(TypedDict, total=False):
     "how frames of another shape come to ``size``; None crops them if their aspect differs by more than 2 %"
     pixels: Pixels
     "``square`` resamples frames whose pixels are not square to their display shape"
-    fps: Fraction | None
+    fps: Fraction | float | None
     "frames per second to resample to by time stamps: frames are dropped and repeated"
     deinterlace: Deinterlace
     "``auto`` makes frames that consist of two fields whole"
@@ -83,11 +83,11 @@ class FrameSource(ABC):
         start: int = 0,
         frames: int | None = None,
         size: tuple[int, int] | None = None,
-        frame_rate: Fraction | int | None = None,
+        frame_rate: Fraction | float | None = None,
         on_error: OnError = "stop",
         fit: Fit | None = None,
         pixels: Pixels = "kept",
-        fps: Fraction | None = None,
+        fps: Fraction | float | None = None,
         deinterlace: Deinterlace = "auto",
         background: str = "black",
         limits: Limits | None = None,

@@ -20,11 +20,11 @@ from av.video.stream import VideoStream
 from longvid.errors import SourceError
 from longvid.frames import FrameBlock, SourceInfo, Times
 from longvid.media.arrays import DEFAULT_FRAME_RATE, FrameSource, Reading
-from longvid.media.container import MediaFile, declared_end, lost_samples, pick_stream
-from longvid.media.convert import REVISION, Converter
-from longvid.media.decoder import Decoder, Fault, Picture
-from longvid.media.seek_index import PACKETS_AHEAD, SeekIndex, SeekPoint, index_of_packets
-from longvid.media.watchdog import Watchdog
+from longvid.media.decoding.container import MediaFile, declared_end, lost_samples, pick_stream
+from longvid.media.decoding.decoder import Decoder, Fault, Picture
+from longvid.media.decoding.seek_index import PACKETS_AHEAD, SeekIndex, SeekPoint, index_of_packets
+from longvid.media.decoding.watchdog import Watchdog
+from longvid.media.images.convert import REVISION, Converter
 
 __all__ = ["VideoFile"]
 

@@ -18,7 +18,7 @@ import numpy as np
 from longvid.errors import ScheduleError, StoreError
 from longvid.events import RunReport
 from longvid.frames import ColorInfo, Frames, Marks, Times
-from longvid.media.video_writer import VideoWriter
+from longvid.media.output.video_writer import VideoWriter
 from longvid.models.base import CausalVAE, model_name
 from longvid.runtime.admission import Job
 from longvid.runtime.run import DecodeRun

@@ -14,14 +14,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, Unpack
 
 import torch
 
 from longvid.errors import SourceError, StoreError
 from longvid.events import Callback, RunReport
 from longvid.files import local_path
-from longvid.frames import Deinterlace, Fit, Frames, OnError, Pixels
+from longvid.frames import Frames
+from longvid.media.arrays import Reading
 from longvid.media.limits import Limits
 from longvid.memory.offload import OffloadPolicy
 from longvid.models.base import CausalVAE
@@ -179,24 +180,14 @@ class VideoSession:
         *,
         representation: Representation = "mode",
         chunk_plan: ChunkPlan = "online",
-        start: int = 0,
-        frames: int | None = None,
-        size: tuple[int, int] | None = None,
-        frame_rate: Fraction | float | None = None,
-        fps: Fraction | float | None = None,
-        fit: Fit | None = None,
-        pixels: Pixels = "kept",
-        deinterlace: Deinterlace = "auto",
-        background: str = "black",
         store_dtype: Literal["float16", "float32"] = "float16",
         seed: int = 0,
-        on_error: OnError = "stop",
         on_non_finite: OnNonFinite = "stop",
-        limits: Limits | None = None,
         overwrite: bool = False,
         resume: Resume = "exact",
         part: tuple[int, int] | None = None,
         durability: str | Durability = "fsync",
+        **reading: Unpack[Reading],
     ) -> RunReport:
         """Encode a video into a zarr store of latents, or resume one that was not finished.
 
@@ -207,27 +198,17 @@ class VideoSession:
             chunk_plan: of a model with norms over time: ``"online"`` pads the last chunk; ``"reference"`` makes the
                 first one longer by the remainder, as diffusers does, for its very latents at any length. It needs a
                 source whose length is known. The latents of other models do not depend on it.
-            start, frames: frames to skip, and to encode at most.
-            size: (height, width) to resize a file's frames to.
-            frame_rate: of a source without time stamps.
-            fps: frames per second to resample to by time stamps: frames are dropped and repeated.
-            fit: how frames of another shape come to ``size``: ``"stretch"``, ``"crop"`` or ``"pad"``; None crops them
-                if their aspect differs by more than 2 %, with a warning.
-            pixels: ``"square"`` resamples frames whose pixels are not square to their display shape; ``"kept"`` keeps
-                them, and records their aspect.
-            deinterlace: ``"auto"`` makes frames that consist of two fields whole, ``"off"`` leaves them.
-            background: the colour that transparent pixels are composited on, a name or #rrggbb.
             store_dtype: dtype of the stored latents. Values it cannot hold are an error, never clipped.
-            on_error: where a file is damaged: ``"stop"`` raises, ``"keep"`` ends the video before the damage,
-                ``"conceal"`` repeats the last good frame and marks it in ``frame_valid``.
             on_non_finite: where the model computes values that are not finite: ``"stop"`` raises NonFiniteError,
                 ``"quarantine"`` encodes the chunk again with the last good frame in place of its own, and marks it.
-            limits: what a source may ask for at most.
             overwrite: replace what is there, unless it is an unfinished store of this very run.
             resume: ``"exact"`` continues such a store if the end of what is stored comes out again bit for bit;
                 ``"close"`` also if not, and records the seam; ``"never"`` refuses.
             part: ``(3, 8)`` encodes the third of eight parts to ``STORE.part-3-of-8``; see :func:`longvid.join`.
             durability: ``"fsync"`` survives power loss, ``"rename"`` a killed process; or :class:`~longvid.Durability`.
+            reading: how the source is read: ``start``, ``frames``, ``size``, ``frame_rate``, ``fps``, ``on_error``,
+                ``fit``, ``pixels``, ``deinterlace``, ``background`` and ``limits``; see
+                :class:`~longvid.media.arrays.Reading`.
 
         Raises:
             SourceError: frames cannot be read. If nothing was committed yet, no store is left behind.
@@ -237,24 +218,13 @@ class VideoSession:
             SessionStateError: the session is closed, busy or of another thread, or its model was changed.
         """
         options = EncodeOptions(
-            reading=ReadOptions(
-                start=start,
-                frames=frames,
-                size=size,
-                frame_rate=_rate(frame_rate),
-                on_error=on_error,
-                fit=fit,
-                pixels=pixels,
-                fps=_rate(fps),
-                deinterlace=deinterlace,
-                background=background,
-            ),
+            reading=_read_options(reading),
             representation=representation,
             chunk_plan=chunk_plan,
             store_dtype=store_dtype,
             seed=seed,
             on_non_finite=on_non_finite,
-            limits=limits or Limits(),
+            limits=reading.get("limits") or Limits(),
             overwrite=overwrite,
             resume=resume,
             part=part,
@@ -376,12 +346,15 @@ def _target(out: Any, *, beside: Any) -> Path:
     return target
 
 
-def _rate(frame_rate: Fraction | float | None) -> Fraction | None:
-    if frame_rate is None:
-        return None
-    if not math.isfinite(frame_rate):
-        raise SourceError(f"frame_rate={frame_rate} is not a number of frames per second above 0", kind="range")
-    return Fraction(frame_rate).limit_denominator(1 << 20)
+def _read_options(reading: Reading) -> ReadOptions:
+    """What is recorded of them; TypeError for an option that does not exist."""
+    given: dict[str, Any] = {name: value for name, value in reading.items() if name != "limits"}
+    for name in ("frame_rate", "fps"):
+        rate = given.get(name)
+        if rate is not None and not (math.isfinite(rate) and rate > 0):
+            raise SourceError(f"{name}={rate} is not a number of frames per second above 0", kind="range")
+        given[name] = None if rate is None else Fraction(rate).limit_denominator(1 << 20)
+    return ReadOptions(**given)
 
 
 def _path_of(source: Any) -> Path | None:

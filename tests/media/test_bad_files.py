@@ -16,7 +16,7 @@ from support.bad_media import CASES, UNNOTICED, clip, noisy, outcome
 from support.media import indices
 
 from longvid.errors import SourceError
-from longvid.media.decoder import Decoder
+from longvid.media.decoding.decoder import Decoder
 from longvid.media.limits import Limits
 from longvid.media.sources import open_source
 from longvid.media.video_file import VideoFile

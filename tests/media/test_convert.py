@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.media import smooth_colors
 
-from longvid.media.convert import Converter
+from longvid.media.images.convert import Converter
 
 SOURCES = [
     *("yuv420p", "yuvj420p", "yuv422p", "yuv444p", "yuv440p", "yuv411p", "yuv410p", "yuva420p", "nv12", "nv21"),

@@ -13,7 +13,7 @@ from support.media import barcodes, join, write_media
 from support.seeking import MAKERS, read, spy
 
 from longvid.errors import SourceError
-from longvid.media.decoder import Decoder
+from longvid.media.decoding.decoder import Decoder
 from longvid.media.sources import open_source
 
 WHOLE = [
@@ -93,7 +93,7 @@ def test_from_every_frame_to_the_end(video, how):
 def test_short_files_from_every_frame_on(tmp_path, name, monkeypatch):
     """With seeks of any length: by the points of a full read, and by those of the packets."""
     monkeypatch.setattr("longvid.media.video_file._WORTH_A_SEEK", 1)
-    monkeypatch.setattr("longvid.media.seek_index._LEAST_DISTANCE", 1)
+    monkeypatch.setattr("longvid.media.decoding.seek_index._LEAST_DISTANCE", 1)
     path = CASES[name].make(tmp_path)
     frames, pts, index = read(path)
     for first in range(0, len(frames) + 1, 5):
@@ -105,7 +105,7 @@ def test_short_files_from_every_frame_on(tmp_path, name, monkeypatch):
 
 def test_every_point_that_was_noted_is_the_frame_that_comes_out_there(video, monkeypatch):
     """Every key frame, by its packet alone: the file is opened at it and its first picture is that frame."""
-    monkeypatch.setattr("longvid.media.seek_index._LEAST_DISTANCE", 1)
+    monkeypatch.setattr("longvid.media.decoding.seek_index._LEAST_DISTANCE", 1)
     name, path = video
     frames, pts, index = read(path)
     assert len(index.points) >= (0 if name == "no_stamps.h264" else 1)

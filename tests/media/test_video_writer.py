@@ -10,8 +10,8 @@ from support.media import barcodes, collect, indices, smooth_colors
 
 from longvid.errors import StoreError
 from longvid.frames import ColorInfo
+from longvid.media.output.video_writer import VideoWriter
 from longvid.media.video_file import VideoFile
-from longvid.media.video_writer import VideoWriter
 
 RATE = Fraction(24)
 

@@ -10,9 +10,9 @@ from support.clock import Clock
 from support.media import barcodes, write_media
 
 from longvid import SourceError
+from longvid.media.decoding.watchdog import Watchdog
 from longvid.media.limits import Limits
 from longvid.media.sources import open_source
-from longvid.media.watchdog import Watchdog
 
 
 def test_results_and_errors_come_through():
@@ -72,7 +72,7 @@ def test_a_stalled_file_ends_the_run_and_not_the_program(tmp_path, monkeypatch):
 
 def test_a_process_ends_although_its_decoder_hangs():
     code = (
-        "import time; from longvid.media.watchdog import Watchdog\n"
+        "import time; from longvid.media.decoding.watchdog import Watchdog\n"
         "dog = Watchdog('a.mp4', 0.2)\n"
         "try: dog.run(lambda: time.sleep(600))\n"
         "except OSError as e: print(e.kind)\n"

@@ -17,7 +17,7 @@ from support.media import barcodes, join, write_media
 from support.seeking import MAKERS, moving, spy
 
 from longvid import Durability, VideoSession, load_model
-from longvid.media.seek_index import SeekIndex, SeekPoint
+from longvid.media.decoding.seek_index import SeekIndex, SeekPoint
 from longvid.store.format import PRIVATE
 
 EAGER = Durability(mode="rename", publish_seconds=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
-__all__ = ["ffmpeg", "pictures", "testsrc"]
+__all__ = ["ffmpeg", "generated", "pictures"]
 
 
 def ffmpeg(*arguments: object, input_: bytes | None = None, folder: Path | None = None) -> bytes:
@@ -19,7 +19,7 @@ def ffmpeg(*arguments: object, input_: bytes | None = None, folder: Path | None 
     return done.stdout
 
 
-def testsrc(seconds: float, *, name: str = "testsrc", size: str = "96x64", rate: int = 25) -> list[str]:
+def generated(seconds: float, *, name: str = "testsrc", size: str = "96x64", rate: int = 25) -> list[str]:
     """The arguments for a generated picture with a counter."""
     return ["-f", "lavfi", "-i", f"{name}=s={size}:r={rate}:d={seconds}"]
 

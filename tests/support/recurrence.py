@@ -9,7 +9,7 @@ import numpy as np
 
 import longvid.store.lock
 from longvid.frames import SourceInfo
-from longvid.media.seek_index import SeekIndex, SeekPoint
+from longvid.media.decoding.seek_index import SeekIndex, SeekPoint
 from longvid.planning.warmup import Warmup
 from longvid.runtime.span import Span
 from longvid.schedule import ChunkSchedule

@@ -12,8 +12,8 @@ from typing import Any
 import av
 import numpy as np
 
-from longvid.media.decoder import Decoder
-from longvid.media.seek_index import SeekIndex
+from longvid.media.decoding.decoder import Decoder
+from longvid.media.decoding.seek_index import SeekIndex
 from longvid.media.sources import open_source
 from longvid.media.video_file import VideoFile
 from support.bad_media import FRAGMENTS, GOP, H264, JPEG, clip

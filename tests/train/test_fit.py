@@ -14,8 +14,8 @@ import torch
 
 import longvid as lv
 from longvid.errors import SourceError
+from longvid.media.output.video_writer import VideoWriter
 from longvid.media.picture import write_png
-from longvid.media.video_writer import VideoWriter
 from longvid.models.tiny import TinyConfig, TinyVAE
 from longvid.train.__main__ import main
 from longvid.train.fit import LinearCoder, fit

@@ -11,8 +11,8 @@ from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from longvid.errors import SourceError
-from longvid.media.color import resolve_color
-from longvid.media.container import reason
+from longvid.media.decoding.container import reason
+from longvid.media.images.color import resolve_color
 
 __all__ = ["REVISION", "Converter"]
 

@@ -22,7 +22,7 @@ from av.video.stream import VideoStream
 from longvid.errors import StoreError
 from longvid.files import check_file_target
 from longvid.frames import ColorInfo
-from longvid.media.color import PRIMARIES, TRANSFERS, matrix_by_rule
+from longvid.media.images.color import PRIMARIES, TRANSFERS, matrix_by_rule
 
 __all__ = ["VideoWriter"]
 

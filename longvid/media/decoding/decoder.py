@@ -19,8 +19,8 @@ from av.video.frame import PictureType, VideoFrame
 from av.video.stream import VideoStream
 
 from longvid.errors import SourceError
-from longvid.media.container import reason
-from longvid.media.seek_index import SeekPoint
+from longvid.media.decoding.container import reason
+from longvid.media.decoding.seek_index import SeekPoint
 
 __all__ = ["Decoder", "Fault", "Picture"]
 

@@ -1,0 +1,1 @@
+"""Media files to decoded pictures: opening, demuxing, faults, seek points, hangs."""

@@ -1,0 +1,1 @@
+"""Decoded pictures to upright RGB frames of one size."""
