@@ -14,18 +14,20 @@ from longvid.memory.tracker import AllocationTracker
 __all__ = ["MetaTracker"]
 
 
-class MetaTracker(AllocationTracker):  # type: ignore[no-untyped-call]
+class MetaTracker(AllocationTracker):  # type: ignore[no-untyped-call]  # PyTorch has no types for its modes
     """Counts the storages of meta tensors and, if ``counts_flops``, what PyTorch's FLOP counter counts.
 
     An operation that writes into a tensor allocates nothing and computes nothing on ``meta``, where PyTorch would spend
-    its time on shapes. It is left out. PyTorch's counter is asked once whether an operation that consists of others has
-    FLOPs at all; as a mode around the whole run it would take a third of the run.
+    its time on shapes. It is left out. PyTorch's counter is asked about operations that consist of others only; as a
+    mode around the whole run it would slow down every operation.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
         self.counts_flops = False
+        self._without_flops: set[Any] = set()
+        "operations that consist of others, none of which has FLOPs"
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -35,12 +37,26 @@ class MetaTracker(AllocationTracker):  # type: ignore[no-untyped-call]
         if place is not None:
             index, name = place
             written = args[index] if index < len(args) else kwargs.get(name)
-            if isinstance(written, torch.Tensor) and written.is_meta:
+            # an empty tensor that is given as ``out`` takes the shape of the result
+            if isinstance(written, torch.Tensor) and written.is_meta and written.numel():
                 return written
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if self.counts_flops:
-            self.flops += _flops(func, args, kwargs, out)
+            self.flops += self._flops_of(func, args, kwargs, out)
         return out
+
+    def _flops_of(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            return int(count(*args, **kwargs, out_val=out))
+        if func in self._without_flops or not _is_composite(func):
+            return 0
+        with FlopCounterMode(display=False) as counter:
+            func(*args, **kwargs)
+        found = int(counter.get_total_flops())
+        if not found:
+            self._without_flops.add(func)
+        return found
 
 
 @cache
@@ -56,24 +72,6 @@ def _written(func: Any) -> tuple[int, str] | None:
         if argument.alias_info is not None and argument.alias_info.before_set == alias.before_set:
             return index, argument.name
     return None
-
-
-_without_flops: set[Any] = set()
-"operations that consist of others, none of which has FLOPs"
-
-
-def _flops(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
-    count = flop_registry.get(func._overloadpacket)
-    if count is not None:
-        return int(count(*args, **kwargs, out_val=out))
-    if func in _without_flops or not _is_composite(func):
-        return 0
-    with FlopCounterMode(display=False) as counter:
-        func(*args, **kwargs)
-    found = int(counter.get_total_flops())
-    if not found:
-        _without_flops.add(func)
-    return found
 
 
 @cache

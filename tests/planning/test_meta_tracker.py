@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from longvid import ConvCache, load_model
@@ -24,11 +25,9 @@ def test_bytes_and_flops_are_those_of_every_operation(name, direction):
     shape = frames if encodes else (geometry.latent_channels, geometry.schedule.chunk_latents + 1, 4, 6)
 
     def run(tracker):
-        peaks = []
         with ForwardContext(ConvCache(module)) as context, tracker:
             step(torch.empty((1, *shape), device=META), context)
-            peaks.append((tracker.peak_bytes, tracker.live_bytes))
-        return peaks
+            return tracker.peak_bytes, tracker.live_bytes
 
     fast = MetaTracker()
     fast.counts_flops = True
@@ -42,11 +41,27 @@ def test_what_writes_and_has_flops_or_another_shape_is_not_left_out():
     tracker = MetaTracker()
     tracker.counts_flops = True
     a, b, out = torch.empty(8, 16, device=META), torch.empty(16, 4, device=META), torch.empty(8, 4, device=META)
-    x = torch.empty(2, 3, device=META)
+    x, empty = torch.empty(2, 3, device=META), torch.empty(0, device=META)
     with tracker:
         assert torch.mm(a, b, out=out) is out
+        assert torch.add(x, x, out=empty).shape == (2, 3)
         assert x.t_().shape == (3, 2)
-        assert (x.add_(1) is x, x.copy_(x) is x, torch.mul(x, x, out=x) is x) == (True, True, True)
-        x + x
     assert tracker.flops == 2 * 8 * 16 * 4
-    assert tracker.peak_bytes == x.nbytes
+
+
+def test_what_only_writes_is_left_out():
+    seen = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    x, real = torch.empty(2, 3, device=META), torch.zeros(2)
+    with Recorder(), MetaTracker() as tracker:
+        assert (x.add_(1) is x, x.copy_(x) is x, torch.mul(x, x, out=x) is x) == (True, True, True)
+        y = x + x
+        real.add_(1)
+    assert seen == ["aten::add", "aten::add_"]
+    assert real.tolist() == [1, 1]
+    assert tracker.peak_bytes == y.nbytes
