@@ -15,10 +15,13 @@ import numpy.typing as npt
 
 __all__ = [
     "ColorInfo",
+    "Deinterlace",
+    "Fit",
     "FrameBlock",
     "Frames",
     "Marks",
     "OnError",
+    "Pixels",
     "SourceInfo",
     "Times",
     "frame_digest",
@@ -31,6 +34,13 @@ Marks: TypeAlias = npt.NDArray[np.bool_]
 
 OnError: TypeAlias = Literal["stop", "keep", "conceal"]
 "what happens where a file is damaged: an error, the end, or the last good frame in place of the damage"
+
+Fit: TypeAlias = Literal["stretch", "crop", "pad"]
+"how frames of another shape come to the size that was asked for"
+Pixels: TypeAlias = Literal["kept", "square"]
+"whether frames whose pixels are not square are resampled to their display shape"
+Deinterlace: TypeAlias = Literal["auto", "off"]
+"whether frames that consist of two fields are made whole"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

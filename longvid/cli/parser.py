@@ -242,6 +242,7 @@ _ENCODE = (
         "chunk and mark it",
         *("stop", "quarantine"),
     ),
+    _option("--assume-fps", "frames per second of a source without time stamps", read=_read_rate, metavar="N"),
     _option("--max-pixels", "refuse a source with larger frames (default: those of 8192x4320)", read=int, metavar="N"),
     _option("--max-frames", "refuse a source with more frames", read=int, metavar="N"),
     _option("--max-seconds", "refuse a source that is longer", read=float, metavar="N"),

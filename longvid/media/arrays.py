@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from longvid.errors import SourceError
-from longvid.frames import FrameBlock, OnError, SourceInfo, frame_digest
+from longvid.frames import Deinterlace, Fit, FrameBlock, OnError, Pixels, SourceInfo, frame_digest
 from longvid.media.decoding.seek_index import SeekIndex
 from longvid.media.limits import Limits
 
@@ -51,6 +51,16 @@ class Reading(TypedDict, total=False):
     on_error: OnError
     """what happens where a media file is damaged: ``"stop"`` raises, ``"keep"`` ends before the damage, ``"conceal"``
     repeats the last good frame and marks it"""
+    fit: Fit | None
+    "how frames of another shape come to ``size``; None crops them if their aspect differs by more than 2 %"
+    pixels: Pixels
+    "``square`` resamples frames whose pixels are not square to their display shape"
+    fps: Fraction | float | None
+    "frames per second to resample to by time stamps: frames are dropped and repeated"
+    deinterlace: Deinterlace
+    "``auto`` makes frames that consist of two fields whole"
+    background: str
+    "the colour that transparent pixels are composited on, a name or #rrggbb"
     limits: Limits | None
 
 
@@ -75,6 +85,11 @@ class FrameSource(ABC):
         size: tuple[int, int] | None = None,
         frame_rate: Fraction | float | None = None,
         on_error: OnError = "stop",
+        fit: Fit | None = None,
+        pixels: Pixels = "kept",
+        fps: Fraction | float | None = None,
+        deinterlace: Deinterlace = "auto",
+        background: str = "black",
         limits: Limits | None = None,
     ) -> None:
         if on_error not in get_args(OnError):
@@ -91,6 +106,12 @@ class FrameSource(ABC):
         self._begin = start
         self._end = None if frames is None else start + frames
         self._size, self._frame_rate, self._on_error = size, frame_rate, on_error
+        if (fit, pixels, fps, deinterlace, background) != (None, "kept", None, "auto", "black"):
+            raise SourceError(
+                "fit, pixels, fps, deinterlace and background have no effect in this version; leave them out, and "
+                "convert the file first",
+                kind="range",
+            )
         self._limits = limits or Limits()
         self.index = SeekIndex()
         self._started = False

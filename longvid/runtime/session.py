@@ -206,9 +206,9 @@ class VideoSession:
                 ``"close"`` also if not, and records the seam; ``"never"`` refuses.
             part: ``(3, 8)`` encodes the third of eight parts to ``STORE.part-3-of-8``; see :func:`longvid.join`.
             durability: ``"fsync"`` survives power loss, ``"rename"`` a killed process; or :class:`~longvid.Durability`.
-            reading: how the source is read, see :class:`~longvid.media.arrays.Reading`: ``start`` (frames to skip),
-                ``frames`` (at most), ``size`` (height, width), ``frame_rate`` (where there are no time stamps),
-                ``on_error`` (where a file is damaged: ``"stop"``, ``"keep"`` or ``"conceal"``) and ``limits``.
+            reading: how the source is read: ``start``, ``frames``, ``size``, ``frame_rate``, ``fps``, ``on_error``,
+                ``fit``, ``pixels``, ``deinterlace``, ``background`` and ``limits``; see
+                :class:`~longvid.media.arrays.Reading`.
 
         Raises:
             SourceError: frames cannot be read. If nothing was committed yet, no store is left behind.
@@ -349,11 +349,11 @@ def _target(out: Any, *, beside: Any) -> Path:
 def _read_options(reading: Reading) -> ReadOptions:
     """What is recorded of them; TypeError for an option that does not exist."""
     given: dict[str, Any] = {name: value for name, value in reading.items() if name != "limits"}
-    rate = given.get("frame_rate")
-    if rate is not None:
-        if not (math.isfinite(rate) and rate > 0):
-            raise SourceError(f"frame_rate={rate} is not a number of frames per second above 0", kind="range")
-        given["frame_rate"] = Fraction(rate).limit_denominator(1 << 20)
+    for name in ("frame_rate", "fps"):
+        rate = given.get(name)
+        if rate is not None and not (math.isfinite(rate) and rate > 0):
+            raise SourceError(f"{name}={rate} is not a number of frames per second above 0", kind="range")
+        given[name] = None if rate is None else Fraction(rate).limit_denominator(1 << 20)
     return ReadOptions(**given)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from longvid.errors import ScheduleError, StoreError
-from longvid.frames import OnError
+from longvid.frames import Deinterlace, Fit, OnError, Pixels
 from longvid.schedule import ChunkSchedule
 from longvid.store.format import (
     COORDINATE_NAMES,
@@ -60,11 +60,16 @@ class ReadOptions:
     size: tuple[int, int] | None = None
     frame_rate: Fraction | None = None
     on_error: OnError = "stop"
+    fit: Fit | None = None
+    pixels: Pixels = "kept"
+    fps: Fraction | None = None
+    deinterlace: Deinterlace = "auto"
+    background: str = "black"
 
     @property
     def record(self) -> dict[str, Any]:
         """Ready for JSON."""
-        return {**asdict(self), "frame_rate": ratio(self.frame_rate)}
+        return {**asdict(self), "frame_rate": ratio(self.frame_rate), "fps": ratio(self.fps)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -355,12 +360,18 @@ def _facts(
 
 
 def _reading(run: Mapping[str, Any]) -> ReadOptions:
+    fit = _optional(run, "fit", str)
     return ReadOptions(
         start=_get(run, "start", int, 0),
         frames=_optional(run, "frames", int),
         size=_pair(run, "size"),
         frame_rate=_fraction(run, "frame_rate"),
         on_error=_word(run, "on_error", OnError, "stop"),
+        fit=None if fit is None else _word(run, "fit", Fit, fit),
+        pixels=_word(run, "pixels", Pixels, "kept"),
+        fps=_fraction(run, "fps"),
+        deinterlace=_word(run, "deinterlace", Deinterlace, "auto"),
+        background=_get(run, "background", str, "black"),
     )
 
 
