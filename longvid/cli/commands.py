@@ -101,7 +101,8 @@ def _encode(args: argparse.Namespace) -> int:
     found = check_target(out)  # before a model is loaded
     limits = Limits(**{f.name: value for f in fields(Limits) if (value := getattr(args, f.name, None)) is not None})
     names = ("representation", "chunk_plan", "seed", "start", "frames", "size", "store_dtype", "on_error")
-    options = {**_options(args, (*names, "on_non_finite")), "frame_rate": args.assume_fps}
+    reading = ("fps", "fit", "pixels", "deinterlace", "background", "on_non_finite")
+    options = {**_options(args, (*names, *reading)), "frame_rate": args.assume_fps}
     with _session(args, output_complete=found.complete) as session:
         report = session.encode(args.source, args.store, limits=limits, **options, **_safety(args))
     return _show(args, report, out)

@@ -106,12 +106,8 @@ class FrameSource(ABC):
         self._begin = start
         self._end = None if frames is None else start + frames
         self._size, self._frame_rate, self._on_error = size, frame_rate, on_error
-        if (fit, pixels, fps, deinterlace, background) != (None, "kept", None, "auto", "black"):
-            raise SourceError(
-                "fit, pixels, fps, deinterlace and background have no effect in this version; leave them out, and "
-                "convert the file first",
-                kind="range",
-            )
+        self._fit, self._pixels, self._fps = fit, pixels, fps
+        self._deinterlace, self._background = deinterlace, background
         self._limits = limits or Limits()
         self.index = SeekIndex()
         self._started = False
