@@ -8,6 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from typing import Any, TypeVar, Unpack
 
 import av
@@ -20,9 +21,10 @@ from av.video.stream import VideoStream
 from longvid.errors import SourceError
 from longvid.frames import FrameBlock, SourceInfo, Times
 from longvid.media.arrays import DEFAULT_FRAME_RATE, FrameSource, Reading
-from longvid.media.decoding.container import MediaFile, declared_end, lost_samples, pick_stream
+from longvid.media.decoding.container import MediaFile, counted_frames, declared_end, lost_samples, pick_stream
 from longvid.media.decoding.decoder import Decoder, Fault, Picture
 from longvid.media.decoding.seek_index import PACKETS_AHEAD, SeekIndex, SeekPoint, index_of_packets
+from longvid.media.decoding.transport import is_joint
 from longvid.media.decoding.watchdog import Watchdog
 from longvid.media.images.convert import REVISION, Converter
 
@@ -133,6 +135,7 @@ class VideoFile(FrameSource):
             run=self._watchdog.run,
             size=frame_size,
             from_start=from_start,
+            is_joint=partial(is_joint, self._file.file.fileno()),
         )
         self._pictures = self._decoder.pictures()
         self._ahead.clear()
@@ -148,6 +151,12 @@ class VideoFile(FrameSource):
         if "mp4" in self._formats and 0 < self._stream.frames <= self._begin:
             raise self._beyond_end(self._stream.frames)
         first = self._first_frame()
+        if self._decoder.skipped:
+            warnings.warn(
+                f"{self._name} begins in the middle of a group of pictures: {self._decoder.skipped} packets were "
+                "skipped, frame 0 is the first one that can be decoded whole",
+                stacklevel=3,
+            )
         self._limits.check_pixels(self._name, first.height, first.width)
         self._frame_size = (first.height, first.width)
         self._first_pts = self._ahead[0].pts or 0
@@ -202,13 +211,14 @@ class VideoFile(FrameSource):
         return None
 
     def _describe(self, stream: VideoStream, first: VideoFrame) -> SourceInfo:
-        converter = self._converter
+        converter, container = self._converter, self._container
+        counted = 0 if container is None else counted_frames(container, stream, self._file.num_bytes)
         return SourceInfo(
             kind="video",
             name=self._name,
             height=converter.height,
             width=converter.width,
-            num_frames=max(0, min(stream.frames, self._end or stream.frames) - self._begin) if stream.frames else None,
+            num_frames=max(0, min(counted, self._end or counted) - self._begin) if counted else None,
             time_base=self._clock.time_base,
             frame_rate=_frame_rate(stream),
             timing_assumed=first.pts is None,
@@ -230,6 +240,7 @@ class VideoFile(FrameSource):
                 "stream_start_time": stream.start_time,
                 "stream_duration": stream.duration,
                 "frames_in_header": stream.frames,
+                "skipped_packets": self._decoder.skipped,
                 "av": av.__version__,
                 **{name: ".".join(map(str, av.library_versions[name])) for name in ("libavcodec", "libswscale")},
             },
