@@ -7,6 +7,7 @@ packets.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -24,12 +25,19 @@ from longvid.media.decoding.container import reason
 from longvid.media.decoding.field_pictures import is_field
 from longvid.media.decoding.seek_index import SeekPoint
 
-__all__ = ["Decoder", "Fault", "Picture"]
+__all__ = ["TRANSPORTS", "Decoder", "Fault", "Picture"]
+
+TRANSPORTS = ("mpegts", "mpeg")
+"containers whose stamps are those of an MPEG system clock"
 
 _Run: TypeAlias = Callable[[Callable[[], Any]], Any]
 "calls a function in a thread that can be abandoned if it hangs"
 _MOST_BETWEEN = 16
 "largest number of B pictures in a row in H.264"
+_MOST_AHEAD = 32
+"packets that are looked at to know whether stamps are in the order of decoding"
+_MOST_WAITING = 128
+"pictures that change places, and threads that decode a frame each, together"
 _GUESS = "is damaged: its pixels would be the decoder's guess"
 _SILENT_PACKETS = ("mpeg4", "vp8")
 "decoders that accept packets without a picture, in whole files too"
@@ -65,6 +73,13 @@ class Picture:
     "number of its packet among those decoded, if known"
     position: int | None = None
     "the byte of the file at which its packet begins, if known"
+    shown_at: int | None = None
+    "its time: ``pts``, or the lowest stamp that is left if the stamps of the file are in the order of decoding"
+
+    @property
+    def duration(self) -> int:
+        """How long it is shown, in units of the file's time base; 0 if that is not known."""
+        return 0 if self.frame is None else self.frame.duration or 0
 
 
 class Decoder:
@@ -78,8 +93,10 @@ class Decoder:
     whole are left out, and :attr:`skipped` counts their packets.
 
     ``run`` calls a function that can hang. ``size`` is the (height, width) that all frames must have, by default that
-    of the first. ``from_start`` says that decoding begins at the start of the file. ``is_joint`` tells by the bytes at
-    which two packets of a transport stream begin whether a gap in between is a joint, where nothing is lost.
+    of the first. ``from_start`` says that decoding begins at the start of the file. ``sorts`` says that its time stamps
+    are in the order of decoding, so that they have to be sorted; None to look at the first packets. ``is_joint`` tells
+    by the bytes at which two packets of a transport stream begin whether a gap in between is a joint, where nothing is
+    lost.
     """
 
     def __init__(
@@ -92,11 +109,16 @@ class Decoder:
         run: _Run,
         size: tuple[int, int] | None = None,
         from_start: bool = True,
+        sorts: bool | None = None,
         is_joint: Callable[[int, int | None], bool] = lambda first, last: False,
     ) -> None:
         self._packets: Iterator[Packet[Any]] = container.demux(stream)
         stream.codec_context.copy_opaque = True  # a frame tells its packet, also where a time stamp comes twice
         self._is_plain = container.format.name == "yuv4mpegpipe"
+        self._is_transport = container.format.name in TRANSPORTS
+        self.sorts = sorts
+        self._stamps: list[int] = []
+        "a heap of the stamps of packets whose pictures have not come yet, if they are sorted"
         self._has_samples = "mp4" in container.format.name.split(",")
         self._stream = stream
         self._name = name
@@ -162,14 +184,14 @@ class Decoder:
         for frame in self._frames():
             if frame is None:
                 if not self._leaves_out(None):
-                    yield Picture(None, None, self._blame())
+                    yield Picture(None, None, self._blame(), shown_at=self._lowest(None))
                 continue
             label: Any = frame.opaque
             order, position = label or (None, None)
             if frame.pts is not None:
                 self._waiting.pop(frame.pts, None)
             yield from self._missing_before(frame, order)
-            picture = replace(self._judge(frame, order), position=position)
+            picture = replace(self._judge(frame, order), position=position, shown_at=self._lowest(frame.pts))
             if picture.fault is not None and self._leaves_out(order):
                 continue
             self._begin(order)
@@ -200,6 +222,8 @@ class Decoder:
     def _missing_before(self, frame: VideoFrame, order: int | None) -> Iterator[Picture]:
         if frame.pts is None:
             return
+        if self.sorts and self._begun:
+            return
         if self._shown is not None and frame.pts < self._shown:
             self._shown = None  # two recordings in a row: time begins again
         yield from self._missing(frame.pts, order)
@@ -229,7 +253,7 @@ class Decoder:
         for stamp in stamps:
             number = self._waiting.pop(stamp)
             if self._zone is not None or self._failure is not None:
-                yield Picture(None, stamp, self._blame(), number)
+                yield Picture(None, stamp, self._blame(), number, shown_at=stamp)
 
     def _ends_with_field(self) -> bool:
         """Whether the last packet is one of two fields of a frame, which came out with the other one."""
@@ -288,6 +312,8 @@ class Decoder:
             yield from frames
 
     def _step(self) -> list[VideoFrame | None] | None:
+        if self.sorts is None:
+            self.sorts = self._is_in_decoding_order()
         packet: Packet[Any] | None = next(self._packets, None)
         if packet is None:
             return None
@@ -302,7 +328,9 @@ class Decoder:
             raise
         except (av.FFmpegError, OSError) as exc:
             self._failure = Fault(self._kind(), f"cannot be decoded: {reason(exc)}", exc.with_traceback(None))
-            if packet.pts is None:
+            if packet.pts is None or self.sorts:
+                if packet.pts is not None:
+                    self._waiting.pop(packet.pts, None)
                 return [None] if packet.size else []
             if self._one_by_one:
                 self._failed[packet.pts] = _GUESS
@@ -315,15 +343,47 @@ class Decoder:
         packet.opaque = self._num_packets, packet.pos
         if packet.pts is not None and not packet.is_discard:  # an edit list may leave packets out
             self._waiting[packet.pts] = self._num_packets
+            if self.sorts:
+                self._sort_in(packet.pts)
             if packet.is_corrupt and not self._precedes_joint(packet):  # at a gap, which the decoder does not see
                 self._failed[packet.pts] = (
                     "lies at a gap of its transport stream: packets were lost, or recordings joined"
                 )
         self._num_packets += 1
 
+    def _is_in_decoding_order(self) -> bool:
+        """Whether the first packets tell no times at which pictures are shown, though some change places."""
+        if self._is_transport or not self._stream.codec_context.has_b_frames:
+            return False
+        ahead: list[Packet[Any]] = []
+        last: int | None = None
+        for packet in itertools.islice(self._packets, _MOST_AHEAD):
+            ahead.append(packet)
+            if not packet.size:
+                continue
+            is_later = packet.pts is not None and (last is None or packet.pts > last)
+            if not is_later or (self._has_samples and packet.pts != packet.dts):
+                last = None
+                break
+            last = packet.pts
+        self._packets = itertools.chain(ahead, self._packets)
+        return last is not None
+
+    def _lowest(self, pts: int | None) -> int | None:
+        """The stamp at which a picture is shown whose own one is ``pts``."""
+        return heapq.heappop(self._stamps) if self._stamps else pts
+
+    def _sort_in(self, pts: int) -> None:
+        heapq.heappush(self._stamps, pts)
+        if len(self._stamps) > _MOST_WAITING:  # of a picture that was lost
+            heapq.heappop(self._stamps)
+            oldest = min(self._waiting, key=self._waiting.__getitem__)
+            if len(self._waiting) > _MOST_WAITING:
+                del self._waiting[oldest]
+
     def _should_begin(self) -> bool:
         """Whether an index says that the first sample is a key frame, whatever its damaged data look like."""
-        entries = self._stream.index_entries if self._has_samples else []
+        entries: Any = self._stream.index_entries if self._has_samples else []
         return len(entries) > 0 and bool(entries[0].is_keyframe)
 
     def _precedes_joint(self, packet: Packet[Any]) -> bool:

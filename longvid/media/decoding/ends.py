@@ -42,7 +42,7 @@ def _walk(file: io.FileIO, size: int) -> tuple[int, int, int]:
     """
     at = found = list_end = 0
     file.seek(0)
-    reader = io.BufferedReader(file, 2**16)
+    reader: io.BufferedReader[io.FileIO] = io.BufferedReader(file, 2**16)
     try:
         while at + 8 <= size:
             reader.seek(at)
@@ -66,7 +66,7 @@ def gif_end(file: io.FileIO) -> int:
     cut inside of a block."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    reader = io.BufferedReader(file, 2**16)
+    reader: io.BufferedReader[io.FileIO] = io.BufferedReader(file, 2**16)
     try:
         flags = reader.read(13)[10]
         _skip(reader, _table_bytes(flags))
@@ -90,6 +90,6 @@ def _table_bytes(flags: int) -> int:
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
-def _skip(reader: io.BufferedReader, count: int) -> None:
+def _skip(reader: io.BufferedReader[io.FileIO], count: int) -> None:
     if len(reader.read(count)) < count:
         raise IndexError

@@ -1,4 +1,4 @@
-"""Tells from the bytes of an H.264 packet whether its picture is a single field (clauses 7.3.2.1 and 7.3.3 of H.264)."""
+"""Tells from the bytes of an H.264 packet whether its picture is a single field (H.264, clauses 7.3.2.1 and 7.3.3)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class _Sequence:
 def is_field(packet: bytes, extradata: bytes | None) -> bool:
     """Whether the first slice of a packet in Annex B format belongs to a field picture.
 
-    The parameter set is the last one before that slice, in the packet or in ``extradata``. False if that cannot be told.
+    The parameter set is the last one before that slice, in the packet or in ``extradata``. False if it is not known.
     """
     sequence = None
     try:
