@@ -60,10 +60,14 @@ class Fields:
         *,
         before: int,
     ) -> Iterator[Whole]:
-        """Yield the frames from number ``index`` on; if they are interlaced, from ``before`` frames earlier.
+        """Yield the frames from number ``index`` on. Where they are interlaced, ``before`` earlier ones are read too.
 
         The two functions read from a frame on, for the first time and later.
         """
+        if self._mode == "auto" and self._said:
+            before = min(index, before)
+            yield from itertools.islice(_deinterlaced(read(index - before), self.warn), before, None)
+            return
         delivered = read(index)
         first = next(delivered, None)
         if first is None:
