@@ -60,3 +60,11 @@ def test_the_background_is_in_the_fingerprint_and_must_be_a_colour(tmp_path):
     for wrong in ("nonsense", "#12345", "random", "red@0.5", "c=red:s=8x8", ""):
         with pytest.raises(SourceError, match="background"):
             VideoFile(path, background=wrong)
+
+
+def test_transparency_that_the_decoder_leaves_out_is_said(tmp_path):
+    path = tmp_path / "a.webm"
+    ffmpeg(*SOURCE, "-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p", path)
+    with pytest.warns(UserWarning, match="does not read"):
+        frames, _ = collect(VideoFile(path))
+    assert len(frames) == 4

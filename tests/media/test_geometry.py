@@ -16,7 +16,8 @@ from longvid.media.video_file import VideoFile
 X264 = ["-c:v", "libx264", "-qp", "8", "-pix_fmt", "yuv444p"]
 EXACT = "flags=bicubic+accurate_rnd+full_chroma_int"
 DISPLAYS = {
-    "0": [], "90": ["-display_rotation", "90"], "180": ["-display_rotation", "180"], "270": ["-display_rotation", "270"],
+    "0": [], "90": ["-display_rotation", "90"],
+    "180": ["-display_rotation", "180"], "270": ["-display_rotation", "270"],
     "hflip": ["-display_hflip"], "vflip": ["-display_vflip"], "90h": ["-display_rotation", "90", "-display_hflip"],
     "270h": ["-display_rotation", "270", "-display_hflip"],
 }  # fmt: skip
