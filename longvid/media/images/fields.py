@@ -120,7 +120,7 @@ class _State:
         if frame is not self._frame:
             adjacent = self._frame is not None and valid and not self._gap and _alike(frame, self._frame)
             yield from self.flush(frame if adjacent else None)
-            self._previous = self._frame if adjacent else None
+            self._previous = self._frame if adjacent and frame.interlaced_frame else None
             self._frame, self._gap, self._is_whole_source = frame, False, False
             self._whole = None if frame.interlaced_frame else frame
         self._is_whole_source = self._is_whole_source or valid
