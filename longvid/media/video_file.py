@@ -178,7 +178,7 @@ class VideoFile(FrameSource):
         self._converter = Converter(first, self._stream, wanted, self._name, edges)
         self.info = self._describe(self._stream, first)
         self._check_known_length()
-        self._converter.warn_of_fit()
+        self._converter.warn()
         if first.interlaced_frame:
             self._fields.warn()
         transfer = self._converter.color.info.transfer
