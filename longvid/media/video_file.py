@@ -20,6 +20,7 @@ from av.video.stream import VideoStream
 from longvid.errors import SourceError
 from longvid.frames import FrameBlock, SourceInfo, Times
 from longvid.media.arrays import DEFAULT_FRAME_RATE, FrameSource, Reading
+from longvid.media.decoding.audio import describe_audio
 from longvid.media.decoding.container import MediaFile, declared_end, lost_samples, pick_stream
 from longvid.media.decoding.decoder import Decoder, Fault, Picture
 from longvid.media.decoding.seek_index import PACKETS_AHEAD, SeekIndex, SeekPoint, index_of_packets
@@ -224,6 +225,7 @@ class VideoFile(FrameSource):
                 "resized_from": converter.resized_from,
                 "interpolation": converter.interpolation_name,
                 "matrix_tag": converter.color.matrix_tag,
+                "audio": None if self._container is None else describe_audio(self._container),
                 "bytes": self._file.num_bytes,
                 "start": self._begin,
                 "stream_index": stream.index,
