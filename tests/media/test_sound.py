@@ -12,7 +12,7 @@ import pytest
 from support.ffmpeg import ffmpeg, pictures
 from support.media import collect
 
-from longvid.errors import LongvidError, SourceError, StoreError
+from longvid.errors import SourceError
 from longvid.media.decoding.container import MediaFile
 from longvid.media.limits import Limits
 from longvid.media.output.sound import Sound, SoundFile, Window
@@ -86,7 +86,7 @@ SOURCES = {
     "aac.mkv": ["-c:a", "aac"],
     "aac.ts": ["-c:a", "aac"],
     "mp3.mp4": ["-c:a", "libmp3lame"],
-    "mp3.avi": ["-c:a", "libmp3lame", "-bf", "0"],
+    "mp3.avi": ["-c:a", "libmp3lame"],
     "opus.mkv": ["-c:a", "libopus"],
     "vorbis.mkv": ["-c:a", "libvorbis"],
     "flac.mkv": ["-c:a", "flac"],
@@ -101,7 +101,8 @@ SOURCES = {
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".webm"])
 @pytest.mark.parametrize("name", SOURCES)
 def test_sound_of_every_kind_is_in_step(tmp_path, name, suffix):
-    path = source(tmp_path, name, *SOURCES[name])
+    # AVI stores no order of B pictures
+    path = source(tmp_path, name, *SOURCES[name], **({"video": ("-c:v", "mpeg4")} if name.endswith("avi") else {}))
     for start, stop in ((0, None), (17, 58)):
         seconds = take(path, tmp_path / f"out{suffix}", start, stop, overwrite=True)
         in_step(tmp_path / f"out{suffix}", seconds)
@@ -170,7 +171,7 @@ def test_long_packets_are_cut_to_the_sample(tmp_path):
     path = source(tmp_path, "slow.mp4", "-c:a", "aac", rate=8000)  # a packet lasts 128 ms
     seconds = take(path, tmp_path / "out.mkv", 17, 58)
     in_step(tmp_path / "out.mkv", seconds)
-    assert heard(tmp_path / "out.mkv")[2] == pytest.approx(seconds, abs=0.01)
+    assert heard(tmp_path / "out.mkv")[2] == pytest.approx(seconds, abs=0.03)
 
 
 def test_a_late_part_is_found_by_a_seek(tmp_path, monkeypatch):

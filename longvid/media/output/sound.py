@@ -38,13 +38,16 @@ _Samples: TypeAlias = npt.NDArray[np.float32]
 _FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,ogg,asf,mxf,nut,mp3,wav,flac,aac,w64,aiff,caf,ac3,eac3,dts,amr,au"
 _WARM_UP = Fraction(1, 10)
 "seconds of packets before the beginning, from which a decoder starts; the container cuts them off"
+_WARMED_UP = ("aac", "mp3", "opus")
+"codecs whose packets depend on the ones before"
 _FAR = 30
 "seconds from where on the beginning is found by a seek"
 _JITTER = Fraction(1, 50)
 "seconds by which a time stamp may be off before samples are dropped or silence is put in"
 _SILENCE = 0.5
 "seconds of silence in a piece"
-_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+_RATES = (32000, 44100, 48000)
+"of lower rates a packet lasts longer than a picture"
 _LAYOUTS = ("mono", "stereo", "3.0", "4.0", "5.0", "5.1", "7.1")
 _BITS_PER_CHANNEL = 96_000
 _DAMAGE = (av.FFmpegError, OSError, ValueError)
@@ -241,16 +244,21 @@ class Sound:
 
     def _copied(self, form: Container) -> Iterator[Packet[Any]]:
         window, context = self._window, self._stream.codec_context
-        offset = round(window.begin / self._base)
+        base = self._base if self._base <= Fraction(1, 1000) else Fraction(1, 90000)  # AVI counts whole packets
         # Matroska knows how many samples of the first packet are to be dropped, if the source says so
         padding = Fraction(context.delay, context.sample_rate or 48000) + 2 * self._base
-        earliest = window.begin - (_WARM_UP if form.cuts_sound else padding)
+        earliest = window.begin - padding
         for packet in self._read:
             start, stop = self._span(packet)
-            if (start < earliest and not form.cuts_sound) or (start + stop) / 2 >= window.end:
+            if form.cuts_sound:
+                is_early = stop <= window.begin and context.codec.canonical_name not in _WARMED_UP
+            else:
+                is_early = start < earliest
+            if is_early or (start + stop) / 2 >= window.end:
                 continue
-            packet.pts = packet.dts = (packet.pts or 0) - offset
-            packet.time_base = self._base
+            packet.pts = packet.dts = round((start - window.begin) / base)
+            packet.duration = round((stop - start) / base)
+            packet.time_base = base
             packet.stream = self._out
             yield packet
 
