@@ -37,11 +37,12 @@ def test_the_sound_of_the_source_goes_along(made, capsys):
     assert capsys.readouterr().err == ""
     ffmpeg("-f", "lavfi", "-i", "sine=d=1", "own.wav", folder=made)
     assert main(["decode", "a.zarr", "d.mkv", "--audio", "own.wav", "--codec", "ffv1", "--quiet"]) == 0
-    assert streams("d.mkv") == ["ffv1", "pcm_s16le"]
+    assert streams("d.mkv") == ["ffv1", "aac"]  # packets of a wav file are longer than a picture
     assert main(["decode", "a.zarr", "e.mp4", "--audio", "none.wav", "--quiet"]) == 3
     assert not (made / "e.mp4").exists()
 
 
+@pytest.mark.filterwarnings("default")
 def test_sound_that_is_left_out_is_said(made, capsys):
     data = bytearray((made / "in.mp4").read_bytes())
     data[-1] ^= 1

@@ -246,7 +246,8 @@ class Sound:
         window, context = self._window, self._stream.codec_context
         base = self._base if self._base <= Fraction(1, 1000) else Fraction(1, 90000)  # AVI counts whole packets
         # Matroska knows how many samples of the first packet are to be dropped, if the source says so
-        padding = Fraction(context.delay, context.sample_rate or 48000) + 2 * self._base
+        padding = Fraction(context.delay, context.sample_rate or 48000)
+        padding += Fraction(1, 1000) if padding else 0  # stamps are rounded
         earliest = window.begin - padding
         for packet in self._read:
             start, stop = self._span(packet)
