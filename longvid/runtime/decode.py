@@ -246,6 +246,7 @@ def video_sink(
         time_base=store.time_base,
         frame_rate=store.frame_rate,
         color=None if color is None else ColorInfo(**color),
+        sample_aspect_ratio=store.metadata.sample_aspect_ratio,
         overwrite=options.overwrite,
         encoding=options.encoding,
         sound=sound_of(store, frames, options.audio),

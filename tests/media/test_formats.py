@@ -208,3 +208,15 @@ def test_a_disk_that_takes_no_more_is_told_as_such(tmp_path, name, codec):
     assert done.stdout.startswith("full ")
     assert "is the disk full?" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [(suffix, codec) for suffix, codec, _ in WRITTEN])
+def test_the_shape_of_pixels_is_kept_by_every_codec(tmp_path, suffix, codec):
+    path = write(
+        tmp_path / f"out{suffix}",
+        barcodes(2, 64, 96),
+        encoding=Encoding(codec=codec),
+        sample_aspect_ratio=Fraction(64, 45),
+    )
+    with av.open(str(path)) as container:
+        assert float(container.streams.video[0].sample_aspect_ratio) == pytest.approx(64 / 45, rel=0.005)

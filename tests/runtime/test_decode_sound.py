@@ -8,7 +8,7 @@ from support.ffmpeg import ffmpeg, generated
 
 from longvid.cli.commands import main
 
-MODEL = ["--size", "32x32", "--quiet"]
+MODEL = ["--size", "48x32", "--quiet"]
 
 
 @pytest.fixture

@@ -46,7 +46,8 @@ class VideoWriter:
     Frames go to a partial file beside the target, which takes the target's name on a clean exit and is removed if
     the block raises. Matroska keeps time in milliseconds; mp4 and mov keep the time base.
 
-    ``size`` is (height, width); ``frame_rate`` is a hint to players. ``color`` says how the source was read: the matrix
+    ``size`` is (height, width); ``frame_rate`` is a hint to players, and ``sample_aspect_ratio``, width of a pixel by
+    its height, tells them the shape of the picture. ``color`` says how the source was read: the matrix
     is used again if it is bt601 or bt709, else the rule decides (bt709 from 720 lines up); primaries and transfer are
     passed on. ``encoding`` is the codec, its quality and the pixel format: by default H.264 in limited range, yuv420p
     for even sizes and yuv444p for odd ones, so that the size comes back exactly. ``sound`` opens the sound that is
@@ -65,6 +66,7 @@ class VideoWriter:
         time_base: Fraction,
         frame_rate: Fraction | None,
         color: ColorInfo | None = None,
+        sample_aspect_ratio: Fraction = Fraction(1),
         overwrite: bool = False,
         encoding: Encoding | None = None,
         sound: Callable[[], Sound | None] | None = None,
@@ -73,6 +75,7 @@ class VideoWriter:
         self._height, self._width = size
         self._time_base = Fraction(time_base)
         self._frame_rate = frame_rate
+        self._pixel_aspect = _within_16_bits(sample_aspect_ratio)
         self._color = color or ColorInfo(matrix="", range="")
         self._overwrite = overwrite
         self._open_sound = sound
@@ -183,6 +186,8 @@ class VideoWriter:
         context.options = dict(form.options)
         if form.tag is not None:
             context.codec_tag = form.tag
+        if self._pixel_aspect != 1:
+            context.sample_aspect_ratio = self._pixel_aspect
         tag, self._coefficients = _MATRICES.get(color.matrix) or _MATRICES[matrix_by_rule(self._height)]
         context.colorspace = 0 if form.is_rgb else tag
         context.color_range = ColorRange.JPEG if form.is_rgb else ColorRange.MPEG
@@ -296,3 +301,10 @@ def _is_full(exc: Exception) -> bool:
 def _reason(exc: Exception) -> str:
     """The message of an error, without its number."""
     return getattr(exc, "strerror", None) or str(exc)
+
+
+def _within_16_bits(ratio: Fraction) -> Fraction:
+    """The nearest ratio that H.264 can hold: both numbers below 65536."""
+    inverted = ratio > 1
+    found = (1 / ratio if inverted else Fraction(ratio)).limit_denominator(2**16 - 1) or Fraction(1, 2**16 - 1)
+    return 1 / found if inverted else found
