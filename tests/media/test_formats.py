@@ -211,12 +211,15 @@ def test_a_disk_that_takes_no_more_is_told_as_such(tmp_path, name, codec):
 
 
 @pytest.mark.parametrize(("suffix", "codec"), [(suffix, codec) for suffix, codec, _ in WRITTEN])
-def test_the_shape_of_pixels_is_kept_by_every_codec(tmp_path, suffix, codec):
-    path = write(
-        tmp_path / f"out{suffix}",
-        barcodes(2, 64, 96),
-        encoding=Encoding(codec=codec),
-        sample_aspect_ratio=Fraction(64, 45),
-    )
-    with av.open(str(path)) as container:
-        assert float(container.streams.video[0].sample_aspect_ratio) == pytest.approx(64 / 45, rel=0.005)
+def test_the_shape_of_pixels_is_kept_or_its_loss_is_said(tmp_path, suffix, codec):
+    lost = suffix in (".mkv", ".webm") and codec not in ("h264", "h265")
+    with pytest.warns(UserWarning, match="will look narrower") if lost else nullcontext():
+        path = write(
+            tmp_path / f"out{suffix}",
+            barcodes(2, 64, 96),
+            encoding=Encoding(codec=codec),
+            sample_aspect_ratio=Fraction(64, 45),
+        )
+    if not lost:
+        with av.open(str(path)) as container:
+            assert float(container.streams.video[0].sample_aspect_ratio) == pytest.approx(64 / 45, rel=0.005)

@@ -136,6 +136,11 @@ class VideoFormat:
         return self.pix_fmt == "bgr0"
 
     @property
+    def keeps_aspect(self) -> bool:
+        """Whether the file tells that pixels are not square: the codec does, or the container as it is written here."""
+        return self.codec in ("h264", "h265") or self.container.format in ("mp4", "mov")
+
+    @property
     def tag(self) -> str | None:
         """The tag under which Apple's players know the codec."""
         return "hvc1" if self.codec == "h265" and self.container.format in ("mp4", "mov") else None

@@ -7,6 +7,7 @@ import errno
 import itertools
 import os
 import secrets
+import warnings
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -85,6 +86,13 @@ class VideoWriter:
         self._first_pts: int | None = None
         self._last_pts: list[int] = []
         self._format = video_format(self._path, size=size, time_base=self._time_base, encoding=encoding or Encoding())
+        if self._pixel_aspect != 1 and not self._format.keeps_aspect:
+            warnings.warn(
+                f"{self._path} will look {'narrower' if self._pixel_aspect > 1 else 'wider'} than its source: its pixels "
+                f"are {self._pixel_aspect} as wide as high, and {self._format.codec} in {self._path.suffix} cannot say "
+                "so; choose .mp4, .mov or --codec h264, or encode with --pixels square",
+                stacklevel=2,
+            )
         check_file_target(self._path, overwrite=self._overwrite, what="video")
 
     def write(
