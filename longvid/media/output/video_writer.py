@@ -88,8 +88,8 @@ class VideoWriter:
         self._format = video_format(self._path, size=size, time_base=self._time_base, encoding=encoding or Encoding())
         if self._pixel_aspect != 1 and not self._format.keeps_aspect:
             warnings.warn(
-                f"{self._path} will look {'narrower' if self._pixel_aspect > 1 else 'wider'} than its source: its pixels "
-                f"are {self._pixel_aspect} as wide as high, and {self._format.codec} in {self._path.suffix} cannot say "
+                f"{self._path} will look {'narrower' if self._pixel_aspect > 1 else 'wider'} than its source: its "
+                f"pixels are {self._pixel_aspect} as wide as high, and {self._format.codec} in {self._path.suffix} cannot say "
                 "so; choose .mp4, .mov or --codec h264, or encode with --pixels square",
                 stacklevel=2,
             )
@@ -119,8 +119,8 @@ class VideoWriter:
     def _encode(self, container: OutputContainer, frame: VideoFrame | None) -> None:
         """Encode and write a frame; None for those that the encoder holds back."""
         for packet in self._stream.encode(frame):
-            if packet.dts is None:  # x265 leaves it out in a video of one frame
-                packet.dts = packet.pts
+            if packet.pts is not None and (packet.dts is None or not 0 <= packet.pts - packet.dts < 2**40):
+                packet.dts = packet.pts  # x265 gives none, or any number, in a video of one or two frames
             container.mux_one(packet)
 
     def _mux_sound(self, sound: Sound, packets: Iterator[Packet[Any]]) -> None:
