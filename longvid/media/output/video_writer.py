@@ -89,8 +89,8 @@ class VideoWriter:
         if self._pixel_aspect != 1 and not self._format.keeps_aspect:
             warnings.warn(
                 f"{self._path} will look {'narrower' if self._pixel_aspect > 1 else 'wider'} than its source: its "
-                f"pixels are {self._pixel_aspect} as wide as high, which {self._format.codec} in {self._path.suffix} cannot "
-                "tell; choose .mp4, .mov or --codec h264, or encode with --pixels square",
+                f"pixels are {self._pixel_aspect} as wide as high, which {self._format.codec} in {self._path.suffix} "
+                "cannot tell; choose .mp4, .mov or --codec h264, or encode with --pixels square",
                 stacklevel=2,
             )
         check_file_target(self._path, overwrite=self._overwrite, what="video")
