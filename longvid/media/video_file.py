@@ -22,6 +22,7 @@ from longvid.errors import SourceError
 from longvid.frames import FrameBlock, SourceInfo, Times
 from longvid.media.arrays import FrameSource, Reading
 from longvid.media.decoding.aperture import clean_aperture
+from longvid.media.decoding.audio import describe_audio
 from longvid.media.decoding.container import MediaFile, counted_frames, declared_end, lost_samples, pick_stream
 from longvid.media.decoding.decoder import Decoder, Fault, Picture
 from longvid.media.decoding.seek_index import PACKETS_AHEAD, SeekIndex, SeekPoint, index_of_packets
@@ -254,6 +255,7 @@ class VideoFile(FrameSource):
                 "interlaced": first.interlaced_frame,
                 "deinterlace": self._deinterlace,
                 "matrix_tag": converter.color.matrix_tag,
+                "audio": None if self._container is None else describe_audio(self._container),
                 "bytes": self._file.num_bytes,
                 "start": self._begin,
                 "stream_index": stream.index,
