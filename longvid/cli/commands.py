@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longvid.cli.footage import sound_words
 from longvid.cli.importing import check_import_options, imported
 from longvid.cli.parser import Command, make_parser
 from longvid.cli.signals import Ended, StopRequest, handle_signals
@@ -113,13 +114,14 @@ def _decode(args: argparse.Namespace) -> int:
     from longvid.store.target import check_target
 
     check_import_options(args)
+    output = _options(args, ("codec", "crf", "pix_fmt", "audio"))
     store, out = None if is_latent_file(args.store) else open_store(args.store), _part_path(args, args.out)
     is_complete = Path(args.out).suffix == ".zarr" and check_target(out).complete
     if store is not None:
         _take_recorded_model(args, store.vae)
     with _session(args, output_complete=is_complete) as session, ExitStack() as stack:
         latents = store if store is not None else stack.enter_context(imported(args, session.model))
-        report = session.decode(latents, args.out, start=args.start, frames=args.frames, **_safety(args))
+        report = session.decode(latents, args.out, start=args.start, frames=args.frames, **output, **_safety(args))
     return _show(args, report, out)
 
 
@@ -152,7 +154,7 @@ def _info(args: argparse.Namespace) -> int:
         + ("" if seed is None else f" with random weights (seed {seed})")
         + ("" if store.kind == "frames" else f", {scale}")
     )
-    print(f"source    {(store.source or {}).get('name')}")
+    print(f"source    {(store.source or {}).get('name')}{sound_words(store.source)}")
     if store.part is not None:
         print(f"part      {store.part}; longvid join makes one store of all parts")
     for seam in store.seams:

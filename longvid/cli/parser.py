@@ -270,7 +270,27 @@ _DECODE = (
         "store of latents to read; or latents of another program: a .safetensors, .npy, .pt or .pth file, with --model",
         metavar="STORE",
     ),
-    _option("out", "output to write: .mp4, .mov, .mkv, or .zarr for a store of frames", metavar="OUT"),
+    _option(
+        "out",
+        "output to write: .mp4, .mov, .mkv or .webm; .zarr for a store of frames; pictures such as out/%%05d.png, or a "
+        "folder of them such as out/",
+        metavar="OUT",
+    ),
+    _option(
+        "--codec",
+        "codec of a video file; ffv1 is lossless (default: h264, and vp9 in .webm)",
+        choices=("h264", "h265", "av1", "ffv1", "prores", "vp9"),
+    ),
+    _count(
+        "--crf", "quality of a video file, from 0 (best) up (default: 18 of h264, 20 of h265, 28 of av1 and vp9)", 0
+    ),
+    _option("--pix-fmt", "pixel format of a video file, such as yuv420p10 (default: by codec)", metavar="FORMAT"),
+    _option(
+        "--audio",
+        "sound of a video file: copy (of the source, if it is there and still the same file), none, or a file of sound",
+        default="copy",
+        metavar="SOUND",
+    ),
     *_model_options(None),
     _flag("--normalized", "of a file: its latents are those of a diffusion model, such as output_type='latent' gives"),
     _count("--num-frames", "of a file: frames of its video (default: all that the latents hold)", 1),

@@ -9,15 +9,18 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 
-from longvid.errors import ScheduleError, StoreError
+from longvid.errors import OptionError, ScheduleError, StoreError
 from longvid.events import RunReport
 from longvid.frames import ColorInfo, Frames, Marks, Times
+from longvid.media.output.formats import Encoding, OutputCodec, check_times
+from longvid.media.output.picture_writer import PictureWriter, is_pictures
+from longvid.media.output.source_sound import Audio, sound_of
 from longvid.media.output.video_writer import VideoWriter
 from longvid.models.base import CausalVAE, model_name
 from longvid.runtime.admission import Job
@@ -29,11 +32,26 @@ from longvid.store.metadata import RunFacts
 from longvid.store.reader import LatentStore, open_store, require_complete
 from longvid.store.target import Found, check_target
 
-__all__ = ["DecodeOptions", "decode_video", "latent_chunks", "video_sink"]
+__all__ = ["DecodeOptions", "Output", "decode_video", "latent_chunks", "video_sink"]
 
 _Frames: TypeAlias = tuple[Frames, Times, Marks]
 _SHRINK = 0.05
 "least share of their bytes that frames take on the disk: drawings compress well, film to about 0.4"
+
+
+class Output(TypedDict, total=False):
+    """How a video file is written."""
+
+    codec: OutputCodec | None
+    """``"h264"``, ``"h265"``, ``"av1"``, ``"ffv1"`` (lossless), ``"prores"`` or ``"vp9"``; by default h264, and vp9 in
+    a .webm file"""
+    crf: int | None
+    "quality, from 0 (best) up; by default 18 of h264, 20 of h265, 28 of av1 and vp9"
+    pix_fmt: str | None
+    "pixel format, such as ``yuv420p10``"
+    audio: Audio
+    """the sound: ``"copy"`` (of the source, if it is there and still the same file; the default), ``"none"``, or the
+    path of a file, which begins with the first frame of the store"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +60,18 @@ class DecodeOptions(RunOptions):
 
     start: int = 0
     frames: int | None = None
+    output: Output = field(default_factory=Output)
+
+    @property
+    def audio(self) -> Audio:
+        """The sound of a video file."""
+        return self.output.get("audio", "copy")
+
+    @property
+    def encoding(self) -> Encoding:
+        """How a video file is encoded; TypeError for an option that does not exist."""
+        given: dict[str, Any] = {name: value for name, value in self.output.items() if name != "audio"}
+        return Encoding(**given)
 
 
 class _Decoding(VideoTask[_Frames]):
@@ -49,7 +79,7 @@ class _Decoding(VideoTask[_Frames]):
 
     direction = "decode"
     _options: DecodeOptions
-    _sink: VideoWriter | FrameStoreWriter
+    _sink: VideoWriter | PictureWriter | FrameStoreWriter
 
     def __init__(
         self,
@@ -91,7 +121,8 @@ class _Decoding(VideoTask[_Frames]):
         if not isinstance(self._out, Path):
             return nullcontext()
         if self._found is None:
-            self._sink = video_sink(latents, self._out, self._options.overwrite)
+            window = self._first - self._before, self._last - self._before
+            self._sink = video_sink(latents, self._out, self._options, window)
             return self._sink
         self._sink = FrameStoreWriter(
             self._found.path,
@@ -131,6 +162,7 @@ def decode_video(
     """Decode a store, or resume it. Arguments and errors are those of ``VideoSession.decode``."""
     latents = store if isinstance(store, LatentStore) else open_store(store)
     _require_decodable(latents, job.engine.model)
+    _check_output(out, options)
     target = _store_path(out, options)
     return _Decoding(job, options, None if target is None else check_target(target), latents, out).run()
 
@@ -145,6 +177,16 @@ def _store_path(out: Path | Callable[[Frames], None], options: DecodeOptions) ->
             kind="format",
         )
     return None
+
+
+def _check_output(out: Path | Callable[[Frames], None], options: DecodeOptions) -> None:
+    """Refuse options of video files for another output."""
+    encoding, audio = options.encoding, options.audio
+    given = {"codec": encoding.codec, "crf": encoding.crf, "pix_fmt": encoding.pix_fmt}
+    names = [name for name, value in given.items() if value is not None]
+    names += ["audio"] if audio not in ("copy", "none") else []
+    if names and not (isinstance(out, Path) and out.suffix != ".zarr" and not is_pictures(out)):
+        raise OptionError(f"{', '.join(names)}: only for a video file, which {out} is not; leave that out")
 
 
 def _frame_window(num_frames: int, start: int, frames: int | None) -> tuple[int, int]:
@@ -185,16 +227,29 @@ def latent_chunks(
         yield Piece(chunk, latents, store.frame_pts[frames], store.frame_valid[frames])
 
 
-def video_sink(store: LatentStore, out: Path, overwrite: bool) -> VideoWriter:
-    """What writes the frames of ``store`` to a video file. Nothing is created yet."""
+def video_sink(
+    store: LatentStore, out: Path, options: DecodeOptions, frames: tuple[int, int]
+) -> VideoWriter | PictureWriter:
+    """What writes a half-open range of the frames of ``store`` to a video file or to pictures. Nothing is created yet.
+
+    Raises:
+        StoreError: the output exists, or cannot be written in that format.
+    """
+    size, (first, last) = (store.height, store.width), frames
+    if is_pictures(out):
+        return PictureWriter(out, size=size, num_frames=last - first, first=first, overwrite=options.overwrite)
     color = store.source.get("color")
+    check_times(out, store.frame_pts[first:last], store.time_base)
     return VideoWriter(
         out,
-        size=(store.height, store.width),
+        size=size,
         time_base=store.time_base,
         frame_rate=store.frame_rate,
         color=None if color is None else ColorInfo(**color),
-        overwrite=overwrite,
+        sample_aspect_ratio=store.metadata.sample_aspect_ratio,
+        overwrite=options.overwrite,
+        encoding=options.encoding,
+        sound=sound_of(store, frames, options.audio),
     )
 
 

@@ -24,6 +24,7 @@ from longvid.files import local_path
 from longvid.frames import Frames
 from longvid.media.arrays import Reading
 from longvid.media.limits import Limits
+from longvid.media.output.picture_writer import picture_path
 from longvid.memory.offload import OffloadPolicy
 from longvid.models.base import CausalVAE
 from longvid.models.device import resolve_device
@@ -34,7 +35,7 @@ from longvid.planning.plan import Plan
 from longvid.planning.planner import Offload
 from longvid.planning.profile import Profile
 from longvid.runtime.admission import AdmissionControl, Job, SessionGuard
-from longvid.runtime.decode import DecodeOptions, decode_video
+from longvid.runtime.decode import DecodeOptions, Output, decode_video
 from longvid.runtime.encode import ChunkPlan, EncodeOptions, OnNonFinite, encode_video
 from longvid.runtime.engine import Engine
 from longvid.runtime.prefetch import StopRequest
@@ -244,6 +245,7 @@ class VideoSession:
         resume: Resume = "exact",
         part: tuple[int, int] | None = None,
         durability: str | Durability = "fsync",
+        **output: Unpack[Output],
     ) -> RunReport:
         """Decode a store of latents into exactly the frames that were encoded.
 
@@ -254,8 +256,9 @@ class VideoSession:
 
         Args:
             store: a store that :meth:`encode` completed, or its path.
-            out: path ending in ``.mp4``, ``.mov`` or ``.mkv`` for a video file, in ``.zarr`` for a store of frames;
-                or a callable that takes uint8 frames (T, H, W, 3); it is called in order, in a thread of its own.
+            out: path ending in ``.mp4``, ``.mov``, ``.mkv`` or ``.webm`` for a video file, in ``.zarr`` for a store of
+                frames; pictures such as ``out/%05d.png``, or a folder by a slash at its end; or a callable that takes
+                uint8 frames (T, H, W, 3); it is called in order, in a thread of its own.
             start: frames to skip. Of them, only as many are decoded as :func:`longvid.warmup` says, for the same bits.
             frames: frames to write at most.
             overwrite: replace what is there, unless it is an unfinished store of this very run, which is continued.
@@ -263,6 +266,8 @@ class VideoSession:
                 over.
             part: ``(3, 8)`` decodes the third of eight parts, as for :meth:`encode`; for a store of frames.
             durability: of a store of frames, as for :meth:`encode`.
+            output: of a video file: ``codec``, ``crf``, ``pix_fmt``, ``audio``; see
+                :class:`~longvid.runtime.decode.Output`.
 
         Raises:
             StoreError: the store is missing, incomplete, damaged or of another kind of model; the output exists or
@@ -278,9 +283,10 @@ class VideoSession:
             resume=resume,
             part=part,
             durability=parse_durability(durability),
+            output=output,
         )
         with self.running("decode") as job:
-            return decode_video(job, store, out if callable(out) else _target(out, beside=store), options)
+            return decode_video(job, store, out if callable(out) else _target(picture_path(out), beside=store), options)
 
     def stop(self) -> bool:
         """Ask the :meth:`encode` or :meth:`decode` that is running to end at the next boundary between chunks.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from fractions import Fraction
 
 import av
@@ -10,6 +11,7 @@ from support.media import barcodes, collect, indices, smooth_colors
 
 from longvid.errors import StoreError
 from longvid.frames import ColorInfo
+from longvid.media.output.formats import Encoding
 from longvid.media.output.video_writer import VideoWriter
 from longvid.media.video_file import VideoFile
 
@@ -59,13 +61,15 @@ def test_variable_frame_rate_is_kept_and_starts_at_zero(tmp_path, suffix):
 
 @pytest.mark.parametrize(("height", "width"), [(47, 95), (48, 95), (47, 96), (48, 96)])
 def test_the_size_comes_back_exactly(tmp_path, height, width):
-    with writer(tmp_path / "out.mp4", height=height, width=width) as output:
+    is_odd = height % 2 or width % 2
+    said = pytest.warns(UserWarning, match="browsers, phones and QuickTime do not") if is_odd else nullcontext()
+    with said, writer(tmp_path / "out.mp4", height=height, width=width) as output:
         output.write(barcodes(4, height, width), np.arange(4))
     video = VideoFile(tmp_path / "out.mp4")
     frames, _ = collect(video)
     assert frames.shape == (4, height, width, 3)
     assert indices(frames) == [0, 1, 2, 3]
-    assert video.info.details["pix_fmt"] == ("yuv444p" if height % 2 or width % 2 else "yuv420p")
+    assert video.info.details["pix_fmt"] == ("yuv444p" if is_odd else "yuv420p")
 
 
 @pytest.mark.parametrize(
@@ -82,7 +86,7 @@ def test_the_size_comes_back_exactly(tmp_path, height, width):
 def test_colour_is_converted_and_tagged(tmp_path, color, height, matrix, suffix):
     image = smooth_colors(height, 128)
     path = tmp_path / f"out{suffix}"
-    with writer(path, height=height, width=128, color=color, crf=4) as output:
+    with writer(path, height=height, width=128, color=color, encoding=Encoding(crf=4)) as output:
         output.write(image[None], np.arange(1))
     video = VideoFile(path)
     frames, _ = collect(video)
@@ -167,7 +171,7 @@ def test_bad_targets_are_refused_before_anything_is_opened(tmp_path):
     refused("exists", tmp_path / "out.mp4")
     refused("foreign", tmp_path / "folder.mp4", overwrite=True)
     refused("missing", tmp_path / "none" / "out.mp4")
-    refused("format", tmp_path / "out.webm")
+    refused("format", tmp_path / "out.wmv")
     refused("format", tmp_path / "out")
     assert names(tmp_path) == before
 

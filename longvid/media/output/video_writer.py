@@ -3,51 +3,60 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import secrets
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 import av
 import numpy as np
 import numpy.typing as npt
 from av.container import OutputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from longvid.errors import StoreError
+from longvid.errors import LongvidError, StoreError
 from longvid.files import check_file_target
 from longvid.frames import ColorInfo
 from longvid.media.images.color import PRIMARIES, TRANSFERS, matrix_by_rule
+from longvid.media.output.formats import Encoding, video_format
 
-__all__ = ["VideoWriter"]
+if TYPE_CHECKING:
+    from longvid.media.output.sound import Sound
 
-_FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
+__all__ = ["VideoWriter", "write_error"]
+
 # name -> (tag of matrix, primaries and transfer; coefficients of swscale)
 _MATRICES = {"bt709": (1, 1), "bt601": (6, 5)}
 _PRIMARIES = {name: tag for tag, name in PRIMARIES.items()}
 _TRANSFERS = {name: tag for tag, name in TRANSFERS.items()}
-_LARGEST_TIME_BASE = 2**31 - 1
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
 
 
 class VideoWriter:
-    """Writes H.264 in limited range with every frame at its own time; a context manager.
+    """Writes a video file with every frame at its own time; a context manager.
 
     Frames go to a partial file beside the target, which takes the target's name on a clean exit and is removed if
-    the block raises. Even sizes are written as yuv420p, odd ones as yuv444p, so that the size comes back exactly.
-    Matroska keeps time in milliseconds; mp4 and mov keep the time base.
+    the block raises. Matroska keeps time in milliseconds; mp4 and mov keep the time base.
 
-    ``size`` is (height, width); ``frame_rate`` is a hint to players. ``color`` says how the source was read: the matrix
+    ``size`` is (height, width); ``frame_rate`` is a hint to players, and ``sample_aspect_ratio``, width of a pixel by
+    its height, tells them the shape of the picture. ``color`` says how the source was read: the matrix
     is used again if it is bt601 or bt709, else the rule decides (bt709 from 720 lines up); primaries and transfer are
-    passed on. ``crf`` is the quality of x264, 0 (lossless) to 51.
+    passed on. ``encoding`` is the codec, its quality and the pixel format: by default H.264 in limited range, yuv420p
+    for even sizes and yuv444p for odd ones, so that the size comes back exactly. ``sound`` opens the sound that is
+    written along, when the file is opened.
 
     Raises:
-        StoreError: the target exists and may not be replaced, its folder does not, or its format is not one of these.
+        StoreError: the target exists and may not be replaced, its folder does not, or the format does not take such
+            frames.
     """
 
     def __init__(
@@ -58,21 +67,32 @@ class VideoWriter:
         time_base: Fraction,
         frame_rate: Fraction | None,
         color: ColorInfo | None = None,
+        sample_aspect_ratio: Fraction = Fraction(1),
         overwrite: bool = False,
-        crf: int = 18,
+        encoding: Encoding | None = None,
+        sound: Callable[[], Sound | None] | None = None,
     ) -> None:
         self._path = Path(path)
         self._height, self._width = size
         self._time_base = Fraction(time_base)
         self._frame_rate = frame_rate
+        self._pixel_aspect = _within_16_bits(sample_aspect_ratio)
         self._color = color or ColorInfo(matrix="", range="")
         self._overwrite = overwrite
-        self._crf = crf
+        self._open_sound = sound
+        self._sound: Sound | None = None
         self._partial = self._path.with_name(f"{self._path.stem}.partial-{secrets.token_hex(4)}{self._path.suffix}")
         self._container: OutputContainer | None = None
         self._first_pts: int | None = None
         self._last_pts: list[int] = []
-        self._check_format()
+        self._format = video_format(self._path, size=size, time_base=self._time_base, encoding=encoding or Encoding())
+        if self._pixel_aspect != 1 and not self._format.keeps_aspect:
+            warnings.warn(
+                f"{self._path} will look {'narrower' if self._pixel_aspect > 1 else 'wider'} than its source: its "
+                f"pixels are {self._pixel_aspect} as wide as high, which {self._format.codec} in {self._path.suffix} "
+                "cannot tell; choose .mp4, .mov or --codec h264, or encode with --pixels square",
+                stacklevel=2,
+            )
         check_file_target(self._path, overwrite=self._overwrite, what="video")
 
     def write(
@@ -92,18 +112,41 @@ class VideoWriter:
         stamps = self._check_frames(frames_THWC, pts_T)
         with self._wrapped():
             for frame_HWC, pts in zip(frames_THWC, stamps, strict=True):
-                container.mux(self._stream.encode(self._convert(frame_HWC, pts)))
+                if self._sound is not None:
+                    self._mux_sound(self._sound, self._sound.until(pts * self._time_base))
+                self._encode(container, self._convert(frame_HWC, pts))
+
+    def _encode(self, container: OutputContainer, frame: VideoFrame | None) -> None:
+        """Encode and write a frame; None for those that the encoder holds back."""
+        for packet in self._stream.encode(frame):
+            if packet.pts is not None and (packet.dts is None or not 0 <= packet.pts - packet.dts < 2**40):
+                packet.dts = packet.pts  # x265 gives none, or any number, in a video of one or two frames
+            container.mux_one(packet)
+
+    def _mux_sound(self, sound: Sound, packets: Iterator[Packet[Any]]) -> None:
+        """Write sound; what the file does not take is left out, and never the pictures."""
+        container = self._opened()
+        for packet in packets:
+            try:
+                container.mux_one(packet)
+            except (av.FFmpegError, ValueError) as exc:
+                if _is_full(exc):
+                    raise
+                sound.leave_out(f"it cannot be written ({_reason(exc)})")
+                return
 
     def __enter__(self) -> Self:
         if self._container is not None:
             raise StoreError(f"{self._path} is already being written by this writer; make another one")
-        with self._wrapped(), contextlib.ExitStack() as undo:
+        with contextlib.ExitStack() as undo, self._wrapped():
             undo.callback(self._discard)
-            format_name = _FORMATS[self._path.suffix.lower()]
-            options = {} if format_name == "matroska" else {"movflags": "+faststart"}
-            self._container = av.open(f"file:{self._partial.absolute()}", "w", format=format_name, options=options)
-            self._stream = self._add_stream(self._container)
+            if self._open_sound is not None:
+                self._sound = self._open_sound()
             self._scaler = VideoReformatter()
+            try:
+                self._start(self._sound)
+            except (av.FFmpegError, ValueError) as exc:
+                self._start_silent(exc)
             undo.pop_all()
         return self
 
@@ -114,31 +157,48 @@ class VideoWriter:
         finally:
             self._discard()
 
-    def _check_format(self) -> None:
-        if self._path.suffix.lower() not in _FORMATS:
-            raise StoreError(
-                f"{self._path} cannot be written: the suffix {self._path.suffix!r} names no format known here; "
-                f"use {', '.join(_FORMATS)}",
-                kind="format",
-            )
-        if self._height < 1 or self._width < 1:
-            raise StoreError(f"a video of {self._width}x{self._height} pixels cannot be written", kind="format")
-        if self._time_base <= 0 or max(self._time_base.as_integer_ratio()) > _LARGEST_TIME_BASE:
-            raise StoreError(f"the time base {self._time_base} cannot be kept in a video file", kind="format")
+    def _start_silent(self, cause: Exception) -> None:
+        """Start again without the sound, if that may be what the file does not take."""
+        sound = self._sound
+        if sound is None or _is_full(cause):
+            raise self._refused(cause) from cause
+        self._remove()
+        try:
+            self._start(None)
+        except (av.FFmpegError, ValueError) as exc:
+            raise self._refused(exc) from exc
+        sound.leave_out(f"a {self._path.suffix} file does not take it ({_reason(cause)})")
+
+    def _start(self, sound: Sound | None) -> None:
+        """Open the partial file and write its header, for which all encoders are opened."""
+        form = self._format
+        os.environ.setdefault("SVT_LOG", "1")  # the encoder of AV1 prints its settings otherwise
+        options = {"movflags": "+faststart"} if form.container.format in ("mp4", "mov") else {}
+        self._container = av.open(
+            f"file:{self._partial.absolute()}", "w", format=form.container.format, options=options
+        )
+        self._stream = self._add_stream(self._container)
+        if sound is not None:
+            sound.add_to(self._container, form.container)
+        self._container.start_encoding()
 
     def _add_stream(self, container: OutputContainer) -> VideoStream:
-        stream = container.add_stream("libx264", rate=self._frame_rate or Fraction(24))
-        stream.time_base = self._time_base
+        form, color = self._format, self._color
+        stream = container.add_stream(form.encoder, rate=form.hint(self._frame_rate))
+        assert isinstance(stream, VideoStream)
+        stream.time_base = form.time_base
         context = stream.codec_context
-        context.time_base = self._time_base
-        context.height, context.width = self._height, self._width
-        context.pix_fmt = "yuv444p" if self._height % 2 or self._width % 2 else "yuv420p"
-        # swscale puts chroma between the pixels; without this option H.264 decoders expect it half a pixel off
-        context.options = {"crf": str(self._crf), "x264-params": "chromaloc=1"}
-        color = self._color
+        context.time_base = form.time_base
+        context.height, context.width = form.height, form.width
+        context.pix_fmt = form.pix_fmt
+        context.options = dict(form.options)
+        if form.tag is not None:
+            context.codec_tag = form.tag
+        if self._pixel_aspect != 1:
+            context.sample_aspect_ratio = self._pixel_aspect
         tag, self._coefficients = _MATRICES.get(color.matrix) or _MATRICES[matrix_by_rule(self._height)]
-        context.colorspace = tag
-        context.color_range = ColorRange.MPEG
+        context.colorspace = 0 if form.is_rgb else tag
+        context.color_range = ColorRange.JPEG if form.is_rgb else ColorRange.MPEG
         context.color_primaries = _PRIMARIES.get(color.primaries or "", tag)
         context.color_trc = _TRANSFERS.get(color.transfer or "", tag)
         return stream
@@ -169,16 +229,20 @@ class VideoWriter:
         return [pts - (self._first_pts or 0) for pts in stamps]
 
     def _convert(self, frame_HWC: npt.NDArray[np.uint8], pts: int) -> VideoFrame:
+        form = self._format
+        rows, columns = form.height - self._height, form.width - self._width
+        if rows or columns:
+            frame_HWC = np.pad(frame_HWC, ((0, rows), (0, columns), (0, 0)), mode="edge")
         frame = self._scaler.reformat(
             VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), "rgb24"),
-            format=self._stream.codec_context.pix_fmt,
-            dst_colorspace=self._coefficients,
+            format=form.pix_fmt,
+            dst_colorspace=None if form.is_rgb else self._coefficients,
             src_color_range=ColorRange.JPEG,
-            dst_color_range=ColorRange.MPEG,
+            dst_color_range=ColorRange.JPEG if form.is_rgb else ColorRange.MPEG,
             interpolation=_INTERPOLATION,
         )
-        frame.pts = pts
-        frame.time_base = self._time_base
+        frame.pts = round(pts * self._time_base / form.time_base)
+        frame.time_base = form.time_base
         return frame
 
     def _finish(self) -> None:
@@ -186,7 +250,9 @@ class VideoWriter:
         if self._first_pts is None:
             raise StoreError(f"no frames were written to {self._path}, so that there is no video to keep")
         with self._wrapped():
-            container.mux(self._stream.encode(None))
+            if self._sound is not None:
+                self._mux_sound(self._sound, self._sound.rest())
+            self._encode(container, None)
             container.close()
             with self._partial.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -194,6 +260,12 @@ class VideoWriter:
             self._partial.replace(self._path)
 
     def _discard(self) -> None:
+        sound, self._sound = self._sound, None
+        if sound is not None:
+            sound.close()
+        self._remove()
+
+    def _remove(self) -> None:
         container, self._container = self._container, None
         with contextlib.suppress(av.FFmpegError, OSError):
             if container is not None:
@@ -201,11 +273,46 @@ class VideoWriter:
         with contextlib.suppress(OSError):
             self._partial.unlink(missing_ok=True)
 
+    def _refused(self, exc: Exception) -> StoreError:
+        """The error where an encoder cannot be opened."""
+        if (isinstance(exc, OSError) and not isinstance(exc, av.FFmpegError)) or _is_full(exc):
+            return write_error(self._path, exc)
+        form = self._format
+        what = f"{form.encoder} does not take {self._width}x{self._height} {form.pix_fmt} at {form.time_base} s"
+        return StoreError(
+            f"{self._path} cannot be written: {what} ({_reason(exc)}); choose another --codec or --pix-fmt, or another "
+            "suffix",
+            kind="format",
+        )
+
     @contextlib.contextmanager
     def _wrapped(self) -> Iterator[None]:
         try:
             yield
-        except StoreError:
+        except LongvidError:
             raise
         except (av.FFmpegError, OSError, ValueError) as exc:
-            raise StoreError(f"{self._path} cannot be written: {exc}; is the disk full?") from exc
+            raise write_error(self._path, exc) from exc
+
+
+def write_error(path: Path, exc: Exception) -> StoreError:
+    """The error where a file cannot be written."""
+    if _is_full(exc):
+        return StoreError(f"{path} cannot be written: {_reason(exc)}; is the disk full? Make room", kind="full")
+    return StoreError(f"{path} cannot be written: {_reason(exc)}")
+
+
+def _is_full(exc: Exception) -> bool:
+    return getattr(exc, "errno", None) in _NO_SPACE
+
+
+def _reason(exc: Exception) -> str:
+    """The message of an error, without its number."""
+    return getattr(exc, "strerror", None) or str(exc)
+
+
+def _within_16_bits(ratio: Fraction) -> Fraction:
+    """The nearest ratio that H.264 can hold: both numbers below 65536."""
+    inverted = ratio > 1
+    found = (1 / ratio if inverted else Fraction(ratio)).limit_denominator(2**16 - 1) or Fraction(1, 2**16 - 1)
+    return 1 / found if inverted else found
