@@ -113,6 +113,8 @@ class FrameSource(ABC):
         self.index = SeekIndex()
         self.joints: dict[int, Joint] = {}
         "places where the time stamps of a file do not continue, by the number of the frame, as far as it was read"
+        self.damage: int | None = None
+        "the first frame of a file at which ``on_error`` decided what comes out, as far as it was read"
         self._started = False
         self._closed = False
 
@@ -136,6 +138,10 @@ class FrameSource(ABC):
                 kind="layout",
             )
         return self.info.num_frames
+
+    def last_duration(self) -> int | None:
+        """How long the last frame that was read is shown, in units of the time base; None if nothing tells it."""
+        return None
 
     def close(self) -> None:
         """Release the frames; reading on afterwards raises SourceError."""

@@ -57,6 +57,7 @@ class VideoFile(FrameSource):
         self._times = FileTimes(self._name, self._frame_rate)
         self.joints = self._times.joints
         self._sorts: bool | None = None
+        self._at_end = False
         self._ahead: deque[Picture] = deque()
         "pictures that were decoded to describe the file"
         self._file = MediaFile(self._name, self._limits)
@@ -81,7 +82,6 @@ class VideoFile(FrameSource):
             "start": self._begin,
             "frames": None if self._end is None else self._end - self._begin,
             "conversion": REVISION,
-            "on_error": self._on_error,
             **{key: details[key] for key in facts},
             **({} if self._frame_rate is None else {"frame_rate": str(Fraction(self._frame_rate))}),
             "matrix": self._converter.color.info.matrix,
@@ -99,6 +99,10 @@ class VideoFile(FrameSource):
             return self.info.num_frames
         count = self._scan(lambda packets: sum(packet.size > 0 for packet in packets)) or 0
         return max(1, (count if self._end is None else min(self._end, count)) - self._begin)
+
+    def last_duration(self) -> int | None:
+        """By the file; of a frame that another one follows in the file, what it says of that frame."""
+        return self._times.last_duration(at_end=self._at_end)
 
     def close(self) -> None:
         """Close the file."""
@@ -383,12 +387,15 @@ class VideoFile(FrameSource):
                 self._warn_of_end(fault, index)
                 return
             elif good is None:
+                self._note_damage(index)
                 waiting.append(stamp)
             else:
+                self._note_damage(index)
                 yield good, stamp, False
             index += 1
             del picture, frame
             self._check_open()
+        self._at_end = True
         if waiting:
             raise SourceError(f"{self._name} has no frame without damage", kind="damaged")
         fault = self._decoder.rest or self._shortfall
@@ -403,6 +410,10 @@ class VideoFile(FrameSource):
         self._check_open()
         yield from self._pictures
 
+    def _note_damage(self, index: int) -> None:
+        self.damage = index if self.damage is None else self.damage
+
     def _warn_of_end(self, fault: Fault, index: int) -> None:
+        self._note_damage(index)
         what = f"frame {index} of {self._name}" if fault is not self._shortfall else self._name
         warnings.warn(f"{what} {fault.why}; the video ends there, after {index} frames", stacklevel=2)

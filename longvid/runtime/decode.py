@@ -91,7 +91,7 @@ class _Decoding(VideoTask[_Frames]):
         if not isinstance(self._out, Path):
             return nullcontext()
         if self._found is None:
-            self._sink = video_sink(latents, self._out, self._options.overwrite)
+            self._sink = video_sink(latents, self._out, self._options.overwrite, self._last_duration)
             return self._sink
         self._sink = FrameStoreWriter(
             self._found.path,
@@ -104,6 +104,13 @@ class _Decoding(VideoTask[_Frames]):
             part=self.part,
         )
         return self._sink
+
+    @property
+    def _last_duration(self) -> int | None:
+        """How long the last frame is shown, if the video ends with it and the store knows it."""
+        latents = self._latents
+        is_last = self._last - self._before == latents.num_frames
+        return latents.metadata.last_frame_duration if is_last else None
 
     def make_run(self) -> DecodeRun:
         size = (self._latents.height, self._latents.width)
@@ -185,7 +192,7 @@ def latent_chunks(
         yield Piece(chunk, latents, store.frame_pts[frames], store.frame_valid[frames])
 
 
-def video_sink(store: LatentStore, out: Path, overwrite: bool) -> VideoWriter:
+def video_sink(store: LatentStore, out: Path, overwrite: bool, last_duration: int | None = None) -> VideoWriter:
     """What writes the frames of ``store`` to a video file. Nothing is created yet."""
     color = store.source.get("color")
     return VideoWriter(
@@ -195,6 +202,7 @@ def video_sink(store: LatentStore, out: Path, overwrite: bool) -> VideoWriter:
         frame_rate=store.frame_rate,
         color=None if color is None else ColorInfo(**color),
         overwrite=overwrite,
+        last_duration=last_duration,
     )
 
 

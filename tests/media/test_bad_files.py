@@ -135,6 +135,8 @@ def test_no_file_takes_more_than_300_megabytes(catalogue):
     code = """
 import sys, warnings
 from longvid.media.sources import open_source
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* has no time stamps")
 warnings.simplefilter('ignore')
 for path in sys.argv[1:]:
     for policy in ('stop', 'keep', 'conceal'):

@@ -20,6 +20,11 @@ from longvid import Durability, VideoSession, load_model
 from longvid.media.decoding.seek_index import SeekIndex, SeekPoint
 from longvid.store.format import PRIVATE
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the time stamps of .* do not continue"),
+    pytest.mark.filterwarnings("ignore:.* does not store when its frames are shown"),
+]
+
 EAGER = Durability(mode="rename", publish_seconds=0)
 CHUNK = 4
 WARMUP = 6
@@ -120,7 +125,7 @@ def test_a_recording_whose_clock_begins_again_is_concealed_alike(model, tmp_path
 # ------------------------------------------------------------------------------------------- the file of seek points
 
 SEEK = f"{PRIVATE}/seek"
-RECORD = struct.calcsize("<qqq8s")
+RECORD = struct.calcsize("<qqqqq8s")
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +148,8 @@ def shifted(frames):
     def change(content, source):
         out = b""
         for at in range(0, len(content), RECORD):
-            frame, pts, position, check = struct.unpack("<qqq8s", content[at : at + RECORD])
-            out += struct.pack("<qqq8s", frame + frames, pts, position, check)
+            frame, *point, check = struct.unpack("<qqqqq8s", content[at : at + RECORD])
+            out += struct.pack("<qqqqq8s", frame + frames, *point, check)
         return out
 
     return change
@@ -222,7 +227,7 @@ def test_negative_control_a_wrong_number_with_a_right_digest_would_be_believed(m
     store = tmp_path / "a.zarr"
     shutil.copytree(unfinished, store)
     moved = shifted(80)((store / SEEK).read_bytes(), path)
-    records = [moved[at : at + 24] + bytes(8) for at in range(0, len(moved), RECORD)]
+    records = [moved[at : at + RECORD - 8] + bytes(8) for at in range(0, len(moved), RECORD)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SeekIndex, "_check", lambda self, record: bytes(8))
         (store / SEEK).write_bytes(b"".join(one for one in records if struct.unpack_from("<q", one)[0] < 160))

@@ -44,7 +44,8 @@ class VideoWriter:
 
     ``size`` is (height, width); ``frame_rate`` is a hint to players. ``color`` says how the source was read: the matrix
     is used again if it is bt601 or bt709, else the rule decides (bt709 from 720 lines up); primaries and transfer are
-    passed on. ``crf`` is the quality of x264, 0 (lossless) to 51.
+    passed on. ``crf`` is the quality of x264, 0 (lossless) to 51. ``last_duration`` is how long
+    the last frame is shown, in units of the time base; None to leave that to players.
 
     Raises:
         StoreError: the target exists and may not be replaced, its folder does not, or its format is not one of these.
@@ -60,6 +61,7 @@ class VideoWriter:
         color: ColorInfo | None = None,
         overwrite: bool = False,
         crf: int = 18,
+        last_duration: int | None = None,
     ) -> None:
         self._path = Path(path)
         self._height, self._width = size
@@ -68,6 +70,9 @@ class VideoWriter:
         self._color = color or ColorInfo(matrix="", range="")
         self._overwrite = overwrite
         self._crf = crf
+        self._last_duration = last_duration
+        self._held: VideoFrame | None = None
+        "the last frame so far: how long it is shown is known when it is not followed by another one"
         self._partial = self._path.with_name(f"{self._path.stem}.partial-{secrets.token_hex(4)}{self._path.suffix}")
         self._container: OutputContainer | None = None
         self._first_pts: int | None = None
@@ -92,7 +97,9 @@ class VideoWriter:
         stamps = self._check_frames(frames_THWC, pts_T)
         with self._wrapped():
             for frame_HWC, pts in zip(frames_THWC, stamps, strict=True):
-                container.mux(self._stream.encode(self._convert(frame_HWC, pts)))
+                held, self._held = self._held, self._convert(frame_HWC, pts)
+                if held is not None:
+                    container.mux(self._stream.encode(held))
 
     def __enter__(self) -> Self:
         if self._container is not None:
@@ -186,6 +193,10 @@ class VideoWriter:
         if self._first_pts is None:
             raise StoreError(f"no frames were written to {self._path}, so that there is no video to keep")
         with self._wrapped():
+            if self._held is not None:
+                if self._last_duration is not None and self._last_duration > 0:
+                    self._held.duration = self._last_duration
+                container.mux(self._stream.encode(self._held))
             container.mux(self._stream.encode(None))
             container.close()
             with self._partial.open("rb+") as file:
