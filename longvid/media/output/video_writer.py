@@ -9,12 +9,13 @@ import secrets
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import av
 import numpy as np
 import numpy.typing as npt
 from av.container import OutputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
@@ -193,16 +194,25 @@ class VideoWriter:
         if self._first_pts is None:
             raise StoreError(f"no frames were written to {self._path}, so that there is no video to keep")
         with self._wrapped():
-            if self._held is not None:
-                if self._last_duration is not None and self._last_duration > 0:
-                    self._held.duration = self._last_duration
-                container.mux(self._stream.encode(self._held))
-            container.mux(self._stream.encode(None))
+            packets = [] if self._held is None else self._stream.encode(self._held)
+            packets += self._stream.encode(None)
+            self._set_end(packets)
+            container.mux(packets)
             container.close()
             with self._partial.open("rb+") as file:
                 os.fsync(file.fileno())
             check_file_target(self._path, overwrite=self._overwrite, what="video")
             self._partial.replace(self._path)
+
+    def _set_end(self, packets: list[Packet[Any]]) -> None:
+        """Let the video end when its last frame has been shown: mp4 takes the end from the last packet that is coded,
+        which may belong to an earlier frame."""
+        if not self._last_duration or self._held is None or self._held.pts is None:
+            return
+        end = self._held.pts + self._last_duration
+        for number, packet in enumerate(packets, 1):
+            if packet.pts is not None and (number == len(packets) or packet.pts == self._held.pts):
+                packet.duration = end - packet.pts
 
     def _discard(self) -> None:
         container, self._container = self._container, None
