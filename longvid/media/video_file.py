@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import warnings
 from collections import deque
@@ -28,6 +29,7 @@ from longvid.media.decoding.transport import is_joint
 from longvid.media.decoding.watchdog import Watchdog
 from longvid.media.images.convert import REVISION, Converter
 from longvid.media.timing.file_times import FileTimes
+from longvid.media.timing.resampling import Instants, resampled
 
 __all__ = ["VideoFile"]
 
@@ -83,6 +85,7 @@ class VideoFile(FrameSource):
             "frames": None if self._end is None else self._end - self._begin,
             "conversion": REVISION,
             **{key: details[key] for key in facts},
+            **({} if self._fps is None else {"fps": str(self._fps)}),
             **({} if self._frame_rate is None else {"frame_rate": str(Fraction(self._frame_rate))}),
             "matrix": self._converter.color.info.matrix,
             "range": self._converter.color.info.range,
@@ -91,18 +94,23 @@ class VideoFile(FrameSource):
     def blocks(self, *, first: int = 0) -> Iterator[FrameBlock]:
         """Yield the frames; where decoding fails, SourceError is raised after the frames before it."""
         self._start()
-        return self._within_limits(self._blocks(first), done=first, first_pts=self._first_pts)
+        first_pts = self._first_pts if self._fps is None else 0
+        return self._within_limits(self._blocks(first), done=first, first_pts=first_pts)
 
     def count_frames(self) -> int:
         """By the header, or else by the packets, which are read for it."""
-        if self.info.num_frames:
+        if self.info.num_frames and self._fps is None:
             return self.info.num_frames
-        count = self._scan(lambda packets: sum(packet.size > 0 for packet in packets)) or 0
+        if self._fps is None:
+            count = self._scan(lambda packets: sum(packet.size > 0 for packet in packets)) or 0
+        else:
+            length = self._scan(self._times.length) or 0
+            count = self._instants.before(self._first_pts + length)
         return max(1, (count if self._end is None else min(self._end, count)) - self._begin)
 
     def last_duration(self) -> int | None:
         """By the file; of a frame that another one follows in the file, what it says of that frame."""
-        return self._times.last_duration(at_end=self._at_end)
+        return 1 if self._fps is not None else self._times.last_duration(at_end=self._at_end)
 
     def close(self) -> None:
         """Close the file."""
@@ -152,7 +160,7 @@ class VideoFile(FrameSource):
         if self._shortfall is not None and self._on_error == "stop":
             raise self._cut_short(self._shortfall)
         # frames of mp4 are read by its sample table; the counts of other formats are not reliable
-        if "mp4" in self._formats and 0 < self._stream.frames <= self._begin:
+        if "mp4" in self._formats and 0 < self._stream.frames <= self._begin and self._fps is None:
             raise self._beyond_end(self._stream.frames)
         first = self._first_frame()
         self._sorts = self._decoder.sorts
@@ -167,6 +175,7 @@ class VideoFile(FrameSource):
         self._frame_size = (first.height, first.width)
         self._first_pts = self._times.clock.first(self._ahead[0].shown_at)
         self._converter = Converter(first, self._stream, self._size, self._name)
+        self._instants = Instants(self._fps or Fraction(1), self._times.clock.time_base, self._first_pts)
         self.info = self._describe(self._stream, first)
         self._check_known_length()
         transfer = self._converter.color.info.transfer
@@ -219,14 +228,16 @@ class VideoFile(FrameSource):
     def _describe(self, stream: VideoStream, first: VideoFrame) -> SourceInfo:
         converter, container = self._converter, self._container
         counted = 0 if container is None else counted_frames(container, stream, self._file.num_bytes)
+        if self._fps is not None:
+            counted = math.ceil(counted * self._fps / (self._times.frame_rate or self._fps))
         return SourceInfo(
             kind="video",
             name=self._name,
             height=converter.height,
             width=converter.width,
             num_frames=max(0, min(counted, self._end or counted) - self._begin) if counted else None,
-            time_base=self._times.clock.time_base,
-            frame_rate=self._times.frame_rate,
+            time_base=1 / self._fps if self._fps else self._times.clock.time_base,
+            frame_rate=self._fps or self._times.frame_rate,
             timing_assumed=first.pts is None,
             color=converter.color.info,
             details={
@@ -245,6 +256,7 @@ class VideoFile(FrameSource):
                 "stream_index": stream.index,
                 "stream_start_time": stream.start_time,
                 "stream_duration": stream.duration,
+                "resampled_from": None if self._fps is None else str(self._times.frame_rate),
                 "time_scale": self._times.clock.scale,
                 "times_sorted": bool(self._sorts),
                 "frames_in_header": stream.frames,
@@ -260,13 +272,26 @@ class VideoFile(FrameSource):
         if index == self._end:
             return
         shown, image = None, np.empty(0, np.uint8)
-        for frame, pts, valid in self._from(index):
+        for frame, pts, valid in self._from(index) if self._fps is None else self._resampled(index):
             if frame is not shown:
                 shown, image = frame, self._converter.convert(frame, index)
             yield FrameBlock(image[None], np.array([pts], dtype=np.int64), np.array([valid], dtype=np.bool_))
             index += 1
             if index == self._end:
                 return
+
+    def _resampled(self, number: int) -> Iterator[tuple[VideoFrame, int, bool]]:
+        """The frames that are shown at the instants from ``number`` on."""
+        first = 0
+        if number:
+            points = (
+                self.index.points or self._scanned(round(self._instants.of(number) / self._times.clock.step)).points
+            )
+            first = max((one.frame for one in points if one.time <= self._instants.of(number)), default=0)
+        duration = partial(self._times.last_duration, at_end=True)
+        count = yield from resampled(self._from(first), self._instants, number, duration)
+        if count <= self._begin:
+            raise self._beyond_end(count)
 
     def _from(self, index: int) -> Iterator[tuple[VideoFrame, int, bool]]:
         """Frames from number ``index`` of the file on.
@@ -289,7 +314,7 @@ class VideoFile(FrameSource):
         for count, delivered in enumerate(self._played(), start=1):
             if count > index:
                 yield delivered
-        if count <= self._begin:
+        if count <= self._begin and self._fps is None:
             raise self._beyond_end(count)
 
     def _seek(self, index: int) -> Iterator[Picture] | None:
