@@ -24,6 +24,7 @@ from longvid.frames import FrameBlock, SourceInfo, Times
 from longvid.media.arrays import FrameSource, Reading
 from longvid.media.decoding.container import MediaFile, counted_frames, declared_end, lost_samples, pick_stream
 from longvid.media.decoding.decoder import Decoder, Fault, Picture
+from longvid.media.decoding.field_pictures import may_have_fields
 from longvid.media.decoding.seek_index import PACKETS_AHEAD, SeekIndex, SeekPoint, index_of_packets
 from longvid.media.decoding.transport import is_joint
 from longvid.media.decoding.watchdog import Watchdog
@@ -134,8 +135,10 @@ class VideoFile(FrameSource):
         self._limits.check_pixels(self._name, stream.codec_context.height, stream.codec_context.width)
         # the decoder is a context of its own, which does not inherit the limit given on opening
         stream.codec_context.options = {"max_pixels": str(self._limits.decoder_pixels)}
-        # damaged frames are decoded reproducibly only with one thread per frame
-        stream.thread_type = "AUTO" if self._on_error == "stop" else "SLICE"
+        # damaged frames are decoded reproducibly only with one thread per frame, and where frames of one picture and of
+        # two follow each other, several threads call whole ones damaged
+        has_fields = stream.codec_context.name == "h264" and may_have_fields(stream.codec_context.extradata)
+        stream.thread_type = "AUTO" if self._on_error == "stop" and not has_fields else "SLICE"
         if seek is not None:
             self._watchdog.run(lambda: container.seek(seek, stream=stream, backward=True))
         self._decoder = Decoder(
