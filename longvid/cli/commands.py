@@ -139,6 +139,7 @@ def _info(args: argparse.Namespace) -> int:
         "model": model,
         "part": None if store.part is None else asdict(store.part),
         "seams": [asdict(seam) for seam in store.seams],
+        **{name: store.attributes["longvid"].get(name) for name in ("joints", "damage", "last_frame_duration")},
         "stored_bytes": reader.stored_bytes,
     }
     if args.json:
@@ -159,6 +160,8 @@ def _info(args: argparse.Namespace) -> int:
         print(f"part      {store.part}; longvid join makes one store of all parts")
     for seam in store.seams:
         print(f"seam      {seam}")
+    for joint in (facts["joints"] or [])[:10]:
+        print(f"joint     at frame {joint['frame']} of the source: stamp {joint['after']} follows {joint['before']}")
     print(f"stored    {format_bytes(reader.stored_bytes)}")
     return 0
 

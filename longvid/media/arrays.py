@@ -19,6 +19,7 @@ from longvid.frames import Deinterlace, Fit, FrameBlock, OnError, Pixels, Source
 from longvid.media.decoding.seek_index import SeekIndex
 from longvid.media.limits import Limits
 from longvid.media.timing.clock import Joint
+from longvid.media.timing.resampling import Instants
 
 __all__ = [
     "ArrayFrames",
@@ -42,13 +43,13 @@ class Reading(TypedDict, total=False):
     """How frames are read."""
 
     start: int
-    "index of the first frame delivered"
+    "index of the first frame delivered; with ``fps``, of the frames that come out, as in ``frames``"
     frames: int | None
     "how many frames at most; all by default"
     size: tuple[int, int] | None
     "(height, width) to resize to; files only"
     frame_rate: Fraction | float | None
-    "frames per second of a source without time stamps; a media file has its own"
+    "frames per second of a source without time stamps; a media file that has some refuses it"
     on_error: OnError
     """what happens where a media file is damaged: ``"stop"`` raises, ``"keep"`` ends before the damage, ``"conceal"``
     repeats the last good frame and marks it"""
@@ -57,7 +58,8 @@ class Reading(TypedDict, total=False):
     pixels: Pixels
     "``square`` resamples frames whose pixels are not square to their display shape"
     fps: Fraction | float | None
-    "frames per second to resample to by time stamps: frames are dropped and repeated"
+    """frames per second to resample to by time stamps. Frame n of the result is the one that the source shows n / fps
+    seconds after its first frame; the last one is shown as long as the file says"""
     deinterlace: Deinterlace
     "``auto`` makes frames that consist of two fields whole"
     background: str
@@ -107,12 +109,19 @@ class FrameSource(ABC):
         self._begin = start
         self._end = None if frames is None else start + frames
         self._size, self._frame_rate, self._on_error = size, frame_rate, on_error
-        self._fit, self._pixels, self._fps = fit, pixels, fps
+        self._fit, self._pixels = fit, pixels
+        if fps is not None and fps <= 0:
+            raise SourceError(f"fps={fps} is not a number of frames per second above 0", kind="range")
+        self._fps = None if fps is None else Fraction(fps)
         self._deinterlace, self._background = deinterlace, background
         self._limits = limits or Limits()
+        self._instants: Instants
+        "those at which frames are shown, if ``fps`` was given"
         self.index = SeekIndex()
         self.joints: dict[int, Joint] = {}
         "places where the time stamps of a file do not continue, by the number of the frame, as far as it was read"
+        self.damage: int | None = None
+        "the first frame of a file at which ``on_error`` decided what comes out, as far as it was read"
         self._started = False
         self._closed = False
 
@@ -136,6 +145,10 @@ class FrameSource(ABC):
                 kind="layout",
             )
         return self.info.num_frames
+
+    def last_duration(self) -> int | None:
+        """How long the last frame that was read is shown, in units of the time base; None if nothing tells it."""
+        return None
 
     def close(self) -> None:
         """Release the frames; reading on afterwards raises SourceError."""
@@ -164,17 +177,25 @@ class FrameSource(ABC):
         if frame_rate is not None and frame_rate <= 0:
             raise SourceError(f"frame_rate={frame_rate} is not a number of frames per second above 0", kind="range")
         rate = DEFAULT_FRAME_RATE if frame_rate is None else Fraction(frame_rate)
+        self._instants = Instants(self._fps or rate, 1 / rate)
         self.info = SourceInfo(
             kind=kind,
             name=self._name,
             height=height,
             width=width,
             num_frames=num_frames,
-            time_base=1 / rate,
-            frame_rate=rate,
+            time_base=1 / (self._fps or rate),
+            frame_rate=self._fps or rate,
             timing_assumed=frame_rate is None,
+            details=None if self._fps is None else {"resampled_from": str(rate)},
         )
         self._check_known_length()
+
+    @property
+    def _timing(self) -> dict[str, str]:
+        """What resampling adds to a fingerprint of frames without time stamps."""
+        rate = self._frame_rate or DEFAULT_FRAME_RATE
+        return {} if self._fps is None else {"fps": str(self._fps), "resampled_from": str(Fraction(rate))}
 
     def _check_known_length(self) -> None:
         """Refuse a source whose declared size or length exceeds the limits."""
@@ -221,6 +242,8 @@ class ArrayFrames(FrameSource):
         super().__init__(name or f"the {module} {kind}", **reading)
         check_layout(array, self._name, ranks=(4,))
         count, height, width = (int(length) for length in array.shape[:3])
+        if self._fps is not None:
+            count = Instants(self._fps, 1 / Fraction(self._frame_rate or DEFAULT_FRAME_RATE)).before(count)
         if not count:
             raise SourceError(f"{self._name} holds no frames: its shape is {tuple(array.shape)}", kind="no-frames")
         if self._begin >= count:
@@ -248,6 +271,7 @@ class ArrayFrames(FrameSource):
             "start": self._begin,
             "end": self._stop,
             "content": content,
+            **self._timing,
         }
 
     def blocks(self, *, first: int = 0) -> Iterator[FrameBlock]:
@@ -266,7 +290,14 @@ class ArrayFrames(FrameSource):
         while begin < self._stop:
             self._check_open()
             end = min(self._stop, (begin // self._step + 1) * self._step)
-            yield FrameBlock.whole(self._read(begin, end), np.arange(begin, end, dtype=np.int64))
+            if self._fps is None:
+                frames = self._read(begin, end)
+            else:
+                shown = self._instants.shown(begin, end)
+                shown = shown[shown < shown[0] + self._step]
+                frames = self._read(int(shown[0]), int(shown[-1]) + 1)[shown - shown[0]]
+                end = begin + len(shown)
+            yield FrameBlock.whole(frames, np.arange(begin, end, dtype=np.int64))
             begin = end
 
     def _read(self, begin: int, end: int) -> npt.NDArray[np.uint8]:
@@ -302,6 +333,7 @@ class IterableFrames(FrameSource):
             "start": self._begin,
             "end": self._end,
             "first_frame": None if first is None else frame_digest(first[0]),
+            **self._timing,
         }
 
     def blocks(self, *, first: int = 0) -> Iterator[FrameBlock]:
@@ -320,9 +352,13 @@ class IterableFrames(FrameSource):
             close()
 
     def _cut_pieces(self, start: int) -> Iterator[FrameBlock]:
-        position = 0
+        position = num_taken = 0
         piece, self._first = self._first, None
         while piece is not None:
+            num_taken += len(piece)
+            if self._fps is not None:
+                shown = self._instants.shown(position, self._instants.before(num_taken))
+                piece = piece[shown - (num_taken - len(piece))]
             begin, end = max(start - position, 0), len(piece)
             if self._end is not None:
                 end = min(end, self._end - position)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import warnings
 from collections import deque
@@ -25,13 +26,15 @@ from longvid.media.decoding.aperture import clean_aperture
 from longvid.media.decoding.audio import describe_audio
 from longvid.media.decoding.container import MediaFile, counted_frames, declared_end, lost_samples, pick_stream
 from longvid.media.decoding.decoder import Decoder, Fault, Picture
+from longvid.media.decoding.field_pictures import may_have_fields
 from longvid.media.decoding.seek_index import PACKETS_AHEAD, SeekIndex, SeekPoint, index_of_packets
 from longvid.media.decoding.transport import is_joint
 from longvid.media.decoding.watchdog import Watchdog
 from longvid.media.images.convert import REVISION, Converter, Wanted
-from longvid.media.images.fields import Delivered, Fields
+from longvid.media.images.fields import Delivered, Fields, Whole
 from longvid.media.images.orientation import OrientationTracker
 from longvid.media.timing.file_times import FileTimes
+from longvid.media.timing.resampling import Instants, resampled
 
 __all__ = ["VideoFile"]
 
@@ -62,6 +65,7 @@ class VideoFile(FrameSource):
         self._times = FileTimes(self._name, self._frame_rate)
         self.joints = self._times.joints
         self._sorts: bool | None = None
+        self._at_end = False
         self._ahead: deque[Picture] = deque()
         "pictures that were decoded to describe the file"
         self._orientation = OrientationTracker()
@@ -88,10 +92,10 @@ class VideoFile(FrameSource):
             "start": self._begin,
             "frames": None if self._end is None else self._end - self._begin,
             "conversion": REVISION,
-            "on_error": self._on_error,
             "deinterlace": self._deinterlace,
             **{key: details[key] for key in facts},
             **self._converter.facts,
+            **({} if self._fps is None else {"fps": str(self._fps)}),
             **({} if self._frame_rate is None else {"frame_rate": str(Fraction(self._frame_rate))}),
             "matrix": self._converter.color.info.matrix,
             "range": self._converter.color.info.range,
@@ -100,14 +104,23 @@ class VideoFile(FrameSource):
     def blocks(self, *, first: int = 0) -> Iterator[FrameBlock]:
         """Yield the frames; where decoding fails, SourceError is raised after the frames before it."""
         self._start()
-        return self._within_limits(self._blocks(first), done=first, first_pts=self._first_pts)
+        first_pts = self._first_pts if self._fps is None else 0
+        return self._within_limits(self._blocks(first), done=first, first_pts=first_pts)
 
     def count_frames(self) -> int:
         """By the header, or else by the packets, which are read for it."""
-        if self.info.num_frames:
+        if self.info.num_frames and self._fps is None:
             return self.info.num_frames
-        count = self._scan(lambda packets: sum(packet.size > 0 for packet in packets)) or 0
+        if self._fps is None:
+            count = self._scan(lambda packets: sum(packet.size > 0 for packet in packets)) or 0
+        else:
+            length = self._scan(self._times.length) or 0
+            count = self._instants.before(self._first_pts + length)
         return max(1, (count if self._end is None else min(self._end, count)) - self._begin)
+
+    def last_duration(self) -> int | None:
+        """By the file; of a frame that another one follows in the file, what it says of that frame."""
+        return 1 if self._fps is not None else self._times.last_duration(at_end=self._at_end)
 
     def close(self) -> None:
         """Close the file."""
@@ -131,8 +144,10 @@ class VideoFile(FrameSource):
         self._limits.check_pixels(self._name, stream.codec_context.height, stream.codec_context.width)
         # the decoder is a context of its own, which does not inherit the limit given on opening
         stream.codec_context.options = {"max_pixels": str(self._limits.decoder_pixels)}
-        # damaged frames are decoded reproducibly only with one thread per frame
-        stream.thread_type = "AUTO" if self._on_error == "stop" else "SLICE"
+        # damaged frames are decoded reproducibly only with one thread per frame, and where frames of one picture and of
+        # two follow each other, several threads call whole ones damaged
+        has_fields = stream.codec_context.name == "h264" and may_have_fields(stream.codec_context.extradata)
+        stream.thread_type = "AUTO" if self._on_error == "stop" and not has_fields else "SLICE"
         if seek is not None:
             self._watchdog.run(lambda: container.seek(seek, stream=stream, backward=True))
         self._decoder = Decoder(
@@ -158,7 +173,7 @@ class VideoFile(FrameSource):
         if self._shortfall is not None and self._on_error == "stop":
             raise self._cut_short(self._shortfall)
         # frames of mp4 are read by its sample table; the counts of other formats are not reliable
-        if "mp4" in self._formats and 0 < self._stream.frames <= self._begin:
+        if "mp4" in self._formats and 0 < self._stream.frames <= self._begin and self._fps is None:
             raise self._beyond_end(self._stream.frames)
         first = self._first_frame()
         self._sorts = self._decoder.sorts
@@ -177,6 +192,7 @@ class VideoFile(FrameSource):
         )
         edges = clean_aperture(self._file.file, self._container, self._stream)
         self._converter = Converter(first, self._stream, wanted, self._name, edges)
+        self._instants = Instants(self._fps or Fraction(1), self._times.clock.time_base, self._first_pts)
         self.info = self._describe(self._stream, first)
         self._check_known_length()
         self._converter.warn()
@@ -232,14 +248,16 @@ class VideoFile(FrameSource):
     def _describe(self, stream: VideoStream, first: VideoFrame) -> SourceInfo:
         converter, container = self._converter, self._container
         counted = 0 if container is None else counted_frames(container, stream, self._file.num_bytes)
+        if self._fps is not None:
+            counted = math.ceil(counted * self._fps / (self._times.frame_rate or self._fps))
         return SourceInfo(
             kind="video",
             name=self._name,
             height=converter.height,
             width=converter.width,
             num_frames=max(0, min(counted, self._end or counted) - self._begin) if counted else None,
-            time_base=self._times.clock.time_base,
-            frame_rate=self._times.frame_rate,
+            time_base=1 / self._fps if self._fps else self._times.clock.time_base,
+            frame_rate=self._fps or self._times.frame_rate,
             timing_assumed=first.pts is None,
             color=converter.color.info,
             sample_aspect_ratio=converter.shape.pixel_aspect,
@@ -261,6 +279,7 @@ class VideoFile(FrameSource):
                 "stream_index": stream.index,
                 "stream_start_time": stream.start_time,
                 "stream_duration": stream.duration,
+                "resampled_from": None if self._fps is None else str(self._times.frame_rate),
                 "time_scale": self._times.clock.scale,
                 "times_sorted": bool(self._sorts),
                 "frames_in_header": stream.frames,
@@ -276,22 +295,39 @@ class VideoFile(FrameSource):
         if index == self._end:
             return
         shown, image = None, np.empty(0, np.uint8)
-        # where frames are repeated, it takes all before a frame to know what it is
-        before = index if self._on_error == "conceal" else 1
-        for frame, original, pts, valid in self._fields.frames(self._from, self._again_from, index, before=before):
-            if frame is not shown:
-                shown, image = frame, self._converter.convert(frame, index, original)
+        for whole, pts, valid in self._whole(index) if self._fps is None else self._resampled(index):
+            if whole is not shown:
+                shown, image = whole, self._converter.convert(whole.frame, index, whole.original)
             yield FrameBlock(image[None], np.array([pts], dtype=np.int64), np.array([valid], dtype=np.bool_))
             index += 1
             if index == self._end:
                 return
 
-    def _again_from(self, index: int) -> Iterator[Delivered]:
+    def _resampled(self, number: int) -> Iterator[Delivered[Whole]]:
+        """The frames that are shown at the instants from ``number`` on."""
+        first = 0
+        if number:
+            points = (
+                self.index.points or self._scanned(round(self._instants.of(number) / self._times.clock.step)).points
+            )
+            first = max((one.frame for one in points if one.time <= self._instants.of(number)), default=0)
+        duration = partial(self._times.last_duration, at_end=True)
+        count = yield from resampled(self._whole(first), self._instants, number, duration)
+        if count <= self._begin:
+            raise self._beyond_end(count)
+
+    def _whole(self, index: int) -> Iterator[Delivered[Whole]]:
+        """Frames from number ``index`` of the file on, made whole where they are interlaced."""
+        # where frames are repeated, it takes all before a frame to know what it is
+        before = index if self._on_error == "conceal" else 1
+        return self._fields.frames(self._from, self._again_from, index, before=before)
+
+    def _again_from(self, index: int) -> Iterator[Delivered[VideoFrame]]:
         """Frames from number ``index`` of the file on, after some were read already."""
         self._open(frame_size=self._frame_size)
         return self._from(index)
 
-    def _from(self, index: int) -> Iterator[Delivered]:
+    def _from(self, index: int) -> Iterator[Delivered[VideoFrame]]:
         """Frames from number ``index`` of the file on.
 
         Decoding begins at the seek point before it; the result of a seek is used only if the frame of that point comes
@@ -312,7 +348,7 @@ class VideoFile(FrameSource):
         for count, delivered in enumerate(self._played(), start=1):
             if count > index:
                 yield delivered
-        if count <= self._begin:
+        if count <= self._begin and self._fps is None:
             raise self._beyond_end(count)
 
     def _seek(self, index: int) -> Iterator[Picture] | None:
@@ -382,7 +418,7 @@ class VideoFile(FrameSource):
                 raise
         return None
 
-    def _played(self, pictures: Iterator[Picture] | None = None, index: int = 0) -> Iterator[Delivered]:
+    def _played(self, pictures: Iterator[Picture] | None = None, index: int = 0) -> Iterator[Delivered[VideoFrame]]:
         """Every frame from ``index`` on with its time stamp and validity.
 
         Damaged and lost frames are handled as ``on_error`` says; a frame that is repeated is the same object again.
@@ -408,12 +444,15 @@ class VideoFile(FrameSource):
                 self._warn_of_end(fault, index)
                 return
             elif good is None:
+                self._note_damage(index)
                 waiting.append(stamp)
             else:
+                self._note_damage(index)
                 yield good, stamp, False
             index += 1
             del picture, frame
             self._check_open()
+        self._at_end = True
         if waiting:
             raise SourceError(f"{self._name} has no frame without damage", kind="damaged")
         fault = self._decoder.rest or self._shortfall
@@ -428,6 +467,10 @@ class VideoFile(FrameSource):
         self._check_open()
         yield from self._pictures
 
+    def _note_damage(self, index: int) -> None:
+        self.damage = index if self.damage is None else self.damage
+
     def _warn_of_end(self, fault: Fault, index: int) -> None:
+        self._note_damage(index)
         what = f"frame {index} of {self._name}" if fault is not self._shortfall else self._name
         warnings.warn(f"{what} {fault.why}; the video ends there, after {index} frames", stacklevel=2)

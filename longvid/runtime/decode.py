@@ -122,7 +122,7 @@ class _Decoding(VideoTask[_Frames]):
             return nullcontext()
         if self._found is None:
             window = self._first - self._before, self._last - self._before
-            self._sink = video_sink(latents, self._out, self._options, window)
+            self._sink = video_sink(latents, self._out, self._options, window, self._last_duration)
             return self._sink
         self._sink = FrameStoreWriter(
             self._found.path,
@@ -135,6 +135,13 @@ class _Decoding(VideoTask[_Frames]):
             part=self.part,
         )
         return self._sink
+
+    @property
+    def _last_duration(self) -> int | None:
+        """How long the last frame is shown, if the video ends with it and the store knows it."""
+        latents = self._latents
+        is_last = self._last - self._before == latents.num_frames
+        return latents.metadata.last_frame_duration if is_last else None
 
     def make_run(self) -> DecodeRun:
         size = (self._latents.height, self._latents.width)
@@ -228,9 +235,15 @@ def latent_chunks(
 
 
 def video_sink(
-    store: LatentStore, out: Path, options: DecodeOptions, frames: tuple[int, int]
+    store: LatentStore,
+    out: Path,
+    options: DecodeOptions,
+    frames: tuple[int, int],
+    last_duration: int | None = None,
 ) -> VideoWriter | PictureWriter:
     """What writes a half-open range of the frames of ``store`` to a video file or to pictures. Nothing is created yet.
+
+    ``last_duration`` is how long the last frame is shown, in units of the time base of the store.
 
     Raises:
         StoreError: the output exists, or cannot be written in that format.
@@ -250,6 +263,7 @@ def video_sink(
         overwrite=options.overwrite,
         encoding=options.encoding,
         sound=sound_of(store, frames, options.audio),
+        last_duration=last_duration,
     )
 
 

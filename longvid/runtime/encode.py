@@ -26,6 +26,7 @@ from longvid.frames import Frames, Marks, Times
 from longvid.media.arrays import FrameSource
 from longvid.media.limits import Limits
 from longvid.media.sources import open_source
+from longvid.media.timing.clock import MOST_JOINTS
 from longvid.runtime.admission import Job
 from longvid.runtime.reblock import Reblocker, pad_frames
 from longvid.runtime.run import EncodeRun, Representation, check_representation
@@ -130,9 +131,31 @@ class _Encoding(VideoTask[EncodedChunk]):
         return self._video.fingerprint()
 
     def fingerprint(self, compute: dict[str, Any]) -> dict[str, Any]:
+        self._check_policy()
         representation, dtype = self._options.representation, self._options.store_dtype
         choices = {"representation": representation, "store_dtype": dtype, **self._seed}
         return {"kind": "latents", "source": self._source, **compute, **choices}
+
+    def _check_policy(self) -> None:
+        """Refuse to continue a store behind damage that another policy dealt with. Up to it, all of them are equal."""
+        stored, policy = self._stored("damage"), self._options.reading.on_error
+        if stored and stored["on_error"] != policy and not self._options.overwrite and not self._options.mend:
+            raise StoreError(
+                f"{self._found.path} exists, and frame {stored['frame']} of its source is damaged, which it was made "
+                f"with --on-error {stored['on_error']} for; {policy} was asked for. Use that, choose another name, or "
+                "replace the store with --overwrite (overwrite=True)",
+                kind="mismatch",
+            )
+
+    def _stored(self, name: str) -> Any:
+        """What the store that is there records of its run."""
+        return None if self._found.metadata is None else self._found.metadata.attributes["longvid"].get(name)
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        """What a repair needs to read the source as this run does."""
+        info = self._video.info
+        return {**self._options.reading.record, "source": info.name if info.kind == "video" else None}
 
     def least_bytes(self, num_frames: int) -> float:
         row_bytes = math.prod(self._latent_shape) * np.dtype(self._options.store_dtype).itemsize
@@ -147,8 +170,7 @@ class _Encoding(VideoTask[EncodedChunk]):
             **facts,
             "padded_size": list(self._size),
             "pixel_range": [-1, 1],
-            # what a repair needs to read the source as this run does
-            "run": {**options.reading.record, "source": info.name if info.kind == "video" else None},
+            "run": self._reading,
             **self._seed,
         }
         self._target = LatentWriter(
@@ -173,6 +195,7 @@ class _Encoding(VideoTask[EncodedChunk]):
 
     def read(self, start: int) -> Iterator[Piece]:
         self._video.index.load(self._target.seek_index, self._source)
+        self._target.record("run", self._reading)  # a run with another policy for damage may continue one
         replaced = self._replaced | _replaced_before(self.schedule, self.origin, self._target.known("frame_valid"))
         schedule, stage = self.schedule, self.job.engine.staged
         for piece in frame_chunks(self._video, schedule, self._size, first=start, replaced=replaced, stage=stage):
@@ -184,10 +207,26 @@ class _Encoding(VideoTask[EncodedChunk]):
         return piece.chunk, piece.pts, piece.valid, *self._run.latents(piece.chunk, piece.values)
 
     def write(self, result: EncodedChunk) -> None:
+        self._record_source()
         num_units = self._target.committed_units
         store_latents(self._target, *result)
         if self._target.committed_units > num_units:
             self._video.index.save(self._target.seek_index)
+
+    def completed(self) -> None:
+        self._record_source()
+        duration = self._video.last_duration()
+        if duration is not None:
+            self._target.record("last_frame_duration", duration)
+
+    def _record_source(self) -> None:
+        """Record what was found out about the source while it was read; frames are counted as in the file."""
+        joints = {joint["frame"]: joint for joint in self._stored("joints") or []} if self._target.known_frames else {}
+        joints |= {joint.frame: asdict(joint) for joint in list(self._video.joints.values())}
+        if joints:
+            self._target.record("joints", [joints[frame] for frame in sorted(joints)][:MOST_JOINTS])
+        if self._video.damage is not None:
+            self._target.record("damage", {"frame": self._video.damage, "on_error": self._options.reading.on_error})
 
 
 def _replaced_before(schedule: ChunkSchedule, origin: Chunk, valid_T: Marks) -> frozenset[int]:

@@ -189,6 +189,9 @@ class VideoTask(ABC, Generic[ResultT]):
     def write(self, result: ResultT) -> None:
         """Hand a result to the sink, in the writer's thread."""
 
+    def completed(self) -> None:
+        """Called when all results were written, before their store is completed."""
+
     def run(self, expected_frames: int | None = None) -> RunReport:
         """Compute what is missing. ``expected_frames`` is what the source says of its length."""
         job, admission, (first, last) = self.job, self.admission, self.window
@@ -212,6 +215,8 @@ class VideoTask(ABC, Generic[ResultT]):
             done, target = False, sink if isinstance(sink, StoreWriter) else None
             with suppress(_Stopped), sink:
                 done = self._compute_span(target, run, monitor)
+                if done and target is not None:
+                    self.completed()
                 if not done and target is None:
                     raise _Stopped
                 if not done and target is not None:

@@ -155,6 +155,8 @@ class StoreMetadata:
     "the video that was encoded, or the store that frames were decoded from"
     window: tuple[int, int] | None
     "range of the video's frames that a store of frames holds"
+    last_frame_duration: int | None
+    "how long the last frame is shown, in units of the time base; None if that is not known"
     part: Part | None
     "which part of a video the store holds; None for all of it"
     seams: tuple[Seam, ...]
@@ -360,6 +362,7 @@ def _facts(
         "reading": _reading(run),
         "origin": _optional(facts, "latents", str) if kind == "frames" else _optional(run, "source", str),
         "window": _pair(fingerprint, "window"),
+        "last_frame_duration": _optional(facts, "last_frame_duration", int),
         "part": _part(_optional(facts, "part", dict)),
         "seams": tuple(_seam(record) for record in _get(facts, "seams", list, [])),
     }

@@ -28,6 +28,8 @@ from support.media import (
 from longvid.errors import SourceError
 from longvid.media.video_file import VideoFile
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* has no time stamps")
+
 FASTSTART = "+faststart"
 
 

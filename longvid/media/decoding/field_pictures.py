@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["is_field"]
+__all__ = ["is_field", "may_have_fields"]
 
 _START_CODE = re.compile(rb"\x00\x00\x01")
 _HEADER_BYTES = 512
@@ -45,6 +45,14 @@ class _Sequence:
     frame_num_bits: int
     frames_only: bool
     planes_apart: bool
+
+
+def may_have_fields(extradata: bytes | None) -> bool:
+    """Whether a stream whose parameter sets are these, in Annex B format, may code the fields of a frame one by one."""
+    try:
+        return any(unit[0] & 31 == _PARAMETERS and not _sequence(unit).frames_only for unit in _units(extradata or b""))
+    except (IndexError, ValueError):  # damaged
+        return False
 
 
 def is_field(packet: bytes, extradata: bytes | None) -> bool:

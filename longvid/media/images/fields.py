@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import av
 from av.filter import Graph
@@ -20,18 +20,18 @@ from longvid.frames import Deinterlace
 
 __all__ = ["Delivered", "Fields", "Whole"]
 
-Delivered: TypeAlias = tuple[VideoFrame, int, bool]
+T = TypeVar("T")
+
+Delivered: TypeAlias = tuple[T, int, bool]
 "a frame with its time stamp and whether it is the source's own; one that is repeated is the same object again"
 
 
 class Whole(NamedTuple):
-    """A frame that is delivered."""
+    """A frame without fields."""
 
     frame: VideoFrame
     original: VideoFrame
     "as it was decoded"
-    pts: int
-    valid: bool
 
 
 class Fields:
@@ -54,12 +54,12 @@ class Fields:
 
     def frames(
         self,
-        read: Callable[[int], Iterator[Delivered]],
-        read_again: Callable[[int], Iterator[Delivered]],
+        read: Callable[[int], Iterator[Delivered[VideoFrame]]],
+        read_again: Callable[[int], Iterator[Delivered[VideoFrame]]],
         index: int,
         *,
         before: int,
-    ) -> Iterator[Whole]:
+    ) -> Iterator[Delivered[Whole]]:
         """Yield the frames from number ``index`` on. Where they are interlaced, ``before`` earlier ones are read too.
 
         The two functions read from a frame on, for the first time and later.
@@ -74,10 +74,12 @@ class Fields:
             return
         delivered = itertools.chain([first], delivered)
         if self._mode == "off":
+            whole = Whole(first[0], first[0])
             for frame, pts, valid in delivered:
                 if frame.interlaced_frame:
                     self.warn()
-                yield Whole(frame, frame, pts, valid)
+                whole = whole if whole.frame is frame else Whole(frame, frame)
+                yield whole, pts, valid
             return
         if not (index and first[0].interlaced_frame):
             before = 0
@@ -86,7 +88,9 @@ class Fields:
         yield from itertools.islice(_deinterlaced(delivered, self.warn), before, None)
 
 
-def _deinterlaced(delivered: Iterator[Delivered], found: Callable[[], None]) -> Iterator[Whole]:
+def _deinterlaced(
+    delivered: Iterator[Delivered[VideoFrame]], found: Callable[[], None]
+) -> Iterator[Delivered[Whole]]:
     """Yield the frames with those made whole that are marked as interlaced; ``found`` is called before such a frame.
 
     A frame waits for the one after it only if it is interlaced. The frames beside damage have no neighbour there.
@@ -109,20 +113,20 @@ class _State:
         self._filter = _Filter()
         self._previous: VideoFrame | None = None
         self._frame: VideoFrame | None = None
-        self._whole: VideoFrame | None = None
+        self._whole: Whole | None = None
         self._waiting: list[tuple[int, bool]] = []
         self._is_whole_source = False
         "the source's own frame has come, and not only repetitions before it"
         self._gap = False
 
-    def add(self, item: Delivered) -> Iterator[Whole]:
+    def add(self, item: Delivered[VideoFrame]) -> Iterator[Delivered[Whole]]:
         frame, pts, valid = item
         if frame is not self._frame:
             adjacent = self._frame is not None and valid and not self._gap and _alike(frame, self._frame)
             yield from self.flush(frame if adjacent else None)
             self._previous = self._frame if adjacent and frame.interlaced_frame else None
             self._frame, self._gap, self._is_whole_source = frame, False, False
-            self._whole = None if frame.interlaced_frame else frame
+            self._whole = None if frame.interlaced_frame else Whole(frame, frame)
         self._is_whole_source = self._is_whole_source or valid
         if not valid and self._is_whole_source:
             self._gap = True
@@ -131,16 +135,16 @@ class _State:
         if self._whole is not None:
             yield from self.flush(None)
 
-    def flush(self, following: VideoFrame | None) -> Iterator[Whole]:
+    def flush(self, following: VideoFrame | None) -> Iterator[Delivered[Whole]]:
         """Yield what waits for the frame after the last one."""
         if self._frame is None or not self._waiting:
             return
         if self._whole is None:
             self._found()
-            self._whole = self._filter.apply(self._previous, self._frame, following)
+            self._whole = Whole(self._filter.apply(self._previous, self._frame, following), self._frame)
         waiting, self._waiting = self._waiting, []
         for pts, valid in waiting:
-            yield Whole(self._whole, self._frame, pts, valid)
+            yield self._whole, pts, valid
 
 
 class _Filter:

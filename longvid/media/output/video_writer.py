@@ -52,7 +52,8 @@ class VideoWriter:
     is used again if it is bt601 or bt709, else the rule decides (bt709 from 720 lines up); primaries and transfer are
     passed on. ``encoding`` is the codec, its quality and the pixel format: by default H.264 in limited range, yuv420p
     for even sizes and yuv444p for odd ones, so that the size comes back exactly. ``sound`` opens the sound that is
-    written along, when the file is opened.
+    written along, when the file is opened. ``last_duration`` is how long the last frame is shown, in units of the time
+    base; None to leave that to players.
 
     Raises:
         StoreError: the target exists and may not be replaced, its folder does not, or the format does not take such
@@ -71,6 +72,7 @@ class VideoWriter:
         overwrite: bool = False,
         encoding: Encoding | None = None,
         sound: Callable[[], Sound | None] | None = None,
+        last_duration: int | None = None,
     ) -> None:
         self._path = Path(path)
         self._height, self._width = size
@@ -81,6 +83,9 @@ class VideoWriter:
         self._overwrite = overwrite
         self._open_sound = sound
         self._sound: Sound | None = None
+        self._last_duration = last_duration
+        self._held: VideoFrame | None = None
+        "the last frame so far: how long it is shown is known when it is not followed by another one"
         self._partial = self._path.with_name(f"{self._path.stem}.partial-{secrets.token_hex(4)}{self._path.suffix}")
         self._container: OutputContainer | None = None
         self._first_pts: int | None = None
@@ -114,11 +119,14 @@ class VideoWriter:
             for frame_HWC, pts in zip(frames_THWC, stamps, strict=True):
                 if self._sound is not None:
                     self._mux_sound(self._sound, self._sound.until(pts * self._time_base))
-                self._encode(container, self._convert(frame_HWC, pts))
+                held, self._held = self._held, self._convert(frame_HWC, pts)
+                if held is not None:
+                    self._mux(self._stream.encode(held))
 
-    def _encode(self, container: OutputContainer, frame: VideoFrame | None) -> None:
-        """Encode and write a frame; None for those that the encoder holds back."""
-        for packet in self._stream.encode(frame):
+    def _mux(self, packets: list[Packet[VideoStream]]) -> None:
+        """Write packets of the picture."""
+        container = self._opened()
+        for packet in packets:
             if packet.pts is not None and (packet.dts is None or not 0 <= packet.pts - packet.dts < 2**40):
                 packet.dts = packet.pts  # x265 gives none, or any number, in a video of one or two frames
             container.mux_one(packet)
@@ -252,12 +260,25 @@ class VideoWriter:
         with self._wrapped():
             if self._sound is not None:
                 self._mux_sound(self._sound, self._sound.rest())
-            self._encode(container, None)
+            packets = [] if self._held is None else self._stream.encode(self._held)
+            packets += self._stream.encode(None)
+            self._set_end(packets)
+            self._mux(packets)
             container.close()
             with self._partial.open("rb+") as file:
                 os.fsync(file.fileno())
             check_file_target(self._path, overwrite=self._overwrite, what="video")
             self._partial.replace(self._path)
+
+    def _set_end(self, packets: list[Packet[Any]]) -> None:
+        """Let the video end when its last frame has been shown: mp4 takes the end from the last packet that is coded,
+        which may belong to an earlier frame."""
+        if not self._last_duration or self._held is None or self._held.pts is None:
+            return
+        end = self._held.pts + max(1, round(self._last_duration * self._time_base / self._format.time_base))
+        for number, packet in enumerate(packets, 1):
+            if packet.pts is not None and (number == len(packets) or packet.pts == self._held.pts):
+                packet.duration = end - packet.pts
 
     def _discard(self) -> None:
         sound, self._sound = self._sound, None

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterable
 from fractions import Fraction
+from typing import Any
 
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -116,6 +119,24 @@ class FileTimes:
         if picture.shown_at is None or picture.position == point.position:
             return False
         return picture.shown_at * self.clock.scale + point.offset < point.time
+
+    def length(self, packets: Iterable[Packet[Any]]) -> int:
+        """From the first frame to the end of the last one by the packets of the file, in units of the clock."""
+        first = end = None
+        count = 0
+        for packet in packets:
+            if not packet.size or packet.is_discard:
+                continue
+            count += 1
+            if packet.pts is not None:
+                first = packet.pts if first is None else min(first, packet.pts)
+                end = max(packet.pts + (packet.duration or 0), packet.pts if end is None else end)
+        if self._without_stamps or first is None or end is None:
+            return count
+        self._index = count - 1
+        claimed = self._claimed_end()
+        end = end if claimed is None else max(end, round(claimed))
+        return (end - first) * self.clock.scale
 
     def last_duration(self, *, at_end: bool) -> int:
         """How long the last frame that got a time is shown, in units of the clock.
