@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any, Self, TypedDict, Unpack, get_args
 
@@ -62,6 +62,10 @@ class Reading(TypedDict, total=False):
     background: str
     "the colour that transparent pixels are composited on, a name or #rrggbb"
     limits: Limits | None
+    follow_seconds: float | None
+    "a media file is read as it grows, until it has not grown for so many seconds; None reads what is there"
+    interrupted: Callable[[], bool]
+    "tells whether a source that waits for bytes is to give up"
 
 
 class FrameSource(ABC):
@@ -73,6 +77,10 @@ class FrameSource(ABC):
 
     info: SourceInfo
     "facts known in advance"
+    one_pass = False
+    "whether the source can be opened once only, such as a pipe"
+    grows = False
+    "whether the fingerprint is that of the bytes that were read so far"
     index: SeekIndex
     "the seek points that are known; more are found as frames are read. Only media files have some"
 
@@ -91,6 +99,8 @@ class FrameSource(ABC):
         deinterlace: Deinterlace = "auto",
         background: str = "black",
         limits: Limits | None = None,
+        follow_seconds: float | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         if on_error not in get_args(OnError):
             raise SourceError(
@@ -109,6 +119,7 @@ class FrameSource(ABC):
         self._fit, self._pixels, self._fps = fit, pixels, fps
         self._deinterlace, self._background = deinterlace, background
         self._limits = limits or Limits()
+        self._follow_seconds, self._interrupted = follow_seconds, interrupted
         self.index = SeekIndex()
         self._started = False
         self._closed = False
@@ -116,6 +127,10 @@ class FrameSource(ABC):
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
         """What decides the frames, ready for JSON; names and places are not in it. Two equal sources give the same."""
+
+    def continued(self, earlier: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The fingerprint ``earlier`` if this source is the one that had it, with more bytes behind it; else None."""
+        return None
 
     @abstractmethod
     def blocks(self, *, first: int = 0) -> Iterator[FrameBlock]:

@@ -6,7 +6,7 @@ import itertools
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any, TypeVar, Unpack
 
@@ -18,11 +18,13 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from longvid.errors import SourceError
-from longvid.frames import FrameBlock, SourceInfo, Times
+from longvid.frames import FrameBlock, SourceInfo, Times, frame_digest
 from longvid.media.arrays import DEFAULT_FRAME_RATE, FrameSource, Reading
-from longvid.media.decoding.container import MediaFile, declared_end, lost_samples, pick_stream
+from longvid.media.decoding.container import declared_end, lost_samples, pick_stream
 from longvid.media.decoding.decoder import Decoder, Fault, Picture
+from longvid.media.decoding.one_pass import in_one_pass, is_pipe, open_file
 from longvid.media.decoding.seek_index import PACKETS_AHEAD, SeekIndex, SeekPoint, index_of_packets
+from longvid.media.decoding.unchanged import is_continued, unchanged
 from longvid.media.decoding.watchdog import Watchdog
 from longvid.media.images.convert import REVISION, Converter
 
@@ -47,7 +49,8 @@ class VideoFile(FrameSource):
     """
 
     def __init__(self, path: str | os.PathLike[str], **reading: Unpack[Reading]) -> None:
-        super().__init__(os.fspath(path), **reading)
+        name = os.fspath(path)
+        super().__init__("standard input" if name == "-" else name, **reading)
         size = self._size
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise SourceError(f"size={size} is not (height, width) in pixels, both at least 1", kind="range")
@@ -59,9 +62,11 @@ class VideoFile(FrameSource):
             )
         self._ahead: deque[Picture] = deque()
         "pictures that were decoded to describe the file"
-        self._file = MediaFile(self._name, self._limits)
+        self.one_pass, self.grows = is_pipe(name), self._follow_seconds is not None
+        self._file = open_file(name, self._limits, follow_seconds=self._follow_seconds, interrupted=self._interrupted)
         self._container: InputContainer | None = None
         self._watchdog = Watchdog(self._name, self._limits.stall_seconds)
+        self._file.beat = self._watchdog.beat
         try:
             self._open()
             self._describe_all()
@@ -70,13 +75,19 @@ class VideoFile(FrameSource):
             raise
 
     def fingerprint(self) -> dict[str, Any]:
-        """A digest of the whole file, which is read for it, and how it is converted to frames."""
+        """A digest of the whole file, which is read for it, and how it is converted to frames.
+
+        Of a pipe, a digest of its first frame; of a file that is read as it grows, of the bytes that were read so far.
+        """
+        if self.one_pass:
+            identity = {"first_frame": self._first_digest()}
+        else:
+            identity = self._watchdog.run(lambda: self._file.identity(self._watchdog.beat))
         details = self.info.details or {}
         facts = ("interpolation", "rotation", "stream_index", "av", "libavcodec", "libswscale")
         return {
-            "kind": "video",
-            "bytes": self._file.num_bytes,
-            "sha256": self._watchdog.run(lambda: self._file.sha256(self._watchdog.beat)),
+            "kind": "pipe" if self.one_pass else "video",
+            **identity,
             "size": [self.info.height, self.info.width],
             "start": self._begin,
             "frames": None if self._end is None else self._end - self._begin,
@@ -87,13 +98,25 @@ class VideoFile(FrameSource):
             "range": self._converter.color.info.range,
         }
 
+    def continued(self, earlier: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The fingerprint ``earlier`` if the file begins with the bytes that had it; else None."""
+        if self.one_pass or not is_continued(earlier, self.fingerprint(), self._file, self._watchdog.run):
+            return None
+        return dict(earlier)
+
     def blocks(self, *, first: int = 0) -> Iterator[FrameBlock]:
-        """Yield the frames; where decoding fails, SourceError is raised after the frames before it."""
+        """Yield the frames; where decoding fails, SourceError is raised after the frames before it.
+
+        SourceError of kind ``"changed"`` is raised at the end, or before, if the file changed since it was opened.
+        """
         self._start()
-        return self._within_limits(self._blocks(first), done=first, first_pts=self._first_pts)
+        blocks = self._within_limits(self._blocks(first), done=first, first_pts=self._first_pts)
+        return unchanged(blocks, self._file, self._watchdog)
 
     def count_frames(self) -> int:
         """By the header, or else by the packets, which are read for it."""
+        if self._file.one_pass:
+            raise in_one_pass(self._name)
         if self.info.num_frames:
             return self.info.num_frames
         count = self._scan(lambda packets: sum(packet.size > 0 for packet in packets)) or 0
@@ -117,6 +140,7 @@ class VideoFile(FrameSource):
         if self._container is not None:
             self._container.close()
         self._container = container = self._watchdog.run(self._file.open)
+        file = self._file  # the decoder refers to it alone, so that it does not keep itself alive
         self._stream = stream = pick_stream(container, self._name)
         self._limits.check_pixels(self._name, stream.codec_context.height, stream.codec_context.width)
         # the decoder is a context of its own, which does not inherit the limit given on opening
@@ -129,7 +153,7 @@ class VideoFile(FrameSource):
             container,
             stream,
             name=self._name,
-            num_bytes=self._file.num_bytes,
+            num_bytes=lambda: file.num_bytes,
             run=self._watchdog.run,
             size=frame_size,
             from_start=from_start,
@@ -177,6 +201,11 @@ class VideoFile(FrameSource):
             raise self._error(fault, 0)
         raise SourceError(f"{self._name} has a video stream without a single frame that decodes", kind="no-frames")
 
+    def _first_digest(self) -> str:
+        picture = next(picture for picture in self._ahead if picture.frame is not None)
+        assert picture.frame is not None
+        return frame_digest(self._converter.convert(picture.frame, 0))
+
     def _cut_short(self, shortfall: Fault) -> SourceError:
         return SourceError(f"{self._name} {shortfall.why}; copy the file again", kind="truncated")
 
@@ -204,7 +233,7 @@ class VideoFile(FrameSource):
     def _describe(self, stream: VideoStream, first: VideoFrame) -> SourceInfo:
         converter = self._converter
         return SourceInfo(
-            kind="video",
+            kind="pipe" if self.one_pass else "video",
             name=self._name,
             height=converter.height,
             width=converter.width,
@@ -224,7 +253,7 @@ class VideoFile(FrameSource):
                 "resized_from": converter.resized_from,
                 "interpolation": converter.interpolation_name,
                 "matrix_tag": converter.color.matrix_tag,
-                "bytes": self._file.num_bytes,
+                "bytes": None if self._file.one_pass else self._file.num_bytes,
                 "start": self._begin,
                 "stream_index": stream.index,
                 "stream_start_time": stream.start_time,
@@ -275,7 +304,7 @@ class VideoFile(FrameSource):
 
     def _seek(self, index: int) -> Iterator[Picture] | None:
         """Pictures from frame ``index`` on behind a seek; None to decode the file from its start."""
-        if index < _WORTH_A_SEEK or self._on_error != "stop" or self.info.timing_assumed:
+        if index < _WORTH_A_SEEK or self._file.one_pass or self._on_error != "stop" or self.info.timing_assumed:
             return None
         points = self.index if self.index.before(index) else self._scanned(index)
         point = points.before(index)
@@ -373,6 +402,8 @@ class VideoFile(FrameSource):
             self._check_open()
         if waiting:
             raise SourceError(f"{self._name} has no frame without damage", kind="damaged")
+        if self._file.one_pass and self._container is not None:  # only now its length is known
+            self._shortfall = self._find_shortfall(self._container)
         fault = self._decoder.rest or self._shortfall
         if fault is not None and self._on_error == "stop":
             raise self._error(fault, index)

@@ -72,8 +72,9 @@ class Decoder:
     other. B pictures that are shown before a faulty picture and decoded after it have the same fault; they are held
     back until the picture after them is known.
 
-    ``run`` calls a function that can hang. ``size`` is the (height, width) that all frames must have, by default that
-    of the first. ``from_start`` says whether pictures that cannot be decoded at the beginning count as faults.
+    ``num_bytes`` gives the size of the file. ``run`` calls a function that can hang. ``size`` is the (height, width)
+    that all frames must have, by default that of the first. ``from_start`` says whether pictures that cannot be decoded
+    at the beginning count as faults.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Decoder:
         stream: VideoStream,
         *,
         name: str,
-        num_bytes: int,
+        num_bytes: Callable[[], int],
         run: _Run,
         size: tuple[int, int] | None = None,
         from_start: bool = True,
@@ -158,7 +159,7 @@ class Decoder:
             self._shown = frame.pts if frame.pts is not None else self._shown
             self._begun = True
         yield from self._missing(None)
-        if self._is_plain and self._reached < self._num_bytes:  # its demuxer takes an incomplete frame for the end
+        if self._is_plain and self._reached < self._num_bytes():  # its demuxer takes an incomplete frame for the end
             self.rest = self.rest or Fault("truncated", "is not there as a whole: the file is cut short")
         if self._failure is not None:  # no picture was blamed for it
             self.rest = self.rest or self._failure
@@ -219,7 +220,7 @@ class Decoder:
         return Picture(frame, frame.pts, self._zone, order)
 
     def _kind(self) -> str:
-        return "truncated" if self._reached >= self._num_bytes else "damaged"
+        return "truncated" if self._reached >= self._num_bytes() else "damaged"
 
     def _frames(self) -> Iterator[VideoFrame | None]:
         """Yield decoded frames, and None for a packet that failed and has no time stamp."""
