@@ -128,8 +128,11 @@ class FrameSource(ABC):
     def fingerprint(self) -> dict[str, Any]:
         """What decides the frames, ready for JSON; names and places are not in it. Two equal sources give the same."""
 
-    def continued(self, earlier: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The fingerprint ``earlier`` if this source is the one that had it, with more bytes behind it; else None."""
+    def grown_since(self, earlier: Mapping[str, Any]) -> bool | None:
+        """Whether the source has more bytes than the one that had the fingerprint ``earlier``, and begins with those.
+
+        None if the bytes are other ones, or if only the fingerprints tell whether they are the same.
+        """
         return None
 
     @abstractmethod

@@ -81,6 +81,8 @@ class VideoFile(FrameSource):
         """
         if self.one_pass:
             identity = {"first_frame": self._first_digest()}
+        elif self._file.identity_is_known:  # the thread of the watchdog may be waiting for bytes
+            identity = self._file.identity(self._watchdog.beat)
         else:
             identity = self._watchdog.run(lambda: self._file.identity(self._watchdog.beat))
         details = self.info.details or {}
@@ -98,11 +100,11 @@ class VideoFile(FrameSource):
             "range": self._converter.color.info.range,
         }
 
-    def continued(self, earlier: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The fingerprint ``earlier`` if the file begins with the bytes that had it; else None."""
+    def grown_since(self, earlier: Mapping[str, Any]) -> bool | None:
+        """Whether the file has more bytes than the one that had the fingerprint ``earlier``, and begins with those."""
         if self.one_pass or not is_continued(earlier, self.fingerprint(), self._file, self._watchdog.run):
             return None
-        return dict(earlier)
+        return self._file.current_size() > int(earlier["bytes"])
 
     def blocks(self, *, first: int = 0) -> Iterator[FrameBlock]:
         """Yield the frames; where decoding fails, SourceError is raised after the frames before it.

@@ -187,12 +187,15 @@ class VideoSession:
         resume: Resume = "exact",
         part: tuple[int, int] | None = None,
         durability: str | Durability = "fsync",
+        follow: bool = False,
         **reading: Unpack[Reading],
     ) -> RunReport:
         """Encode a video into a zarr store of latents, or resume one that was not finished.
 
         Args:
-            source: path of a video file; an iterable of uint8 arrays (T, H, W, 3); or a numpy, torch or zarr array.
+            source: path of a video file, of a FIFO, or of a folder or a numbered series of pictures, such as
+                ``frames/%05d.png``; ``"-"`` for standard input; an iterable of uint8 arrays (T, H, W, 3); or a numpy,
+                torch or zarr array.
             store: where the store goes; its parent folder exists.
             representation: the posterior's ``"mode"``, a ``"sample"`` by ``seed``, or all its ``"moments"``.
             chunk_plan: of a model with norms over time: ``"online"`` pads the last chunk; ``"reference"`` makes the
@@ -206,6 +209,9 @@ class VideoSession:
                 ``"close"`` also if not, and records the seam; ``"never"`` refuses.
             part: ``(3, 8)`` encodes the third of eight parts to ``STORE.part-3-of-8``; see :func:`longvid.join`.
             durability: ``"fsync"`` survives power loss, ``"rename"`` a killed process; or :class:`~longvid.Durability`.
+            follow: read a file as another program writes it, until it has not grown for ``follow_seconds`` (10 by
+                default). The store is that of the finished file, bit for bit; without ``follow`` a file that grows
+                while it is read is an error at its end. A later run whose file has more bytes continues either store.
             reading: how the source is read: ``start``, ``frames``, ``size``, ``frame_rate``, ``fps``, ``on_error``,
                 ``fit``, ``pixels``, ``deinterlace``, ``background`` and ``limits``; see
                 :class:`~longvid.media.arrays.Reading`.
@@ -225,6 +231,7 @@ class VideoSession:
             seed=seed,
             on_non_finite=on_non_finite,
             limits=reading.get("limits") or Limits(),
+            follow_seconds=_follow_seconds(reading.get("follow_seconds")) if follow else None,
             overwrite=overwrite,
             resume=resume,
             part=part,
@@ -346,9 +353,19 @@ def _target(out: Any, *, beside: Any) -> Path:
     return target
 
 
+_NOT_RECORDED = ("limits", "follow_seconds", "interrupted")
+"options of reading that decide no frame"
+
+
+def _follow_seconds(seconds: float | None) -> float:
+    if seconds is not None and not seconds > 0:
+        raise SourceError(f"follow_seconds={seconds} is not a time to wait; give seconds above 0", kind="range")
+    return 10.0 if seconds is None else seconds
+
+
 def _read_options(reading: Reading) -> ReadOptions:
     """What is recorded of them; TypeError for an option that does not exist."""
-    given: dict[str, Any] = {name: value for name, value in reading.items() if name != "limits"}
+    given: dict[str, Any] = {name: value for name, value in reading.items() if name not in _NOT_RECORDED}
     for name in ("frame_rate", "fps"):
         rate = given.get(name)
         if rate is not None and not (math.isfinite(rate) and rate > 0):

@@ -81,6 +81,11 @@ class MediaFile:
             self.check_unchanged(lambda: None)
             raise self.refusal(exc) from exc
 
+    @property
+    def identity_is_known(self) -> bool:
+        """Whether :meth:`identity` takes no time."""
+        return self._sha256 is not None
+
     def identity(self, beat: Callable[[], None]) -> dict[str, Any]:
         """Size and digest of the bytes that the file had when it was opened; ``beat`` is called for every block."""
         self._sha256 = self._sha256 or self._digest(self.num_bytes, beat)
@@ -95,7 +100,7 @@ class MediaFile:
         """Whether the file begins with the bytes that had an ``identity`` earlier. If it was read as it grew, its
         header may be another one: a recorder notes the length there at the end."""
         length = earlier.get("bytes")
-        if not isinstance(length, int) or not 0 < length <= self._size():
+        if not isinstance(length, int) or not 0 < length <= self.current_size():
             return False
         if self._digest(length, beat) == earlier.get("sha256"):
             return True
@@ -103,14 +108,14 @@ class MediaFile:
 
     def check_length(self, length: int) -> None:
         """Raise SourceError of kind ``"changed"`` if the file is shorter now."""
-        if self._size() < length:
-            raise changed(self._path, length, self._size())
+        if self.current_size() < length:
+            raise changed(self._path, length, self.current_size())
 
     def compare(self, read: Mapping[str, Any], beat: Callable[[], None]) -> dict[str, Any]:
         """The ``identity`` of what was read; SourceError of kind ``"changed"`` if the file holds more, or other bytes,
         beside its header."""
-        if self._size() != read["bytes"]:
-            raise changed(self._path, read["bytes"], self._size())
+        if self.current_size() != read["bytes"]:
+            raise changed(self._path, read["bytes"], self.current_size())
         if not self.holds(read, beat):
             raise changed(self._path, read["bytes"], read["bytes"])
         return {**read, "sha256": self._digest(read["bytes"], beat)}
@@ -129,7 +134,7 @@ class MediaFile:
 
     def check_kept(self, beat: Callable[[], None]) -> None:
         """The same, but a file that has grown is well for now."""
-        if self._size() <= self.num_bytes:
+        if self.current_size() <= self.num_bytes:
             self.check_unchanged(beat)
 
     def close(self) -> None:
@@ -161,7 +166,8 @@ class MediaFile:
             f"{self._path} is not a video that can be read ({reason(exc)}); convert it to mp4 or mkv", kind="not-video"
         )
 
-    def _size(self) -> int:
+    def current_size(self) -> int:
+        """Bytes that the file has now."""
         return os.fstat(self.file.fileno()).st_size
 
     def _digest(self, length: int, beat: Callable[[], None], start: int = 0) -> str:

@@ -119,6 +119,11 @@ class OnePassFile(MediaFile):
                 )
             raise refusal from exc
 
+    @property
+    def identity_is_known(self) -> bool:
+        """It is, at any moment."""
+        return True
+
     def identity(self, beat: Callable[[], None]) -> dict[str, Any]:
         """Number and digests of the bytes that were read so far."""
         with self._lock:
@@ -249,6 +254,10 @@ class FollowedFile(OnePassFile):
     def continues(self, earlier: Mapping[str, Any], beat: Callable[[], None]) -> bool:
         """Whether the file is one that had an ``identity`` earlier, perhaps with more bytes behind it."""
         return self._regular.holds(earlier, beat)
+
+    def current_size(self) -> int:
+        """Bytes that the file has now."""
+        return self._regular.current_size()
 
     def check_kept(self, beat: Callable[[], None]) -> None:
         """Raise SourceError of kind ``"changed"`` if the file is shorter than what was read of it."""
