@@ -77,6 +77,8 @@ class SourceInfo:
     timing_assumed: bool = False
     "the source has no time stamps; they were counted at ``frame_rate``"
     color: ColorInfo | None = None
+    sample_aspect_ratio: Fraction = Fraction(1)
+    "width of a pixel by its height, of the frames that come out"
     details: dict[str, Any] | None = None
     "further facts for the record, ready for JSON: codec, size in file, rotation, resize, bytes, ..."
 

@@ -223,8 +223,7 @@ _RUN_OPTIONS = (
 _ENCODE = (
     _option(
         "source",
-        "what to read: a video file, - for standard input, a FIFO, a folder of pictures, or a numbered series such as "
-        "frames/%%05d.png",
+        "what to read: a video file, a FIFO, or - for standard input",
         metavar="SRC",
     ),
     _option("store", "zarr store to write, such as out.zarr", metavar="STORE"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -33,7 +34,9 @@ def open_source(source: Any, **reading: Unpack[Reading]) -> FrameSource:
         if (path / "zarr.json").is_file():
             store = _open_store(path)
             reading["frame_rate"] = reading.get("frame_rate") or store.frame_rate
-            return ArrayFrames(store, name=str(path), **reading)
+            frames = ArrayFrames(store, name=str(path), **reading)
+            frames.info = replace(frames.info, sample_aspect_ratio=store.sample_aspect_ratio)
+            return frames
         from longvid.media.video_file import VideoFile
 
         return VideoFile(source, **reading)

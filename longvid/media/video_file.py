@@ -20,19 +20,23 @@ from av.video.stream import VideoStream
 from longvid.errors import SourceError
 from longvid.frames import FrameBlock, SourceInfo, Times, frame_digest
 from longvid.media.arrays import DEFAULT_FRAME_RATE, FrameSource, Reading
+from longvid.media.decoding.aperture import clean_aperture
 from longvid.media.decoding.container import declared_end, lost_samples, pick_stream
 from longvid.media.decoding.decoder import Decoder, Fault, Picture
 from longvid.media.decoding.one_pass import in_one_pass, is_pipe, open_file
 from longvid.media.decoding.seek_index import PACKETS_AHEAD, SeekIndex, SeekPoint, index_of_packets
-from longvid.media.decoding.unchanged import is_continued, unchanged
+from longvid.media.decoding.unchanged import identity, is_continued, unchanged
 from longvid.media.decoding.watchdog import Watchdog
-from longvid.media.images.convert import REVISION, Converter
+from longvid.media.images.color import warn_of_hdr
+from longvid.media.images.convert import REVISION, Converter, Wanted
+from longvid.media.images.fields import Delivered, Fields
+from longvid.media.images.orientation import OrientationTracker
 
 __all__ = ["VideoFile"]
 
 T = TypeVar("T")
 
-_HDR = ("smpte2084", "arib-std-b67")
+_LIBRARIES = ("libavcodec", "libavfilter", "libswscale")
 _WORTH_A_SEEK = 32
 "frames before the wanted one that are decoded faster than a file is opened again"
 
@@ -62,6 +66,8 @@ class VideoFile(FrameSource):
             )
         self._ahead: deque[Picture] = deque()
         "pictures that were decoded to describe the file"
+        self._orientation = OrientationTracker()
+        self._fields = Fields(self._name, self._deinterlace)
         self.one_pass, self.grows = is_pipe(name), self._follow_seconds is not None
         self._file = open_file(name, self._limits, follow_seconds=self._follow_seconds, interrupted=self._interrupted)
         self._container: InputContainer | None = None
@@ -75,27 +81,20 @@ class VideoFile(FrameSource):
             raise
 
     def fingerprint(self) -> dict[str, Any]:
-        """A digest of the whole file, which is read for it, and how it is converted to frames.
-
-        Of a pipe, a digest of its first frame; of a file that is read as it grows, of the bytes that were read so far.
-        """
-        if self.one_pass:
-            identity = {"first_frame": self._first_digest()}
-        elif self._file.identity_is_known:  # the thread of the watchdog may be waiting for bytes
-            identity = self._file.identity(self._watchdog.beat)
-        else:
-            identity = self._watchdog.run(lambda: self._file.identity(self._watchdog.beat))
+        """Digests of the file (if it grows, of what was read; of a pipe, of its first frame), and how it is read."""
+        first = self._first_digest() if self.one_pass else None
         details = self.info.details or {}
-        facts = ("interpolation", "rotation", "stream_index", "av", "libavcodec", "libswscale")
+        facts = ("stream_index", "av", "libavcodec", "libavfilter", "libswscale")
         return {
-            "kind": "pipe" if self.one_pass else "video",
-            **identity,
+            **identity(self._file, self._watchdog, first),
             "size": [self.info.height, self.info.width],
             "start": self._begin,
             "frames": None if self._end is None else self._end - self._begin,
             "conversion": REVISION,
             "on_error": self._on_error,
+            "deinterlace": self._deinterlace,
             **{key: details[key] for key in facts},
+            **self._converter.facts,
             "matrix": self._converter.color.info.matrix,
             "range": self._converter.color.info.range,
         }
@@ -107,10 +106,7 @@ class VideoFile(FrameSource):
         return self._file.current_size() > int(earlier["bytes"])
 
     def blocks(self, *, first: int = 0) -> Iterator[FrameBlock]:
-        """Yield the frames; where decoding fails, SourceError is raised after the frames before it.
-
-        SourceError of kind ``"changed"`` is raised at the end, or before, if the file changed since it was opened.
-        """
+        """Yield the frames; where decoding fails or the file has changed, SourceError is raised after those before."""
         self._start()
         blocks = self._within_limits(self._blocks(first), done=first, first_pts=self._first_pts)
         return unchanged(blocks, self._file, self._watchdog)
@@ -159,8 +155,9 @@ class VideoFile(FrameSource):
             run=self._watchdog.run,
             size=frame_size,
             from_start=from_start,
+            any_size=self._size is not None,
         )
-        self._pictures = self._decoder.pictures()
+        self._pictures = self._orientation.follow(self._decoder.pictures())
         self._ahead.clear()
         self._clock = _Clock(stream)
 
@@ -177,16 +174,17 @@ class VideoFile(FrameSource):
         self._limits.check_pixels(self._name, first.height, first.width)
         self._frame_size = (first.height, first.width)
         self._first_pts = self._ahead[0].pts or 0
-        self._converter = Converter(first, self._stream, self._size, self._name)
+        wanted = Wanted(
+            size=self._size, fit=self._fit, pixels=self._pixels, background=self._background, limits=self._limits
+        )
+        edges = clean_aperture(self._file.file, self._container, self._stream)
+        self._converter = Converter(first, self._stream, wanted, self._name, edges)
         self.info = self._describe(self._stream, first)
         self._check_known_length()
-        transfer = self._converter.color.info.transfer
-        if transfer in _HDR:
-            warnings.warn(
-                f"{self._name} is HDR ({transfer}) and is read without tone mapping, so that it looks pale; convert it "
-                "to SDR first if that matters",
-                stacklevel=3,
-            )
+        self._converter.warn_of_fit()
+        if first.interlaced_frame:
+            self._fields.warn()
+        warn_of_hdr(self._name, self._converter.color.info)
 
     def _first_frame(self) -> VideoFrame:
         """Decode up to the first frame, good or damaged; it is delivered later."""
@@ -216,7 +214,7 @@ class VideoFile(FrameSource):
         if isinstance(fault.cause, av.ArgumentError) and not 0 < num_pixels <= self._limits.max_pixels:
             return self._limits.exceeded("max_pixels", f"{self._name} has frames of more pixels, or of no size at all")
         if fault.kind == "geometry-changed":
-            advice = "cut the file there, or bring it to one size first"
+            advice = "give a size that all frames are brought to (--size), or cut the file there"
         else:
             advice = "copy the file again, or encode without the damaged frames (--on-error keep, or conceal)"
         error = SourceError(f"frame {index} of {self._name} {fault.why}; {advice}", kind=fault.kind)
@@ -244,16 +242,18 @@ class VideoFile(FrameSource):
             frame_rate=_frame_rate(stream),
             timing_assumed=first.pts is None,
             color=converter.color.info,
+            sample_aspect_ratio=converter.shape.pixel_aspect,
             details={
                 "container": ",".join(self._formats),
                 "codec": stream.codec_context.name,
                 "pix_fmt": first.format.name,
                 "coded_height": first.height,
                 "coded_width": first.width,
-                "rotation": converter.rotation,
-                "interlaced": first.interlaced_frame,
+                **converter.facts,
                 "resized_from": converter.resized_from,
-                "interpolation": converter.interpolation_name,
+                "alpha": converter.has_alpha,
+                "interlaced": first.interlaced_frame,
+                "deinterlace": self._deinterlace,
                 "matrix_tag": converter.color.matrix_tag,
                 "bytes": None if self._file.one_pass else self._file.num_bytes,
                 "start": self._begin,
@@ -262,7 +262,7 @@ class VideoFile(FrameSource):
                 "stream_duration": stream.duration,
                 "frames_in_header": stream.frames,
                 "av": av.__version__,
-                **{name: ".".join(map(str, av.library_versions[name])) for name in ("libavcodec", "libswscale")},
+                **{name: ".".join(map(str, av.library_versions[name])) for name in _LIBRARIES},
             },
         )
 
@@ -272,15 +272,22 @@ class VideoFile(FrameSource):
         if index == self._end:
             return
         shown, image = None, np.empty(0, np.uint8)
-        for frame, pts, valid in self._from(index):
+        # where frames are repeated, it takes all before a frame to know what it is
+        before = index if self._on_error == "conceal" else 1
+        for frame, original, pts, valid in self._fields.frames(self._from, self._again_from, index, before=before):
             if frame is not shown:
-                shown, image = frame, self._converter.convert(frame, index)
+                shown, image = frame, self._converter.convert(frame, index, original)
             yield FrameBlock(image[None], np.array([pts], dtype=np.int64), np.array([valid], dtype=np.bool_))
             index += 1
             if index == self._end:
                 return
 
-    def _from(self, index: int) -> Iterator[tuple[VideoFrame, int, bool]]:
+    def _again_from(self, index: int) -> Iterator[Delivered]:
+        """Frames from number ``index`` of the file on, after some were read already."""
+        self._open(frame_size=self._frame_size)
+        return self._from(index)
+
+    def _from(self, index: int) -> Iterator[Delivered]:
         """Frames from number ``index`` of the file on.
 
         Decoding begins at the seek point before it; the result of a seek is used only if the frame of that point comes
@@ -369,9 +376,7 @@ class VideoFile(FrameSource):
                 raise
         return None
 
-    def _played(
-        self, pictures: Iterator[Picture] | None = None, index: int = 0
-    ) -> Iterator[tuple[VideoFrame, int, bool]]:
+    def _played(self, pictures: Iterator[Picture] | None = None, index: int = 0) -> Iterator[Delivered]:
         """Every frame from ``index`` on with its time stamp and validity.
 
         Damaged and lost frames are handled as ``on_error`` says; a frame that is repeated is the same object again.

@@ -6,23 +6,21 @@ It executes the code of the real run, without a device, without weights and with
 from __future__ import annotations
 
 from collections.abc import Hashable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from longvid.events import Direction
 from longvid.memory.buffer_pool import BufferPool
 from longvid.memory.offloader import Offloader
-from longvid.memory.tracker import AllocationTracker
 from longvid.models.base import CausalVAE
 from longvid.models.cache import CausalLayer
 from longvid.models.device import placed, tensor_bytes
 from longvid.models.forward import decode_chunk, encode_chunk
 from longvid.planning.cost_model import CostModel, LayerCost
+from longvid.planning.meta_tracker import MetaTracker
 from longvid.planning.workload import Execution, Workload
 
 __all__ = ["DryRuns", "dry_run", "skeleton_of"]
@@ -65,14 +63,14 @@ def dry_run(
     with execution.context(module, probe) as context:
 
         def compute(host: Tensor) -> _ChunkCost:
-            # The tracker is the inner mode: it sees the same operations as without the counter.
             with probe.tracker:
                 run(model, context, host, device=_META, dtype=workload.dtype)
             return probe.take()
 
         first = compute(first_host)
-        with probe.flop_counter if like is None else nullcontext():
-            middle = [compute(middle_host)]
+        probe.tracker.counts_flops = like is None
+        middle = [compute(middle_host)]
+        probe.tracker.counts_flops = False
         if execution.keeps_buffers:
             for _ in range(_MOST_SETTLING):
                 before = context.buffers.sizes
@@ -204,8 +202,7 @@ class _Probe(Offloader):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tracker = AllocationTracker()
-        self.flop_counter = FlopCounterMode(display=False)
+        self.tracker = MetaTracker()
         self._bytes: dict[str, list[int]] = {"": []}
         self._flops: dict[str, int] = {}
         self._flops_before = 0
@@ -244,7 +241,7 @@ class _Probe(Offloader):
     def _cut(self) -> None:
         self._bytes[self._step].append(self.tracker.peak_bytes - self._before)
         self.tracker.reset_peak()
-        done = self.flop_counter.get_total_flops() - self._flops_before - sum(self._flops.values())
+        done = self.tracker.flops - self._flops_before - sum(self._flops.values())
         self._flops[self._step] = self._flops.get(self._step, 0) + done
 
     def take(self) -> _ChunkCost:
@@ -252,6 +249,6 @@ class _Probe(Offloader):
         self._cut()
         cost = _ChunkCost(max(self._bytes.pop("")), self._bytes, self._flops)
         self._bytes, self._flops, self._step = {"": []}, {}, ""
-        self._flops_before = self.flop_counter.get_total_flops()
+        self._flops_before = self.tracker.flops
         self.tracker.reset_peak()
         return cost

@@ -194,6 +194,7 @@ def video_sink(store: LatentStore, out: Path, overwrite: bool) -> VideoWriter:
         time_base=store.time_base,
         frame_rate=store.frame_rate,
         color=None if color is None else ColorInfo(**color),
+        sample_aspect_ratio=store.metadata.sample_aspect_ratio,
         overwrite=overwrite,
     )
 

@@ -193,9 +193,8 @@ class VideoSession:
         """Encode a video into a zarr store of latents, or resume one that was not finished.
 
         Args:
-            source: path of a video file, of a FIFO, or of a folder or a numbered series of pictures, such as
-                ``frames/%05d.png``; ``"-"`` for standard input; an iterable of uint8 arrays (T, H, W, 3); or a numpy,
-                torch or zarr array.
+            source: path of a video file or of a FIFO; ``"-"`` for standard input; an iterable of uint8 arrays
+                (T, H, W, 3); or a numpy, torch or zarr array.
             store: where the store goes; its parent folder exists.
             representation: the posterior's ``"mode"``, a ``"sample"`` by ``seed``, or all its ``"moments"``.
             chunk_plan: of a model with norms over time: ``"online"`` pads the last chunk; ``"reference"`` makes the
@@ -209,11 +208,9 @@ class VideoSession:
                 ``"close"`` also if not, and records the seam; ``"never"`` refuses.
             part: ``(3, 8)`` encodes the third of eight parts to ``STORE.part-3-of-8``; see :func:`longvid.join`.
             durability: ``"fsync"`` survives power loss, ``"rename"`` a killed process; or :class:`~longvid.Durability`.
-            follow: read a file as another program writes it, until it has not grown for ``follow_seconds`` (10 by
-                default). The store is that of the finished file, bit for bit; without ``follow`` a file that grows
-                while it is read is an error at its end. A later run whose file has more bytes continues either store.
-            reading: how the source is read: ``start``, ``frames``, ``size``, ``frame_rate``, ``fps``, ``on_error``,
-                ``fit``, ``pixels``, ``deinterlace``, ``background`` and ``limits``; see
+            follow: read a file as it is written, until it has not grown for ``follow_seconds`` (10 by default). A later
+                run whose file has more bytes continues the store.
+            reading: how the source is read, such as ``start``, ``frames``, ``size`` and ``on_error``; see
                 :class:`~longvid.media.arrays.Reading`.
 
         Raises:

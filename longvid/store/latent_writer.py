@@ -55,6 +55,7 @@ class LatentWriter(StoreWriter):
         recorded = {"chunk_plan": schedule.to_dict(), "representation": layout.representation, "scaled": False}
         recorded |= {} if part is None else {"part": asdict(part)}
         rates = {"time_base": ratio(source.time_base), "frame_rate": ratio(source.frame_rate)}
+        rates["sample_aspect_ratio"] = ratio(source.sample_aspect_ratio)
         attributes = {
             "vae": dict(facts.vae),
             "source": {**asdict(source), **rates},

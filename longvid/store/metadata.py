@@ -143,6 +143,8 @@ class StoreMetadata:
     "seconds per unit of the time stamps"
     frame_rate: Fraction | None
     "mean frames per second"
+    sample_aspect_ratio: Fraction
+    "width of a pixel by its height"
     schedule: ChunkSchedule | None
     "how a store of latents was cut into chunks; None for frames"
     representation: str
@@ -333,6 +335,9 @@ def _facts(
         schedule = ChunkSchedule.from_dict(_get(facts, "chunk_plan", dict))
     if time_base is None or (arrays and (min(size) <= 0 or time_base <= 0)):
         raise _WrongValueError(f"the size {size} or the time base {time_base} is not positive")
+    pixel_aspect = _fraction(source, "sample_aspect_ratio") or Fraction(1)
+    if pixel_aspect < 0:
+        raise _WrongValueError(f"sample_aspect_ratio is {pixel_aspect}, a ratio above 0 is expected")
     return {
         "root": dict(root),
         "kind": kind,
@@ -348,6 +353,7 @@ def _facts(
         "width": size[1],
         "time_base": time_base,
         "frame_rate": _fraction(source if kind == "latents" else facts, "frame_rate"),
+        "sample_aspect_ratio": pixel_aspect,
         "schedule": schedule,
         "representation": _get(facts, "representation", str, None if kind == "latents" else ""),
         "seed": _get(facts, "seed", int, 0),

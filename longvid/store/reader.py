@@ -291,6 +291,7 @@ class FrameStore(CheckedArray):
         super().__init__(reader, "frames")
         self.digests = reader.metadata.digests
         self.frame_rate = reader.metadata.frame_rate
+        self.sample_aspect_ratio = reader.metadata.sample_aspect_ratio
 
 
 def open_frames(path: str | os.PathLike[str]) -> FrameStore:

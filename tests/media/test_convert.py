@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.media import smooth_colors
 
-from longvid.media.images.convert import Converter
+from longvid.media.images.convert import Converter, Wanted
 
 SOURCES = [
     *("yuv420p", "yuvj420p", "yuv422p", "yuv444p", "yuv440p", "yuv411p", "yuv410p", "yuva420p", "nv12", "nv21"),
@@ -28,8 +28,8 @@ def frame_of(pixel_format, height, width, seed=0):
 
 
 def converter_of(frame, size=None):
-    stream = SimpleNamespace(codec_context=av.CodecContext.create("rawvideo", "r"))
-    return Converter(frame, stream, size, "a.mkv")
+    stream = SimpleNamespace(codec_context=av.CodecContext.create("rawvideo", "r"), sample_aspect_ratio=None)
+    return Converter(frame, stream, Wanted(size=size, fit="stretch"), "a.mkv")
 
 
 @pytest.mark.parametrize("pixel_format", SOURCES)

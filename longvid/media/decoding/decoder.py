@@ -73,8 +73,8 @@ class Decoder:
     back until the picture after them is known.
 
     ``num_bytes`` gives the size of the file. ``run`` calls a function that can hang. ``size`` is the (height, width)
-    that all frames must have, by default that of the first. ``from_start`` says whether pictures that cannot be decoded
-    at the beginning count as faults.
+    that all frames must have, by default that of the first; with ``any_size`` they may have any. ``from_start`` says
+    whether pictures that cannot be decoded at the beginning count as faults.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class Decoder:
         run: _Run,
         size: tuple[int, int] | None = None,
         from_start: bool = True,
+        any_size: bool = False,
     ) -> None:
         self._packets: Iterator[Packet[Any]] = container.demux(stream)
         stream.codec_context.copy_opaque = True  # a frame tells its packet, also where a time stamp comes twice
@@ -97,6 +98,7 @@ class Decoder:
         self._run = run
         self._size = size
         self._from_start = from_start
+        self._any_size = any_size
         self._one_by_one = stream.codec_context.thread_type.name == "SLICE"
         "the decoder has one thread per frame, so that an error belongs to the last packet"
         self._reached = 0
@@ -205,7 +207,7 @@ class Decoder:
     def _judge(self, frame: VideoFrame, order: int | None) -> Picture:
         size = (frame.height, frame.width)
         self._size = self._size or size
-        if size != self._size:
+        if size != self._size and not self._any_size:
             self._zone = Fault(
                 "geometry-changed",
                 f"has {size[1]}x{size[0]} pixels where the frames before have {self._size[1]}x{self._size[0]}",

@@ -10,7 +10,7 @@ from longvid.frames import FrameBlock
 from longvid.media.decoding.media_file import MediaFile
 from longvid.media.decoding.watchdog import Watchdog
 
-__all__ = ["is_continued", "unchanged"]
+__all__ = ["identity", "is_continued", "unchanged"]
 
 _IDENTITY = ("bytes", "sha256", "body_sha256")
 "of a fingerprint: which bytes a file holds"
@@ -35,6 +35,15 @@ def unchanged(blocks: Iterator[FrameBlock], file: MediaFile, watchdog: Watchdog)
             watchdog.run(lambda: file.check_unchanged(beat))
         raise
     watchdog.run(lambda: file.check_unchanged(beat))
+
+
+def identity(file: MediaFile, watchdog: Watchdog, first_frame: str | None) -> dict[str, Any]:
+    """Which bytes a file holds, for its fingerprint; of a pipe, the digest of its first frame."""
+    if first_frame is not None:
+        return {"kind": "pipe", "first_frame": first_frame}
+    if file.identity_is_known:  # the thread of the watchdog may be waiting for bytes
+        return {"kind": "video", **file.identity(watchdog.beat)}
+    return {"kind": "video", **watchdog.run(lambda: file.identity(watchdog.beat))}
 
 
 def is_continued(

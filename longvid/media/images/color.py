@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange
-from av.video.stream import VideoStream
 
 from longvid.errors import SourceError
 from longvid.frames import ColorInfo
 
-__all__ = ["PRIMARIES", "TRANSFERS", "Conversion", "matrix_by_rule", "resolve_color"]
+__all__ = ["PRIMARIES", "TRANSFERS", "Conversion", "Tags", "matrix_by_rule", "resolve_color", "warn_of_hdr"]
 
 PRIMARIES = {
     1: "bt709", 4: "bt470m", 5: "bt470bg", 6: "smpte170m", 7: "smpte240m", 8: "film", 9: "bt2020", 10: "smpte428",
@@ -32,6 +33,7 @@ _MATRICES = {
 }  # fmt: skip
 _SWSCALE = {"bt709": 1, "bt601": 5}
 _RGB, _UNSPECIFIED = 0, 2
+_HDR = ("smpte2084", "arib-std-b67")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +48,32 @@ class Conversion:
     "swscale takes every gray format for full range, so that limited gray is expanded here"
 
 
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """What a stream says of the colours of frames that say nothing, by the numbers of H.273."""
+
+    colorspace: int
+    color_primaries: int
+    color_trc: int
+    color_range: int
+
+    @classmethod
+    def of(cls, context: VideoCodecContext) -> Tags:
+        """Those of a decoder, which may come to have others while it decodes."""
+        return cls(*(int(getattr(context, name)) for name in cls.__slots__))
+
+
 def matrix_by_rule(height: int) -> str:
     """The matrix of a video that does not name one: ``bt709`` from 720 lines up, ``bt601`` below."""
     return "bt709" if height >= 720 else "bt601"
 
 
-def resolve_color(frame: VideoFrame, stream: VideoStream, name: str) -> Conversion:
-    """Decide the conversion from the tags of the frame, then of the stream, then by the rule.
+def resolve_color(frame: VideoFrame, context: Tags, name: str) -> Conversion:
+    """Decide the conversion from the tags of the frame, then of the stream (``context``), then by the rule.
 
     Raises:
         SourceError: the file names a matrix that cannot be converted.
     """
-    context = stream.codec_context
     tag = _first_tag(frame.colorspace, context.colorspace)
     primaries = PRIMARIES.get(_first_tag(frame.color_primaries, context.color_primaries))
     transfer = TRANSFERS.get(_first_tag(frame.color_trc, context.color_trc))
@@ -96,3 +112,13 @@ def _resolve_range(frame: VideoFrame, declared: int, gray: bool) -> tuple[str, b
 
 def _first_tag(*tags: int) -> int:
     return next((int(tag) for tag in tags if tag != _UNSPECIFIED), _UNSPECIFIED)
+
+
+def warn_of_hdr(name: str, info: ColorInfo) -> None:
+    """Say that the frames of an HDR video are not tone mapped."""
+    if info.transfer in _HDR:
+        warnings.warn(
+            f"{name} is HDR ({info.transfer}) and is read without tone mapping, so that it looks pale; convert it to "
+            "SDR first if that matters",
+            stacklevel=4,
+        )

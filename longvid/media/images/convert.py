@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
 import av
 import numpy as np
 import numpy.typing as npt
@@ -11,12 +16,18 @@ from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from longvid.errors import SourceError
+from longvid.frames import Fit, Pixels
+from longvid.media.decoding.aperture import Edges
 from longvid.media.decoding.container import reason
-from longvid.media.images.color import resolve_color
+from longvid.media.images.alpha import background_color, composited, has_alpha
+from longvid.media.images.color import Conversion, Tags, resolve_color
+from longvid.media.images.orientation import Orientation, orientation_of
+from longvid.media.images.shape import Geometry, Shape
+from longvid.media.limits import Limits
 
-__all__ = ["REVISION", "Converter"]
+__all__ = ["REVISION", "Converter", "Wanted"]
 
-REVISION = 2
+REVISION = 3
 "changes whenever the same file would give other bytes"
 # FULL_CHR_H_INT interpolates chroma where the fast path repeats it: a third of the error on film, at half the speed
 _EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
@@ -24,72 +35,248 @@ _GBR = (1, 2, 0)
 "channels of the planes of ``gbrp``"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What frames are to come out."""
+
+    size: tuple[int, int] | None = None
+    fit: Fit | None = None
+    pixels: Pixels = "kept"
+    background: str = "black"
+    limits: Limits = field(default_factory=Limits)
+
+
 class Converter:
-    """Converts decoded frames to upright RGB of one size: colour and size in one pass of swscale."""
+    """Converts decoded frames to upright RGB of one size: colour and size in one pass of swscale.
 
-    def __init__(self, first: VideoFrame, stream: VideoStream, size: tuple[int, int] | None, name: str) -> None:
+    Each frame is converted by its own tags and fitted by its own size. Frames with transparent pixels, or with edges
+    that are not shown, take a second pass.
+    """
+
+    def __init__(
+        self, first: VideoFrame, stream: VideoStream, wanted: Wanted, name: str, edges: Edges | None = None
+    ) -> None:
         self._name = name
-        self._coded = (first.height, first.width)
-        self.rotation = round(first.rotation / 90) * 90
-        self._turns = self.rotation // 90 % 4
-        upright = _turned(self._coded, self._turns)
-        self.height, self.width = size or upright
-        self._target = _turned((self.height, self.width), self._turns)
+        self._wanted = wanted
+        self._edges = edges
+        self._pixel_aspect = stream.sample_aspect_ratio or Fraction(1)
+        self._tags = Tags.of(stream.codec_context)
+        self._colors: dict[tuple[Any, ...], Conversion] = {}
+        self._shapes: dict[tuple[Any, ...], Shape] = {}
+        self._background = background_color(wanted.background)
+        self._scaler, self._rgb_scaler = VideoReformatter(), VideoReformatter()
+        self._said: set[str] = set()
+        self.color = self._color(first)
+        self.shape = self._shape(first)
+        "that of the first frame"
+        self.height, self.width = self.shape.size
+        upright = self.shape.geometry.upright
         self.resized_from = list(upright) if upright != (self.height, self.width) else None
-        self._stream = stream
-        self.color = resolve_color(first, stream, name)
-        self._colors = {first.format.name: self.color}
-        self._scaler = VideoReformatter()
-        shrinks = self._target[0] <= self._coded[0] and self._target[1] <= self._coded[1]
-        self._interpolation = (Interpolation.AREA if shrinks and self.resized_from else Interpolation.BICUBIC) | _EXACT
-        self.interpolation_name = ("area" if shrinks else "bicubic") if self.resized_from else None
+        shrinks = "area" if self.shape.shrinks else "bicubic"
+        self.interpolation_name = shrinks if self.shape.is_resized else None
+        self.has_alpha = has_alpha(first.format)
 
-    def convert(self, frame: VideoFrame, index: int) -> npt.NDArray[np.uint8]:
+    @property
+    def orientation(self) -> Orientation:
+        """How the first frame lies."""
+        return self.shape.geometry.orientation
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was decided for the first frame, and what decides it for others, ready for JSON."""
+        geometry = self.shape.geometry
+        return {
+            "rotation": (self.orientation.turns * 90 + 179) % 360 - 179,
+            "mirrored": self.orientation.mirrored,
+            "aperture": None if geometry.box is None else list(geometry.box),
+            "coded_sample_aspect_ratio": str(self._pixel_aspect),
+            "interpolation": self.interpolation_name,
+            "fit": self.shape.fit,
+            "fit_asked": self._wanted.fit,
+            "pixels": self._wanted.pixels,
+            "background": self._wanted.background,
+        }
+
+    def warn_of_fit(self) -> None:
+        """Say that frames are cropped, if nobody asked for it."""
+        if self._wanted.fit is not None or self.shape.fit != "crop" or "fit" in self._said:
+            return
+        self._said.add("fit")
+        shown, (height, width) = float(self.shape.geometry.display_aspect), self.shape.size
+        warnings.warn(
+            f"{self._name} has the display aspect {shown:.4g} and {width}x{height} has {width / height:.4g}: frames "
+            "are cropped in the middle; choose another way with --fit stretch or --fit pad",
+            stacklevel=4,
+        )
+
+    def convert(self, frame: VideoFrame, index: int, original: VideoFrame | None = None) -> npt.NDArray[np.uint8]:
         """RGB of one frame, of shape (height, width, 3), in memory of its own.
 
-        Channels are stored as planes, as swscale gives them and models need them.
+        Channels are stored as planes, as swscale gives them and models need them. ``original`` is the frame as it was
+        decoded, if a filter made ``frame`` of it; its tags count.
         """
-        height, width = self._target
-        pixel_format = frame.format.name
-        if pixel_format not in self._colors:  # it may change within a file
-            self._colors[pixel_format] = resolve_color(frame, self._stream, self._name)
-        color = self._colors[pixel_format]
+        tagged = original or frame
+        color, shape = self._color(tagged), self._shape(tagged)
+        if shape.size != self.shape.size:
+            raise SourceError(
+                f"frame {index} of {self._name} is shown with {shape.size[1]}x{shape.size[0]} pixels where the first "
+                f"one has {self.width}x{self.height}; give a size that all frames are brought to (--size), or cut the "
+                "file there",
+                kind="geometry-changed",
+            )
+        if shape.geometry.box is not None or has_alpha(tagged.format):
+            image = self._in_two_passes(frame, index, color, shape)
+            if image is not None:
+                return image
+        height, width = shape.target
+        rgb = self._rgb(frame, index, color, (height, width), self._interpolation(shape))
+        image, place = self._canvas(shape)
+        if color.matrix is None:
+            packed = _samples(rgb.planes[0])[:, : width * 3].reshape(height, width, 3)
+            place(slice(None), packed)
+            return image
+        for channel, plane in zip(_GBR, rgb.planes, strict=True):
+            samples = _samples(plane)[:, :width]
+            place(channel, _LIMITED_TO_FULL[samples] if color.expand_gray else samples)
+        return image
+
+    def _in_two_passes(
+        self, frame: VideoFrame, index: int, color: Conversion, shape: Shape
+    ) -> npt.NDArray[np.uint8] | None:
+        """Convert, composite and crop, and then scale; None if one pass is enough, since the frame is opaque."""
+        height, width = frame.height, frame.width
+        is_rgba = has_alpha(frame.format)
+        rgb = self._rgb(
+            frame, index, color, (height, width), Interpolation.BICUBIC | _EXACT, packed=True, alpha=is_rgba
+        )
+        channels = 4 if is_rgba else 3
+        picture = _samples(rgb.planes[0])[:, : width * channels].reshape(height, width, channels)
+        opaque = not is_rgba or bool((picture[..., 3] == 255).all())
+        if opaque and shape.geometry.box is None:
+            return None
+        colors: npt.NDArray[np.uint8] = picture[..., :3]
+        if color.expand_gray:
+            colors = _LIMITED_TO_FULL[colors]
+        if not opaque:
+            self._warn_of_alpha()
+            colors = composited(colors, picture[..., 3], self._background)
+        if shape.geometry.box is not None:
+            top, left, *(height, width) = shape.geometry.box
+            colors = colors[top : top + height, left : left + width]
+        image, place = self._canvas(shape)
+        for channel in range(3):
+            place(channel, self._scaled(colors[..., channel], shape))
+        return image
+
+    def _scaled(self, samples: npt.NDArray[np.uint8], shape: Shape) -> npt.NDArray[np.uint8]:
+        """One channel at its final size, before it is turned."""
+        if not shape.is_resized:
+            return samples
+        height, width = shape.target
+        gray = VideoFrame.from_ndarray(np.ascontiguousarray(samples), format="gray")
+        gray.color_range = ColorRange.JPEG
+        scaled = self._rgb_scaler.reformat(
+            gray, width=width, height=height, format="gray", interpolation=self._interpolation(shape)
+        )
+        return _samples(scaled.planes[0])[:, :width].copy()
+
+    def _canvas(self, shape: Shape) -> tuple[npt.NDArray[np.uint8], Any]:
+        """An image to fill, and what puts channels of the picture as it was decoded in their place on it."""
+        image = np.empty((3, self.height, self.width), np.uint8).transpose(1, 2, 0)
+        upright = shape.geometry.orientation.upright
+        if shape.scaled == shape.size:
+
+            def place(channels: int | slice, samples: npt.NDArray[np.uint8]) -> None:
+                image[..., channels] = upright(samples)
+        else:
+            if shape.fit == "pad":
+                image[:] = self._background
+            spans = [_overlap(*span) for span in zip(shape.corner, shape.scaled, shape.size, strict=True)]
+            inside = image[spans[0][1], spans[1][1]]
+            rows, columns = spans[0][0], spans[1][0]
+
+            def place(channels: int | slice, samples: npt.NDArray[np.uint8]) -> None:
+                inside[..., channels] = upright(samples)[rows, columns]
+
+        return image, place
+
+    def _rgb(
+        self,
+        frame: VideoFrame,
+        index: int,
+        color: Conversion,
+        size: tuple[int, int],
+        interpolation: int,
+        *,
+        packed: bool = False,
+        alpha: bool = False,
+    ) -> VideoFrame:
+        """RGB of (height, width) ``size``, before the frame is turned; in planes where swscale is faster so."""
         is_rgb = color.matrix is None
         try:
-            rgb = self._scaler.reformat(
+            return self._scaler.reformat(
                 frame,
-                width=width,
-                height=height,
+                width=size[1],
+                height=size[0],
                 # the same RGB (within 1 where it is resized), but swscale has vector code for planes
-                format="rgb24" if is_rgb else "gbrp",
+                format="rgba" if alpha else "rgb24" if is_rgb or packed else "gbrp",
                 src_colorspace=color.matrix,
                 src_color_range=ColorRange.JPEG if color.info.range == "full" else ColorRange.MPEG,
                 dst_color_range=ColorRange.JPEG,
-                interpolation=self._interpolation,
+                interpolation=interpolation,
             )
         except (av.FFmpegError, ValueError) as exc:
             raise SourceError(
-                f"frame {index} of {self._name} cannot be converted from {pixel_format} to RGB: {reason(exc)}"
+                f"frame {index} of {self._name} cannot be converted from {frame.format.name} to RGB: {reason(exc)}"
             ) from exc
-        image = np.empty((3, self.height, self.width), np.uint8).transpose(1, 2, 0)
-        if is_rgb:
-            packed = _samples(rgb.planes[0])[:, : width * 3].reshape(height, width, 3)
-            image[:] = np.rot90(packed, self._turns)
-            return image
-        for channel, plane in zip(_GBR, rgb.planes, strict=True):
-            image[..., channel] = np.rot90(_samples(plane)[:, :width], self._turns)
-        if color.expand_gray:
-            image[:] = _LIMITED_TO_FULL[image]
-        return image
+
+    def _interpolation(self, shape: Shape) -> int:
+        return (Interpolation.AREA if shape.shrinks and shape.is_resized else Interpolation.BICUBIC) | _EXACT
+
+    def _color(self, frame: VideoFrame) -> Conversion:
+        """By the tags of the frame, which may change within a file."""
+        key = (frame.format.name, frame.colorspace, frame.color_range, frame.height)
+        if key not in self._colors:
+            self._colors[key] = resolve_color(frame, self._tags, self._name)
+        return self._colors[key]
+
+    def _shape(self, frame: VideoFrame) -> Shape:
+        """By the size of the frame and by how it lies, which may change within a file."""
+        orientation = orientation_of(frame)
+        key = (frame.height, frame.width, orientation)
+        if key not in self._shapes:
+            coded = frame.height, frame.width
+            geometry = Geometry(
+                coded=coded,
+                box=None if self._edges is None else self._edges.box(*coded),
+                orientation=orientation,
+                pixel_aspect=self._pixel_aspect,
+            )
+            wanted = self._wanted
+            shape = Shape.plan(geometry, wanted.size, wanted.fit, wanted.pixels)
+            wanted.limits.check_pixels(f"{self._name}, scaled to be cropped or to square pixels,", *shape.scaled)
+            self._shapes[key] = shape
+        return self._shapes[key]
+
+    def _warn_of_alpha(self) -> None:
+        if "alpha" not in self._said:
+            self._said.add("alpha")
+            warnings.warn(
+                f"{self._name} has transparent pixels, which are composited on {self._wanted.background}; choose "
+                "another colour with --background",
+                stacklevel=4,
+            )
 
 
 _LIMITED_TO_FULL = ((np.arange(256) - 16) * 255 / 219).round().clip(0, 255).astype(np.uint8)
 
 
+def _overlap(first: int, length: int, size: int) -> tuple[slice, slice]:
+    """Where ``length`` pixels that begin at ``first`` lie within ``size``: of them, and of the size."""
+    begin, end = max(0, first), min(size, first + length)
+    return slice(begin - first, end - first), slice(begin, end)
+
+
 def _samples(plane: VideoPlane) -> npt.NDArray[np.uint8]:
     """Rows of bytes, padding included."""
     return np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
-
-
-def _turned(size: tuple[int, int], turns: int) -> tuple[int, int]:
-    return (size[1], size[0]) if turns % 2 else size

@@ -42,7 +42,8 @@ class VideoWriter:
     the block raises. Even sizes are written as yuv420p, odd ones as yuv444p, so that the size comes back exactly.
     Matroska keeps time in milliseconds; mp4 and mov keep the time base.
 
-    ``size`` is (height, width); ``frame_rate`` is a hint to players. ``color`` says how the source was read: the matrix
+    ``size`` is (height, width); ``frame_rate`` is a hint to players, and ``sample_aspect_ratio``, width of a pixel by
+    its height, tells them the shape of the picture. ``color`` says how the source was read: the matrix
     is used again if it is bt601 or bt709, else the rule decides (bt709 from 720 lines up); primaries and transfer are
     passed on. ``crf`` is the quality of x264, 0 (lossless) to 51.
 
@@ -58,6 +59,7 @@ class VideoWriter:
         time_base: Fraction,
         frame_rate: Fraction | None,
         color: ColorInfo | None = None,
+        sample_aspect_ratio: Fraction = Fraction(1),
         overwrite: bool = False,
         crf: int = 18,
     ) -> None:
@@ -65,6 +67,7 @@ class VideoWriter:
         self._height, self._width = size
         self._time_base = Fraction(time_base)
         self._frame_rate = frame_rate
+        self._pixel_aspect = _within_16_bits(sample_aspect_ratio)
         self._color = color or ColorInfo(matrix="", range="")
         self._overwrite = overwrite
         self._crf = crf
@@ -135,6 +138,8 @@ class VideoWriter:
         context.pix_fmt = "yuv444p" if self._height % 2 or self._width % 2 else "yuv420p"
         # swscale puts chroma between the pixels; without this option H.264 decoders expect it half a pixel off
         context.options = {"crf": str(self._crf), "x264-params": "chromaloc=1"}
+        if self._pixel_aspect != 1:
+            context.sample_aspect_ratio = self._pixel_aspect
         color = self._color
         tag, self._coefficients = _MATRICES.get(color.matrix) or _MATRICES[matrix_by_rule(self._height)]
         context.colorspace = tag
@@ -209,3 +214,10 @@ class VideoWriter:
             raise
         except (av.FFmpegError, OSError, ValueError) as exc:
             raise StoreError(f"{self._path} cannot be written: {exc}; is the disk full?") from exc
+
+
+def _within_16_bits(ratio: Fraction) -> Fraction:
+    """The nearest ratio that H.264 can hold: both numbers below 65536."""
+    inverted = ratio > 1
+    found = (1 / ratio if inverted else Fraction(ratio)).limit_denominator(2**16 - 1) or Fraction(1, 2**16 - 1)
+    return 1 / found if inverted else found
