@@ -193,25 +193,22 @@ class VideoSession:
         """Encode a video into a zarr store of latents, or resume one that was not finished.
 
         Args:
-            source: path of a video file or of a FIFO; ``"-"`` for standard input; an iterable of uint8 arrays
-                (T, H, W, 3); or a numpy, torch or zarr array.
+            source: path of a file or FIFO; ``"-"`` (standard input); uint8 arrays (T, H, W, 3), one or an iterable.
             store: where the store goes; its parent folder exists.
             representation: the posterior's ``"mode"``, a ``"sample"`` by ``seed``, or all its ``"moments"``.
             chunk_plan: of a model with norms over time: ``"online"`` pads the last chunk; ``"reference"`` makes the
                 first one longer by the remainder, as diffusers does, for its very latents at any length. It needs a
                 source whose length is known. The latents of other models do not depend on it.
             store_dtype: dtype of the stored latents. Values it cannot hold are an error, never clipped.
-            on_non_finite: where the model computes values that are not finite: ``"stop"`` raises NonFiniteError,
-                ``"quarantine"`` encodes the chunk again with the last good frame in place of its own, and marks it.
+            on_non_finite: where the model computes NaN or infinity: ``"stop"`` raises NonFiniteError, ``"quarantine"``
+                encodes the chunk again with the last good frame in place of its own, and marks it.
             overwrite: replace what is there, unless it is an unfinished store of this very run.
             resume: ``"exact"`` continues such a store if the end of what is stored comes out again bit for bit;
                 ``"close"`` also if not, and records the seam; ``"never"`` refuses.
             part: ``(3, 8)`` encodes the third of eight parts to ``STORE.part-3-of-8``; see :func:`longvid.join`.
             durability: ``"fsync"`` survives power loss, ``"rename"`` a killed process; or :class:`~longvid.Durability`.
-            follow: read a file as it is written, until it has not grown for ``follow_seconds`` (10 by default). A later
-                run whose file has more bytes continues the store.
-            reading: how the source is read, such as ``start``, ``frames``, ``size`` and ``on_error``; see
-                :class:`~longvid.media.arrays.Reading`.
+            follow: read a file as it grows, until it has not done so for ``follow_seconds`` (10 by default).
+            reading: how the source is read, such as ``start``: :class:`~longvid.media.arrays.Reading`.
 
         Raises:
             SourceError: frames cannot be read. If nothing was committed yet, no store is left behind.
