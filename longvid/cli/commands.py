@@ -80,7 +80,7 @@ def _failed(args: argparse.Namespace, message: str, code: int) -> int:
 
 
 def _left_behind(args: argparse.Namespace) -> str:
-    from longvid.media.decoding.one_pass import is_pipe
+    from longvid.media.pipes import is_pipe
 
     out = getattr(args, "store" if args.command == "encode" else "out", None)
     left = "nothing was written"

@@ -18,6 +18,7 @@ from longvid.errors import SourceError
 from longvid.frames import Deinterlace, Fit, FrameBlock, OnError, Pixels, SourceInfo, frame_digest
 from longvid.media.decoding.seek_index import SeekIndex
 from longvid.media.limits import Limits
+from longvid.media.timing.clock import Joint
 
 __all__ = [
     "ArrayFrames",
@@ -121,6 +122,8 @@ class FrameSource(ABC):
         self._limits = limits or Limits()
         self._follow_seconds, self._interrupted = follow_seconds, interrupted
         self.index = SeekIndex()
+        self.joints: dict[int, Joint] = {}
+        "places where the time stamps of a file do not continue, by the number of the frame, as far as it was read"
         self._started = False
         self._closed = False
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from longvid.errors import SourceError, StoreError
 from longvid.media.arrays import ArrayFrames, FrameSource, IterableFrames, Reading, is_array
-from longvid.media.decoding.one_pass import is_pipe
+from longvid.media.pipes import is_pipe
 
 if TYPE_CHECKING:
     from longvid.store.reader import FrameStore

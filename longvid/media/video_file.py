@@ -8,6 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
+from functools import partial
 from typing import Any, TypeVar, Unpack
 
 import av
@@ -19,18 +20,21 @@ from av.video.stream import VideoStream
 
 from longvid.errors import SourceError
 from longvid.frames import FrameBlock, SourceInfo, Times, frame_digest
-from longvid.media.arrays import DEFAULT_FRAME_RATE, FrameSource, Reading
+from longvid.media.arrays import FrameSource, Reading
 from longvid.media.decoding.aperture import clean_aperture
-from longvid.media.decoding.container import declared_end, lost_samples, pick_stream
+from longvid.media.decoding.container import counted_frames, declared_end, lost_samples, pick_stream
 from longvid.media.decoding.decoder import Decoder, Fault, Picture
-from longvid.media.decoding.one_pass import in_one_pass, is_pipe, open_file
+from longvid.media.decoding.one_pass import in_one_pass, open_file
 from longvid.media.decoding.seek_index import PACKETS_AHEAD, SeekIndex, SeekPoint, index_of_packets
+from longvid.media.decoding.transport import is_joint
 from longvid.media.decoding.unchanged import identity, is_continued, unchanged
 from longvid.media.decoding.watchdog import Watchdog
 from longvid.media.images.color import warn_of_hdr
 from longvid.media.images.convert import REVISION, Converter, Wanted
 from longvid.media.images.fields import Delivered, Fields
 from longvid.media.images.orientation import OrientationTracker
+from longvid.media.pipes import is_pipe
+from longvid.media.timing.file_times import FileTimes
 
 __all__ = ["VideoFile"]
 
@@ -58,12 +62,9 @@ class VideoFile(FrameSource):
         size = self._size
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise SourceError(f"size={size} is not (height, width) in pixels, both at least 1", kind="range")
-        if self._frame_rate is not None:
-            raise SourceError(
-                f"frame_rate={self._frame_rate} was given for {self._name}, but a media file carries its own time "
-                "stamps; leave it out",
-                kind="layout",
-            )
+        self._times = FileTimes(self._name, self._frame_rate)
+        self.joints = self._times.joints
+        self._sorts: bool | None = None
         self._ahead: deque[Picture] = deque()
         "pictures that were decoded to describe the file"
         self._orientation = OrientationTracker()
@@ -95,6 +96,7 @@ class VideoFile(FrameSource):
             "deinterlace": self._deinterlace,
             **{key: details[key] for key in facts},
             **self._converter.facts,
+            **({} if self._frame_rate is None else {"frame_rate": str(Fraction(self._frame_rate))}),
             "matrix": self._converter.color.info.matrix,
             "range": self._converter.color.info.range,
         }
@@ -156,10 +158,12 @@ class VideoFile(FrameSource):
             size=frame_size,
             from_start=from_start,
             any_size=self._size is not None,
+            sorts=self._sorts,
+            is_joint=partial(is_joint, self._file.descriptor),
         )
         self._pictures = self._orientation.follow(self._decoder.pictures())
         self._ahead.clear()
-        self._clock = _Clock(stream)
+        self._times.begin(stream)
 
     def _describe_all(self) -> None:
         assert self._container is not None
@@ -171,9 +175,17 @@ class VideoFile(FrameSource):
         if "mp4" in self._formats and 0 < self._stream.frames <= self._begin:
             raise self._beyond_end(self._stream.frames)
         first = self._first_frame()
+        self._sorts = self._decoder.sorts
+        self._times.check(first)
+        if self._decoder.skipped:
+            warnings.warn(
+                f"{self._name} begins in the middle of a group of pictures: {self._decoder.skipped} packets were "
+                "skipped, frame 0 is the first one that can be decoded whole",
+                stacklevel=3,
+            )
         self._limits.check_pixels(self._name, first.height, first.width)
         self._frame_size = (first.height, first.width)
-        self._first_pts = self._ahead[0].pts or 0
+        self._first_pts = self._times.clock.first(self._ahead[0].shown_at)
         wanted = Wanted(
             size=self._size, fit=self._fit, pixels=self._pixels, background=self._background, limits=self._limits
         )
@@ -181,7 +193,7 @@ class VideoFile(FrameSource):
         self._converter = Converter(first, self._stream, wanted, self._name, edges)
         self.info = self._describe(self._stream, first)
         self._check_known_length()
-        self._converter.warn_of_fit()
+        self._converter.warn()
         if first.interlaced_frame:
             self._fields.warn()
         warn_of_hdr(self._name, self._converter.color.info)
@@ -231,15 +243,16 @@ class VideoFile(FrameSource):
         return None
 
     def _describe(self, stream: VideoStream, first: VideoFrame) -> SourceInfo:
-        converter = self._converter
+        converter, container = self._converter, self._container
+        counted = 0 if container is None else counted_frames(container, stream, self._file.num_bytes)
         return SourceInfo(
             kind="pipe" if self.one_pass else "video",
             name=self._name,
             height=converter.height,
             width=converter.width,
-            num_frames=max(0, min(stream.frames, self._end or stream.frames) - self._begin) if stream.frames else None,
-            time_base=self._clock.time_base,
-            frame_rate=_frame_rate(stream),
+            num_frames=max(0, min(counted, self._end or counted) - self._begin) if counted else None,
+            time_base=self._times.clock.time_base,
+            frame_rate=self._times.frame_rate,
             timing_assumed=first.pts is None,
             color=converter.color.info,
             sample_aspect_ratio=converter.shape.pixel_aspect,
@@ -260,7 +273,10 @@ class VideoFile(FrameSource):
                 "stream_index": stream.index,
                 "stream_start_time": stream.start_time,
                 "stream_duration": stream.duration,
+                "time_scale": self._times.clock.scale,
+                "times_sorted": bool(self._sorts),
                 "frames_in_header": stream.frames,
+                "skipped_packets": self._decoder.skipped,
                 "av": av.__version__,
                 **{name: ".".join(map(str, av.library_versions[name])) for name in _LIBRARIES},
             },
@@ -329,6 +345,8 @@ class VideoFile(FrameSource):
     def _scanned(self, index: int) -> SeekIndex:
         """The seek points up to a frame by the packets of the file, which are read for it and not decoded."""
         codec, most = self._stream.codec_context, index + PACKETS_AHEAD
+        if self._sorts or self._times.clock.scale != 1:
+            return SeekIndex()
         return self._scan(lambda packets: index_of_packets(itertools.islice(packets, most), codec)) or SeekIndex()
 
     def _scan(self, find: Callable[[Iterator[Packet[Any]]], T]) -> T | None:
@@ -358,19 +376,19 @@ class VideoFile(FrameSource):
                 return None
             number = point.frame - 1
             for picture in self._pictures:
-                if number < point.frame and picture.pts is not None and picture.pts < point.pts:
+                if number < point.frame and self._times.is_before(picture, point):
                     continue  # pictures that are predicted from earlier ones
                 number += 1
                 if (
                     picture.frame is None
                     or picture.fault is not None
-                    or (number == point.frame and (picture.pts, picture.position) != (point.pts, point.position))
+                    or (number == point.frame and not self._times.is_at(picture, point))
                     or (stamps is not None and picture.pts not in stamps[number : number + 1])
                 ):
                     return None
                 if number == index:
                     return itertools.chain([picture], self._pictures)
-                self._clock.stamp(picture.pts)
+                self._times.stamp(picture, number)
         except (av.FFmpegError, OSError) as exc:
             if isinstance(exc, SourceError) and exc.kind == "stalled":
                 raise
@@ -384,13 +402,14 @@ class VideoFile(FrameSource):
         good: VideoFrame | None = None
         waiting: list[int] = []
         "time stamps of bad pictures before the first good one"
+        clock = self._times.clock
         for picture in pictures or self._with_ahead():
-            stamp = self._clock.stamp(picture.pts)
+            stamp = self._times.stamp(picture, index)
             fault, frame = picture.fault, picture.frame
             if fault is None and frame is not None:
                 good = frame
-                if frame.key_frame and picture.pts is not None and picture.position is not None:
-                    self.index.add(SeekPoint(index, picture.pts, picture.position))
+                if frame.key_frame and picture.position is not None and picture.pts is not None:
+                    self.index.add(SeekPoint(index, picture.pts, picture.position, stamp, clock.offset))
                 for early in waiting:
                     yield good, early, False
                 waiting.clear()
@@ -409,7 +428,7 @@ class VideoFile(FrameSource):
             self._check_open()
         if waiting:
             raise SourceError(f"{self._name} has no frame without damage", kind="damaged")
-        if self._file.one_pass and self._container is not None:  # only now its length is known
+        if self._container is not None and self._file.one_pass and {"mp4", "matroska"} & {*self._formats}:
             self._shortfall = self._find_shortfall(self._container)
         fault = self._decoder.rest or self._shortfall
         if fault is not None and self._on_error == "stop":
@@ -426,25 +445,3 @@ class VideoFile(FrameSource):
     def _warn_of_end(self, fault: Fault, index: int) -> None:
         what = f"frame {index} of {self._name}" if fault is not self._shortfall else self._name
         warnings.warn(f"{what} {fault.why}; the video ends there, after {index} frames", stacklevel=2)
-
-
-class _Clock:
-    """Time stamps of the frames; where the file gives none, they are counted at the frame rate."""
-
-    def __init__(self, stream: VideoStream) -> None:
-        self.time_base = stream.time_base or 1 / DEFAULT_FRAME_RATE
-        self._step = 1 / ((_frame_rate(stream) or DEFAULT_FRAME_RATE) * self.time_base)
-        self._anchor = 0
-        self._since_anchor = -1
-
-    def stamp(self, pts: int | None) -> int:
-        """Time stamp of the next frame, whose own is ``pts``."""
-        if pts is not None:
-            self._anchor, self._since_anchor = pts, 0
-            return pts
-        self._since_anchor += 1
-        return self._anchor + round(self._since_anchor * self._step)
-
-
-def _frame_rate(stream: VideoStream) -> Fraction | None:
-    return stream.average_rate or stream.guessed_rate or None

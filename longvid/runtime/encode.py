@@ -24,8 +24,8 @@ from longvid.errors import ModelError, NonFiniteError, ScheduleError, SourceErro
 from longvid.events import RunReport
 from longvid.frames import Frames, Marks, Times
 from longvid.media.arrays import FrameSource
-from longvid.media.decoding.one_pass import is_pipe
 from longvid.media.limits import Limits
+from longvid.media.pipes import is_pipe
 from longvid.media.sources import open_source
 from longvid.runtime.admission import Job
 from longvid.runtime.reblock import Reblocker, pad_frames

@@ -22,7 +22,7 @@ from longvid.errors import ModelError, SourceError, StoreError
 from longvid.events import Direction
 from longvid.files import disk_errors, is_latent_file, write_durably
 from longvid.frames import Marks, Times
-from longvid.media.decoding.one_pass import is_pipe
+from longvid.media.pipes import is_pipe
 from longvid.media.sources import open_source
 from longvid.runtime.admission import Job
 from longvid.runtime.decode import DecodeOptions, decode_video

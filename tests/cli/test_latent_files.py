@@ -116,6 +116,7 @@ def test_padding_and_scale_are_shown(run, tmp_path):
     assert "no frame" not in shown
 
 
+EVEN = ["--model", "cogvideox-nano", "--random-weights", "0", "--num-frames", "9"]
 BAD = {
     "no model": (["z.pt"], 6, "name the model with --model"),
     "no file": (["none.npy", *NANO], 3, "there is no file of latents"),
@@ -124,7 +125,7 @@ BAD = {
     "several tensors": (["two.pt", *NANO], 3, "2 tensors (a, b)"),
     "two axes": (["square.npy", *NANO], 3, "--channel-axis"),
     "too many frames": (["z.pt", *NANO, "--num-frames", "10"], 2, "at most 9 frames"),
-    "even": (["even.npy", "--model", "cogvideox-nano", "--random-weights", "0"], 2, "the reference plan"),
+    "even": (["even.npy", *EVEN], 2, "5 to 8 frames, 9 were asked for"),
     "not finite": (["nan.npy", *NANO], 6, "latent frame 1 "),
     "a store": (["a.zarr", "--normalized", "--fps", "8"], 2, "--normalized, --fps: only for a file of latents"),
     "onto itself": (["z.pt", *NANO, "--overwrite"], 4, "one is the other"),

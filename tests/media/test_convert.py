@@ -28,7 +28,8 @@ def frame_of(pixel_format, height, width, seed=0):
 
 
 def converter_of(frame, size=None):
-    stream = SimpleNamespace(codec_context=av.CodecContext.create("rawvideo", "r"), sample_aspect_ratio=None)
+    context = av.CodecContext.create("rawvideo", "r")
+    stream = SimpleNamespace(codec_context=context, sample_aspect_ratio=None, metadata={})
     return Converter(frame, stream, Wanted(size=size, fit="stretch"), "a.mkv")
 
 

@@ -23,6 +23,12 @@ KINDS = {
 }
 
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*the video ends there"),
+    pytest.mark.filterwarnings("ignore:.*has no time stamps"),
+]
+
+
 @pytest.fixture(autouse=True)
 def _small_units(monkeypatch):
     monkeypatch.setattr("longvid.store.latent_writer.TARGET_CHUNK_BYTES", 6000)
@@ -117,7 +123,6 @@ def test_a_followed_recording_is_the_finished_file(tmp_path, name):
     assert encode(path, tmp_path / "a.zarr").resumed_from_frame == 75
 
 
-@pytest.mark.filterwarnings("ignore:.*the video ends there")
 @pytest.mark.parametrize("name", ["a.ts", "a.mkv", "a.h264"])
 @pytest.mark.parametrize("follow", [True, False])
 def test_a_complete_store_of_a_file_that_has_grown_is_continued(tmp_path, name, follow):
@@ -151,7 +156,6 @@ def test_a_stopped_run_continues_behind_a_rewritten_header(tmp_path):
     same(tmp_path / "a.zarr", tmp_path / "whole.zarr")
 
 
-@pytest.mark.filterwarnings("ignore:.*the video ends there")
 def test_another_file_is_refused(tmp_path):
     content, path = made(tmp_path, "a.ts"), tmp_path / "live.ts"
     path.write_bytes(content[: len(content) // 2])

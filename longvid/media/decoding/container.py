@@ -10,8 +10,9 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from longvid.errors import SourceError
+from longvid.media.decoding.ends import gif_end, riff_end
 
-__all__ = ["declared_end", "lost_samples", "pick_stream", "reason"]
+__all__ = ["counted_frames", "declared_end", "lost_samples", "pick_stream", "reason"]
 
 
 def reason(exc: Exception) -> str:
@@ -42,8 +43,17 @@ def declared_end(file: BinaryIO, container: InputContainer, stream: VideoStream)
     if "mp4" in names:
         samples_end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
         return max(samples_end, _boxes_end(file))
-    ends = {"matroska": _matroska_end, "avi": _riff_end, "gif": _gif_end}
+    if "avi" in names:
+        return riff_end(file, stream.frames)
+    ends = {"matroska": _matroska_end, "gif": gif_end}
     return next((ends[name](file) for name in names if name in ends), None)
+
+
+def counted_frames(container: InputContainer, stream: VideoStream, num_bytes: int) -> int:
+    """Number of frames that the header counts; 0 if it does not tell, or more than the file can hold."""
+    if container.format.name == "avi" and stream.frames != len(stream.index_entries):
+        return 0  # recorders that end early leave any number; an index lists what is there
+    return stream.frames if 0 < stream.frames <= num_bytes else 0
 
 
 def lost_samples(container: InputContainer, stream: VideoStream) -> int:
@@ -75,25 +85,6 @@ def _boxes_end(file: BinaryIO) -> int:
             end = position
         file.seek(position)
     return end
-
-
-def _riff_end(file: BinaryIO) -> int | None:
-    """End of the last of the RIFF lists that an AVI file is made of; None if a recorder left the size at 0."""
-    end = None
-    while (head := file.read(8))[:4] == b"RIFF" and len(head) == 8:
-        size = int.from_bytes(head[4:], "little")
-        if not size:
-            return None
-        end = file.tell() + size
-        file.seek(end)
-    return end
-
-
-def _gif_end(file: BinaryIO) -> int:
-    """Size of a GIF file, or more if its last byte is not where it should be."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - 1024))
-    return size if file.read().rstrip(b"\0").endswith(b";") else size + 1
 
 
 _EBML, _SEGMENT = 0x1A45DFA3, 0x18538067

@@ -7,7 +7,9 @@ packets.
 
 from __future__ import annotations
 
+import heapq
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -20,14 +22,22 @@ from av.video.stream import VideoStream
 
 from longvid.errors import SourceError
 from longvid.media.decoding.container import reason
+from longvid.media.decoding.field_pictures import is_field
 from longvid.media.decoding.seek_index import SeekPoint
 
-__all__ = ["Decoder", "Fault", "Picture"]
+__all__ = ["TRANSPORTS", "Decoder", "Fault", "Picture"]
+
+TRANSPORTS = ("mpegts", "mpeg")
+"containers whose stamps are those of an MPEG system clock"
 
 _Run: TypeAlias = Callable[[Callable[[], Any]], Any]
 "calls a function in a thread that can be abandoned if it hangs"
 _MOST_BETWEEN = 16
 "largest number of B pictures in a row in H.264"
+_MOST_AHEAD = 32
+"packets that are looked at to know whether stamps are in the order of decoding"
+_MOST_WAITING = 128
+"pictures that change places, and threads that decode a frame each, together"
 _GUESS = "is damaged: its pixels would be the decoder's guess"
 _SILENT_PACKETS = ("mpeg4", "vp8")
 "decoders that accept packets without a picture, in whole files too"
@@ -63,6 +73,13 @@ class Picture:
     "number of its packet among those decoded, if known"
     position: int | None = None
     "the byte of the file at which its packet begins, if known"
+    shown_at: int | None = None
+    "its time: ``pts``, or the lowest stamp that is left if the stamps of the file are in the order of decoding"
+
+    @property
+    def duration(self) -> int:
+        """How long it is shown, in units of the file's time base; 0 if that is not known."""
+        return 0 if self.frame is None else self.frame.duration or 0
 
 
 class Decoder:
@@ -72,9 +89,14 @@ class Decoder:
     other. B pictures that are shown before a faulty picture and decoded after it have the same fault; they are held
     back until the picture after them is known.
 
+    A stream may begin in the middle of a group of pictures. Then the pictures before the first one that can be decoded
+    whole are left out, and :attr:`skipped` counts their packets.
+
     ``num_bytes`` gives the size of the file. ``run`` calls a function that can hang. ``size`` is the (height, width)
     that all frames must have, by default that of the first; with ``any_size`` they may have any. ``from_start`` says
-    whether pictures that cannot be decoded at the beginning count as faults.
+    that decoding begins at the start of the file. ``sorts`` says that its time stamps are in the order of decoding, so
+    that they have to be sorted; None to look at the first packets. ``is_joint`` tells by the bytes at which two packets
+    of a transport stream begin whether a gap in between is a joint, where nothing is lost.
     """
 
     def __init__(
@@ -88,23 +110,35 @@ class Decoder:
         size: tuple[int, int] | None = None,
         from_start: bool = True,
         any_size: bool = False,
+        sorts: bool | None = None,
+        is_joint: Callable[[int, int | None], bool] = lambda first, last: False,
     ) -> None:
         self._packets: Iterator[Packet[Any]] = container.demux(stream)
         stream.codec_context.copy_opaque = True  # a frame tells its packet, also where a time stamp comes twice
         self._is_plain = container.format.name == "yuv4mpegpipe"
+        self._is_transport = container.format.name in TRANSPORTS
+        self.sorts = sorts
+        self._stamps: list[int] = []
+        "a heap of the stamps of packets whose pictures have not come yet, if they are sorted"
+        self._has_samples = "mp4" in container.format.name.split(",")
         self._stream = stream
         self._name = name
         self._num_bytes = num_bytes
         self._run = run
         self._size = size
-        self._from_start = from_start
-        self._any_size = any_size
+        self._from_start, self._is_joint, self._any_size = from_start, is_joint, any_size
         self._one_by_one = stream.codec_context.thread_type.name == "SLICE"
         "the decoder has one thread per frame, so that an error belongs to the last packet"
         self._reached = 0
         self._num_packets = 0
         self._leading = 0
+        "packets before the first key frame"
         self._key_seen = self._begun = False
+        self._left_out: deque[int] = deque(maxlen=4 * _MOST_BETWEEN)
+        "the last pictures before the first whole one that were left out, by the number of their packet"
+        self.skipped = 0
+        "packets at the beginning of the file that cannot be decoded, known with the first picture"
+        self._last: Packet[Any] | None = None
         self._waiting: dict[int, int] = {}
         "packets whose frames have not come yet: order by time stamp"
         self._shown: int | None = None
@@ -150,53 +184,82 @@ class Decoder:
     def _judged(self) -> Iterator[Picture]:
         for frame in self._frames():
             if frame is None:
-                yield Picture(None, None, self._blame())
+                if not self._leaves_out(None):
+                    yield Picture(None, None, self._blame(), shown_at=self._lowest(None))
                 continue
             label: Any = frame.opaque
             order, position = label or (None, None)
             if frame.pts is not None:
                 self._waiting.pop(frame.pts, None)
-            yield from self._missing_before(frame)
-            yield replace(self._judge(frame, order), position=position)
+            yield from self._missing_before(frame, order)
+            picture = replace(self._judge(frame, order), position=position, shown_at=self._lowest(frame.pts))
+            if picture.fault is not None and self._leaves_out(order):
+                continue
+            self._begin(order)
+            yield picture
             self._shown = frame.pts if frame.pts is not None else self._shown
-            self._begun = True
         yield from self._missing(None)
         if self._is_plain and self._reached < self._num_bytes():  # its demuxer takes an incomplete frame for the end
             self.rest = self.rest or Fault("truncated", "is not there as a whole: the file is cut short")
         if self._failure is not None:  # no picture was blamed for it
             self.rest = self.rest or self._failure
 
-    def _missing_before(self, frame: VideoFrame) -> Iterator[Picture]:
+    def _leaves_out(self, order: int | None) -> bool:
+        """Whether a picture with a fault is left out, since the file begins in the middle of a group of pictures."""
+        if self._begun or not self._from_start or not self._leading:
+            return False
+        self._left_out.append(-1 if order is None else order)
+        self._failure = None
+        return True
+
+    def _begin(self, order: int | None) -> None:
+        """Note the first picture that comes out, and count what was left out before it."""
+        if not self._begun and self._from_start and (self._leading or self._left_out):
+            before = self._leading if order is None else order
+            self.skipped = before + sum(number > before for number in self._left_out)
+        self._begun = True
+        self._left_out.clear()
+
+    def _missing_before(self, frame: VideoFrame, order: int | None) -> Iterator[Picture]:
         if frame.pts is None:
-            if not self._begun and self._from_start and frame.key_frame and self._leading:
-                self._zone = _CUT_BEGINNING
-                for _ in range(self._leading):
-                    yield Picture(None, None, self._zone)
+            return
+        if self.sorts and self._begun:
             return
         if self._shown is not None and frame.pts < self._shown:
             self._shown = None  # two recordings in a row: time begins again
-        yield from self._missing(frame.pts)
+        yield from self._missing(frame.pts, order)
 
-    def _missing(self, before: int | None) -> Iterator[Picture]:
+    def _missing(self, before: int | None, order: int | None = None) -> Iterator[Picture]:
         """Places of packets whose time has passed without a frame; they count only where a fault is known, since whole
         files have such packets too."""
         after, quiet = self._shown, self._one_by_one or self._stream.codec_context.name in _SILENT_PACKETS
         stamps = sorted(p for p in self._waiting if (after is None or p > after) and (before is None or p < before))
         if not self._begun and stamps and before is not None:
-            if not self._from_start:
-                self._waiting = {p: order for p, order in self._waiting.items() if p not in stamps}
+            numbers = [self._waiting[p] for p in stamps]
+            # pictures that are shown before the first key frame and predicted from one before it, too
+            is_cut = self._leading > 0 or (order is not None and min(numbers) > order)
+            if not self._from_start or is_cut:
+                self._waiting = {p: number for p, number in self._waiting.items() if p not in stamps}
+                self._left_out.extend(numbers)
+                self._failure = None if self._from_start else self._failure
                 return
             self._zone = self._failure or _CUT_BEGINNING
         elif before is None and len(stamps) > self._num_silent and self._begun and not quiet:
             # frame threads that fail while they are flushed end without an error
-            self._zone = self._zone or Fault(self._kind(), "and what follows gave no picture: the data are damaged")
+            if len(stamps) > self._num_silent + self._ends_with_field():
+                self._zone = self._zone or Fault(self._kind(), "and what follows gave no picture: the data are damaged")
         elif len(stamps) > _MOST_SILENT:
             self._blame()
         self._num_silent = len(stamps)
         for stamp in stamps:
-            order = self._waiting.pop(stamp)
+            number = self._waiting.pop(stamp)
             if self._zone is not None or self._failure is not None:
-                yield Picture(None, stamp, self._blame(), order)
+                yield Picture(None, stamp, self._blame(), number, shown_at=stamp)
+
+    def _ends_with_field(self) -> bool:
+        """Whether the last packet is one of two fields of a frame, which came out with the other one."""
+        context, last = self._stream.codec_context, self._last
+        return context.name == "h264" and last is not None and is_field(bytes(last), context.extradata)
 
     def _blame(self) -> Fault:
         """The fault of a missing picture, which holds for all pictures from here on."""
@@ -217,7 +280,7 @@ class Decoder:
             self._zone = Fault(self._kind(), self._failed.pop(frame.pts, _GUESS))
         elif self._zone is not None and frame.key_frame:
             self._zone = self._failure = None
-        elif not self._begun and self._from_start and not self._key_seen and not frame.key_frame:
+        elif not self._begun and self._from_start and self._leading and not frame.key_frame:
             self._zone = _CUT_BEGINNING
         return Picture(frame, frame.pts, self._zone, order)
 
@@ -250,6 +313,8 @@ class Decoder:
             yield from frames
 
     def _step(self) -> list[VideoFrame | None] | None:
+        if self.sorts is None:
+            self.sorts = self._is_in_decoding_order()
         packet: Packet[Any] | None = next(self._packets, None)
         if packet is None:
             return None
@@ -264,23 +329,71 @@ class Decoder:
             raise
         except (av.FFmpegError, OSError) as exc:
             self._failure = Fault(self._kind(), f"cannot be decoded: {reason(exc)}", exc.with_traceback(None))
-            if packet.pts is None:
+            if packet.pts is None or self.sorts:
+                if packet.pts is not None:
+                    self._waiting.pop(packet.pts, None)
                 return [None] if packet.size else []
             if self._one_by_one:
                 self._failed[packet.pts] = _GUESS
             return []
 
     def _register(self, packet: Packet[Any]) -> None:
-        self._key_seen = self._key_seen or packet.is_keyframe
+        self._key_seen = self._key_seen or packet.is_keyframe or (not self._num_packets and self._should_begin())
         self._leading += not self._key_seen
+        self._last = packet
         packet.opaque = self._num_packets, packet.pos
         if packet.pts is not None and not packet.is_discard:  # an edit list may leave packets out
             self._waiting[packet.pts] = self._num_packets
-            if packet.is_corrupt:  # at a gap of a transport stream, which the decoder does not see
+            if self.sorts:
+                self._sort_in(packet.pts)
+            if packet.is_corrupt and not self._precedes_joint(packet):  # at a gap, which the decoder does not see
                 self._failed[packet.pts] = (
                     "lies at a gap of its transport stream: packets were lost, or recordings joined"
                 )
         self._num_packets += 1
+
+    def _is_in_decoding_order(self) -> bool:
+        """Whether the first packets tell no times at which pictures are shown, though some change places."""
+        if self._is_transport or not self._stream.codec_context.has_b_frames:
+            return False
+        ahead: list[Packet[Any]] = []
+        last: int | None = None
+        for packet in itertools.islice(self._packets, _MOST_AHEAD):
+            ahead.append(packet)
+            if not packet.size:
+                continue
+            is_later = packet.pts is not None and (last is None or packet.pts > last)
+            if not is_later or (self._has_samples and packet.pts != packet.dts):
+                last = None
+                break
+            last = packet.pts
+        self._packets = itertools.chain(ahead, self._packets)
+        return last is not None
+
+    def _lowest(self, pts: int | None) -> int | None:
+        """The stamp at which a picture is shown whose own one is ``pts``."""
+        return heapq.heappop(self._stamps) if self._stamps else pts
+
+    def _sort_in(self, pts: int) -> None:
+        heapq.heappush(self._stamps, pts)
+        if len(self._stamps) > _MOST_WAITING:  # of a picture that was lost
+            heapq.heappop(self._stamps)
+            oldest = min(self._waiting, key=self._waiting.__getitem__)
+            if len(self._waiting) > _MOST_WAITING:
+                del self._waiting[oldest]
+
+    def _should_begin(self) -> bool:
+        """Whether an index says that the first sample is a key frame, whatever its damaged data look like."""
+        entries: Any = self._stream.index_entries if self._has_samples else []
+        return len(entries) > 0 and bool(entries[0].is_keyframe)
+
+    def _precedes_joint(self, packet: Packet[Any]) -> bool:
+        """Whether a gap of a transport stream is a joint; the packet that is marked may be the one before."""
+        ahead = list(itertools.islice(self._packets, 2))
+        self._packets = itertools.chain(ahead, self._packets)
+        places = [one.pos for one in ahead if one.size]
+        last = places[1] if len(places) > 1 else None
+        return packet.pos is not None and None not in places and self._is_joint(packet.pos, last)
 
     def _emptied(self) -> list[VideoFrame | None]:
         try:

@@ -137,6 +137,11 @@ class MediaFile:
         if self.current_size() <= self.num_bytes:
             self.check_unchanged(beat)
 
+    @property
+    def descriptor(self) -> int | None:
+        """For reads anywhere in the file; None if they are not possible."""
+        return self.file.fileno()
+
     def close(self) -> None:
         """Close the file."""
         self.file.close()

@@ -9,7 +9,6 @@ import hashlib
 import io
 import os
 import select
-import stat
 import threading
 import time
 from abc import abstractmethod
@@ -24,31 +23,15 @@ from longvid.errors import SourceError
 from longvid.media.decoding.container import reason
 from longvid.media.decoding.media_file import REWRITTEN_BYTES, MediaFile, open_container, unopened
 from longvid.media.limits import Limits
+from longvid.media.pipes import STANDARD_INPUT, is_pipe
 
-__all__ = ["FollowedFile", "OnePassFile", "PipeFile", "in_one_pass", "is_pipe", "open_file"]
+__all__ = ["FollowedFile", "OnePassFile", "PipeFile", "in_one_pass", "open_file"]
 
 _UNKNOWN = 1 << 62
 "size of a file whose end has not come"
 _HEAD_BYTES = 64 * 2**10
 _POLL_SECONDS = 0.1
 _IN_ONE_PASS = "mkv, webm, ts, fragmented mp4 and y4m can be read in one pass"
-_STANDARD_INPUT = "-"
-_DESCRIPTORS = ("/dev/fd/", "/dev/stdin", "/proc/")
-"where links stand for the open files of a process"
-
-
-def is_pipe(source: Any) -> bool:
-    """Whether a source is standard input (``-``) or a FIFO, which can be read once only."""
-    if not isinstance(source, (str, os.PathLike)):
-        return False
-    path = os.fspath(source)
-    if path == _STANDARD_INPUT:
-        return True
-    try:
-        is_fifo = stat.S_ISFIFO(os.stat(path).st_mode)
-    except (OSError, ValueError):
-        return False
-    return is_fifo and (not os.path.islink(path) or os.path.abspath(path).startswith(_DESCRIPTORS))
 
 
 def open_file(path: str, limits: Limits, *, follow_seconds: float | None, interrupted: Callable[[], bool]) -> MediaFile:
@@ -99,6 +82,11 @@ class OnePassFile(MediaFile):
     def file(self) -> io.BytesIO:  # type: ignore[override]
         """The first bytes, for looking into the header."""
         return io.BytesIO(self._head)
+
+    @property
+    def descriptor(self) -> int | None:
+        """For reads anywhere in the file; None if they are not possible."""
+        return None
 
     def open(self) -> InputContainer:
         """Open it with FFmpeg; once."""
@@ -193,9 +181,9 @@ class PipeFile(OnePassFile):
     _advice = "write it to a file and give its path"
 
     def __init__(self, path: str, limits: Limits, interrupted: Callable[[], bool]) -> None:
-        super().__init__("standard input" if path == _STANDARD_INPUT else path, limits, interrupted)
+        super().__init__("standard input" if path == STANDARD_INPUT else path, limits, interrupted)
         try:
-            self._number = os.dup(0) if path == _STANDARD_INPUT else os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            self._number = os.dup(0) if path == STANDARD_INPUT else os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except OSError as exc:
             raise unopened(self._path, exc) from exc
         if os.isatty(self._number):
@@ -254,6 +242,11 @@ class FollowedFile(OnePassFile):
     def continues(self, earlier: Mapping[str, Any], beat: Callable[[], None]) -> bool:
         """Whether the file is one that had an ``identity`` earlier, perhaps with more bytes behind it."""
         return self._regular.holds(earlier, beat)
+
+    @property
+    def descriptor(self) -> int | None:
+        """For reads anywhere in the file."""
+        return self._regular.descriptor
 
     def current_size(self) -> int:
         """Bytes that the file has now."""

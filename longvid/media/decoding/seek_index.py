@@ -2,7 +2,8 @@
 
 Frames are addressed by their number in the file. A time stamp may come twice, where two recordings were joined or where
 the clock of a transport stream begins again; the byte at which a packet begins does not. So a seek point is a key frame
-with its number, its time stamp and the byte of its packet, and decoding begins at the packet that has all three.
+with its number, its time stamp and the byte of its packet, and decoding begins at the packet that has all three. It
+also has the time of the frame on the rising clock of the file, and the offset of that clock, which continues there.
 
 They are noted as frames are decoded, which is exact for every format, and a run saves them beside its results. For a
 file that nobody has decoded yet they are found from its packets, if one packet gives one frame.
@@ -16,7 +17,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ _PROGRESSIVE = 1
 _LEAST_DISTANCE = 16
 "frames between two points, so that they take a few bytes a frame where every frame is a key frame"
 _MOST_BYTES = 64 * 2**20
-_POINT = struct.Struct("<qqq")
+_POINT = struct.Struct("<qqqqq")
 _CHECK_BYTES = 8
 _RECORD_BYTES = _POINT.size + _CHECK_BYTES
 
@@ -56,6 +57,10 @@ class SeekPoint:
     pts: int
     position: int
     "the byte of the file at which its packet begins"
+    time: int = 0
+    "when it is shown, in units of the clock of the file"
+    offset: int = 0
+    "units that the clock adds to stamps here"
 
 
 @dataclass(slots=True)
@@ -100,7 +105,7 @@ class SeekIndex:
     def save(self, path: Path) -> None:
         """Append what was noted since the last time. If that fails, a later run looks for the points itself."""
         new = self.points[self._num_saved :]  # the reader's thread may be noting more
-        records = [_POINT.pack(point.frame, point.pts, point.position) for point in new]
+        records = [_POINT.pack(*astuple(point)) for point in new]
         if new:
             with suppress(OSError), path.open("ab") as file:
                 file.truncate(_RECORD_BYTES * self._num_saved)
@@ -140,5 +145,5 @@ def index_of_packets(packets: Iterable[Packet[Any]], codec: VideoCodecContext) -
         return None
     index = SeekIndex(stamps=order)
     for pts, position in sorted(keys):
-        index.add(SeekPoint(int(np.searchsorted(order, pts)), pts, position))
+        index.add(SeekPoint(int(np.searchsorted(order, pts)), pts, position, time=pts))
     return index

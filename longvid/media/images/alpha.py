@@ -15,6 +15,8 @@ from longvid.errors import SourceError
 
 __all__ = ["background_color", "composited", "has_alpha"]
 
+_OPAQUE = ("yuv420p", "yuv420p10le", "yuvj420p", "yuv422p", "yuv422p10le", "yuv444p", "rgb24", "gray")
+"""formats that most files have; to look at the parts of a format takes longer than the rest of the question"""
 _COLOR = re.compile(r"#[0-9a-fA-F]{6}|[A-Za-z]+")
 
 
@@ -47,6 +49,8 @@ def _unknown(name: str) -> SourceError:
 
 def has_alpha(pixel_format: VideoFormat) -> bool:
     """Whether pixels of this format may be transparent."""
+    if pixel_format.name in _OPAQUE:
+        return False
     return bool(pixel_format.has_palette) or any(component.is_alpha for component in pixel_format.components)
 
 

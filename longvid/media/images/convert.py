@@ -75,6 +75,8 @@ class Converter:
         shrinks = "area" if self.shape.shrinks else "bicubic"
         self.interpolation_name = shrinks if self.shape.is_resized else None
         self.has_alpha = has_alpha(first.format)
+        tags = {key.lower(): value for key, value in stream.metadata.items()}
+        self._alpha_is_lost = tags.get("alpha_mode") == "1" and not self.has_alpha
 
     @property
     def orientation(self) -> Orientation:
@@ -97,11 +99,16 @@ class Converter:
             "background": self._wanted.background,
         }
 
-    def warn_of_fit(self) -> None:
-        """Say that frames are cropped, if nobody asked for it."""
-        if self._wanted.fit is not None or self.shape.fit != "crop" or "fit" in self._said:
+    def warn(self) -> None:
+        """Say that frames are cropped, if nobody asked for it, and that the decoder leaves transparency out."""
+        if self._alpha_is_lost:
+            warnings.warn(
+                f"{self._name} has transparent pixels that its decoder does not read, so that their hidden colour is "
+                "shown; convert it to a format such as png in mov to composite them",
+                stacklevel=4,
+            )
+        if self._wanted.fit is not None or self.shape.fit != "crop":
             return
-        self._said.add("fit")
         shown, (height, width) = float(self.shape.geometry.display_aspect), self.shape.size
         warnings.warn(
             f"{self._name} has the display aspect {shown:.4g} and {width}x{height} has {width / height:.4g}: frames "

@@ -60,10 +60,14 @@ class Fields:
         *,
         before: int,
     ) -> Iterator[Whole]:
-        """Yield the frames from number ``index`` on; if they are interlaced, from ``before`` frames earlier.
+        """Yield the frames from number ``index`` on. Where they are interlaced, ``before`` earlier ones are read too.
 
         The two functions read from a frame on, for the first time and later.
         """
+        if self._mode == "auto" and self._said:
+            before = min(index, before)
+            yield from itertools.islice(_deinterlaced(read(index - before), self.warn), before, None)
+            return
         delivered = read(index)
         first = next(delivered, None)
         if first is None:
@@ -116,7 +120,7 @@ class _State:
         if frame is not self._frame:
             adjacent = self._frame is not None and valid and not self._gap and _alike(frame, self._frame)
             yield from self.flush(frame if adjacent else None)
-            self._previous = self._frame if adjacent else None
+            self._previous = self._frame if adjacent and frame.interlaced_frame else None
             self._frame, self._gap, self._is_whole_source = frame, False, False
             self._whole = None if frame.interlaced_frame else frame
         self._is_whole_source = self._is_whole_source or valid

@@ -56,11 +56,9 @@ UPRIGHT = Orientation()
 
 
 def orientation_of(frame: VideoFrame) -> Orientation:
-    """How a frame lies, by its display matrix, or by what :class:`OrientationTracker` noted."""
-    data = _matrix(frame)
-    if data is None and isinstance(frame.opaque, bytes):
-        data = frame.opaque
-    return UPRIGHT if data is None else Orientation.from_matrix(data)
+    """How a frame lies, by what :class:`OrientationTracker` noted on it."""
+    data = frame.opaque
+    return Orientation.from_matrix(data) if isinstance(data, bytes) else UPRIGHT
 
 
 class OrientationTracker:
@@ -84,9 +82,12 @@ class OrientationTracker:
                 own = _matrix(frame)
                 if not self._begun:
                     self._first, self._begun = own, True
-                if own is not None or frame.key_frame:
-                    current = self._first if own is None else own
-                frame.opaque = current if own is None else None
+                if own is not None:
+                    current = own
+                elif current is not None and frame.key_frame:
+                    current = self._first
+                if current is not None:
+                    frame.opaque = current
             yield picture
             del frame, picture
 

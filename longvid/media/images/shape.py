@@ -91,7 +91,7 @@ class Shape:
             geometry=geometry,
             size=size,
             scaled=scaled,
-            corner=((size[0] - scaled[0]) // 2, (size[1] - scaled[1]) // 2),
+            corner=(int((size[0] - scaled[0]) / 2), int((size[1] - scaled[1]) / 2)),
             pixel_aspect=Fraction(1) if square else shown / asked,
             fit=fit,
         )

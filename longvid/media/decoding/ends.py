@@ -1,0 +1,96 @@
+"""Finds where AVI and GIF files end by what is in them. What their headers claim is a hint that recorders get wrong."""
+
+from __future__ import annotations
+
+import io
+import os
+from typing import Any, BinaryIO, cast
+
+__all__ = ["gif_end", "riff_end"]
+
+_UNSET = 2**31 - 2**20
+"sizes from here on are those of a recorder that could not go back to its header"
+
+
+def riff_end(file: BinaryIO, num_frames: int) -> int | None:
+    """The least size of a whole AVI file, which is more than it has if it is cut short; None if it is not known.
+
+    A header that claims too much is wrong, and the file is whole, if the last chunk ends where the file ends, and if
+    the sizes were never filled in, or all frames are there: the list of frames ends inside of the file, or it has as
+    many as the header counts (``num_frames``).
+    """
+    size, end, length = file.seek(0, os.SEEK_END), 0, 0
+    file.seek(0)
+    while (head := file.read(8))[:4] == b"RIFF" and len(head) == 8:
+        length = int.from_bytes(head[4:], "little")
+        if not length:
+            return None
+        end = file.tell() + length
+        file.seek(end)
+    if end <= size:
+        return end
+    stop, found, list_end = _walk(file, size)
+    if stop > size:
+        return stop
+    is_whole = length >= _UNSET or list_end <= size or list_end >= _UNSET or found >= num_frames > 0
+    return None if is_whole and stop >= size - 1 else end
+
+
+def _walk(file: BinaryIO, size: int) -> tuple[int, int, int]:
+    """Behind the last chunk of an AVI file, the number of its frames, and behind the last list of frames as declared.
+
+    It ends where no chunk follows.
+    """
+    at = found = list_end = 0
+    file.seek(0)
+    reader: io.BufferedReader[Any] = io.BufferedReader(cast("Any", file), 2**16)
+    try:
+        while at + 8 <= size:
+            reader.seek(at)
+            head = reader.read(12)
+            kind, length = head[:4], int.from_bytes(head[4:8], "little")
+            if not kind.rstrip().isalnum():
+                break
+            if kind == b"RIFF" or (kind == b"LIST" and head[8:] in (b"movi", b"rec ")):
+                list_end = at + 8 + length if head[8:] == b"movi" else list_end
+                at += 12
+                continue
+            found += kind[2:] in (b"dc", b"db") and length > 0
+            at += 8 + length + length % 2
+    finally:
+        reader.detach()
+    return at, found, list_end
+
+
+def gif_end(file: BinaryIO) -> int:
+    """Size of a GIF file up to its trailer or, without one, up to its last whole block; more than the file has if it is
+    cut inside of a block."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    reader: io.BufferedReader[Any] = io.BufferedReader(cast("Any", file), 2**16)
+    try:
+        flags = reader.read(13)[10]
+        _skip(reader, _table_bytes(flags))
+        end = 0
+        while (kind := reader.read(1)) in (b"!", b","):
+            if kind == b",":
+                _skip(reader, _table_bytes(reader.read(9)[8]))
+            _skip(reader, 1)  # the label of an extension, the code size of a picture
+            while length := reader.read(1)[0]:
+                _skip(reader, length)
+            end = reader.tell()
+        return end if end and end <= size else size + 1
+    except IndexError:  # the file ends where a block has to go on
+        return size + 1
+    finally:
+        reader.detach()
+
+
+def _table_bytes(flags: int) -> int:
+    """Bytes of the table of colours that these flags announce."""
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+
+def _skip(reader: io.BufferedReader[Any], count: int) -> None:
+    if len(reader.read(count)) < count:
+        raise IndexError
