@@ -42,11 +42,12 @@ from longvid.demo.__main__ import CLIP
 from longvid.environment import describe_machine
 from longvid.events import Direction
 from longvid.frames import Frames, Times
+from longvid.media.output.picture_writer import PictureWriter
 from longvid.media.output.video_writer import VideoWriter
 from longvid.media.sources import open_source
 from longvid.models.base import CausalVAE
 from longvid.planning.plan import Plan
-from longvid.runtime.decode import latent_chunks, video_sink
+from longvid.runtime.decode import DecodeOptions, latent_chunks, video_sink
 from longvid.runtime.encode import EncodedChunk, frame_chunks, store_latents
 from longvid.runtime.engine import Engine
 from longvid.runtime.run import DecodeRun, EncodeRun
@@ -170,9 +171,11 @@ class Bench:
         """Frames in memory to a file or a store, as the writing thread does, with its beginning and its end."""
         latents = open_store(self.store)
         out = self.folder / f"alone{suffix}"
-        sink: VideoWriter | FrameStoreWriter
+        sink: VideoWriter | PictureWriter | FrameStoreWriter
         if suffix != ".zarr":
-            sink = video_sink(latents, out, True)
+            sink = video_sink(
+                latents, out, DecodeOptions(overwrite=True, output={"audio": "none"}), (0, len(latents.frame_pts))
+            )
         else:
             sink = FrameStoreWriter(
                 out,

@@ -108,7 +108,8 @@ class SourceError(_KindedError):
     Attributes:
         kind: ``"missing"``, ``"not-video"``, ``"no-video-stream"``, ``"no-frames"``, ``"truncated"``,
             ``"damaged"``, ``"geometry-changed"``, ``"refused"``
-            (a link, an address, a playlist), ``"limit"`` (more than :class:`longvid.Limits` allows), ``"stalled"``,
+            (an address, a playlist, a device), ``"changed"`` (a file that changed while it was read), ``"stopped"``
+            (asked to give up while it waited), ``"limit"`` (more than :class:`longvid.Limits` allows), ``"stalled"``,
             ``"layout"`` (wrong dtype or axes of an array), ``"range"`` (start or count outside the video) or
             ``"other"``.
     """

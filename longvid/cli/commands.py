@@ -81,11 +81,15 @@ def _failed(args: argparse.Namespace, message: str, code: int) -> int:
 
 
 def _left_behind(args: argparse.Namespace) -> str:
+    from longvid.media.pipes import is_pipe
+
     out = getattr(args, "store" if args.command == "encode" else "out", None)
     left = "nothing was written"
     out = None if out is None else _part_path(args, out)
     if out is not None and Path(out).is_dir():
         left = f"{out} holds what was finished; run the same command again to resume"
+        if args.command == "encode" and is_pipe(args.source):
+            left = f"{out} holds what was finished; {args.source} cannot be read again, so that nothing continues it"
     elif args.command == "decode":
         left = "an unfinished video file cannot be resumed and was removed; decode to .zarr to be able to resume"
     return f"interrupted; {left}"
@@ -102,7 +106,7 @@ def _encode(args: argparse.Namespace) -> int:
     found = check_target(out)  # before a model is loaded
     limits = Limits(**{f.name: value for f in fields(Limits) if (value := getattr(args, f.name, None)) is not None})
     names = ("representation", "chunk_plan", "seed", "start", "frames", "size", "store_dtype", "on_error")
-    reading = ("fps", "fit", "pixels", "deinterlace", "background", "on_non_finite")
+    reading = ("fps", "fit", "pixels", "deinterlace", "background", "on_non_finite", "follow", "follow_seconds")
     options = {**_options(args, (*names, *reading)), "frame_rate": args.assume_fps}
     with _session(args, output_complete=found.complete) as session:
         report = session.encode(args.source, args.store, limits=limits, **options, **_safety(args))

@@ -104,6 +104,13 @@ def _read_rate(text: str) -> Fraction:
     return rate
 
 
+def _read_seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"{text!r} is not a number of seconds above 0")
+    return seconds
+
+
 # ------------------------------------------------------------------------------------------------- shared options
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -214,7 +221,11 @@ _RUN_OPTIONS = (
 # ------------------------------------------------------------------------------------------------- commands
 
 _ENCODE = (
-    _option("source", "video file to read", metavar="SRC"),
+    _option(
+        "source",
+        "what to read: a video file, a FIFO, or - for standard input",
+        metavar="SRC",
+    ),
     _option("store", "zarr store to write, such as out.zarr", metavar="STORE"),
     *_model_options("tiny"),
     _option("--size", "resize frames, such as 720x480", read=parse_size, metavar="WxH"),
@@ -257,6 +268,8 @@ _ENCODE = (
         default="black",
         metavar="COLOUR",
     ),
+    _flag("--follow", "read a file as another program writes it, and end when it has not grown for --follow-seconds"),
+    _option("--follow-seconds", "for --follow", read=_read_seconds, default=10.0, metavar="N"),
     _option("--max-pixels", "refuse a source with larger frames (default: those of 8192x4320)", read=int, metavar="N"),
     _option("--max-frames", "refuse a source with more frames", read=int, metavar="N"),
     _option("--max-seconds", "refuse a source that is longer", read=float, metavar="N"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any, Self, TypedDict, Unpack, get_args
 
@@ -65,6 +65,10 @@ class Reading(TypedDict, total=False):
     background: str
     "the colour that transparent pixels are composited on, a name or #rrggbb"
     limits: Limits | None
+    follow_seconds: float | None
+    "a media file is read as it grows, until it has not grown for so many seconds; None reads what is there"
+    interrupted: Callable[[], bool]
+    "tells whether a source that waits for bytes is to give up"
 
 
 class FrameSource(ABC):
@@ -76,6 +80,10 @@ class FrameSource(ABC):
 
     info: SourceInfo
     "facts known in advance"
+    one_pass = False
+    "whether the source can be opened once only, such as a pipe"
+    grows = False
+    "whether the fingerprint is that of the bytes that were read so far"
     index: SeekIndex
     "the seek points that are known; more are found as frames are read. Only media files have some"
 
@@ -94,6 +102,8 @@ class FrameSource(ABC):
         deinterlace: Deinterlace = "auto",
         background: str = "black",
         limits: Limits | None = None,
+        follow_seconds: float | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         if on_error not in get_args(OnError):
             raise SourceError(
@@ -117,6 +127,7 @@ class FrameSource(ABC):
         self._limits = limits or Limits()
         self._instants: Instants
         "those at which frames are shown, if ``fps`` was given"
+        self._follow_seconds, self._interrupted = follow_seconds, interrupted
         self.index = SeekIndex()
         self.joints: dict[int, Joint] = {}
         "places where the time stamps of a file do not continue, by the number of the frame, as far as it was read"
@@ -128,6 +139,13 @@ class FrameSource(ABC):
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
         """What decides the frames, ready for JSON; names and places are not in it. Two equal sources give the same."""
+
+    def grown_since(self, earlier: Mapping[str, Any]) -> bool | None:
+        """Whether the source has more bytes than the one that had the fingerprint ``earlier``, and begins with those.
+
+        None if the bytes are other ones, or if only the fingerprints tell whether they are the same.
+        """
+        return None
 
     @abstractmethod
     def blocks(self, *, first: int = 0) -> Iterator[FrameBlock]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from longvid.errors import SourceError, StoreError
 from longvid.media.arrays import ArrayFrames, FrameSource, IterableFrames, Reading, is_array
+from longvid.media.pipes import is_pipe
 
 if TYPE_CHECKING:
     from longvid.store.reader import FrameStore
@@ -26,6 +27,10 @@ def open_source(source: Any, **reading: Unpack[Reading]) -> FrameSource:
     """
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
+        if is_pipe(source):
+            from longvid.media.video_file import VideoFile
+
+            return VideoFile(source, **reading)
         if (path / "zarr.json").is_file():
             store = _open_store(path)
             reading["frame_rate"] = reading.get("frame_rate") or store.frame_rate
@@ -35,6 +40,12 @@ def open_source(source: Any, **reading: Unpack[Reading]) -> FrameSource:
         from longvid.media.video_file import VideoFile
 
         return VideoFile(source, **reading)
+    if reading.get("follow_seconds") is not None:
+        raise SourceError(
+            f"a {type(source).__name__} was given as the source, and only files are followed as they grow; leave "
+            "follow=True out",
+            kind="layout",
+        )
     if is_array(source):
         return ArrayFrames(source, **reading)
     kind = type(source)

@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from functools import partial
 from typing import Any, TypeVar, Unpack
@@ -20,19 +20,23 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from longvid.errors import SourceError
-from longvid.frames import FrameBlock, SourceInfo, Times
+from longvid.frames import FrameBlock, SourceInfo, Times, frame_digest
 from longvid.media.arrays import FrameSource, Reading
 from longvid.media.decoding.aperture import clean_aperture
 from longvid.media.decoding.audio import describe_audio
-from longvid.media.decoding.container import MediaFile, counted_frames, declared_end, lost_samples, pick_stream
+from longvid.media.decoding.container import counted_frames, declared_end, lost_samples, pick_stream
 from longvid.media.decoding.decoder import Decoder, Fault, Picture
 from longvid.media.decoding.field_pictures import may_have_fields
+from longvid.media.decoding.one_pass import in_one_pass, open_file
 from longvid.media.decoding.seek_index import PACKETS_AHEAD, SeekIndex, SeekPoint, index_of_packets
 from longvid.media.decoding.transport import is_joint
+from longvid.media.decoding.unchanged import identity, is_continued, unchanged
 from longvid.media.decoding.watchdog import Watchdog
+from longvid.media.images.color import warn_of_hdr
 from longvid.media.images.convert import REVISION, Converter, Wanted
 from longvid.media.images.fields import Delivered, Fields, Whole
 from longvid.media.images.orientation import OrientationTracker
+from longvid.media.pipes import is_pipe
 from longvid.media.timing.file_times import FileTimes
 from longvid.media.timing.resampling import Instants, resampled
 
@@ -41,7 +45,6 @@ __all__ = ["VideoFile"]
 T = TypeVar("T")
 
 _LIBRARIES = ("libavcodec", "libavfilter", "libswscale")
-_HDR = ("smpte2084", "arib-std-b67")
 _WORTH_A_SEEK = 32
 "frames before the wanted one that are decoded faster than a file is opened again"
 
@@ -58,7 +61,8 @@ class VideoFile(FrameSource):
     """
 
     def __init__(self, path: str | os.PathLike[str], **reading: Unpack[Reading]) -> None:
-        super().__init__(os.fspath(path), **reading)
+        name = os.fspath(path)
+        super().__init__("standard input" if name == "-" else name, **reading)
         size = self._size
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise SourceError(f"size={size} is not (height, width) in pixels, both at least 1", kind="range")
@@ -70,9 +74,11 @@ class VideoFile(FrameSource):
         "pictures that were decoded to describe the file"
         self._orientation = OrientationTracker()
         self._fields = Fields(self._name, self._deinterlace)
-        self._file = MediaFile(self._name, self._limits)
+        self.one_pass, self.grows = is_pipe(name), self._follow_seconds is not None
+        self._file = open_file(name, self._limits, follow_seconds=self._follow_seconds, interrupted=self._interrupted)
         self._container: InputContainer | None = None
         self._watchdog = Watchdog(self._name, self._limits.stall_seconds)
+        self._file.beat = self._watchdog.beat
         try:
             self._open()
             self._describe_all()
@@ -81,13 +87,12 @@ class VideoFile(FrameSource):
             raise
 
     def fingerprint(self) -> dict[str, Any]:
-        """A digest of the whole file, which is read for it, and how it is converted to frames."""
+        """Digests of the file (if it grows, of what was read; of a pipe, of its first frame), and how it is read."""
+        first = self._first_digest() if self.one_pass else None
         details = self.info.details or {}
         facts = ("stream_index", "av", "libavcodec", "libavfilter", "libswscale")
         return {
-            "kind": "video",
-            "bytes": self._file.num_bytes,
-            "sha256": self._watchdog.run(lambda: self._file.sha256(self._watchdog.beat)),
+            **identity(self._file, self._watchdog, first),
             "size": [self.info.height, self.info.width],
             "start": self._begin,
             "frames": None if self._end is None else self._end - self._begin,
@@ -101,14 +106,23 @@ class VideoFile(FrameSource):
             "range": self._converter.color.info.range,
         }
 
+    def grown_since(self, earlier: Mapping[str, Any]) -> bool | None:
+        """Whether the file has more bytes than the one that had the fingerprint ``earlier``, and begins with those."""
+        if self.one_pass or not is_continued(earlier, self.fingerprint(), self._file, self._watchdog.run):
+            return None
+        return self._file.current_size() > int(earlier["bytes"])
+
     def blocks(self, *, first: int = 0) -> Iterator[FrameBlock]:
-        """Yield the frames; where decoding fails, SourceError is raised after the frames before it."""
+        """Yield the frames; where decoding fails or the file has changed, SourceError is raised after those before."""
         self._start()
         first_pts = self._first_pts if self._fps is None else 0
-        return self._within_limits(self._blocks(first), done=first, first_pts=first_pts)
+        blocks = self._within_limits(self._blocks(first), done=first, first_pts=first_pts)
+        return unchanged(blocks, self._file, self._watchdog)
 
     def count_frames(self) -> int:
         """By the header, or else by the packets, which are read for it."""
+        if self._file.one_pass:
+            raise in_one_pass(self._name)
         if self.info.num_frames and self._fps is None:
             return self.info.num_frames
         if self._fps is None:
@@ -140,6 +154,7 @@ class VideoFile(FrameSource):
         if self._container is not None:
             self._container.close()
         self._container = container = self._watchdog.run(self._file.open)
+        file = self._file  # the decoder refers to it alone, so that it does not keep itself alive
         self._stream = stream = pick_stream(container, self._name)
         self._limits.check_pixels(self._name, stream.codec_context.height, stream.codec_context.width)
         # the decoder is a context of its own, which does not inherit the limit given on opening
@@ -154,13 +169,13 @@ class VideoFile(FrameSource):
             container,
             stream,
             name=self._name,
-            num_bytes=self._file.num_bytes,
+            num_bytes=lambda: file.num_bytes,
             run=self._watchdog.run,
             size=frame_size,
             from_start=from_start,
             any_size=self._size is not None,
             sorts=self._sorts,
-            is_joint=partial(is_joint, self._file.file.fileno()),
+            is_joint=partial(is_joint, self._file.descriptor),
         )
         self._pictures = self._orientation.follow(self._decoder.pictures())
         self._ahead.clear()
@@ -198,13 +213,7 @@ class VideoFile(FrameSource):
         self._converter.warn()
         if first.interlaced_frame:
             self._fields.warn()
-        transfer = self._converter.color.info.transfer
-        if transfer in _HDR:
-            warnings.warn(
-                f"{self._name} is HDR ({transfer}) and is read without tone mapping, so that it looks pale; convert it "
-                "to SDR first if that matters",
-                stacklevel=3,
-            )
+        warn_of_hdr(self._name, self._converter.color.info)
 
     def _first_frame(self) -> VideoFrame:
         """Decode up to the first frame, good or damaged; it is delivered later."""
@@ -220,6 +229,11 @@ class VideoFile(FrameSource):
         if fault is not None:
             raise self._error(fault, 0)
         raise SourceError(f"{self._name} has a video stream without a single frame that decodes", kind="no-frames")
+
+    def _first_digest(self) -> str:
+        picture = next(picture for picture in self._ahead if picture.frame is not None)
+        assert picture.frame is not None
+        return frame_digest(self._converter.convert(picture.frame, 0))
 
     def _cut_short(self, shortfall: Fault) -> SourceError:
         return SourceError(f"{self._name} {shortfall.why}; copy the file again", kind="truncated")
@@ -246,17 +260,17 @@ class VideoFile(FrameSource):
         return None
 
     def _describe(self, stream: VideoStream, first: VideoFrame) -> SourceInfo:
-        converter, container = self._converter, self._container
+        converter, container, clock = self._converter, self._container, self._times.clock
         counted = 0 if container is None else counted_frames(container, stream, self._file.num_bytes)
         if self._fps is not None:
             counted = math.ceil(counted * self._fps / (self._times.frame_rate or self._fps))
         return SourceInfo(
-            kind="video",
+            kind="pipe" if self.one_pass else "video",
             name=self._name,
             height=converter.height,
             width=converter.width,
             num_frames=max(0, min(counted, self._end or counted) - self._begin) if counted else None,
-            time_base=1 / self._fps if self._fps else self._times.clock.time_base,
+            time_base=1 / self._fps if self._fps else clock.time_base,
             frame_rate=self._fps or self._times.frame_rate,
             timing_assumed=first.pts is None,
             color=converter.color.info,
@@ -274,13 +288,14 @@ class VideoFile(FrameSource):
                 "deinterlace": self._deinterlace,
                 "matrix_tag": converter.color.matrix_tag,
                 "audio": None if self._container is None else describe_audio(self._container),
-                "bytes": self._file.num_bytes,
+                "bytes": None if self._file.one_pass else self._file.num_bytes,
                 "start": self._begin,
                 "stream_index": stream.index,
                 "stream_start_time": stream.start_time,
                 "stream_duration": stream.duration,
                 "resampled_from": None if self._fps is None else str(self._times.frame_rate),
-                "time_scale": self._times.clock.scale,
+                "resampled_from_second": None if self._fps is None else str(self._first_pts * clock.time_base),
+                "time_scale": clock.scale,
                 "times_sorted": bool(self._sorts),
                 "frames_in_header": stream.frames,
                 "skipped_packets": self._decoder.skipped,
@@ -353,7 +368,7 @@ class VideoFile(FrameSource):
 
     def _seek(self, index: int) -> Iterator[Picture] | None:
         """Pictures from frame ``index`` on behind a seek; None to decode the file from its start."""
-        if index < _WORTH_A_SEEK or self._on_error != "stop" or self.info.timing_assumed:
+        if index < _WORTH_A_SEEK or self._file.one_pass or self._on_error != "stop" or self.info.timing_assumed:
             return None
         points = self.index if self.index.before(index) else self._scanned(index)
         point = points.before(index)
@@ -455,6 +470,8 @@ class VideoFile(FrameSource):
         self._at_end = True
         if waiting:
             raise SourceError(f"{self._name} has no frame without damage", kind="damaged")
+        if self._container is not None and self._file.one_pass and {"mp4", "matroska"} & {*self._formats}:
+            self._shortfall = self._find_shortfall(self._container)
         fault = self._decoder.rest or self._shortfall
         if fault is not None and self._on_error == "stop":
             raise self._error(fault, index)

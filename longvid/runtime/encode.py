@@ -20,11 +20,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from longvid.errors import ModelError, NonFiniteError, ScheduleError, StoreError
+from longvid.errors import ModelError, NonFiniteError, ScheduleError, SourceError, StoreError
 from longvid.events import RunReport
 from longvid.frames import Frames, Marks, Times
 from longvid.media.arrays import FrameSource
 from longvid.media.limits import Limits
+from longvid.media.pipes import is_pipe
 from longvid.media.sources import open_source
 from longvid.media.timing.clock import MOST_JOINTS
 from longvid.runtime.admission import Job
@@ -34,7 +35,7 @@ from longvid.runtime.span import Piece, RunOptions, VideoTask
 from longvid.schedule import Chunk, ChunkSchedule
 from longvid.store.latent_writer import LatentLayout, LatentWriter
 from longvid.store.metadata import ReadOptions, RunFacts
-from longvid.store.target import Found, check_target
+from longvid.store.target import Found, check_target, reopen
 
 __all__ = ["ChunkPlan", "EncodeOptions", "EncodedChunk", "OnNonFinite", "encode_video", "frame_chunks", "store_latents"]
 
@@ -56,6 +57,7 @@ class EncodeOptions(RunOptions):
     seed: int
     on_non_finite: OnNonFinite = "stop"
     limits: Limits = field(default_factory=Limits)
+    follow_seconds: float | None = None
     chunk_plan: ChunkPlan = "online"
 
     def __post_init__(self) -> None:
@@ -75,7 +77,9 @@ def encode_video(job: Job, source: Any, store: Path, options: EncodeOptions) -> 
     while True:
         try:
             found = check_target(options.path_of(store))
-            with open_source(source, **asdict(options.reading), limits=options.limits) as video:
+            with _opened(job, source, options) as video:
+                if video.one_pass:
+                    options = _for_one_pass(video.info.name, options)
                 task = _Encoding(job, options, found, video, replaced)
                 return task.run(None if options.mend else video.info.num_frames)
         except NonFiniteError as exc:
@@ -92,13 +96,37 @@ def encode_video(job: Job, source: Any, store: Path, options: EncodeOptions) -> 
                 options = replace(options, resume="exact")
 
 
+def _opened(job: Job, source: Any, options: EncodeOptions) -> FrameSource:
+    return open_source(
+        source,
+        **asdict(options.reading),
+        limits=options.limits,
+        follow_seconds=options.follow_seconds,
+        interrupted=lambda: job.stop.made,
+    )
+
+
+def _for_one_pass(name: str, options: EncodeOptions) -> EncodeOptions:
+    """What can be done with a source that is read once; with a warning."""
+    if options.mend:
+        raise SourceError(
+            f"{name} can be read once only, and a repair reads its source where the damage is; give the path of a file",
+            kind="layout",
+        )
+    warnings.warn(
+        f"{name} can be read once only: this run cannot be resumed if it is stopped, and the store cannot be repaired",
+        stacklevel=5,
+    )
+    return replace(options, resume="never")
+
+
 def _why_not_quarantined(chunk: int, source: Any, options: EncodeOptions, replaced: frozenset[int]) -> str:
     """Why the chunk is an error, and what to do; empty if its frames can be replaced."""
     if chunk in replaced:
         return "replacing its frames by the last one before them did not help"
     if chunk == 0:
         return "no good frame stands before the first chunk; skip its frames (--start)"
-    if hasattr(source, "__next__"):
+    if hasattr(source, "__next__") or is_pipe(source):
         return "its frames cannot be replaced, since the source can be read only once; give a file or an array"
     if options.on_non_finite == "stop":
         return "its frames can be replaced by the last one before them (--on-non-finite quarantine)"
@@ -124,10 +152,18 @@ class _Encoding(VideoTask[EncodedChunk]):
         self._size = geometry.padded_size(video.info.height, video.info.width)
         height, width = (length // geometry.pixels_per_latent for length in self._size)
         self._latent_shape = geometry.latent_channels, height, width
+        self._grown: bool | None = None
+        "whether the source has more bytes than it had for the store that is there; None if its bytes are the same"
         self._seed = {"seed": options.seed} if options.representation == "sample" else {}
 
     @cached_property
     def _source(self) -> dict[str, Any]:
+        earlier = None if self._found.metadata is None else self._found.metadata.fingerprint.get("source")
+        replaced = self._found.complete and self._options.overwrite
+        if isinstance(earlier, dict) and not (replaced or self._options.resume == "never" or self._options.part):
+            self._grown = self._video.grown_since(earlier)
+            if self._grown is not None:
+                return earlier
         return self._video.fingerprint()
 
     def fingerprint(self, compute: dict[str, Any]) -> dict[str, Any]:
@@ -155,7 +191,17 @@ class _Encoding(VideoTask[EncodedChunk]):
     def _reading(self) -> dict[str, Any]:
         """What a repair needs to read the source as this run does."""
         info = self._video.info
-        return {**self._options.reading.record, "source": info.name if info.kind == "video" else None}
+        return {
+            **self._options.reading.record,
+            "source": info.name if info.kind in ("video", "pictures") else None,
+        }
+
+    def reopen(self) -> bool:
+        if not self._grown:
+            return False
+        reopen(self._found, self._options.durability)
+        self._found = check_target(self._found.path)
+        return True
 
     def least_bytes(self, num_frames: int) -> float:
         row_bytes = math.prod(self._latent_shape) * np.dtype(self._options.store_dtype).itemsize
@@ -207,8 +253,8 @@ class _Encoding(VideoTask[EncodedChunk]):
         return piece.chunk, piece.pts, piece.valid, *self._run.latents(piece.chunk, piece.values)
 
     def write(self, result: EncodedChunk) -> None:
-        self._record_source()
         num_units = self._target.committed_units
+        self._record_source()
         store_latents(self._target, *result)
         if self._target.committed_units > num_units:
             self._video.index.save(self._target.seek_index)
@@ -227,6 +273,9 @@ class _Encoding(VideoTask[EncodedChunk]):
             self._target.record("joints", [joints[frame] for frame in sorted(joints)][:MOST_JOINTS])
         if self._video.damage is not None:
             self._target.record("damage", {"frame": self._video.damage, "on_error": self._options.reading.on_error})
+        if not self._mend and (self._grown is not None or self._video.grows):  # more bytes than in the fingerprint
+            fingerprint = {**self._target.fingerprint, "source": self._video.fingerprint()}
+            self._target.record("fingerprint", fingerprint)
 
 
 def _replaced_before(schedule: ChunkSchedule, origin: Chunk, valid_T: Marks) -> frozenset[int]:

@@ -18,10 +18,11 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 import numpy.typing as npt
 
-from longvid.errors import ModelError, StoreError
+from longvid.errors import ModelError, SourceError, StoreError
 from longvid.events import Direction
 from longvid.files import disk_errors, is_latent_file, write_durably
 from longvid.frames import Marks, Times
+from longvid.media.pipes import is_pipe
 from longvid.media.sources import open_source
 from longvid.runtime.admission import Job
 from longvid.runtime.decode import DecodeOptions, decode_video
@@ -264,6 +265,11 @@ def _source_of(opened: StoreReader, source: Any) -> Any:
             f"{opened.path} was decoded from {origin}, a file of latents; make a store of it, as it was decoded "
             "(lv.import_latents), and pass that with source= (--source)",
             kind="missing",
+        )
+    if is_pipe(origin):
+        raise SourceError(
+            f"{origin} can be read once only, and a repair reads its source where the damage is; give a file",
+            kind="layout",
         )
     if origin is None:
         raise StoreError(

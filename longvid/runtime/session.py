@@ -188,28 +188,28 @@ class VideoSession:
         resume: Resume = "exact",
         part: tuple[int, int] | None = None,
         durability: str | Durability = "fsync",
+        follow: bool = False,
         **reading: Unpack[Reading],
     ) -> RunReport:
         """Encode a video into a zarr store of latents, or resume one that was not finished.
 
         Args:
-            source: path of a video file; an iterable of uint8 arrays (T, H, W, 3); or a numpy, torch or zarr array.
+            source: path of a file or FIFO; ``"-"`` (standard input); uint8 arrays (T, H, W, 3), one or an iterable.
             store: where the store goes; its parent folder exists.
             representation: the posterior's ``"mode"``, a ``"sample"`` by ``seed``, or all its ``"moments"``.
             chunk_plan: of a model with norms over time: ``"online"`` pads the last chunk; ``"reference"`` makes the
                 first one longer by the remainder, as diffusers does, for its very latents at any length. It needs a
                 source whose length is known. The latents of other models do not depend on it.
             store_dtype: dtype of the stored latents. Values it cannot hold are an error, never clipped.
-            on_non_finite: where the model computes values that are not finite: ``"stop"`` raises NonFiniteError,
-                ``"quarantine"`` encodes the chunk again with the last good frame in place of its own, and marks it.
+            on_non_finite: where the model computes NaN or infinity: ``"stop"`` raises NonFiniteError, ``"quarantine"``
+                encodes the chunk again with the last good frame in place of its own, and marks it.
             overwrite: replace what is there, unless it is an unfinished store of this very run.
             resume: ``"exact"`` continues such a store if the end of what is stored comes out again bit for bit;
                 ``"close"`` also if not, and records the seam; ``"never"`` refuses.
             part: ``(3, 8)`` encodes the third of eight parts to ``STORE.part-3-of-8``; see :func:`longvid.join`.
             durability: ``"fsync"`` survives power loss, ``"rename"`` a killed process; or :class:`~longvid.Durability`.
-            reading: how the source is read: ``start``, ``frames``, ``size``, ``frame_rate``, ``fps``, ``on_error``,
-                ``fit``, ``pixels``, ``deinterlace``, ``background`` and ``limits``; see
-                :class:`~longvid.media.arrays.Reading`.
+            follow: read a file as it grows, until it has not done so for ``follow_seconds`` (10 by default).
+            reading: how the source is read, such as ``start``: :class:`~longvid.media.arrays.Reading`.
 
         Raises:
             SourceError: frames cannot be read. If nothing was committed yet, no store is left behind.
@@ -226,6 +226,7 @@ class VideoSession:
             seed=seed,
             on_non_finite=on_non_finite,
             limits=reading.get("limits") or Limits(),
+            follow_seconds=_follow_seconds(reading.get("follow_seconds")) if follow else None,
             overwrite=overwrite,
             resume=resume,
             part=part,
@@ -352,9 +353,19 @@ def _target(out: Any, *, beside: Any) -> Path:
     return target
 
 
+_NOT_RECORDED = ("limits", "follow_seconds", "interrupted")
+"options of reading that decide no frame"
+
+
+def _follow_seconds(seconds: float | None) -> float:
+    if seconds is not None and not seconds > 0:
+        raise SourceError(f"follow_seconds={seconds} is not a time to wait; give seconds above 0", kind="range")
+    return 10.0 if seconds is None else seconds
+
+
 def _read_options(reading: Reading) -> ReadOptions:
     """What is recorded of them; TypeError for an option that does not exist."""
-    given: dict[str, Any] = {name: value for name, value in reading.items() if name != "limits"}
+    given: dict[str, Any] = {name: value for name, value in reading.items() if name not in _NOT_RECORDED}
     for name in ("frame_rate", "fps"):
         rate = given.get(name)
         if rate is not None and not (math.isfinite(rate) and rate > 0):

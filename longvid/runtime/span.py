@@ -165,6 +165,10 @@ class VideoTask(ABC, Generic[ResultT]):
     def fingerprint(self, compute: dict[str, Any]) -> dict[str, Any]:
         """Everything that decides the bits of the results; ``compute`` is what the model and the chunks decide."""
 
+    def reopen(self) -> bool:
+        """Make a complete store one that can be continued, if its source has grown; whether it has."""
+        return False
+
     @abstractmethod
     def least_bytes(self, num_frames: int) -> float:
         """A low estimate of the bytes on the disk."""
@@ -202,7 +206,8 @@ class VideoTask(ABC, Generic[ResultT]):
         total = expected_frames if last is None else last - first
         if self._found is not None and not self._mend:
             options = self._options
-            if self._found.decide(fingerprint, overwrite=options.overwrite, resume=options.resume) == "done":
+            decision = self._found.decide(fingerprint, overwrite=options.overwrite, resume=options.resume)
+            if decision == "done" and not self.reopen():
                 settle_complete(self._found, options.durability)
                 return self._nothing_done(self._found)
             if total is not None:

@@ -8,6 +8,7 @@ the bits of the result. It holds the contents of files, not their names and plac
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -27,16 +28,18 @@ from longvid.store.format import (
     PARTIAL_ROOT,
     PRIVATE,
     checksum_is_right,
+    digest_chain,
     is_system_file,
     serialized,
     unit_digest,
+    with_checksum,
 )
 from longvid.store.lock import WriterLock
 from longvid.store.metadata import StoreMetadata
 from longvid.store.reader import StoreReader, bytes_of, is_ours
 from longvid.store.staging import partial_files
 
-__all__ = ["Committed", "Found", "changes", "check_target", "in_words", "is_of_machine", "settle_complete"]
+__all__ = ["Committed", "Found", "changes", "check_target", "in_words", "is_of_machine", "reopen", "settle_complete"]
 
 _OF_MACHINE = ("fingerprint", "numerics", "tiling", "versions", "created_by")
 "what a store records of the machine and the libraries that compute it"
@@ -206,6 +209,40 @@ def settle_complete(found: Found, durability: Durability) -> None:
             partial.unlink()
         for file in stale:
             write_durably(file, documents[file], sync=durability.syncs)
+
+
+def reopen(found: Found, durability: Durability) -> None:
+    """Make a complete store of latents one that can be continued: the source has more frames now than it had.
+
+    What depends on where the source ended is taken back: the last chunk if its tail was padded, and with it the units
+    in which it lies. One replacement of the root metadata does it.
+    """
+    path, metadata = found.path, found.metadata
+    assert metadata is not None
+    assert metadata.schedule is not None
+    with disk_errors(path), ExitStack() as stack:
+        stack.callback(WriterLock.acquire(path / PRIVATE / "lock", lock=durability.lock).release)
+        _, digests = StoreReader(path, metadata, (path / "zarr.json").read_bytes()).checked_columns()
+        last = metadata.schedule.full(metadata.schedule.index_of_frame(metadata.num_frames - 1))
+        rows = last.latent_stop if last.frame_stop == metadata.num_frames else last.latent_start
+        units = rows // metadata.main.chunks[0]
+        lengths = dict.fromkeys(metadata.arrays, units * metadata.main.chunks[0])
+        num_frames = metadata.frames(units - 1)[1] if units else 0
+        lengths |= {"digest": units, "frame_pts": num_frames, "frame_valid": num_frames}
+        root = copy.deepcopy(metadata.root)
+        root["attributes"]["longvid"] |= {
+            "status": "writing",
+            "num_frames": num_frames,
+            "digests": digest_chain(digests[:units]),
+        }
+        documents = root["consolidated_metadata"]["metadata"]
+        for name, length in lengths.items():
+            documents[name]["shape"][0] = length
+        if not units:
+            del root["consolidated_metadata"]
+        content = with_checksum(root)
+        for file in (path / "zarr.json", path / PRIVATE / "root.json"):
+            write_durably(file, content, sync=durability.syncs)
 
 
 class Committed:

@@ -211,6 +211,11 @@ class StoreWriter(ABC):
     def _row(self, frame: int) -> int:
         return frame
 
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What is recorded of the run that decides the bits of the result."""
+        return dict(self._attributes["longvid"]["fingerprint"])
+
     def record(self, name: str, value: Any) -> None:
         """Say something of the run in the attribute ``longvid``, from the next commit on."""
         self._attributes["longvid"][name] = value

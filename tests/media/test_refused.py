@@ -95,9 +95,10 @@ def tricks(tmp_path, listener):
     }
     for name, content in written.items():
         (tmp_path / name).write_text(content)
-    (tmp_path / "link.mp4").symlink_to("target.mp4")
     (tmp_path / "dangling.mp4").symlink_to("nowhere.mp4")
-    os.mkfifo(tmp_path / "pipe.mp4")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "pipe.mp4").symlink_to("pipe")  # a link that is named is followed to a regular file only
+    (tmp_path / "link.mp4").symlink_to(".")
     names = [
         f"{web}/a.mp4", f"httpproxy:{web}/a.mp4", f"tcp://127.0.0.1:{listener.port}", f"cache:{web}/a.mp4",
         f"crypto:{web}/a.mp4", f"rtmp://127.0.0.1:{listener.port}/a", f"udp://127.0.0.1:{listener.port}",
@@ -105,7 +106,13 @@ def tricks(tmp_path, listener):
         f"file://{tmp_path}/other.mp4", "subfile,,start,0,end,0,,:other.mp4", "data:video/mp4;base64,AAAA", "pipe:0",
         "fd:0", "async:other.mp4", "link.mp4", "dangling.mp4", "pipe.mp4",
     ]  # fmt: skip
-    expected = {**dict.fromkeys([*written, *names], "refused"), ".": "not-video", "none.mp4": "missing", "ok.mp4": 4}
+    expected = {
+        **dict.fromkeys([*written, *names], "refused"),
+        "link.mp4": "not-video",
+        ".": "not-video",
+        "none.mp4": "missing",
+        "ok.mp4": 4,
+    }
     if os.path.exists("/dev/zero"):
         expected["/dev/zero"] = "refused"
     return expected
@@ -189,7 +196,6 @@ def test_nothing_stays_open(tmp_path):
 
 
 def test_a_link_in_the_folders_above_is_followed(tmp_path):
-    """A link to the file itself may be put there by somebody else; where the user keeps the folder is their affair."""
     (tmp_path / "real").mkdir()
     clip(tmp_path / "real", "a.mp4", noisy(4))
     (tmp_path / "folder").symlink_to("real")

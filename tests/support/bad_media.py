@@ -363,8 +363,8 @@ CASES: dict[str, Case] = {
     "audio.mp4": Case(lambda folder: write_audio(folder / "a.mp4"), "!no-video-stream"),
     "cover.mp4": Case(cover, "!no-video-stream"),
     "no_frames.mp4": Case(no_frames, "!no-frames"),
-    "picture.png": Case(picture("a.png"), "!not-video"),
-    "picture.mp4": Case(picture("a.mp4"), "!not-video"),
+    "picture.png": Case(picture("a.png"), "0"),  # a video of one frame
+    "picture.mp4": Case(picture("a.mp4"), "0"),
     "playlist.m3u8": Case(text("a.m3u8", "#EXTM3U\n#EXTINF:1,\nok.ts\n#EXT-X-ENDLIST\n"), "!refused"),
     "playlist.mp4": Case(text("a.mp4", "#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:1/ok.ts\n"), "!refused"),
     "list.mp4": Case(text("a.mp4", "ffconcat version 1.0\nfile ok.mp4\n"), "!refused"),

@@ -5,10 +5,9 @@ FFmpeg reads it, and PyAV does not pass it on. Cropping that a codec declares is
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from av.container import InputContainer
 from av.video.stream import VideoStream
@@ -39,7 +38,7 @@ class Edges(NamedTuple):
         return (self.top, self.left, *shown) if any(self) and min(shown) > 0 else None
 
 
-def clean_aperture(file: io.FileIO, container: InputContainer, stream: VideoStream) -> Edges:
+def clean_aperture(file: BinaryIO, container: InputContainer, stream: VideoStream) -> Edges:
     """What an mp4, mov or Matroska file says is not to be shown of its frames; 0 where it says nothing."""
     names = container.format.name.split(",")
     file.seek(0)
@@ -54,7 +53,7 @@ def clean_aperture(file: io.FileIO, container: InputContainer, stream: VideoStre
 _WHOLE = Edges(0, 0, 0, 0)
 
 
-def _boxes(file: io.FileIO, begin: int, end: int | None) -> Iterator[tuple[bytes, int, int]]:
+def _boxes(file: BinaryIO, begin: int, end: int | None) -> Iterator[tuple[bytes, int, int]]:
     """Kind, begin and end of the contents of each box in a range of an mp4 file."""
     for _ in range(_MOST_BOXES):
         if end is not None and begin + 8 > end:
@@ -72,7 +71,7 @@ def _boxes(file: io.FileIO, begin: int, end: int | None) -> Iterator[tuple[bytes
         begin += length
 
 
-def _inner(file: io.FileIO, begin: int, end: int | None, *kinds: bytes) -> tuple[int, int] | None:
+def _inner(file: BinaryIO, begin: int, end: int | None, *kinds: bytes) -> tuple[int, int] | None:
     """Range of the box that these kinds lead to, each inside the one before."""
     for wanted in kinds:
         found = next(((b, e) for kind, b, e in _boxes(file, begin, end) if kind == wanted), None)
@@ -82,7 +81,7 @@ def _inner(file: io.FileIO, begin: int, end: int | None, *kinds: bytes) -> tuple
     return begin, end or begin
 
 
-def _of_mp4(file: io.FileIO, track: int) -> Edges:
+def _of_mp4(file: BinaryIO, track: int) -> Edges:
     movie = _inner(file, 0, None, b"moov")
     if movie is None:
         return _WHOLE
@@ -105,7 +104,7 @@ def _of_mp4(file: io.FileIO, track: int) -> Edges:
     return _WHOLE
 
 
-def _track_number(file: io.FileIO, begin: int, end: int) -> int | None:
+def _track_number(file: BinaryIO, begin: int, end: int) -> int | None:
     header = _inner(file, begin, end, b"tkhd")
     if header is None:
         return None

@@ -92,11 +92,11 @@ class Decoder:
     A stream may begin in the middle of a group of pictures. Then the pictures before the first one that can be decoded
     whole are left out, and :attr:`skipped` counts their packets.
 
-    ``run`` calls a function that can hang. ``size`` is the (height, width) that all frames must have, by default that
-    of the first; with ``any_size`` they may have any. ``from_start`` says that decoding begins at the start of the
-    file. ``sorts`` says that its time stamps are in the order of decoding, so that they have to be sorted; None to look
-    at the first packets. ``is_joint`` tells by the bytes at which two packets of a transport stream begin whether a gap
-    in between is a joint, where nothing is lost.
+    ``num_bytes`` gives the size of the file. ``run`` calls a function that can hang. ``size`` is the (height, width)
+    that all frames must have, by default that of the first; with ``any_size`` they may have any. ``from_start`` says
+    that decoding begins at the start of the file. ``sorts`` says that its time stamps are in the order of decoding, so
+    that they have to be sorted; None to look at the first packets. ``is_joint`` tells by the bytes at which two packets
+    of a transport stream begin whether a gap in between is a joint, where nothing is lost.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Decoder:
         stream: VideoStream,
         *,
         name: str,
-        num_bytes: int,
+        num_bytes: Callable[[], int],
         run: _Run,
         size: tuple[int, int] | None = None,
         from_start: bool = True,
@@ -199,7 +199,7 @@ class Decoder:
             yield picture
             self._shown = frame.pts if frame.pts is not None else self._shown
         yield from self._missing(None)
-        if self._is_plain and self._reached < self._num_bytes:  # its demuxer takes an incomplete frame for the end
+        if self._is_plain and self._reached < self._num_bytes():  # its demuxer takes an incomplete frame for the end
             self.rest = self.rest or Fault("truncated", "is not there as a whole: the file is cut short")
         if self._failure is not None:  # no picture was blamed for it
             self.rest = self.rest or self._failure
@@ -285,7 +285,7 @@ class Decoder:
         return Picture(frame, frame.pts, self._zone, order)
 
     def _kind(self) -> str:
-        return "truncated" if self._reached >= self._num_bytes else "damaged"
+        return "truncated" if self._reached >= self._num_bytes() else "damaged"
 
     def _frames(self) -> Iterator[VideoFrame | None]:
         """Yield decoded frames, and None for a packet that failed and has no time stamp."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from typing import Any, BinaryIO, cast
 
 __all__ = ["gif_end", "riff_end"]
 
@@ -11,7 +12,7 @@ _UNSET = 2**31 - 2**20
 "sizes from here on are those of a recorder that could not go back to its header"
 
 
-def riff_end(file: io.FileIO, num_frames: int) -> int | None:
+def riff_end(file: BinaryIO, num_frames: int) -> int | None:
     """The least size of a whole AVI file, which is more than it has if it is cut short; None if it is not known.
 
     A header that claims too much is wrong, and the file is whole, if the last chunk ends where the file ends, and if
@@ -35,14 +36,14 @@ def riff_end(file: io.FileIO, num_frames: int) -> int | None:
     return None if is_whole and stop >= size - 1 else end
 
 
-def _walk(file: io.FileIO, size: int) -> tuple[int, int, int]:
+def _walk(file: BinaryIO, size: int) -> tuple[int, int, int]:
     """Behind the last chunk of an AVI file, the number of its frames, and behind the last list of frames as declared.
 
     It ends where no chunk follows.
     """
     at = found = list_end = 0
     file.seek(0)
-    reader: io.BufferedReader[io.FileIO] = io.BufferedReader(file, 2**16)
+    reader: io.BufferedReader[Any] = io.BufferedReader(cast("Any", file), 2**16)
     try:
         while at + 8 <= size:
             reader.seek(at)
@@ -61,12 +62,12 @@ def _walk(file: io.FileIO, size: int) -> tuple[int, int, int]:
     return at, found, list_end
 
 
-def gif_end(file: io.FileIO) -> int:
+def gif_end(file: BinaryIO) -> int:
     """Size of a GIF file up to its trailer or, without one, up to its last whole block; more than the file has if it is
     cut inside of a block."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    reader: io.BufferedReader[io.FileIO] = io.BufferedReader(file, 2**16)
+    reader: io.BufferedReader[Any] = io.BufferedReader(cast("Any", file), 2**16)
     try:
         flags = reader.read(13)[10]
         _skip(reader, _table_bytes(flags))
@@ -90,6 +91,6 @@ def _table_bytes(flags: int) -> int:
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
-def _skip(reader: io.BufferedReader[io.FileIO], count: int) -> None:
+def _skip(reader: io.BufferedReader[Any], count: int) -> None:
     if len(reader.read(count)) < count:
         raise IndexError

@@ -49,13 +49,16 @@ class _Packet:
         return self.data[5 + self.data[4] :] if control & 2 else self.data[4:]
 
 
-def is_joint(file: int, first: int, last: int | None) -> bool:
+def is_joint(file: int | None, first: int, last: int | None) -> bool:
     """Whether nothing is lost from the picture that begins at the byte ``first`` on, and another stream begins there.
 
-    ``file`` is a file descriptor; the pictures up to the one that begins at the byte ``last`` are looked through, or up
-    to the end of the file. Each is whole if its own counters are continuous and its length, if given, is reached.
-    Another stream begins if tables stand in front of a picture and their counter begins again, as that of the picture.
+    ``file`` is a file descriptor, None for a pipe, of which nothing is known. The pictures up to the one that begins at
+    the byte ``last`` are looked through, or up to the end of the file. Each is whole if its own counters are continuous
+    and its length, if given, is reached. Another stream begins if tables stand in front of a picture and their counter
+    begins again, as that of the picture.
     """
+    if file is None:
+        return False
     size = _packet_size(file, first)
     last = os.fstat(file).st_size if last is None else last
     if size is None or not 0 < last - first <= _MOST_BYTES:

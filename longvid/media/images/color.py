@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 from av.video.codeccontext import VideoCodecContext
@@ -11,7 +12,7 @@ from av.video.reformatter import ColorRange
 from longvid.errors import SourceError
 from longvid.frames import ColorInfo
 
-__all__ = ["PRIMARIES", "TRANSFERS", "Conversion", "Tags", "matrix_by_rule", "resolve_color"]
+__all__ = ["PRIMARIES", "TRANSFERS", "Conversion", "Tags", "matrix_by_rule", "resolve_color", "warn_of_hdr"]
 
 PRIMARIES = {
     1: "bt709", 4: "bt470m", 5: "bt470bg", 6: "smpte170m", 7: "smpte240m", 8: "film", 9: "bt2020", 10: "smpte428",
@@ -32,6 +33,7 @@ _MATRICES = {
 }  # fmt: skip
 _SWSCALE = {"bt709": 1, "bt601": 5}
 _RGB, _UNSPECIFIED = 0, 2
+_HDR = ("smpte2084", "arib-std-b67")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,3 +112,13 @@ def _resolve_range(frame: VideoFrame, declared: int, gray: bool) -> tuple[str, b
 
 def _first_tag(*tags: int) -> int:
     return next((int(tag) for tag in tags if tag != _UNSPECIFIED), _UNSPECIFIED)
+
+
+def warn_of_hdr(name: str, info: ColorInfo) -> None:
+    """Say that the frames of an HDR video are not tone mapped."""
+    if info.transfer in _HDR:
+        warnings.warn(
+            f"{name} is HDR ({info.transfer}) and is read without tone mapping, so that it looks pale; convert it to "
+            "SDR first if that matters",
+            stacklevel=4,
+        )

@@ -88,9 +88,7 @@ class Fields:
         yield from itertools.islice(_deinterlaced(delivered, self.warn), before, None)
 
 
-def _deinterlaced(
-    delivered: Iterator[Delivered[VideoFrame]], found: Callable[[], None]
-) -> Iterator[Delivered[Whole]]:
+def _deinterlaced(delivered: Iterator[Delivered[VideoFrame]], found: Callable[[], None]) -> Iterator[Delivered[Whole]]:
     """Yield the frames with those made whole that are marked as interlaced; ``found`` is called before such a frame.
 
     A frame waits for the one after it only if it is interlaced. The frames beside damage have no neighbour there.

@@ -25,7 +25,8 @@ from av.stream import Discard
 
 from longvid.errors import SourceError
 from longvid.media.decoding.audio import pick_audio
-from longvid.media.decoding.container import MediaFile, reason
+from longvid.media.decoding.container import reason
+from longvid.media.decoding.media_file import MediaFile
 from longvid.media.decoding.watchdog import Watchdog
 from longvid.media.limits import Limits
 from longvid.media.output.formats import Container

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from longvid.errors import LongvidError, SourceError
-from longvid.media.decoding.container import MediaFile
+from longvid.media.decoding.media_file import MediaFile
 from longvid.media.limits import Limits
 from longvid.media.output.sound import Sound, SoundFile, Window
 from longvid.store.reader import LatentStore
@@ -70,9 +70,12 @@ def _of_file(path: Audio, latents: LatentStore, window: Window) -> Sound:
 def _of_source(latents: LatentStore, window: Window) -> Sound | None:
     name, recorded = latents.source.get("name"), _recorded(latents)
     details = latents.source.get("details") or {}
-    if latents.source.get("kind") != "video" or not name or details.get("audio", ()) is None:
+    if latents.source.get("kind") not in ("video", "pipe") or not name or details.get("audio", ()) is None:
         return None
     advice = "name a file with --audio FILE, or leave the sound out with --audio none"
+    if latents.source["kind"] == "pipe":
+        raise SourceError(f"{name} could be read once only; {advice}")
+    window = _on_clock_of_file(latents, window, advice)
     if not Path(name).exists():
         raise SourceError(f"{name} is not there any more; {advice}", kind="missing")
     file = MediaFile(name, Limits())
@@ -89,6 +92,17 @@ def _of_source(latents: LatentStore, window: Window) -> Sound | None:
         raise
 
 
+def _on_clock_of_file(latents: LatentStore, window: Window, advice: str) -> Window:
+    """The window on the clock of the source; SourceError if the pictures do not lie on that clock."""
+    details = latents.source.get("details") or {}
+    if latents.metadata.attributes["longvid"].get("joints"):
+        raise SourceError(f"the time stamps of its pictures begin again on the way; {advice}")
+    if latents.source.get("timing_assumed"):
+        raise SourceError(f"its pictures have no time stamps of their own; {advice}")
+    begin = Fraction(details.get("resampled_from_second") or 0)
+    return Window(begin=window.begin + begin, end=window.end + begin, frame=window.frame)
+
+
 def _recorded(latents: LatentStore) -> dict[str, Any]:
     """What the store records of the file that was encoded."""
     found = latents.metadata.fingerprint.get("source")
@@ -100,7 +114,7 @@ def _why_other(file: MediaFile, recorded: dict[str, Any]) -> str | None:
     size, digest = recorded.get("bytes"), recorded.get("sha256")
     if size != file.num_bytes:
         return f"it has {file.num_bytes} bytes, and had {size}"
-    return None if digest == file.sha256(lambda: None) else "its content has changed"
+    return None if digest == file.identity(lambda: None)["sha256"] else "its content has changed"
 
 
 def _has_sound(file: MediaFile) -> bool:

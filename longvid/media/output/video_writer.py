@@ -113,7 +113,7 @@ class VideoWriter:
         Raises:
             StoreError: frames or time stamps are not as promised, or the file cannot be written.
         """
-        container = self._opened()
+        self._opened()
         stamps = self._check_frames(frames_THWC, pts_T)
         with self._wrapped():
             for frame_HWC, pts in zip(frames_THWC, stamps, strict=True):
