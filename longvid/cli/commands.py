@@ -15,12 +15,11 @@ import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longvid.cli.footage import sound_words
 from longvid.cli.importing import check_import_options, imported
 from longvid.cli.parser import Command, make_parser
 from longvid.cli.signals import Ended, StopRequest, handle_signals
@@ -41,8 +40,6 @@ from longvid.units import format_bytes
 if TYPE_CHECKING:
     from longvid.models.base import CausalVAE
     from longvid.runtime.session import VideoSession
-    from longvid.store.metadata import StoreMetadata
-    from longvid.store.reader import LatentStore
 
 __all__ = ["main"]
 
@@ -130,74 +127,11 @@ def _decode(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from longvid.models.numerics import Numerics
-    from longvid.store.reader import LatentStore, open_reader
+    from longvid.cli.info import describe_store
 
-    reader = open_reader(args.store)
-    store, model = reader.metadata, reader.metadata.vae
-    own, words = _frame_facts(store) if store.kind == "frames" else _latent_facts(LatentStore(reader))
-    facts = {
-        "kind": store.kind,
-        **own,
-        **{name: getattr(store, name) for name in ("complete", "numerics", "source")},
-        "model": model,
-        "part": None if store.part is None else asdict(store.part),
-        "seams": [asdict(seam) for seam in store.seams],
-        **{name: store.attributes["longvid"].get(name) for name in ("joints", "damage", "last_frame_duration")},
-        "stored_bytes": reader.stored_bytes,
-    }
-    if args.json:
-        print(json.dumps(facts))
-        return 0
-    print(f"{args.store}: {'complete' if store.complete else 'incomplete'}, {facts['frames']} {words}")
-    if store.numerics:
-        print(f"computed  {Numerics.from_dict(store.numerics).words}")
-    seed, scale = model.get("random_weights"), f"scaling_factor {model.get('scaling_factor')}"
-    scale = "latents_mean and latents_std by channel" if model.get("latents_mean") else scale
-    print(
-        f"model     {model.get('name_or_path') or model.get('class_name')}"
-        + ("" if seed is None else f" with random weights (seed {seed})")
-        + ("" if store.kind == "frames" else f", {scale}")
-    )
-    print(f"source    {(store.source or {}).get('name')}{sound_words(store.source)}")
-    if store.part is not None:
-        print(f"part      {store.part}; longvid join makes one store of all parts")
-    for seam in store.seams:
-        print(f"seam      {seam}")
-    for joint in (facts["joints"] or [])[:10]:
-        print(f"joint     at frame {joint['frame']} of the source: stamp {joint['after']} follows {joint['before']}")
-    print(f"stored    {format_bytes(reader.stored_bytes)}")
+    facts, text = describe_store(args.store)
+    print(json.dumps(facts) if args.json else text)
     return 0
-
-
-def _latent_facts(store: LatentStore) -> tuple[dict[str, Any], str]:
-    padded = int((~store.latents_valid).sum())
-    facts = {
-        "frames": store.num_frames,
-        "latent_shape": list(store.latents.shape),
-        "latent_dtype": str(store.latents.dtype),
-        "latents_valid": store.num_latents - padded,
-        "representation": store.representation,
-        "chunk_plan": store.schedule.to_dict(),
-    }
-    shape = "x".join(map(str, store.latents.shape))
-    padding = f"; the last {padded} stand for no frame" if padded else ""
-    return facts, (
-        f"frames of {store.width}x{store.height}\n"
-        f"latents   {shape} (t c y x) {store.latents.dtype}, {store.representation}, raw (not scaled){padding}\n"
-        f"plan      {store.schedule.words}"
-    )
-
-
-def _frame_facts(store: StoreMetadata) -> tuple[dict[str, Any], str]:
-    num_frames, height, width, _ = shape = store.main.shape
-    facts = {
-        "frames": num_frames,
-        "frame_shape": list(shape),
-        "frame_rate": store.attributes["longvid"].get("frame_rate"),
-        "latents": store.origin,
-    }
-    return facts, f"decoded frames of {width}x{height}\nlatents   {store.origin}"
 
 
 def _join(args: argparse.Namespace) -> int:

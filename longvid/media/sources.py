@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from longvid.errors import SourceError, StoreError
-from longvid.media.arrays import ArrayFrames, FrameSource, IterableFrames, Reading, is_array
+from longvid.media.arrays import ArrayFrames, IterableFrames, is_array
+from longvid.media.frame_source import FrameSource, Reading
 from longvid.media.pipes import is_pipe
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from torch import Tensor
 from longvid.errors import ModelError, NonFiniteError, ScheduleError, SourceError, StoreError
 from longvid.events import RunReport
 from longvid.frames import Frames, Marks, Times
-from longvid.media.arrays import FrameSource
+from longvid.media.frame_source import FrameSource
 from longvid.media.limits import Limits
 from longvid.media.pipes import is_pipe
 from longvid.media.sources import open_source

@@ -22,7 +22,7 @@ from longvid.errors import SourceError, StoreError
 from longvid.events import Callback, RunReport
 from longvid.files import local_path
 from longvid.frames import Frames
-from longvid.media.arrays import Reading
+from longvid.media.frame_source import Reading
 from longvid.media.limits import Limits
 from longvid.media.output.picture_writer import picture_path
 from longvid.memory.offload import OffloadPolicy
@@ -209,7 +209,7 @@ class VideoSession:
             part: ``(3, 8)`` encodes the third of eight parts to ``STORE.part-3-of-8``; see :func:`longvid.join`.
             durability: ``"fsync"`` survives power loss, ``"rename"`` a killed process; or :class:`~longvid.Durability`.
             follow: read a file as it grows, until it has not done so for ``follow_seconds`` (10 by default).
-            reading: how the source is read, such as ``start``: :class:`~longvid.media.arrays.Reading`.
+            reading: how the source is read, such as ``start``: :class:`~longvid.media.frame_source.Reading`.
 
         Raises:
             SourceError: frames cannot be read. If nothing was committed yet, no store is left behind.

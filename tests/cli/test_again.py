@@ -11,7 +11,7 @@ from longvid.events import RunReport
 from longvid.reporting.progress import ProgressBar
 from longvid.reporting.recorder import read_recording
 
-SMALL = ["--size", "64x48", "--frames", "45", "--chunk-frames", "4", "--json"]
+SMALL = ["--size", "64x48", "--fit", "stretch", "--frames", "45", "--chunk-frames", "4", "--json"]
 
 
 @pytest.fixture(autouse=True)

@@ -22,12 +22,13 @@ from longvid.demo import __main__ as demo
 
 CLIP = demo.CLIP
 NANO = ["--model", "cogvideox-nano", "--random-weights", "0"]
+SIZE = ["--size", "64x48", "--fit", "stretch"]
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     path = tmp_path_factory.mktemp("store") / "clip.zarr"
-    assert main(["encode", str(CLIP), str(path), *NANO, "--size", "64x48", "--frames", "20", "--quiet"]) == 0
+    assert main(["encode", str(CLIP), str(path), *NANO, *SIZE, "--frames", "20", "--quiet"]) == 0
     return path
 
 
@@ -41,7 +42,19 @@ def one_line(err):
 
 def test_encode_decode_info_as_json(run, tmp_path):
     code, out, err = run(
-        "encode", CLIP, tmp_path / "a.zarr", *NANO, "--size", "64x48", "--start", 3, "--frames", 20, "--json"
+        "encode",
+        CLIP,
+        tmp_path / "a.zarr",
+        *NANO,
+        "--size",
+        "64x48",
+        "--fit",
+        "stretch",
+        "--start",
+        3,
+        "--frames",
+        20,
+        "--json",
     )
     assert code == 0, err
     report = json.loads(out)
@@ -85,7 +98,7 @@ def test_info_shows_a_store_of_frames(run, store, tmp_path):
 
 
 def test_encode_says_which_model_runs(run, tmp_path):
-    small = ["--size", "64x48", "--frames", 5]
+    small = [*SIZE, "--frames", 5]
     code, out, err = run("encode", CLIP, tmp_path / "a.zarr", *small, "--json")
     assert code == 0
     assert json.loads(out)
@@ -102,7 +115,7 @@ def test_a_source_that_is_missing_is_all_that_is_said(run, tmp_path):
 @pytest.mark.parametrize("command", ["decode", "repair"])
 def test_a_model_folder_that_was_moved_is_named_with_the_store(run, tmp_path, command):
     shutil.copytree(Path(longvid.__file__).parent / "weights" / "tiny", tmp_path / "model")
-    small = ["--size", "64x48", "--frames", 5, "--quiet"]
+    small = [*SIZE, "--frames", 5, "--quiet"]
     assert run("encode", CLIP, tmp_path / "a.zarr", "--model", tmp_path / "model", *small)[0] == 0
     (tmp_path / "model").rename(tmp_path / "moved")
     out = [tmp_path / "b.mp4"] if command == "decode" else []
@@ -157,7 +170,7 @@ def bad_inputs(tmp_path, store):
     (pickled / "config.json").write_text('{"_class_name": "AutoencoderKLCogVideoX"}')
     torch.save({}, pickled / "diffusion_pytorch_model.bin")
     out = tmp_path / "out.zarr"
-    small = [*NANO, "--size", "64x48"]
+    small = [*NANO, *SIZE]
     return {
         "missing file": (["encode", tmp_path / "none.mp4", out, *small], 3, "none.mp4"),
         "a folder": (["encode", foreign, out, *small], 3, "thesis"),
@@ -258,7 +271,18 @@ def test_debug_shows_the_traceback(run, tmp_path):
 def test_overwrite_replaces_a_store(run, tmp_path):
     for extra in ([], ["--overwrite"]):
         code, _, err = run(
-            "encode", CLIP, tmp_path / "a.zarr", *NANO, "--size", "64x48", "--frames", 5, "--quiet", *extra
+            "encode",
+            CLIP,
+            tmp_path / "a.zarr",
+            *NANO,
+            "--size",
+            "64x48",
+            "--fit",
+            "stretch",
+            "--frames",
+            5,
+            "--quiet",
+            *extra,
         )
         assert code == 0, err
     assert longvid.open_store(tmp_path / "a.zarr").num_frames == 5

@@ -64,7 +64,7 @@ def test_the_background_is_in_the_fingerprint_and_must_be_a_colour(tmp_path):
 
 def test_transparency_that_the_decoder_leaves_out_is_said(tmp_path):
     path = tmp_path / "a.webm"
-    ffmpeg(*SOURCE, "-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p", path)
+    ffmpeg(*SOURCE, "-c:v", "libvpx-vp9", "-threads", 1, "-pix_fmt", "yuva420p", path)
     with pytest.warns(UserWarning, match="does not read"):
         frames, _ = collect(VideoFile(path))
     assert len(frames) == 4

@@ -59,7 +59,7 @@ def test_fields_are_left_when_asked(tmp_path):
     assert np.abs(frames.astype(int) - pictures(path, 64, 96)).mean() < 1
 
 
-@pytest.mark.filterwarnings("ignore:.*is interlaced")
+@pytest.mark.filterwarnings("ignore:.*(is interlaced|has no time stamps)")
 def test_frames_in_between_that_are_whole_stay(tmp_path):
     """Two recordings in a row: whole frames, then interlaced ones."""
     plain, woven, path = tmp_path / "plain.h264", tmp_path / "woven.h264", tmp_path / "both.ts"

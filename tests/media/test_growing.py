@@ -17,7 +17,7 @@ from longvid.media.sources import open_source
 KINDS = {
     "a.ts": ["-c:v", "libx264", "-qp", "12", "-bf", "2", "-g", "10"],
     "a.mkv": ["-c:v", "libx264", "-qp", "12", "-bf", "2", "-g", "10"],
-    "a.webm": ["-c:v", "libvpx", "-b:v", "1M"],
+    "a.webm": ["-c:v", "libvpx", "-threads", "1", "-b:v", "1M"],
     "a.mp4": ["-c:v", "libx264", "-qp", "12", "-movflags", "frag_keyframe+empty_moov", "-g", "10"],
     "a.h264": ["-c:v", "libx264", "-qp", "12", "-bf", "0"],
 }

@@ -21,7 +21,7 @@ from longvid.media.sources import open_source
 
 KINDS = {
     "a.mkv": ["-c:v", "libx264", "-qp", "12", "-bf", "2"],
-    "a.webm": ["-c:v", "libvpx", "-b:v", "1M"],
+    "a.webm": ["-c:v", "libvpx", "-threads", "1", "-b:v", "1M"],
     "a.ts": ["-c:v", "libx264", "-qp", "12", "-bf", "2"],
     "a.y4m": [],
     "a.gif": [],

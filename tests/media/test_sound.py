@@ -13,7 +13,7 @@ from support.ffmpeg import ffmpeg, pictures
 from support.media import collect
 
 from longvid.errors import SourceError
-from longvid.media.decoding.container import MediaFile
+from longvid.media.decoding.media_file import MediaFile
 from longvid.media.limits import Limits
 from longvid.media.output.sound import Sound, SoundFile, Window
 from longvid.media.output.video_writer import VideoWriter

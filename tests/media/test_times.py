@@ -49,7 +49,20 @@ def joined_webm(path):
     parts = []
     for name in ("testsrc", "testsrc2"):
         part = path.with_name(f"{name}.webm")
-        ffmpeg(*generated(1, name=name), "-c:v", "libvpx", "-b:v", "1M", "-g", 25, "-deadline", "realtime", part)
+        ffmpeg(
+            *generated(1, name=name),
+            "-c:v",
+            "libvpx",
+            "-threads",
+            1,
+            "-b:v",
+            "1M",
+            "-g",
+            25,
+            "-deadline",
+            "realtime",
+            part,
+        )
         parts.append(part.read_bytes())
     path.write_bytes(b"".join(parts))
 

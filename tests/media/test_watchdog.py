@@ -55,7 +55,7 @@ def test_a_stalled_file_ends_the_run_and_not_the_program(tmp_path, monkeypatch):
     path = write_media(tmp_path / "a.mp4", barcodes(30))
     release = threading.Event()
     with open_source(path, limits=Limits(stall_seconds=3)) as video:
-        packets = iter(video._decoder._packets)
+        packets = iter(video._reader._decoder._packets)
 
         def hanging():
             for count, packet in enumerate(packets):
@@ -63,7 +63,7 @@ def test_a_stalled_file_ends_the_run_and_not_the_program(tmp_path, monkeypatch):
                     release.wait()
                 yield packet
 
-        monkeypatch.setattr(video._decoder, "_packets", hanging())
+        monkeypatch.setattr(video._reader._decoder, "_packets", hanging())
         with pytest.raises(SourceError) as caught:
             list(video.blocks())
         assert caught.value.kind == "stalled"

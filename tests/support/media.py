@@ -70,6 +70,8 @@ def write_media(
         # chromaloc: swscale puts chroma between the pixels
         defaults = {"preset": "ultrafast", "x264-params": "chromaloc=1"} if codec == "libx264" else {}
         stream.options = {**defaults, **(options or {})}
+        if codec.startswith("libvpx"):  # its threads wait for each other by spinning: for minutes on busy cores
+            stream.codec_context.thread_count = 1
         if time_base is not None:
             stream.codec_context.time_base = stream.time_base = time_base
         for name, value in (tags or {}).items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ import numpy as np
 
 from longvid.media.decoding.decoder import Decoder
 from longvid.media.decoding.seek_index import SeekIndex
+from longvid.media.file_reader import FileReader
 from longvid.media.sources import open_source
-from longvid.media.video_file import VideoFile
 from support.bad_media import FRAGMENTS, GOP, H264, JPEG, clip
 from support.fields import write_fields
 from support.media import barcodes, join, write_media
@@ -146,7 +145,7 @@ class Spy(list[int]):
 
 def spy(monkeypatch: Any) -> Spy:
     seen = Spy()
-    register, sought = Decoder._register, VideoFile._sought
+    register, sought = Decoder._register, FileReader._sought
 
     def registered(self: Any, packet: Any) -> None:
         seen.append(packet.size)
@@ -158,7 +157,7 @@ def spy(monkeypatch: Any) -> Spy:
         return found
 
     monkeypatch.setattr(Decoder, "_register", registered)
-    monkeypatch.setattr(VideoFile, "_sought", watched)
+    monkeypatch.setattr(FileReader, "_sought", watched)
     return seen
 
 
@@ -170,7 +169,7 @@ def read(
         warnings.simplefilter("ignore")
         with open_source(path, **options) as video:
             if index is not None:
-                video.index = replace(index, points=[*index.points])
+                video.index.points, video.index.stamps = [*index.points], index.stamps
             blocks = list(video.blocks(first=first))
             height, width = video.info.height, video.info.width
     frames = [block.frames_THWC for block in blocks] or [np.zeros((0, height, width, 3), np.uint8)]

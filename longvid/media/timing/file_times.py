@@ -33,7 +33,7 @@ class FileTimes:
 
     def __init__(self, name: str, frame_rate: Fraction | float | None) -> None:
         self._name, self._frame_rate = name, frame_rate
-        self._without_stamps = self._said_joint = self._said_sorted = False
+        self.without_stamps = self._said_joint = self._said_sorted = False
         self.joints: dict[int, Joint] = {}
         "places where the stamps do not continue, by the number of the frame"
         self._duration = 0
@@ -43,18 +43,18 @@ class FileTimes:
     def begin(self, stream: VideoStream) -> None:
         """Begin with the first frame, or with any if :attr:`clock` is told its offset."""
         self._stream = stream
-        rate = (self._frame_rate if self._without_stamps else None) or mean_frame_rate(stream) or DEFAULT_FRAME_RATE
+        rate = (self._frame_rate if self.without_stamps else None) or mean_frame_rate(stream) or DEFAULT_FRAME_RATE
         self.clock = Clock(
             stream.time_base or 1 / DEFAULT_FRAME_RATE,
             Fraction(rate),
             transport=stream.container.format.name in TRANSPORTS,
-            without_stamps=self._without_stamps,
+            without_stamps=self.without_stamps,
         )
 
     @property
     def frame_rate(self) -> Fraction | None:
         """Mean frames per second; None if unknown."""
-        return 1 / self.clock.time_base if self._without_stamps else mean_frame_rate(self._stream)
+        return 1 / self.clock.time_base if self.without_stamps else mean_frame_rate(self._stream)
 
     def check(self, first: VideoFrame) -> None:
         """Decide by the first frame whether the file has time stamps.
@@ -73,7 +73,7 @@ class FileTimes:
             )
         if first.pts is not None:
             return
-        self._without_stamps = True
+        self.without_stamps = True
         self.begin(self._stream)
         if rate is None:
             warnings.warn(
@@ -131,7 +131,7 @@ class FileTimes:
             if packet.pts is not None:
                 first = packet.pts if first is None else min(first, packet.pts)
                 end = max(packet.pts + (packet.duration or 0), packet.pts if end is None else end)
-        if self._without_stamps or first is None or end is None:
+        if self.without_stamps or first is None or end is None:
             return count
         self._index = count - 1
         claimed = self._claimed_end()
@@ -154,7 +154,7 @@ class FileTimes:
         duration, frame = picture.duration * self.clock.scale, picture.frame
         if frame is not None and frame.interlaced_frame and abs(2 * duration - self.clock.step) <= 1:
             return self.clock.step  # of one of its two fields
-        return 0 if self._without_stamps else duration
+        return 0 if self.without_stamps else duration
 
     def _claimed_end(self) -> Fraction | None:
         """Where the stream ends, in units of the file, by its header."""

@@ -26,7 +26,7 @@ import torch
 from longvid.errors import NonFiniteError, OptionError, ScheduleError, SourceError
 from longvid.frames import SourceInfo
 from longvid.latents import denormalize, find_channel_axis
-from longvid.media.arrays import DEFAULT_FRAME_RATE
+from longvid.media.frame_source import DEFAULT_FRAME_RATE
 from longvid.models.base import CausalVAE, LatentGeometry
 from longvid.models.loading import load_architecture
 from longvid.runtime.exchange.latent_files import read_latents
