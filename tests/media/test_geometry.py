@@ -1,12 +1,12 @@
 """The shape of what comes out beside the ffmpeg program: turned, mirrored, cropped, with pixels that are not square."""
 
-import struct
 import warnings
 from fractions import Fraction
 
 import numpy as np
 import pytest
 from support.ffmpeg import ffmpeg, generated, pictures
+from support.footage import with_aperture
 from support.media import collect
 
 from longvid.errors import SourceError
@@ -63,19 +63,6 @@ def test_an_orientation_in_the_stream_holds_until_the_next(tmp_path, how):
     # ffmpeg turns only the frame that the message comes with; all frames are upright in the source
     moved = frames[1:].astype(int) - frames[:-1]
     assert np.abs(moved).mean() < 5
-
-
-def with_aperture(data, width=80, height=48, right=0, down=0):
-    """A copy of an mp4 file with a clean aperture."""
-    data = bytearray(data)
-    at = data.index(b"avc1", data.index(b"stsd")) - 4
-    size = struct.unpack(">I", data[at : at + 4])[0]
-    data[at + size : at + size] = struct.pack(">I4s8i", 40, b"clap", width, 1, height, 1, right, 1, down, 1)
-    data[at : at + 4] = struct.pack(">I", size + 40)
-    for name in (b"stsd", b"stbl", b"minf", b"mdia", b"trak", b"moov"):
-        box = data.rindex(name, 0, at + 8) - 4
-        data[box : box + 4] = struct.pack(">I", struct.unpack(">I", data[box : box + 4])[0] + 40)
-    return bytes(data)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
