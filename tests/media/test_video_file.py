@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -407,6 +408,18 @@ def test_frames_come_one_by_one_each_in_memory_of_its_own(clip):
 
 def test_two_readings_are_the_same_bit_by_bit(clip):
     assert np.array_equal(collect(VideoFile(clip))[0], collect(VideoFile(clip))[0])
+
+
+def test_frames_are_freed_without_the_garbage_collector(clip):
+    """As they are not if ``frame.side_data`` is read."""
+    gc.collect()
+    gc.disable()
+    try:
+        with VideoFile(clip) as video:
+            most = max(sum(type(one) is av.VideoFrame for one in gc.get_objects()) for _ in video.blocks())
+    finally:
+        gc.enable()
+    assert most < COUNT / 2
 
 
 def test_blocks_may_be_called_once(clip):

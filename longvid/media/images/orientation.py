@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from av.sidedata.sidedata import SideDataContainer
 from av.video.frame import VideoFrame
 
 if TYPE_CHECKING:
@@ -93,5 +94,7 @@ class OrientationTracker:
 
 
 def _matrix(frame: VideoFrame) -> bytes | None:
-    data: Any = frame.side_data.get("DISPLAYMATRIX")
+    # frame.side_data would keep the frame alive until the next garbage collection
+    container: Any = SideDataContainer
+    data = container(frame).get("DISPLAYMATRIX")
     return None if data is None else bytes(data)
