@@ -112,7 +112,7 @@ def read_middle(path: Path, held: HoldOut, *, size: tuple[int, int], frames: int
             kind="no-frames",
         )
     frames -= (frames - 1) % 4
-    with VideoFile(path, start=first + (stop - first - frames) // 2, frames=frames, size=size) as video:
+    with VideoFile(path, start=first + (stop - first - frames) // 2, frames=frames, size=size, fit="stretch") as video:
         return np.concatenate([block.frames_THWC for block in video.blocks()])
 
 
@@ -252,7 +252,7 @@ def _decode_runs(
     def is_kept(item: tuple[int, Frames]) -> bool:
         return item[0] % every < keep and not any(start <= item[0] < stop for start, stop in held)
 
-    with VideoFile(path, size=size) as video:
+    with VideoFile(path, size=size, fit="stretch") as video:
         frames = enumerate(itertools.chain.from_iterable(block.frames_THWC for block in video.blocks()))
         for kept, run in itertools.groupby(frames, is_kept):
             while kept and (part := list(itertools.islice(run, 4096))):

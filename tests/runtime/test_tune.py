@@ -219,6 +219,8 @@ def test_the_command_saves_what_encode_reads(tmp_path, capsys):
         "--quiet",
         "--frames",
         "9",
+        "--fit",
+        "stretch",
     ]
     assert main([*encode, "--size", "24x16"]) == 0
     assert main([*encode, "--size", "32x16", "--overwrite"]) == 6

@@ -111,7 +111,7 @@ ENCODE = {
     "store_dtype": {"store_dtype": "float32"},
     "representation": {"representation": "sample"},
     "source.start": {"start": 2},
-    "source.size": {"size": (32, 48)},
+    "source.size": {"size": (16, 32)},
 }
 
 
