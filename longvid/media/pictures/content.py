@@ -19,7 +19,10 @@ _TIFF = {b"II*\0": "<", b"MM\0*": ">"}
 _CRITICAL = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS")
 _MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
 "of JPEG, other than those within the coded samples"
-_EOI, _SOS, _APP1, _APP2 = 0xD9, 0xDA, 0xE1, 0xE2
+_EOI, _APP1, _APP2 = 0xD9, 0xE1, 0xE2
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+"headers of frames"
+_SIZE = (257, 256)
 _ORIENTATION, _SUBFILE, _STRIPS, _TILES = 274, 254, (273, 279), (324, 325)
 _MOST_PAGES = 10_000
 _NO_PAGE = 1 | 4
@@ -37,6 +40,8 @@ class Content:
     "FFmpeg's decoder"
     num_bytes: int
     "those of the picture; a phone may have put another one behind it"
+    size: tuple[int, int] = (0, 0)
+    "(height, width) by its header; 0 if that is not looked at here"
     orientation: int = 1
     "1 to 8, as EXIF has it"
     fault: str | None = None
@@ -67,41 +72,47 @@ def examine(data: bytes) -> Content | None:
 
 
 def _png(data: bytes) -> Content:
-    at, orientation, animated, seen = len(_PNG), 1, False, False
+    at, size, orientation, animated, seen = len(_PNG), (0, 0), 1, False, False
     while at + 12 <= len(data):
         length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
         end = at + 12 + length
         if end > len(data):
             break
         if kind in _CRITICAL and zlib.crc32(memoryview(data)[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end]):
-            return Content("png", len(data), orientation, "is damaged: a checksum is wrong")
-        if kind == b"acTL" and not seen:
+            return Content("png", len(data), size, orientation, "is damaged: a checksum is wrong")
+        if kind == b"IHDR" and length >= 8:
+            width, height = struct.unpack_from(">II", data, at + 8)
+            size = height, width
+        elif kind == b"acTL" and not seen:
             animated = int.from_bytes(data[at + 8 : at + 12], "big") > 1
         elif kind == b"eXIf":
             orientation = _exif_orientation(data[at + 8 : end - 4])
         seen = seen or kind == b"IDAT"
         at = end
         if kind == b"IEND":
-            return Content("png", at, orientation, animated=animated, is_stream=data.startswith(_PNG, at))
-    return Content("png", len(data), orientation, f"{_CUT}: its end is not there", animated=animated)
+            return Content("png", at, size, orientation, animated=animated, is_stream=data.startswith(_PNG, at))
+    return Content("png", len(data), size, orientation, f"{_CUT}: its end is not there", animated=animated)
 
 
 def _jpeg(data: bytes) -> Content:
-    at, orientation, has_more = 2, 1, False
+    at, size, orientation, has_more = 2, (0, 0), 1, False
     while (match := _MARKER.search(data, at)) is not None:
         at, kind = match.end(), data[match.end() - 1]
         if kind == _EOI:
             is_stream = data.startswith(_JPEG, at) and not has_more
-            return Content("mjpeg", at, orientation, is_stream=is_stream)
+            return Content("mjpeg", at, size, orientation, is_stream=is_stream)
         if kind in (0x01, 0xD8):
             continue
         length = int.from_bytes(data[at : at + 2], "big")
         segment = data[at + 2 : at + length]
         if kind == _APP1 and segment.startswith(b"Exif\0") and orientation == 1:
             orientation = _exif_orientation(segment[6:])
+        elif kind in _FRAMES and len(segment) >= 5:
+            height, width = struct.unpack_from(">HH", segment, 1)
+            size = height, width
         has_more = has_more or (kind == _APP2 and segment.startswith(b"MPF\0"))
         at += max(2, length)
-    return Content("mjpeg", len(data), orientation, f"{_CUT}: its end is not there")
+    return Content("mjpeg", len(data), size, orientation, f"{_CUT}: its end is not there")
 
 
 def _webp(data: bytes) -> Content:
@@ -116,21 +127,23 @@ def _webp(data: bytes) -> Content:
             orientation = _exif_orientation(contents.removeprefix(b"Exif\0\0"))
         at += 8 + length + length % 2
     fault = f"{_CUT}: its header declares {end} bytes and the file has {len(data)}" if end > len(data) else None
-    return Content("webp", min(end, len(data)), orientation, fault, animated=animated)
+    return Content("webp", min(end, len(data)), (0, 0), orientation, fault, animated=animated)
 
 
 def _tiff(data: bytes) -> Content:
-    pages, orientation, fault = 0, 1, None
+    pages, size, orientation, fault = 0, (0, 0), 1, None
     for number, entries in enumerate(_directories(data)):
         if number == 0:
             orientation = _orientation(data, entries)
+            height, width = (sum(_numbers(data, entries[tag])[:1]) if tag in entries else 0 for tag in _SIZE)
+            size = height, width
             if _samples_end(data, entries) > len(data):
                 fault = f"{_CUT}: its samples lie beyond its end"
         subfile = _numbers(data, entries[_SUBFILE])[:1] if _SUBFILE in entries else []
         pages += not (subfile and subfile[0] & _NO_PAGE)
     if not pages:
         fault = f"{_CUT}: its directory is not there"
-    return Content("tiff", len(data), orientation, fault, pages=max(1, pages))
+    return Content("tiff", len(data), size, orientation, fault, pages=max(1, pages))
 
 
 def _directories(data: bytes) -> Iterator[dict[int, _Entry]]:

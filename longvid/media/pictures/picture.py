@@ -77,6 +77,7 @@ def decode(path: str, data: bytes, limits: Limits) -> Still | Fault:
     content = examine(data)
     if content is None:
         return Fault("damaged", "is no picture" if data else "is empty (0 bytes)")
+    limits.check_pixels(path, *content.size)
     if content.animated or content.pages > 1:
         raise _several(path, content)
     if content.fault is not None:
@@ -127,6 +128,7 @@ def _several(path: str, content: Content) -> SourceError:
         what = "is an animated WebP, which FFmpeg does not read here"
         advice = (
             "convert it to APNG with Pillow, as in "
-            f"PIL.Image.open({path!r}).save('animation.png', save_all=True), and name that file alone as the source"
+            f"image = PIL.Image.open({path!r}); image.load(); image.save('animation.png', save_all=True), and name that "
+            "file alone as the source"
         )
     return SourceError(f"{path} {what}; {advice}", kind="layout")
