@@ -1,4 +1,4 @@
-"""Opens whatever frames can come from: files, stores of frames, arrays and iterables."""
+"""Opens whatever frames can come from: files, pictures, stores of frames, arrays and iterables."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ __all__ = ["open_source"]
 
 
 def open_source(source: Any, **reading: Unpack[Reading]) -> FrameSource:
-    """Open what frames are read from: a media file, a store of frames that longvid wrote, an array of frames (numpy,
-    torch or zarr), or an iterable of such arrays.
+    """Open what frames are read from: a media file, pictures (a folder, names numbered as in ``frames/%05d.png``, or a
+    single one), a store of frames that longvid wrote, an array of frames (numpy, torch or zarr), or an iterable of such
+    arrays.
 
     Raises:
         SourceError: the source cannot be read, or is of a kind that has no frames.
@@ -38,6 +39,10 @@ def open_source(source: Any, **reading: Unpack[Reading]) -> FrameSource:
             frames = ArrayFrames(store, name=str(path), **reading)
             frames.info = replace(frames.info, sample_aspect_ratio=store.sample_aspect_ratio)
             return frames
+        from longvid.media.pictures.picture_folder import PictureFolder, is_pictures
+
+        if is_pictures(os.fspath(source)):
+            return PictureFolder(source, **reading)
         from longvid.media.video_file import VideoFile
 
         return VideoFile(source, **reading)

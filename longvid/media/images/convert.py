@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 import av
 import numpy as np
 import numpy.typing as npt
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.plane import VideoPlane
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
-from av.video.stream import VideoStream
 
 from longvid.errors import SourceError
 from longvid.frames import Fit, Pixels
@@ -25,7 +26,7 @@ from longvid.media.images.orientation import Orientation, orientation_of
 from longvid.media.images.shape import Geometry, Shape
 from longvid.media.limits import Limits
 
-__all__ = ["REVISION", "Converter", "Wanted"]
+__all__ = ["REVISION", "Converter", "Facts", "Wanted"]
 
 REVISION = 3
 "changes whenever the same file would give other bytes"
@@ -46,6 +47,22 @@ class Wanted:
     limits: Limits = field(default_factory=Limits)
 
 
+class Facts(Protocol):
+    """What a stream, or a picture, says of all its frames."""
+
+    @property
+    def sample_aspect_ratio(self) -> Fraction | None:
+        """Width of a pixel by its height."""
+
+    @property
+    def codec_context(self) -> VideoCodecContext:
+        """Its decoder, which has the tags of its colours."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Its tags."""
+
+
 class Converter:
     """Converts decoded frames to upright RGB of one size: colour and size in one pass of swscale.
 
@@ -53,9 +70,7 @@ class Converter:
     that are not shown, take a second pass.
     """
 
-    def __init__(
-        self, first: VideoFrame, stream: VideoStream, wanted: Wanted, name: str, edges: Edges | None = None
-    ) -> None:
+    def __init__(self, first: VideoFrame, stream: Facts, wanted: Wanted, name: str, edges: Edges | None = None) -> None:
         self._name = name
         self._wanted = wanted
         self._edges = edges

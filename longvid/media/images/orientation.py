@@ -38,6 +38,11 @@ class Orientation:
         return (size[1], size[0]) if self.turns % 2 else size
 
     @classmethod
+    def from_exif(cls, number: int) -> Orientation:
+        """From the number that EXIF has for it, 1 to 8."""
+        return cls(*_EXIF[number - 1])
+
+    @classmethod
     def from_matrix(cls, data: bytes) -> Orientation:
         """From a display matrix of nine numbers, by rows; an angle in between is rounded to a quarter turn."""
         if len(data) != _MATRIX.size:
@@ -53,12 +58,15 @@ class Orientation:
         return cls(1 if c > 0 else 3, mirrored)
 
 
+_EXIF = ((0, False), (0, True), (2, False), (2, True), (1, True), (3, False), (3, True), (1, False))
 UPRIGHT = Orientation()
 
 
 def orientation_of(frame: VideoFrame) -> Orientation:
-    """How a frame lies, by what :class:`OrientationTracker` noted on it."""
+    """How a frame lies, by what is noted on it: an orientation, or a matrix that :class:`OrientationTracker` found."""
     data = frame.opaque
+    if isinstance(data, Orientation):
+        return data
     return Orientation.from_matrix(data) if isinstance(data, bytes) else UPRIGHT
 
 
@@ -96,5 +104,15 @@ class OrientationTracker:
 def _matrix(frame: VideoFrame) -> bytes | None:
     # frame.side_data would keep the frame alive until the next garbage collection
     container: Any = SideDataContainer
-    data = container(frame).get("DISPLAYMATRIX")
+    try:
+        data = container(frame).get("DISPLAYMATRIX")
+    except ValueError:  # EXIF is among the side data, a kind that PyAV does not know; the angle can be had without it
+        return _TURNED.get(frame.rotation % 360)
     return None if data is None else bytes(data)
+
+
+_TURNED = {
+    turns * 90: _MATRIX.pack(a, b, 0, -b, a, 0, 0, 0, 1 << 30)
+    for turns, (a, b) in enumerate(((1, 0), (0, -1), (-1, 0), (0, 1)))
+    if turns
+}
