@@ -127,8 +127,8 @@ def _several(path: str, content: Content) -> SourceError:
     else:
         what = "is an animated WebP, which FFmpeg does not read here"
         advice = (
-            "convert it to APNG with Pillow, as in "
-            f"image = PIL.Image.open({path!r}); image.load(); image.save('animation.png', save_all=True), and name that "
-            "file alone as the source"
+            f"convert it to APNG with Pillow, as in image = PIL.Image.open({path!r}); image.save('animation.png', "
+            "save_all=True, duration=[(image.seek(i), image.load(), image.info['duration'])[2] for i in "
+            "range(image.n_frames)]), and name that file alone as the source"
         )
     return SourceError(f"{path} {what}; {advice}", kind="layout")
