@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longvid.cli.footage import sound_words
+from longvid.cli.footage import source_words
 from longvid.cli.importing import check_import_options, imported
 from longvid.cli.parser import Command, make_parser
 from longvid.cli.signals import Ended, StopRequest, handle_signals
@@ -159,7 +159,7 @@ def _info(args: argparse.Namespace) -> int:
         + ("" if seed is None else f" with random weights (seed {seed})")
         + ("" if store.kind == "frames" else f", {scale}")
     )
-    print(f"source    {(store.source or {}).get('name')}{sound_words(store.source)}")
+    print(f"source    {source_words(store.source or {})}")
     if store.part is not None:
         print(f"part      {store.part}; longvid join makes one store of all parts")
     for seam in store.seams:
