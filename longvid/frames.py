@@ -62,7 +62,7 @@ class SourceInfo:
     """What is known of a video before its first frame is read."""
 
     kind: str
-    "``video``, ``array`` or ``iterable``"
+    "``video``, ``pictures``, ``pipe``, ``array`` or ``iterable``"
     name: str
     "path of the file, or a word for what has none"
     height: int

@@ -18,7 +18,7 @@ def footage_lines(store: StoreMetadata) -> list[str]:
     source = store.source or {}
     details, recorded = source.get("details") or {}, store.attributes["longvid"]
     joints = recorded.get("joints") or []
-    lines = [f"source    {source.get('name')}{_sound(details)}"]
+    lines = [f"source    {source.get('name')}{_pictures(details)}{_sound(details)}"]
     lines += [f"picture   {words}" for words in _picture(source, details)]
     lines += [f"times     {words}" for words in _times(source, details, recorded)]
     lines += [
@@ -31,6 +31,12 @@ def footage_lines(store: StoreMetadata) -> list[str]:
     if damage:
         lines.append(f"damage    at frame {damage['frame']} of the source, --on-error {damage['on_error']}")
     return lines
+
+
+def _pictures(details: Mapping[str, Any]) -> str:
+    """Such as ``, 240 .png``; empty for other sources."""
+    suffixes = details.get("pictures")
+    return "".join(f", {count} {suffix}" for suffix, count in suffixes.items()) if isinstance(suffixes, dict) else ""
 
 
 def _sound(details: Mapping[str, Any]) -> str:

@@ -223,7 +223,8 @@ _RUN_OPTIONS = (
 _ENCODE = (
     _option(
         "source",
-        "what to read: a video file, a FIFO, or - for standard input",
+        "what to read: a video file, a folder of pictures (PNG, JPEG, TIFF, WebP; in the order of their names), "
+        "numbered pictures such as 'in/%%05d.png', a single picture, a FIFO, or - for standard input",
         metavar="SRC",
     ),
     _option("store", "zarr store to write, such as out.zarr", metavar="STORE"),
@@ -253,8 +254,18 @@ _ENCODE = (
         "chunk and mark it",
         *("stop", "quarantine"),
     ),
-    _option("--fps", "resample to so many frames per second by time stamps", read=_read_rate, metavar="N"),
-    _option("--assume-fps", "frames per second of a source without time stamps", read=_read_rate, metavar="N"),
+    _option(
+        "--fps",
+        "resample to so many frames per second by time stamps; of pictures: their rate",
+        read=_read_rate,
+        metavar="N",
+    ),
+    _option(
+        "--assume-fps",
+        "frames per second of a source without time stamps (default: 24 of pictures)",
+        read=_read_rate,
+        metavar="N",
+    ),
     _option(
         "--fit",
         "how frames of another shape come to --size (default: crop if the aspect differs by more than 2 %)",

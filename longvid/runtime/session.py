@@ -194,7 +194,7 @@ class VideoSession:
         """Encode a video into a zarr store of latents, or resume one that was not finished.
 
         Args:
-            source: path of a file or FIFO; ``"-"`` (standard input); uint8 arrays (T, H, W, 3), one or an iterable.
+            source: a file, FIFO, folder of pictures, ``in/%05d.png``, ``"-"``; uint8 (T, H, W, 3), one or an iterable.
             store: where the store goes; its parent folder exists.
             representation: the posterior's ``"mode"``, a ``"sample"`` by ``seed``, or all its ``"moments"``.
             chunk_plan: of a model with norms over time: ``"online"`` pads the last chunk; ``"reference"`` makes the

@@ -15,6 +15,7 @@ from support.ffmpeg import ffmpeg, generated, pictures
 from support.media import barcodes, collect, indices, smooth_colors
 
 from longvid import SourceError, StoreError, VideoSession, open_store
+from longvid.cli.commands import main
 from longvid.media.limits import Limits
 from longvid.media.picture import write_png
 from longvid.media.pictures.naming import list_pictures, natural_key
@@ -498,7 +499,7 @@ def test_reading_from_a_number_decodes_nothing_before_it(tmp_path, monkeypatch):
     assert read == {2, 6, 7, 8}
 
 
-def test_the_store_knows_its_pictures(tmp_path):
+def test_the_store_knows_its_pictures(tmp_path, capsys):
     folder = folder_of(tmp_path / "d", 12)
     encode(folder, tmp_path / "a.zarr", fps=30)
     store = open_store(tmp_path / "a.zarr")
@@ -506,6 +507,8 @@ def test_the_store_knows_its_pictures(tmp_path):
     assert store.source["details"]["pictures"] == {".png": 12}
     assert store.frame_rate == 30
     assert store.metadata.origin == str(folder)
+    assert main(["info", str(tmp_path / "a.zarr")]) == 0
+    assert f"source    {folder}, 12 .png\n" in capsys.readouterr().out
     whole = {path: path.read_bytes() for path in (tmp_path / "a.zarr" / "latents").rglob("c*") if path.is_file()}
     for path, content in whole.items():
         path.write_bytes(content[: len(content) // 2])

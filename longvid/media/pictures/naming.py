@@ -48,7 +48,7 @@ def list_pictures(path: str) -> list[str]:
         if not names:
             raise SourceError(
                 f"{path} is a folder without pictures ({_SUFFIXES}); name a folder that has some, or a video file",
-                kind="no-frames",
+                kind="not-video",
             )
         return names
     folder, pattern = os.path.split(path)
