@@ -301,7 +301,7 @@ class FileReader:
                 if (
                     picture.frame is None
                     or picture.fault is not None
-                    or (number == point.frame and not self.times.is_at(picture, point))
+                    or (number == point.frame and not self.times.is_at(picture, point, are_sorted=bool(self.sorts)))
                     or (stamps is not None and picture.pts not in stamps[number : number + 1])
                 ):
                     return None

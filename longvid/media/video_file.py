@@ -36,8 +36,6 @@ __all__ = ["VideoFile"]
 T = TypeVar("T")
 
 _LIBRARIES = ("libavcodec", "libavfilter", "libswscale")
-_WORTH_A_SEEK = 32
-"frames before the wanted one that are decoded faster than a file is opened again"
 
 
 class VideoFile(FrameSource):

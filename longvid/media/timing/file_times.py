@@ -105,11 +105,14 @@ class FileTimes:
             )
         return time
 
-    def is_at(self, picture: Picture, point: SeekPoint) -> bool:
-        """Whether a picture is the one of a seek point, with its time; the clock continues there."""
+    def is_at(self, picture: Picture, point: SeekPoint, *, are_sorted: bool) -> bool:
+        """Whether a picture is the one of a seek point, with its time; the clock continues there.
+
+        Stamps that are sorted tell so only if as many pictures came out since the seek as in a full read.
+        """
         if (picture.pts, picture.position) != (point.pts, point.position) or picture.shown_at is None:
             return False
-        if picture.shown_at != picture.pts and picture.shown_at * self.clock.scale + point.offset != point.time:
+        if are_sorted and picture.shown_at * self.clock.scale + point.offset != point.time:
             return False  # pictures before it were lost, so that the lowest stamp that is left is another one
         self.clock.restart(point.time, point.offset)
         return True
