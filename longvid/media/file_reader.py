@@ -264,9 +264,12 @@ class FileReader:
     def _scanned(self, index: int) -> SeekIndex:
         """The seek points up to a frame by the packets of the file, which are read for it and not decoded."""
         codec, most = self.stream.codec_context, index + PACKETS_AHEAD
-        if self.sorts or self.times.clock.scale != 1:
+        if self.sorts:
             return SeekIndex()
-        return self._scan(lambda packets: index_of_packets(itertools.islice(packets, most), codec)) or SeekIndex()
+        found = self._scan(lambda packets: index_of_packets(itertools.islice(packets, most), codec))
+        if found is None or found.stamps is None or not self.times.clock.keeps(found.stamps):
+            return SeekIndex()
+        return found
 
     def _scan(self, find: Callable[[Iterator[Packet[Any]]], T]) -> T | None:
         """What is found in the packets of the file, which are read and not decoded; None if they cannot be read."""

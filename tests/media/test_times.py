@@ -100,6 +100,24 @@ def overflow(path):
     ffmpeg(*generated(2), *X264, "-bf", 0, "-g", 25, "-output_ts_offset", (2**33 - 90000) / 90000, "-muxdelay", 0, path)
 
 
+def jump(path):
+    """A transport stream whose stamps jump ahead by an hour where a group begins."""
+    pace = ["-vf", "setpts=PTS+gte(N\\,12)*3600/TB", "-fps_mode", "passthrough"]
+    ffmpeg(*generated(1), *pace, *X264, "-bf", 2, "-g", 6, path)
+
+
+def packed_avi(path):
+    """MPEG-4 as Xvid writes it, with two pictures in a packet."""
+    ffmpeg(*generated(1), "-c:v", "libxvid", "-bf", 2, "-q:v", 3, "-g", 8, path)
+
+
+def first_without(path):
+    """Stamps before 0, of which the demuxer of Matroska makes none."""
+    whole = path.with_name("whole.mp4")
+    ffmpeg(*generated(1), *X264, "-bf", 2, whole)
+    ffmpeg("-itsoffset", -0.3, "-i", whole, "-c", "copy", "-avoid_negative_ts", "disabled", path)
+
+
 MAKERS = {
     "bframes.avi": bframes_avi,
     "noctts.mp4": no_ctts,
@@ -107,6 +125,9 @@ MAKERS = {
     "joined.webm": joined_webm,
     "highspeed.mkv": highspeed,
     "overflow.ts": overflow,
+    "jump.ts": jump,
+    "packed.avi": packed_avi,
+    "first.mkv": first_without,
 }
 STEPS = {
     "bframes.avi": 1 / 25,
@@ -114,8 +135,18 @@ STEPS = {
     "joined.webm": 1 / 25,
     "highspeed.mkv": 1 / 2000,
     "overflow.ts": 1 / 25,
+    "jump.ts": 1 / 25,
+    "packed.avi": 1 / 25,
+    "first.mkv": 1 / 25,
 }
-SAID = {"bframes.avi": "does not store when", "noctts.mp4": "does not store when", "joined.webm": "do not continue"}
+SAID = {
+    "bframes.avi": "does not store when",
+    "noctts.mp4": "does not store when",
+    "joined.webm": "do not continue",
+    "jump.ts": "do not continue",
+    "packed.avi": "does not store when",
+    "first.mkv": "has no time stamps",
+}
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -152,7 +183,7 @@ def test_from_any_frame_on_the_times_are_those_of_a_full_read(made, name, monkey
             assert np.array_equal(rest, frames[first:])
 
 
-@pytest.mark.filterwarnings("ignore:.* do not continue", "ignore:.* does not store when")
+@pytest.mark.filterwarnings("ignore:.* do not continue", "ignore:.* does not store when", "ignore:.* has no time")
 @pytest.mark.parametrize("name", MAKERS)
 def test_stopped_continued_and_decoded(made, name, tmp_path, monkeypatch):
     monkeypatch.setattr("longvid.store.latent_writer.TARGET_CHUNK_BYTES", 1)
@@ -175,7 +206,7 @@ def test_stopped_continued_and_decoded(made, name, tmp_path, monkeypatch):
     assert whole.frame_pts.tolist() == store.frame_pts.tolist()
     facts = [one.metadata.attributes["longvid"] for one in (whole, store)]
     assert facts[0].get("joints") == facts[1].get("joints")
-    assert ("joints" in facts[0]) == (name == "joined.webm")
+    assert ("joints" in facts[0]) == (SAID.get(name) == "do not continue")
     with VideoSession(model, device="cpu") as session:
         session.decode(tmp_path / "a.zarr", tmp_path / "a.mp4")
     with open_source(tmp_path / "a.mp4") as video:

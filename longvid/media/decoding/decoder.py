@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -39,6 +40,8 @@ _MOST_AHEAD = 32
 _MOST_WAITING = 128
 "pictures that change places, and threads that decode a frame each, together"
 _GUESS = "is damaged: its pixels would be the decoder's guess"
+_PACKED = re.compile(rb"DivX\d+(?:b|Build)\d+p")
+"the mark of MPEG-4 video with two pictures in one packet, to which FFmpeg gives stamps that do not rise"
 _SILENT_PACKETS = ("mpeg4", "vp8")
 "decoders that accept packets without a picture, in whole files too"
 _MOST_SILENT = 2
@@ -353,7 +356,10 @@ class Decoder:
         self._num_packets += 1
 
     def _is_in_decoding_order(self) -> bool:
-        """Whether the first packets tell no times at which pictures are shown, though some change places."""
+        """Whether the first packets tell no times at which pictures are shown, though some change places.
+
+        Their stamps rise though pictures change places, or two pictures share a packet and with it a stamp.
+        """
         if self._is_transport or not self._stream.codec_context.has_b_frames:
             return False
         ahead: list[Packet[Any]] = []
@@ -368,7 +374,7 @@ class Decoder:
                 break
             last = packet.pts
         self._packets = itertools.chain(ahead, self._packets)
-        return last is not None
+        return last is not None or any(_PACKED.search(bytes(packet)) for packet in ahead[:1])
 
     def _lowest(self, pts: int | None) -> int | None:
         """The stamp at which a picture is shown whose own one is ``pts``."""

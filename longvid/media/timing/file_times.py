@@ -85,7 +85,8 @@ class FileTimes:
     def stamp(self, picture: Picture, index: int) -> int:
         """The time of a picture, the next one; ``index`` is the number of the frame in the file."""
         time = self.clock.stamp(picture.shown_at, picture.duration)
-        self._duration, self._shown_at, self._index = self._own_duration(picture), picture.shown_at, index
+        self._duration, self._index = self._own_duration(picture), index
+        self._shown_at = None if self.without_stamps else picture.shown_at
         joint = self.clock.joint
         if joint is not None and len(self.joints) < MOST_JOINTS:
             self.joints.setdefault(index, Joint(index, *joint))
