@@ -57,7 +57,7 @@ class FileReader:
         *,
         limits: Limits,
         on_error: OnError,
-        frame_rate: Fraction | float | None,
+        frame_rate: Fraction | None,
         any_size: bool,
     ) -> None:
         self.file, self._name, self._limits, self._on_error, self._any_size = file, name, limits, on_error, any_size

@@ -98,7 +98,7 @@ class VideoFile(FrameSource):
             **{key: details[key] for key in facts},
             **self._converter.facts,
             **({} if self._fps is None else {"fps": str(self._fps)}),
-            **({} if self._frame_rate is None else {"frame_rate": str(Fraction(self._frame_rate))}),
+            **({} if self._frame_rate is None else {"frame_rate": str(self._frame_rate)}),
             "matrix": self._converter.color.info.matrix,
             "range": self._converter.color.info.range,
         }

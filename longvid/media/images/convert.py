@@ -19,7 +19,7 @@ from longvid.errors import SourceError
 from longvid.frames import Fit, Pixels
 from longvid.media.decoding.aperture import Edges
 from longvid.media.decoding.container import reason
-from longvid.media.images.alpha import background_color, composited, has_alpha
+from longvid.media.images.alpha import background_color, composited, has_alpha, has_alpha_layer
 from longvid.media.images.color import Conversion, Tags, resolve_color
 from longvid.media.images.orientation import Orientation, orientation_of
 from longvid.media.images.shape import Geometry, Shape
@@ -76,7 +76,8 @@ class Converter:
         self.interpolation_name = shrinks if self.shape.is_resized else None
         self.has_alpha = has_alpha(first.format)
         tags = {key.lower(): value for key, value in stream.metadata.items()}
-        self._alpha_is_lost = tags.get("alpha_mode") == "1" and not self.has_alpha
+        declares_alpha = tags.get("alpha_mode") == "1" or has_alpha_layer(stream.codec_context)
+        self._alpha_is_lost = declares_alpha and not self.has_alpha
 
     @property
     def orientation(self) -> Orientation:

@@ -31,7 +31,7 @@ class FileTimes:
     ``frame_rate`` is for files without time stamps, and refused for others by :meth:`check`.
     """
 
-    def __init__(self, name: str, frame_rate: Fraction | float | None) -> None:
+    def __init__(self, name: str, frame_rate: Fraction | None) -> None:
         self._name, self._frame_rate = name, frame_rate
         self.without_stamps = self._said_joint = self._said_sorted = False
         self.joints: dict[int, Joint] = {}
@@ -46,7 +46,7 @@ class FileTimes:
         rate = (self._frame_rate if self.without_stamps else None) or mean_frame_rate(stream) or DEFAULT_FRAME_RATE
         self.clock = Clock(
             stream.time_base or 1 / DEFAULT_FRAME_RATE,
-            Fraction(rate),
+            rate,
             transport=stream.container.format.name in TRANSPORTS,
             without_stamps=self.without_stamps,
         )
@@ -63,8 +63,6 @@ class FileTimes:
             SourceError: it has some, and a frame rate was given.
         """
         rate = self._frame_rate
-        if rate is not None and rate <= 0:
-            raise SourceError(f"frame_rate={rate} is not a number of frames per second above 0", kind="range")
         if first.pts is not None and rate is not None:
             raise SourceError(
                 f"frame_rate={rate} was given for {self._name}, but a media file carries its own time stamps; leave it "
