@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from fractions import Fraction
 from typing import Any, Unpack
 
 import numpy as np
