@@ -19,6 +19,7 @@ from longvid.errors import SourceError
 from longvid.frames import OnError, Times
 from longvid.media.decoding.container import declared_end, lost_samples, pick_stream
 from longvid.media.decoding.decoder import Decoder, Fault, Picture
+from longvid.media.decoding.ends import next_recording
 from longvid.media.decoding.field_pictures import may_have_fields
 from longvid.media.decoding.media_file import MediaFile
 from longvid.media.decoding.seek_index import PACKETS_AHEAD, SeekIndex, SeekPoint, index_of_packets
@@ -361,6 +362,8 @@ class FileReader:
             raise self._error(fault, index)
         if fault is not None:
             self._warn_of_end(fault, index)
+        else:
+            self._warn_of_rest()
 
     def _with_ahead(self) -> Iterator[Picture]:
         while self._ahead:
@@ -370,6 +373,25 @@ class FileReader:
 
     def _note_damage(self, index: int) -> None:
         self.damage = index if self.damage is None else self.damage
+
+    def _warn_of_rest(self) -> None:
+        """Say which pictures of recordings that were joined are not found."""
+        how = "join the recordings with ffmpeg -f concat, or encode them one by one"
+        start = None
+        if not self.file.one_pass:
+            start = next_recording(self.file.file, self.formats, self._decoder.reached)
+        if start is not None:
+            warnings.warn(
+                f"another recording begins at byte {start} of {self._name}, which FFmpeg does not read: the video ends "
+                f"before it; {how}",
+                stacklevel=2,
+            )
+        if self._decoder.num_discarded:
+            warnings.warn(
+                f"{self._decoder.num_discarded} packets of {self._name} are left out, since the edit list of one "
+                f"recording holds for another one that was joined to it; {how}",
+                stacklevel=2,
+            )
 
     def _warn_of_end(self, fault: Fault, index: int) -> None:
         self._note_damage(index)

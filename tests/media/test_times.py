@@ -256,6 +256,26 @@ def test_a_frame_rate_is_for_streams_without_time_stamps(tmp_path):
         open_source(write_media(tmp_path / "a.mp4", barcodes(2)), frame_rate=10)
 
 
+@pytest.mark.filterwarnings("ignore:.* do not continue")
+@pytest.mark.parametrize(
+    ("suffix", "count", "options", "words"),
+    [
+        ("mkv", 3, (), "another recording begins at byte"),
+        ("flv", 2, (), "another recording begins at byte"),
+        ("mp4", 2, ("-movflags", "frag_keyframe+empty_moov+default_base_moof"), "6 packets .* are left out"),
+    ],
+)
+def test_pictures_of_joined_recordings_that_are_not_found_are_said(tmp_path, suffix, count, options, words):
+    part, path = tmp_path / f"part.{suffix}", tmp_path / f"joined.{suffix}"
+    ffmpeg(*generated(0.48), *X264, "-bf", 2, "-g", 6, *options, part)
+    with open_source(part) as video:  # a warning is an error here
+        assert len(list(video.blocks())) == 12
+    path.write_bytes(part.read_bytes() * count)
+    with pytest.warns(UserWarning, match=words), open_source(path) as video:
+        frames = [block.frames_THWC for block in video.blocks()]
+    assert len(frames) == len(pictures(path, 64, 96)) < 12 * count
+
+
 def test_the_clock():
     def times(stamps, **options):
         clock = Clock(Fraction(1, 1000), Fraction(25), **options)

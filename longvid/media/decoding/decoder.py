@@ -132,7 +132,10 @@ class Decoder:
         self._from_start, self._is_joint, self._any_size = from_start, is_joint, any_size
         self._one_by_one = stream.codec_context.thread_type.name == "SLICE"
         "the decoder has one thread per frame, so that an error belongs to the last packet"
-        self._reached = 0
+        self.reached = 0
+        "behind the last byte of the packets that were read"
+        self.num_discarded = 0
+        "packets that the edit list of one recording leaves out of another one that was joined to it"
         self._num_packets = 0
         self._leading = 0
         "packets before the first key frame"
@@ -202,7 +205,7 @@ class Decoder:
             yield picture
             self._shown = frame.pts if frame.pts is not None else self._shown
         yield from self._missing(None)
-        if self._is_plain and self._reached < self._num_bytes():  # its demuxer takes an incomplete frame for the end
+        if self._is_plain and self.reached < self._num_bytes():  # its demuxer takes an incomplete frame for the end
             self.rest = self.rest or Fault("truncated", "is not there as a whole: the file is cut short")
         if self._failure is not None:  # no picture was blamed for it
             self.rest = self.rest or self._failure
@@ -288,7 +291,7 @@ class Decoder:
         return Picture(frame, frame.pts, self._zone, order)
 
     def _kind(self) -> str:
-        return "truncated" if self._reached >= self._num_bytes() else "damaged"
+        return "truncated" if self.reached >= self._num_bytes() else "damaged"
 
     def _frames(self) -> Iterator[VideoFrame | None]:
         """Yield decoded frames, and None for a packet that failed and has no time stamp."""
@@ -321,7 +324,7 @@ class Decoder:
         packet: Packet[Any] | None = next(self._packets, None)
         if packet is None:
             return None
-        self._reached = max(self._reached, (packet.pos or 0) + packet.size)
+        self.reached = max(self.reached, (packet.pos or 0) + packet.size)
         if packet.size:
             self._register(packet)
         elif packet.pts is not None or packet.dts is not None:
@@ -353,6 +356,8 @@ class Decoder:
                 self._failed[packet.pts] = (
                     "lies at a gap of its transport stream: packets were lost, or recordings joined"
                 )
+        starts_again = packet.pts is not None and self._shown is not None and packet.pts <= self._shown
+        self.num_discarded += packet.is_discard and starts_again
         self._num_packets += 1
 
     def _is_in_decoding_order(self) -> bool:
