@@ -156,6 +156,7 @@ class VideoFile(FrameSource):
         self._converter.warn()
         if first.interlaced_frame:
             self._fields.warn()
+        self._fields.warn_of_header(reader.stream.codec_context)
         warn_of_hdr(self._name, self._converter.color.info)
 
     def _describe(self, container: InputContainer, stream: VideoStream, first: VideoFrame) -> SourceInfo:
