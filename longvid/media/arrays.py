@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from fractions import Fraction
 from typing import Any, Unpack
 
 import numpy as np
@@ -47,7 +46,7 @@ class ArrayFrames(FrameSource):
         check_layout(array, self._name, ranks=(4,))
         count, height, width = (int(length) for length in array.shape[:3])
         if self._fps is not None:
-            count = Instants(self._fps, 1 / Fraction(self._frame_rate or DEFAULT_FRAME_RATE)).before(count)
+            count = Instants(self._fps, 1 / (self._frame_rate or DEFAULT_FRAME_RATE)).before(count)
         if not count:
             raise SourceError(f"{self._name} holds no frames: its shape is {tuple(array.shape)}", kind="no-frames")
         if self._begin >= count:

@@ -19,6 +19,7 @@ from longvid.errors import SourceError
 from longvid.frames import OnError, Times
 from longvid.media.decoding.container import declared_end, lost_samples, pick_stream
 from longvid.media.decoding.decoder import Decoder, Fault, Picture
+from longvid.media.decoding.ends import next_recording
 from longvid.media.decoding.field_pictures import may_have_fields
 from longvid.media.decoding.media_file import MediaFile
 from longvid.media.decoding.seek_index import PACKETS_AHEAD, SeekIndex, SeekPoint, index_of_packets
@@ -57,7 +58,7 @@ class FileReader:
         *,
         limits: Limits,
         on_error: OnError,
-        frame_rate: Fraction | float | None,
+        frame_rate: Fraction | None,
         any_size: bool,
     ) -> None:
         self.file, self._name, self._limits, self._on_error, self._any_size = file, name, limits, on_error, any_size
@@ -264,9 +265,12 @@ class FileReader:
     def _scanned(self, index: int) -> SeekIndex:
         """The seek points up to a frame by the packets of the file, which are read for it and not decoded."""
         codec, most = self.stream.codec_context, index + PACKETS_AHEAD
-        if self.sorts or self.times.clock.scale != 1:
+        if self.sorts:
             return SeekIndex()
-        return self._scan(lambda packets: index_of_packets(itertools.islice(packets, most), codec)) or SeekIndex()
+        found = self._scan(lambda packets: index_of_packets(itertools.islice(packets, most), codec))
+        if found is None or found.stamps is None or not self.times.clock.keeps(found.stamps):
+            return SeekIndex()
+        return found
 
     def _scan(self, find: Callable[[Iterator[Packet[Any]]], T]) -> T | None:
         """What is found in the packets of the file, which are read and not decoded; None if they cannot be read."""
@@ -301,7 +305,7 @@ class FileReader:
                 if (
                     picture.frame is None
                     or picture.fault is not None
-                    or (number == point.frame and not self.times.is_at(picture, point))
+                    or (number == point.frame and not self.times.is_at(picture, point, are_sorted=bool(self.sorts)))
                     or (stamps is not None and picture.pts not in stamps[number : number + 1])
                 ):
                     return None
@@ -358,6 +362,8 @@ class FileReader:
             raise self._error(fault, index)
         if fault is not None:
             self._warn_of_end(fault, index)
+        else:
+            self._warn_of_rest()
 
     def _with_ahead(self) -> Iterator[Picture]:
         while self._ahead:
@@ -367,6 +373,25 @@ class FileReader:
 
     def _note_damage(self, index: int) -> None:
         self.damage = index if self.damage is None else self.damage
+
+    def _warn_of_rest(self) -> None:
+        """Say which pictures of recordings that were joined are not found."""
+        how = "join the recordings with ffmpeg -f concat, or encode them one by one"
+        start = None
+        if not self.file.one_pass:
+            start = next_recording(self.file.file, self.formats, self._decoder.reached)
+        if start is not None:
+            warnings.warn(
+                f"another recording begins at byte {start} of {self._name}, which FFmpeg does not read: the video ends "
+                f"before it; {how}",
+                stacklevel=2,
+            )
+        if self._decoder.num_discarded:
+            warnings.warn(
+                f"{self._decoder.num_discarded} packets of {self._name} are left out, since the edit list of one "
+                f"recording holds for another one that was joined to it; {how}",
+                stacklevel=2,
+            )
 
     def _warn_of_end(self, fault: Fault, index: int) -> None:
         self._note_damage(index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
@@ -14,9 +15,10 @@ from longvid.media.limits import Limits
 from longvid.media.timing.clock import Joint
 from longvid.media.timing.resampling import Instants
 
-__all__ = ["DEFAULT_FRAME_RATE", "FrameSource", "Reading"]
+__all__ = ["DEFAULT_FRAME_RATE", "FrameSource", "Reading", "exact_rate"]
 
 DEFAULT_FRAME_RATE = Fraction(24)
+_MOST_DENOMINATOR = 1 << 20
 
 
 class Reading(TypedDict, total=False):
@@ -49,6 +51,20 @@ class Reading(TypedDict, total=False):
     "a media file is read as it grows, until it has not grown for so many seconds; None reads what is there"
     interrupted: Callable[[], bool]
     "tells whether a source that waits for bytes is to give up"
+
+
+def exact_rate(name: str, rate: Fraction | float | None) -> Fraction | None:
+    """A number of frames per second, given as the option ``name``; 59.94 is 2997/50 and not the float next to it.
+
+    Raises:
+        SourceError: it is not a number above 0.
+    """
+    if rate is None:
+        return None
+    exact = Fraction(rate).limit_denominator(_MOST_DENOMINATOR) if math.isfinite(rate) else Fraction(0)
+    if exact <= 0:
+        raise SourceError(f"{name}={rate} is not a number of frames per second above 0", kind="range")
+    return exact
 
 
 class FrameSource(ABC):
@@ -98,11 +114,9 @@ class FrameSource(ABC):
         self._name = name
         self._begin = start
         self._end = None if frames is None else start + frames
-        self._size, self._frame_rate, self._on_error = size, frame_rate, on_error
+        self._size, self._frame_rate, self._on_error = size, exact_rate("frame_rate", frame_rate), on_error
         self._fit, self._pixels = fit, pixels
-        if fps is not None and fps <= 0:
-            raise SourceError(f"fps={fps} is not a number of frames per second above 0", kind="range")
-        self._fps = None if fps is None else Fraction(fps)
+        self._fps = exact_rate("fps", fps)
         self._deinterlace, self._background = deinterlace, background
         self._limits = limits or Limits()
         self._instants: Instants
@@ -178,9 +192,7 @@ class FrameSource(ABC):
                 f"arrays are not resized here, resize them beforehand",
                 kind="layout",
             )
-        if frame_rate is not None and frame_rate <= 0:
-            raise SourceError(f"frame_rate={frame_rate} is not a number of frames per second above 0", kind="range")
-        rate = DEFAULT_FRAME_RATE if frame_rate is None else Fraction(frame_rate)
+        rate = frame_rate or DEFAULT_FRAME_RATE
         self._instants = Instants(self._fps or rate, 1 / rate)
         self.info = SourceInfo(
             kind=kind,
@@ -199,7 +211,7 @@ class FrameSource(ABC):
     def _timing(self) -> dict[str, str]:
         """What resampling adds to a fingerprint of frames without time stamps."""
         rate = self._frame_rate or DEFAULT_FRAME_RATE
-        return {} if self._fps is None else {"fps": str(self._fps), "resampled_from": str(Fraction(rate))}
+        return {} if self._fps is None else {"fps": str(self._fps), "resampled_from": str(rate)}
 
     def _check_known_length(self) -> None:
         """Refuse a source whose declared size or length exceeds the limits."""

@@ -36,8 +36,6 @@ __all__ = ["VideoFile"]
 T = TypeVar("T")
 
 _LIBRARIES = ("libavcodec", "libavfilter", "libswscale")
-_WORTH_A_SEEK = 32
-"frames before the wanted one that are decoded faster than a file is opened again"
 
 
 class VideoFile(FrameSource):
@@ -100,7 +98,7 @@ class VideoFile(FrameSource):
             **{key: details[key] for key in facts},
             **self._converter.facts,
             **({} if self._fps is None else {"fps": str(self._fps)}),
-            **({} if self._frame_rate is None else {"frame_rate": str(Fraction(self._frame_rate))}),
+            **({} if self._frame_rate is None else {"frame_rate": str(self._frame_rate)}),
             "matrix": self._converter.color.info.matrix,
             "range": self._converter.color.info.range,
         }
@@ -158,6 +156,7 @@ class VideoFile(FrameSource):
         self._converter.warn()
         if first.interlaced_frame:
             self._fields.warn()
+        self._fields.warn_of_header(reader.stream.codec_context)
         warn_of_hdr(self._name, self._converter.color.info)
 
     def _describe(self, container: InputContainer, stream: VideoStream, first: VideoFrame) -> SourceInfo:

@@ -7,12 +7,10 @@ direction has a :class:`~longvid.models.cache.ConvCache` of its own, freed at it
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, Unpack
 
@@ -22,7 +20,7 @@ from longvid.errors import SourceError, StoreError
 from longvid.events import Callback, RunReport
 from longvid.files import local_path
 from longvid.frames import Frames
-from longvid.media.frame_source import Reading
+from longvid.media.frame_source import Reading, exact_rate
 from longvid.media.limits import Limits
 from longvid.media.output.picture_writer import picture_path
 from longvid.memory.offload import OffloadPolicy
@@ -367,10 +365,7 @@ def _read_options(reading: Reading) -> ReadOptions:
     """What is recorded of them; TypeError for an option that does not exist."""
     given: dict[str, Any] = {name: value for name, value in reading.items() if name not in _NOT_RECORDED}
     for name in ("frame_rate", "fps"):
-        rate = given.get(name)
-        if rate is not None and not (math.isfinite(rate) and rate > 0):
-            raise SourceError(f"{name}={rate} is not a number of frames per second above 0", kind="range")
-        given[name] = None if rate is None else Fraction(rate).limit_denominator(1 << 20)
+        given[name] = exact_rate(name, given.get(name))
     return ReadOptions(**given)
 
 

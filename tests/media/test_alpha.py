@@ -62,9 +62,16 @@ def test_the_background_is_in_the_fingerprint_and_must_be_a_colour(tmp_path):
             VideoFile(path, background=wrong)
 
 
-def test_transparency_that_the_decoder_leaves_out_is_said(tmp_path):
-    path = tmp_path / "a.webm"
-    ffmpeg(*SOURCE, "-c:v", "libvpx-vp9", "-threads", 1, "-pix_fmt", "yuva420p", path)
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("a.webm", ["-c:v", "libvpx-vp9", "-threads", 1]),
+        ("a.mp4", ["-c:v", "libx265", "-x265-params", "log-level=none"]),
+    ],
+)
+def test_transparency_that_the_decoder_leaves_out_is_said(tmp_path, name, codec):
+    path = tmp_path / name
+    ffmpeg(*SOURCE, *codec, "-pix_fmt", "yuva420p", path)
     with pytest.warns(UserWarning, match="does not read"):
         frames, _ = collect(VideoFile(path))
     assert len(frames) == 4

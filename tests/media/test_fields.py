@@ -79,3 +79,12 @@ def test_frames_in_between_that_are_whole_stay(tmp_path):
     for first in (9, 10, 11, 15, 19):
         frames, _ = collect(VideoFile(path, start=first))
         assert np.array_equal(frames, full[first:])
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.mov"])
+def test_fields_that_only_the_header_declares_are_said(tmp_path, name):
+    codec = ["-c:v", "utvideo", "-pix_fmt", "yuv422p"] if name == "a.mkv" else ["-c:v", "png", "-pix_fmt", "rgb24"]
+    ffmpeg(*generated(0.4, name="testsrc2", rate=50), "-vf", "interlace=lowpass=0", *codec, tmp_path / name)
+    with pytest.warns(UserWarning, match="interlaced by its header, but its decoder"):
+        frames, _ = collect(VideoFile(tmp_path / name))
+    assert len(frames) == 10

@@ -47,6 +47,18 @@ def test_every_display_matrix_of_a_container(plain, tmp_path, name, suffix):
     assert far(collect(video)[0], want) < 1
 
 
+@pytest.mark.parametrize("degrees", [89.5, 60, 30])
+def test_a_turn_between_quarter_turns_is_rounded_and_said(plain, tmp_path, degrees):
+    path = tmp_path / "turned.mp4"
+    ffmpeg("-display_rotation", degrees, "-i", plain, "-c", "copy", path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with VideoFile(path) as video:
+            rotation = video.info.details["rotation"]
+    assert rotation == (90 if degrees > 45 else 0)
+    assert sum("between quarter turns" in str(one.message) for one in caught) == (degrees != 89.5)
+
+
 @pytest.mark.parametrize(
     "how", ["rotate=90", "flip=horizontal", "rotate=90:flip=horizontal", "rotate=180:flip=vertical"]
 )

@@ -103,3 +103,14 @@ def test_a_stopped_run_continues_with_the_same_bits(tmp_path, monkeypatch):
     assert np.array_equal(a.read(0, a.num_latents), b.read(0, b.num_latents))
     assert a.frame_pts.tolist() == b.frame_pts.tolist() == list(range(a.num_frames))
     assert a.metadata.reading.fps == 16
+
+
+def test_rates_are_the_numbers_that_were_written(tmp_path):
+    path = write_media(tmp_path / "a.mp4", barcodes(5))
+    for given in (barcodes(5), path):
+        with open_source(given, fps=59.94) as source:
+            assert source.info.frame_rate == Fraction(2997, 50)
+        for name in ("fps", "frame_rate"):
+            for wrong in (float("nan"), float("inf"), 0, -1):
+                with pytest.raises(SourceError, match=f"{name}={wrong} is not a number of frames"):
+                    open_source(given, **{name: wrong})

@@ -92,7 +92,7 @@ def test_from_every_frame_to_the_end(video, how):
 @pytest.mark.parametrize("name", WHOLE)
 def test_short_files_from_every_frame_on(tmp_path, name, monkeypatch):
     """With seeks of any length: by the points of a full read, and by those of the packets."""
-    monkeypatch.setattr("longvid.media.video_file._WORTH_A_SEEK", 1)
+    monkeypatch.setattr("longvid.media.file_reader._WORTH_A_SEEK", 1)
     monkeypatch.setattr("longvid.media.decoding.seek_index._LEAST_DISTANCE", 1)
     path = CASES[name].make(tmp_path)
     frames, pts, index = read(path)
@@ -111,7 +111,7 @@ def test_every_point_that_was_noted_is_the_frame_that_comes_out_there(video, mon
     assert len(index.points) >= (0 if name == "no_stamps.h264" else 1)
     for point in index.points:
         assert pts[point.frame] == point.time  # its stamp, if the stamps of the file rise from frame to frame
-        monkeypatch.setattr("longvid.media.video_file._WORTH_A_SEEK", 1)
+        monkeypatch.setattr("longvid.media.file_reader._WORTH_A_SEEK", 1)
         rest, _, _ = read(path, first=point.frame, index=index, frames=point.frame + 1)
         assert np.array_equal(rest[0], frames[point.frame])
     with av.open(str(path)) as container:

@@ -45,6 +45,15 @@ def no_ctts(path):
     path.write_bytes(whole.read_bytes().replace(b"ctts", b"free"))
 
 
+def no_ctts_variable(path):
+    """Frames of several lengths, and groups that begin with B pictures, which a decoder drops behind a seek."""
+    whole = path.with_name("variable.mp4")
+    pace = ["-vf", "setpts=(N+floor(N/2))/25/TB", "-fps_mode", "passthrough"]
+    groups = ["-c:v", "mpeg2video", "-q:v", 2, "-bf", 2, "-g", 6]
+    ffmpeg(*generated(1), *pace, *groups, "-use_editlist", 0, "-movflags", "+negative_cts_offsets", whole)
+    path.write_bytes(whole.read_bytes().replace(b"ctts", b"free"))
+
+
 def joined_webm(path):
     parts = []
     for name in ("testsrc", "testsrc2"):
@@ -91,12 +100,34 @@ def overflow(path):
     ffmpeg(*generated(2), *X264, "-bf", 0, "-g", 25, "-output_ts_offset", (2**33 - 90000) / 90000, "-muxdelay", 0, path)
 
 
+def jump(path):
+    """A transport stream whose stamps jump ahead by an hour where a group begins."""
+    pace = ["-vf", "setpts=PTS+gte(N\\,12)*3600/TB", "-fps_mode", "passthrough"]
+    ffmpeg(*generated(1), *pace, *X264, "-bf", 2, "-g", 6, path)
+
+
+def packed_avi(path):
+    """MPEG-4 as Xvid writes it, with two pictures in a packet."""
+    ffmpeg(*generated(1), "-c:v", "libxvid", "-bf", 2, "-q:v", 3, "-g", 8, path)
+
+
+def first_without(path):
+    """Stamps before 0, of which the demuxer of Matroska makes none."""
+    whole = path.with_name("whole.mp4")
+    ffmpeg(*generated(1), *X264, "-bf", 2, whole)
+    ffmpeg("-itsoffset", -0.3, "-i", whole, "-c", "copy", "-avoid_negative_ts", "disabled", path)
+
+
 MAKERS = {
     "bframes.avi": bframes_avi,
     "noctts.mp4": no_ctts,
+    "noctts_variable.mp4": no_ctts_variable,
     "joined.webm": joined_webm,
     "highspeed.mkv": highspeed,
     "overflow.ts": overflow,
+    "jump.ts": jump,
+    "packed.avi": packed_avi,
+    "first.mkv": first_without,
 }
 STEPS = {
     "bframes.avi": 1 / 25,
@@ -104,11 +135,21 @@ STEPS = {
     "joined.webm": 1 / 25,
     "highspeed.mkv": 1 / 2000,
     "overflow.ts": 1 / 25,
+    "jump.ts": 1 / 25,
+    "packed.avi": 1 / 25,
+    "first.mkv": 1 / 25,
 }
-SAID = {"bframes.avi": "does not store when", "noctts.mp4": "does not store when", "joined.webm": "do not continue"}
+SAID = {
+    "bframes.avi": "does not store when",
+    "noctts.mp4": "does not store when",
+    "joined.webm": "do not continue",
+    "jump.ts": "do not continue",
+    "packed.avi": "does not store when",
+    "first.mkv": "has no time stamps",
+}
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", STEPS)
 def test_times_rise_from_frame_to_frame_and_nothing_is_lost(made, name):
     path = made(name)
     with warnings.catch_warnings(record=True) as caught:
@@ -132,7 +173,7 @@ def test_times_rise_from_frame_to_frame_and_nothing_is_lost(made, name):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_from_any_frame_on_the_times_are_those_of_a_full_read(made, name, monkeypatch):
-    monkeypatch.setattr("longvid.media.video_file._WORTH_A_SEEK", 1)
+    monkeypatch.setattr("longvid.media.file_reader._WORTH_A_SEEK", 1)
     monkeypatch.setattr("longvid.media.decoding.seek_index._LEAST_DISTANCE", 1)
     frames, stamps, index = read(made(name))
     for first in range(0, len(frames) + 1, 7):
@@ -142,7 +183,7 @@ def test_from_any_frame_on_the_times_are_those_of_a_full_read(made, name, monkey
             assert np.array_equal(rest, frames[first:])
 
 
-@pytest.mark.filterwarnings("ignore:.* do not continue", "ignore:.* does not store when")
+@pytest.mark.filterwarnings("ignore:.* do not continue", "ignore:.* does not store when", "ignore:.* has no time")
 @pytest.mark.parametrize("name", MAKERS)
 def test_stopped_continued_and_decoded(made, name, tmp_path, monkeypatch):
     monkeypatch.setattr("longvid.store.latent_writer.TARGET_CHUNK_BYTES", 1)
@@ -165,7 +206,7 @@ def test_stopped_continued_and_decoded(made, name, tmp_path, monkeypatch):
     assert whole.frame_pts.tolist() == store.frame_pts.tolist()
     facts = [one.metadata.attributes["longvid"] for one in (whole, store)]
     assert facts[0].get("joints") == facts[1].get("joints")
-    assert ("joints" in facts[0]) == (name == "joined.webm")
+    assert ("joints" in facts[0]) == (SAID.get(name) == "do not continue")
     with VideoSession(model, device="cpu") as session:
         session.decode(tmp_path / "a.zarr", tmp_path / "a.mp4")
     with open_source(tmp_path / "a.mp4") as video:
@@ -213,6 +254,26 @@ def test_a_frame_rate_is_for_streams_without_time_stamps(tmp_path):
     assert indices(read(raw, frame_rate=10, fps=5)[0]) == [0, 2, 4, 6, 8, 10]
     with pytest.raises(SourceError, match="carries its own time stamps; leave it out"):
         open_source(write_media(tmp_path / "a.mp4", barcodes(2)), frame_rate=10)
+
+
+@pytest.mark.filterwarnings("ignore:.* do not continue")
+@pytest.mark.parametrize(
+    ("suffix", "count", "options", "words"),
+    [
+        ("mkv", 3, (), "another recording begins at byte"),
+        ("flv", 2, (), "another recording begins at byte"),
+        ("mp4", 2, ("-movflags", "frag_keyframe+empty_moov+default_base_moof"), "6 packets .* are left out"),
+    ],
+)
+def test_pictures_of_joined_recordings_that_are_not_found_are_said(tmp_path, suffix, count, options, words):
+    part, path = tmp_path / f"part.{suffix}", tmp_path / f"joined.{suffix}"
+    ffmpeg(*generated(0.48), *X264, "-bf", 2, "-g", 6, *options, part)
+    with open_source(part) as video:  # a warning is an error here
+        assert len(list(video.blocks())) == 12
+    path.write_bytes(part.read_bytes() * count)
+    with pytest.warns(UserWarning, match=words), open_source(path) as video:
+        frames = [block.frames_THWC for block in video.blocks()]
+    assert len(frames) == len(pictures(path, 64, 96)) < 12 * count
 
 
 def test_the_clock():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -39,6 +40,8 @@ _MOST_AHEAD = 32
 _MOST_WAITING = 128
 "pictures that change places, and threads that decode a frame each, together"
 _GUESS = "is damaged: its pixels would be the decoder's guess"
+_PACKED = re.compile(rb"DivX\d+(?:b|Build)\d+p")
+"the mark of MPEG-4 video with two pictures in one packet, to which FFmpeg gives stamps that do not rise"
 _SILENT_PACKETS = ("mpeg4", "vp8")
 "decoders that accept packets without a picture, in whole files too"
 _MOST_SILENT = 2
@@ -129,7 +132,10 @@ class Decoder:
         self._from_start, self._is_joint, self._any_size = from_start, is_joint, any_size
         self._one_by_one = stream.codec_context.thread_type.name == "SLICE"
         "the decoder has one thread per frame, so that an error belongs to the last packet"
-        self._reached = 0
+        self.reached = 0
+        "behind the last byte of the packets that were read"
+        self.num_discarded = 0
+        "packets that the edit list of one recording leaves out of another one that was joined to it"
         self._num_packets = 0
         self._leading = 0
         "packets before the first key frame"
@@ -199,7 +205,7 @@ class Decoder:
             yield picture
             self._shown = frame.pts if frame.pts is not None else self._shown
         yield from self._missing(None)
-        if self._is_plain and self._reached < self._num_bytes():  # its demuxer takes an incomplete frame for the end
+        if self._is_plain and self.reached < self._num_bytes():  # its demuxer takes an incomplete frame for the end
             self.rest = self.rest or Fault("truncated", "is not there as a whole: the file is cut short")
         if self._failure is not None:  # no picture was blamed for it
             self.rest = self.rest or self._failure
@@ -285,7 +291,7 @@ class Decoder:
         return Picture(frame, frame.pts, self._zone, order)
 
     def _kind(self) -> str:
-        return "truncated" if self._reached >= self._num_bytes() else "damaged"
+        return "truncated" if self.reached >= self._num_bytes() else "damaged"
 
     def _frames(self) -> Iterator[VideoFrame | None]:
         """Yield decoded frames, and None for a packet that failed and has no time stamp."""
@@ -318,7 +324,7 @@ class Decoder:
         packet: Packet[Any] | None = next(self._packets, None)
         if packet is None:
             return None
-        self._reached = max(self._reached, (packet.pos or 0) + packet.size)
+        self.reached = max(self.reached, (packet.pos or 0) + packet.size)
         if packet.size:
             self._register(packet)
         elif packet.pts is not None or packet.dts is not None:
@@ -350,10 +356,15 @@ class Decoder:
                 self._failed[packet.pts] = (
                     "lies at a gap of its transport stream: packets were lost, or recordings joined"
                 )
+        starts_again = packet.pts is not None and self._shown is not None and packet.pts <= self._shown
+        self.num_discarded += packet.is_discard and starts_again
         self._num_packets += 1
 
     def _is_in_decoding_order(self) -> bool:
-        """Whether the first packets tell no times at which pictures are shown, though some change places."""
+        """Whether the first packets tell no times at which pictures are shown, though some change places.
+
+        Their stamps rise though pictures change places, or two pictures share a packet and with it a stamp.
+        """
         if self._is_transport or not self._stream.codec_context.has_b_frames:
             return False
         ahead: list[Packet[Any]] = []
@@ -368,7 +379,7 @@ class Decoder:
                 break
             last = packet.pts
         self._packets = itertools.chain(ahead, self._packets)
-        return last is not None
+        return last is not None or any(_PACKED.search(bytes(packet)) for packet in ahead[:1])
 
     def _lowest(self, pts: int | None) -> int | None:
         """The stamp at which a picture is shown whose own one is ``pts``."""

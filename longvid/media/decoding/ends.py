@@ -1,4 +1,4 @@
-"""Finds where AVI and GIF files end by what is in them. What their headers claim is a hint that recorders get wrong."""
+"""Finds where files end by what is in them. What their headers claim is a hint that recorders get wrong."""
 
 from __future__ import annotations
 
@@ -6,10 +6,24 @@ import io
 import os
 from typing import Any, BinaryIO, cast
 
-__all__ = ["gif_end", "riff_end"]
+__all__ = ["gif_end", "next_recording", "riff_end"]
+
+_BEGINNINGS = {"matroska": b"\x1a\x45\xdf\xa3", "flv": b"FLV\x01"}
+_MOST_BETWEEN = 32 * 2**20
+"bytes behind the last picture that are looked through, such as an index and sound"
 
 _UNSET = 2**31 - 2**20
 "sizes from here on are those of a recorder that could not go back to its header"
+
+
+def next_recording(file: BinaryIO, formats: list[str], position: int) -> int | None:
+    """The byte at which another Matroska or FLV file begins behind the last picture that FFmpeg found; None if none."""
+    mark = next((_BEGINNINGS[name] for name in formats if name in _BEGINNINGS), None)
+    if mark is None:
+        return None
+    file.seek(position)
+    found = file.read(_MOST_BETWEEN).find(mark)
+    return None if found < 0 else position + found
 
 
 def riff_end(file: BinaryIO, num_frames: int) -> int | None:

@@ -9,14 +9,17 @@ import av
 import numpy as np
 import numpy.typing as npt
 from av.filter import Graph
+from av.video.codeccontext import VideoCodecContext
 from av.video.format import VideoFormat
 
 from longvid.errors import SourceError
 
-__all__ = ["background_color", "composited", "has_alpha"]
+__all__ = ["background_color", "composited", "has_alpha", "has_alpha_layer"]
 
 _OPAQUE = ("yuv420p", "yuv420p10le", "yuvj420p", "yuv422p", "yuv422p10le", "yuv444p", "rgb24", "gray")
 """formats that most files have; to look at the parts of a format takes longer than the rest of the question"""
+_ALPHA_MESSAGE = re.compile(rb"\x4e[\x01\x09]\xa5")
+"the header of an HEVC unit with messages, in the layer 0 or 1, and the type of the message on the alpha channel"
 _COLOR = re.compile(r"#[0-9a-fA-F]{6}|[A-Za-z]+")
 
 
@@ -52,6 +55,11 @@ def has_alpha(pixel_format: VideoFormat) -> bool:
     if pixel_format.name in _OPAQUE:
         return False
     return bool(pixel_format.has_palette) or any(component.is_alpha for component in pixel_format.components)
+
+
+def has_alpha_layer(codec: VideoCodecContext) -> bool:
+    """Whether the header of an HEVC stream declares an alpha layer, as phones and editors from Apple write it."""
+    return codec.name == "hevc" and _ALPHA_MESSAGE.search(codec.extradata or b"") is not None
 
 
 def composited(

@@ -20,9 +20,9 @@ from longvid.errors import SourceError
 from longvid.frames import Fit, Pixels
 from longvid.media.decoding.aperture import Edges
 from longvid.media.decoding.container import reason
-from longvid.media.images.alpha import background_color, composited, has_alpha
+from longvid.media.images.alpha import background_color, composited, has_alpha, has_alpha_layer
 from longvid.media.images.color import Conversion, Tags, resolve_color
-from longvid.media.images.orientation import Orientation, orientation_of
+from longvid.media.images.orientation import Orientation, is_between, orientation_of
 from longvid.media.images.shape import Geometry, Shape
 from longvid.media.limits import Limits
 
@@ -89,9 +89,11 @@ class Converter:
         self.resized_from = list(upright) if upright != (self.height, self.width) else None
         shrinks = "area" if self.shape.shrinks else "bicubic"
         self.interpolation_name = shrinks if self.shape.is_resized else None
+        self._is_between = is_between(first)
         self.has_alpha = has_alpha(first.format)
         tags = {key.lower(): value for key, value in stream.metadata.items()}
-        self._alpha_is_lost = tags.get("alpha_mode") == "1" and not self.has_alpha
+        declares_alpha = tags.get("alpha_mode") == "1" or has_alpha_layer(stream.codec_context)
+        self._alpha_is_lost = declares_alpha and not self.has_alpha
 
     @property
     def orientation(self) -> Orientation:
@@ -115,7 +117,13 @@ class Converter:
         }
 
     def warn(self) -> None:
-        """Say that frames are cropped, if nobody asked for it, and that the decoder leaves transparency out."""
+        """Say that frames are cropped, if nobody asked for it, and what of the file is not followed."""
+        if self._is_between:
+            warnings.warn(
+                f"{self._name} is turned by an angle between quarter turns; its frames are turned by the nearest one, "
+                f"{self.facts['rotation']} degrees: rotate them with ffmpeg -vf rotate first",
+                stacklevel=4,
+            )
         if self._alpha_is_lost:
             warnings.warn(
                 f"{self._name} has transparent pixels that its decoder does not read, so that their hidden colour is "

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 
 import av
 from av.filter import Graph
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 
 from longvid.errors import SourceError
@@ -24,6 +25,12 @@ T = TypeVar("T")
 
 Delivered: TypeAlias = tuple[T, int, bool]
 "a frame with its time stamp and whether it is the source's own; one that is repeated is the same object again"
+
+
+_UNMARKED = ("utvideo", "huffyuv", "ffvhuff", "magicyuv", "png", "qtrle", "mjpeg", "jpeg2000", "hap", "cinepak")
+"decoders that do not mark the frames of interlaced video as such"
+_INTERLACED = (2, 3, 4, 5)
+"field orders, by the numbers of FFmpeg"
 
 
 class Whole(NamedTuple):
@@ -51,6 +58,15 @@ class Fields:
                     "its fields are left as they are, so that motion shows combs; --deinterlace auto makes frames whole"
                 )
             warnings.warn(f"{self._name} is interlaced: {how}", stacklevel=4)
+
+    def warn_of_header(self, codec: VideoCodecContext) -> None:
+        """Say that a header declares fields where the decoder marks no frame, so that they are left as they are."""
+        if codec.name in _UNMARKED and codec.field_order in _INTERLACED and not self._said:
+            warnings.warn(
+                f"{self._name} is interlaced by its header, but its decoder ({codec.name}) does not mark the frames, "
+                "and their fields are left as they are; make them whole with ffmpeg -vf bwdif first",
+                stacklevel=4,
+            )
 
     def frames(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from av.video.frame import VideoFrame
 if TYPE_CHECKING:
     from longvid.media.decoding.decoder import Picture
 
-__all__ = ["UPRIGHT", "Orientation", "OrientationTracker", "orientation_of"]
+__all__ = ["UPRIGHT", "Orientation", "OrientationTracker", "is_between", "orientation_of"]
 
 _MATRIX = struct.Struct("=9i")
+_ONE_DEGREE = math.tan(math.radians(1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,15 @@ def orientation_of(frame: VideoFrame) -> Orientation:
     if isinstance(data, Orientation):
         return data
     return Orientation.from_matrix(data) if isinstance(data, bytes) else UPRIGHT
+
+
+def is_between(frame: VideoFrame) -> bool:
+    """Whether a frame is turned by an angle that is more than a degree off a quarter turn."""
+    data = frame.opaque
+    if not isinstance(data, bytes) or len(data) != _MATRIX.size:
+        return False
+    a, b, _, c, d, *_ = (abs(number) for number in _MATRIX.unpack(data))
+    return bool(min(a + d, b + c) > _ONE_DEGREE * max(a + d, b + c))
 
 
 class OrientationTracker:

@@ -12,6 +12,10 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
+import numpy as np
+
+from longvid.frames import Times
+
 __all__ = ["MOST_JOINTS", "Clock", "Joint"]
 
 MOST_JOINTS = 1000
@@ -39,7 +43,7 @@ class Clock:
         time_base: seconds per unit of the stamps in the file.
         frame_rate: mean frames per second, for the distance of frames where nothing else tells it.
         transport: the stamps are those of an MPEG transport or program stream.
-        without_stamps: the file has none; they are counted, and the unit of the clock is a frame.
+        without_stamps: the first frame of the file has none; frames are counted, and the unit of the clock is a frame.
     """
 
     def __init__(
@@ -54,7 +58,7 @@ class Clock:
         self._step = 1 / (frame_rate * self.time_base)
         self.step = max(1, int(self._step))
         "whole units from one frame to the next at the mean rate"
-        self._transport = transport
+        self._transport, self._counts = transport, without_stamps
         self._most = int(_MOST_SECONDS / self.time_base)
         self.offset = 0
         "units that are added to the stamps of the file since the last joint"
@@ -71,12 +75,12 @@ class Clock:
 
     def first(self, pts: int | None) -> int:
         """The time of a frame whose stamp is the first one."""
-        return 0 if pts is None else pts * self.scale
+        return 0 if pts is None or self._counts else pts * self.scale
 
     def stamp(self, pts: int | None, duration: int = 0) -> int:
         """Time of the next frame, whose stamp and duration in the file are these; None and 0 if it gives none."""
         self.joint = None
-        if pts is None:
+        if pts is None or self._counts:
             self._since_anchor += 1
             time = self._anchor + round(self._since_anchor * self._step)
             time = time if self._last is None else max(time, self._last + 1)
@@ -86,6 +90,11 @@ class Clock:
             self._anchor, self._since_anchor, self._before = time, 0, pts
         self._last, self._duration = time, duration * self.scale
         return time
+
+    def keeps(self, stamps: Times) -> bool:
+        """Whether frames with these stamps, in their order, have them as times."""
+        jumps = self._transport and len(stamps) > 1 and int(np.diff(stamps).max()) > self._most
+        return self.scale == 1 and not jumps
 
     def restart(self, time: int, offset: int) -> None:
         """Continue at a frame that has this time, with the offset of that place."""

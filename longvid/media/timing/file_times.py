@@ -31,7 +31,7 @@ class FileTimes:
     ``frame_rate`` is for files without time stamps, and refused for others by :meth:`check`.
     """
 
-    def __init__(self, name: str, frame_rate: Fraction | float | None) -> None:
+    def __init__(self, name: str, frame_rate: Fraction | None) -> None:
         self._name, self._frame_rate = name, frame_rate
         self.without_stamps = self._said_joint = self._said_sorted = False
         self.joints: dict[int, Joint] = {}
@@ -46,7 +46,7 @@ class FileTimes:
         rate = (self._frame_rate if self.without_stamps else None) or mean_frame_rate(stream) or DEFAULT_FRAME_RATE
         self.clock = Clock(
             stream.time_base or 1 / DEFAULT_FRAME_RATE,
-            Fraction(rate),
+            rate,
             transport=stream.container.format.name in TRANSPORTS,
             without_stamps=self.without_stamps,
         )
@@ -63,8 +63,6 @@ class FileTimes:
             SourceError: it has some, and a frame rate was given.
         """
         rate = self._frame_rate
-        if rate is not None and rate <= 0:
-            raise SourceError(f"frame_rate={rate} is not a number of frames per second above 0", kind="range")
         if first.pts is not None and rate is not None:
             raise SourceError(
                 f"frame_rate={rate} was given for {self._name}, but a media file carries its own time stamps; leave it "
@@ -85,7 +83,8 @@ class FileTimes:
     def stamp(self, picture: Picture, index: int) -> int:
         """The time of a picture, the next one; ``index`` is the number of the frame in the file."""
         time = self.clock.stamp(picture.shown_at, picture.duration)
-        self._duration, self._shown_at, self._index = self._own_duration(picture), picture.shown_at, index
+        self._duration, self._index = self._own_duration(picture), index
+        self._shown_at = None if self.without_stamps else picture.shown_at
         joint = self.clock.joint
         if joint is not None and len(self.joints) < MOST_JOINTS:
             self.joints.setdefault(index, Joint(index, *joint))
@@ -105,11 +104,14 @@ class FileTimes:
             )
         return time
 
-    def is_at(self, picture: Picture, point: SeekPoint) -> bool:
-        """Whether a picture is the one of a seek point, with its time; the clock continues there."""
+    def is_at(self, picture: Picture, point: SeekPoint, *, are_sorted: bool) -> bool:
+        """Whether a picture is the one of a seek point, with its time; the clock continues there.
+
+        Stamps that are sorted tell so only if as many pictures came out since the seek as in a full read.
+        """
         if (picture.pts, picture.position) != (point.pts, point.position) or picture.shown_at is None:
             return False
-        if picture.shown_at != picture.pts and picture.shown_at * self.clock.scale + point.offset != point.time:
+        if are_sorted and picture.shown_at * self.clock.scale + point.offset != point.time:
             return False  # pictures before it were lost, so that the lowest stamp that is left is another one
         self.clock.restart(point.time, point.offset)
         return True
