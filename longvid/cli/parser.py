@@ -257,7 +257,7 @@ _ENCODE = (
     _option("--assume-fps", "frames per second of a source without time stamps", read=_read_rate, metavar="N"),
     _option(
         "--fit",
-        "how frames of another shape come to --size (default: crop if the aspect differs by more than 2 %)",
+        "how frames of another shape come to --size (default: crop if the aspect differs by more than 2 %%)",
         choices=("stretch", "crop", "pad"),
     ),
     _choice("--pixels", "resample frames whose pixels are not square to their display shape", "kept", "square"),

@@ -43,6 +43,17 @@ def test_fields_of_which_the_last_belongs_to_the_last_frame(tmp_path, count, who
     assert (np.diff(top) > 0).all()
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "mov", "flv", "avi", "h264"])
+@pytest.mark.parametrize("whole", [(), (1, 2, 4), (0, 8), (0, 1, 2, 3, 4, 5, 6, 7)])
+def test_fields_in_containers_whose_units_have_lengths(tmp_path, suffix, whole):
+    stream = write_paff(tmp_path / "a.ts", 9, whole=whole)
+    path = tmp_path / f"b.{suffix}"
+    ffmpeg("-fflags", "+genpts", "-i", stream, "-c", "copy", path)
+    frames = read(path, deinterlace="off")[0]
+    assert len(frames) == 9
+    assert np.abs(frames.astype(int) - pictures(path, 64, 96)).mean(axis=(1, 2, 3)).max() <= 1
+
+
 def test_a_last_field_that_is_cut_off_is_not_taken_for_a_whole_frame(tmp_path):
     path = write_paff(tmp_path / "a.ts", 8)
     path.write_bytes(path.read_bytes()[: -188 * 5])
@@ -86,6 +97,17 @@ def test_an_avi_header_that_is_wrong_is_a_hint(tmp_path, wrong):
         assert video.count_frames() == 25
 
 
+@pytest.mark.parametrize("size", [0, UNSET, 2**31 - 1])
+@pytest.mark.parametrize("behind", [bytes(100_000), b"\x12\x34junk" * 500])
+def test_an_avi_file_in_the_space_that_a_recorder_had_reserved(tmp_path, size, behind):
+    path = avi(tmp_path / "a.avi", riff=size, movi=size)
+    data = path.read_bytes()
+    path.write_bytes(data[: data.rindex(b"idx1")] + behind)
+    frames, said, _ = read(path)
+    assert np.array_equal(frames, pictures(path, 64, 96))
+    assert (len(frames), said) == (25, [])
+
+
 def test_an_avi_file_from_a_pipe(tmp_path):
     path = tmp_path / "a.avi"
     path.write_bytes(ffmpeg(*generated(1), "-c:v", "mpeg4", "-q:v", 2, "-f", "avi", "-"))
@@ -98,7 +120,7 @@ def test_the_disk_that_a_run_needs_is_not_what_a_header_claims(tmp_path):
     assert (report.complete, report.frames) == (True, 25)
 
 
-@pytest.mark.parametrize("wrong", [{}, {"riff": UNSET, "movi": UNSET}, {"riff": 2**30}])
+@pytest.mark.parametrize("wrong", [{}, {"riff": UNSET, "movi": UNSET}, {"riff": 0, "movi": 0}, {"riff": 2**30}])
 @pytest.mark.parametrize("share", [0.3, 0.77])
 def test_an_avi_file_that_is_cut_is_refused(tmp_path, wrong, share):
     with pytest.raises(SourceError, match="cut short"):

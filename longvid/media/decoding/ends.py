@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from typing import Any, BinaryIO, cast
 
 __all__ = ["gif_end", "riff_end"]
 
-_UNSET = 2**31 - 2**20
+_UNSET, _NEVER_SET = 2**31 - 2**20, 2**32 - 1
 "sizes from here on are those of a recorder that could not go back to its header"
+_FRAME = re.compile(rb"\d\dd[bc]")
+_BLOCK_BYTES = 2**20
 
 
 def riff_end(file: BinaryIO, num_frames: int) -> int | None:
@@ -17,14 +20,12 @@ def riff_end(file: BinaryIO, num_frames: int) -> int | None:
 
     A header that claims too much is wrong, and the file is whole, if the last chunk ends where the file ends, and if
     the sizes were never filled in, or all frames are there: the list of frames ends inside of the file, or it has as
-    many as the header counts (``num_frames``).
+    many as the header counts (``num_frames``). Bytes that hold no frames may follow.
     """
     size, end, length = file.seek(0, os.SEEK_END), 0, 0
     file.seek(0)
     while (head := file.read(8))[:4] == b"RIFF" and len(head) == 8:
-        length = int.from_bytes(head[4:], "little")
-        if not length:
-            return None
+        length = int.from_bytes(head[4:], "little") or _NEVER_SET
         end = file.tell() + length
         file.seek(end)
     if end <= size:
@@ -33,7 +34,7 @@ def riff_end(file: BinaryIO, num_frames: int) -> int | None:
     if stop > size:
         return stop
     is_whole = length >= _UNSET or list_end <= size or list_end >= _UNSET or found >= num_frames > 0
-    return None if is_whole and stop >= size - 1 else end
+    return None if is_whole and not _has_frames(file, stop) else end
 
 
 def _walk(file: BinaryIO, size: int) -> tuple[int, int, int]:
@@ -60,6 +61,17 @@ def _walk(file: BinaryIO, size: int) -> tuple[int, int, int]:
     finally:
         reader.detach()
     return at, found, list_end
+
+
+def _has_frames(file: BinaryIO, at: int) -> bool:
+    """Whether a chunk of pictures stands anywhere behind a byte."""
+    file.seek(at)
+    before = b""
+    while block := file.read(_BLOCK_BYTES):
+        if _FRAME.search(before + block):
+            return True
+        before = block[-3:]
+    return False
 
 
 def gif_end(file: BinaryIO) -> int:
