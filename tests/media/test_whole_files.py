@@ -140,6 +140,17 @@ def test_a_gif_file_without_trailer_or_with_bytes_behind_it(tmp_path, behind):
             open_source(path)
 
 
+@pytest.mark.parametrize("block", [b"!\xfe\x05hello\0", b"!\xff\x0bXMP DataXMP\x03abc\0", b"!\xf9\x04\x04\x0a\0\0\0"])
+@pytest.mark.parametrize("trailer", [b";", b""])
+def test_a_gif_file_with_a_comment_behind_its_last_picture(tmp_path, block, trailer):
+    path = tmp_path / "a.gif"
+    ffmpeg(*generated(1), path)
+    path.write_bytes(path.read_bytes()[:-1] + block + trailer)
+    assert np.array_equal(read(path)[0], pictures(path, 64, 96))
+    with open_source(path) as video:
+        assert video.count_frames() == 25
+
+
 @pytest.fixture(scope="module")
 def counters(tmp_path_factory):
     """Joined segments of an HLS recording, each with counters of its own; and the byte where the second one begins."""

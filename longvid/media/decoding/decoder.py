@@ -22,6 +22,7 @@ from av.video.stream import VideoStream
 
 from longvid.errors import SourceError
 from longvid.media.decoding.container import reason
+from longvid.media.decoding.ends import has_gif_picture
 from longvid.media.decoding.field_pictures import is_field
 from longvid.media.decoding.seek_index import SeekPoint
 
@@ -116,6 +117,7 @@ class Decoder:
         self._packets: Iterator[Packet[Any]] = container.demux(stream)
         stream.codec_context.copy_opaque = True  # a frame tells its packet, also where a time stamp comes twice
         self._is_plain = container.format.name == "yuv4mpegpipe"
+        self._is_gif = container.format.name == "gif"
         self._is_transport = container.format.name in TRANSPORTS
         self.sorts = sorts
         self._stamps: list[int] = []
@@ -319,6 +321,8 @@ class Decoder:
         if packet is None:
             return None
         self._reached = max(self._reached, (packet.pos or 0) + packet.size)
+        if self._is_gif and packet.size and not has_gif_picture(bytes(packet)):
+            return []
         if packet.size:
             self._register(packet)
         elif packet.pts is not None or packet.dts is not None:

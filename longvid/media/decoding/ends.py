@@ -1,13 +1,14 @@
-"""Finds where AVI and GIF files end by what is in them. What their headers claim is a hint that recorders get wrong."""
+"""Finds by what is in AVI and GIF files where they end. What their headers claim is a hint that recorders get wrong."""
 
 from __future__ import annotations
 
 import io
 import os
 import re
+from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
-__all__ = ["gif_end", "riff_end"]
+__all__ = ["gif_end", "has_gif_picture", "riff_end"]
 
 _UNSET, _NEVER_SET = 2**31 - 2**20, 2**32 - 1
 "sizes from here on are those of a recorder that could not go back to its header"
@@ -80,22 +81,39 @@ def gif_end(file: BinaryIO) -> int:
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     reader: io.BufferedReader[Any] = io.BufferedReader(cast("Any", file), 2**16)
+    end = 0
     try:
-        flags = reader.read(13)[10]
-        _skip(reader, _table_bytes(flags))
-        end = 0
-        while (kind := reader.read(1)) in (b"!", b","):
-            if kind == b",":
-                _skip(reader, _table_bytes(reader.read(9)[8]))
-            _skip(reader, 1)  # the label of an extension, the code size of a picture
-            while length := reader.read(1)[0]:
-                _skip(reader, length)
+        _skip(reader, 10)
+        _skip(reader, 2 + _table_bytes(reader.read(1)[0]))
+        for _ in _gif_blocks(reader):
             end = reader.tell()
         return end if end and end <= size else size + 1
     except IndexError:  # the file ends where a block has to go on
         return size + 1
     finally:
         reader.detach()
+
+
+def has_gif_picture(packet: bytes) -> bool:
+    """Whether a packet of a GIF file has a picture: comments and the like behind the last one come as a packet, too."""
+    reader: io.BufferedReader[Any] = io.BufferedReader(cast("Any", io.BytesIO(packet)))
+    try:
+        if packet[:3] == b"GIF":
+            _skip(reader, 13 + _table_bytes(packet[10]))
+        return any(kind == b"," for kind in _gif_blocks(reader))
+    except IndexError:  # it is cut: the decoder tells what it is
+        return True
+
+
+def _gif_blocks(reader: io.BufferedReader[Any]) -> Iterator[bytes]:
+    """Read over the blocks, and yield the mark of each behind it; IndexError in the middle of one."""
+    while (kind := reader.read(1)) in (b"!", b","):
+        if kind == b",":
+            _skip(reader, _table_bytes(reader.read(9)[8]))
+        _skip(reader, 1)  # the label of an extension, the code size of a picture
+        while length := reader.read(1)[0]:
+            _skip(reader, length)
+        yield kind
 
 
 def _table_bytes(flags: int) -> int:

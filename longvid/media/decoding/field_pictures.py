@@ -79,7 +79,7 @@ def is_field(packet: bytes, extradata: bytes | None) -> bool:
 
 
 def _parameter_sets(extradata: bytes) -> Iterator[bytes]:
-    """The sequence parameter sets in front of a stream: with start codes (Annex B), or as mp4 and Matroska have them."""
+    """The parameter sets in front of a stream: with start codes (Annex B), or as mp4 and Matroska have them."""
     if extradata[:1] != _LENGTHS_FOLLOW:
         yield from _units(extradata)
         return
