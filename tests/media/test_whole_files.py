@@ -249,6 +249,18 @@ def test_a_store_of_a_recording_that_ends_in_a_picture_is_continued_as_advised(t
     assert open_store(tmp_path / "a.zarr").num_frames == a.num_frames + 1
 
 
+@pytest.mark.parametrize("suffix", ["ts", "mp4", "mkv"])
+def test_a_last_picture_that_is_damaged_is_found_whatever_the_threads_do(tmp_path, suffix):
+    """It comes out while its thread is still decoding; every second time or so it was taken for whole."""
+    whole, cut, path = tmp_path / "a.ts", tmp_path / "cut.ts", tmp_path / f"b.{suffix}"
+    ffmpeg(*generated(0.2, name="testsrc2"), "-vf", "noise=alls=20", *X264, "-bf", 2, whole)
+    cut.write_bytes(whole.read_bytes()[: 188 * 28])
+    ffmpeg("-i", cut, "-c", "copy", path)
+    for _ in range(25):
+        with pytest.raises(SourceError, match="frame 0 of .* is damaged"):
+            read(path)
+
+
 def test_the_referee_finds_the_same_frames_in_whole_and_cut_files(tmp_path):
     """Negative control: the comparison of order fails for frames that are out of order."""
     ffmpeg(*generated(1), *X264, tmp_path / "a.mp4")

@@ -24,6 +24,7 @@ from longvid.errors import SourceError
 from longvid.media.decoding.container import reason
 from longvid.media.decoding.ends import has_gif_picture
 from longvid.media.decoding.field_pictures import is_field
+from longvid.media.decoding.frame_threads import packets_without_picture
 from longvid.media.decoding.seek_index import SeekPoint
 
 __all__ = ["TRANSPORTS", "Decoder", "Fault", "Picture"]
@@ -327,8 +328,9 @@ class Decoder:
             self._register(packet)
         elif packet.pts is not None or packet.dts is not None:
             return []  # an empty entry of an AVI file, which the decoder would take for the end
+        before = [] if packet.size else self._of_threads()
         try:
-            return list(packet.decode())
+            return before + list(packet.decode())
         except (av.MemoryError, av.BlockingIOError, av.ExitError):
             raise
         except (av.FFmpegError, OSError) as exc:
@@ -336,10 +338,22 @@ class Decoder:
             if packet.pts is None or self.sorts:
                 if packet.pts is not None:
                     self._waiting.pop(packet.pts, None)
-                return [None] if packet.size else []
+                return [None] if packet.size else before
             if self._one_by_one:
                 self._failed[packet.pts] = _GUESS
             return []
+
+    def _of_threads(self) -> list[VideoFrame | None]:
+        """The frames that are ready when all threads are done, at the end of the file."""
+        frames: list[VideoFrame | None] = []
+        for packet in packets_without_picture(self._stream.codec_context):
+            try:
+                frames += self._stream.codec_context.decode(packet)
+            except (av.MemoryError, av.BlockingIOError, av.ExitError):
+                raise
+            except (av.FFmpegError, OSError) as exc:  # of a packet before
+                self._failure = Fault(self._kind(), f"cannot be decoded: {reason(exc)}", exc.with_traceback(None))
+        return frames
 
     def _register(self, packet: Packet[Any]) -> None:
         self._key_seen = self._key_seen or packet.is_keyframe or (not self._num_packets and self._should_begin())
@@ -400,10 +414,11 @@ class Decoder:
         return packet.pos is not None and None not in places and self._is_joint(packet.pos, last)
 
     def _emptied(self) -> list[VideoFrame | None]:
+        before = self._of_threads()
         try:
-            return list(self._stream.codec_context.decode(None))
+            return before + list(self._stream.codec_context.decode(None))
         except (av.FFmpegError, OSError):
-            return []
+            return before
 
 
 def _with_share(held: list[Picture], picture: Picture) -> Iterator[Picture]:
