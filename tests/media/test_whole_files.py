@@ -257,7 +257,7 @@ def test_a_last_picture_that_is_damaged_is_found_whatever_the_threads_do(tmp_pat
     cut.write_bytes(whole.read_bytes()[: 188 * 28])
     ffmpeg("-i", cut, "-c", "copy", path)
     for _ in range(25):
-        with pytest.raises(SourceError, match="frame 0 of .* is damaged"):
+        with pytest.raises(SourceError, match=r"frame 0 of .* is damaged"):
             read(path)
 
 

@@ -41,6 +41,7 @@ _MOST_AHEAD = 32
 _MOST_WAITING = 128
 "pictures that change places, and threads that decode a frame each, together"
 _GUESS = "is damaged: its pixels would be the decoder's guess"
+_GAP = "lies at a gap of its transport stream: packets were lost, or recordings joined"
 _SILENT_PACKETS = ("mpeg4", "vp8")
 "decoders that accept packets without a picture, in whole files too"
 _MOST_SILENT = 2
@@ -365,9 +366,7 @@ class Decoder:
             if self.sorts:
                 self._sort_in(packet.pts)
             if packet.is_corrupt and not self._precedes_joint(packet):  # at a gap, which the decoder does not see
-                self._failed[packet.pts] = (
-                    "lies at a gap of its transport stream: packets were lost, or recordings joined"
-                )
+                self._failed[packet.pts] = _GAP if self._is_transport else "is not there as a whole"
         self._num_packets += 1
 
     def _is_in_decoding_order(self) -> bool:
