@@ -3,6 +3,7 @@ of a group of pictures. And that those which are damaged in the same places are 
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import warnings
 
@@ -259,6 +260,26 @@ def test_a_last_picture_that_is_damaged_is_found_whatever_the_threads_do(tmp_pat
     for _ in range(25):
         with pytest.raises(SourceError, match=r"frame 0 of .* is damaged"):
             read(path)
+
+
+def test_a_last_picture_of_h265_that_is_cut_is_found(tmp_path):
+    """Its decoder says nothing. Cuts between pictures are no damage."""
+    path = tmp_path / "a.ts"
+    h265 = ["-c:v", "libx265", "-x265-params", "log-level=none:keyint=8:bframes=0", "-pix_fmt", "yuv420p"]
+    ffmpeg(*generated(0.4, name="testsrc2"), "-vf", "noise=alls=20", *h265, path)
+    data, whole = path.read_bytes(), read(path)[0]
+    assert len(whole) == 10
+    for count in range(len(data) // 188 - 20, len(data) // 188):
+        path.write_bytes(data[: 188 * count])
+        kept, said, _ = read(path, on_error="keep")
+        assert np.array_equal(kept, whole[: len(kept)])
+        if said:
+            assert "is cut off" in said[0]
+            with pytest.raises(SourceError, match=f"frame {len(kept)} .* is cut off.*--on-error keep"):
+                read(path)
+        else:
+            with contextlib.suppress(SourceError):  # so little is left of a picture that nothing comes out
+                assert np.array_equal(read(path)[0], kept)
 
 
 def test_the_referee_finds_the_same_frames_in_whole_and_cut_files(tmp_path):

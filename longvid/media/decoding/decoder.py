@@ -24,7 +24,7 @@ from longvid.errors import SourceError
 from longvid.media.decoding.container import reason
 from longvid.media.decoding.ends import has_gif_picture
 from longvid.media.decoding.field_pictures import is_field
-from longvid.media.decoding.frame_threads import packets_without_picture
+from longvid.media.decoding.last_pictures import packets_without_picture
 from longvid.media.decoding.seek_index import SeekPoint
 
 __all__ = ["TRANSPORTS", "Decoder", "Fault", "Picture"]
@@ -40,7 +40,8 @@ _MOST_AHEAD = 32
 "packets that are looked at to know whether stamps are in the order of decoding"
 _MOST_WAITING = 128
 "pictures that change places, and threads that decode a frame each, together"
-_GUESS = "is damaged: its pixels would be the decoder's guess"
+_REST = "its pixels would be the decoder's guess"
+_GUESS = f"is damaged: {_REST}"
 _GAP = "lies at a gap of its transport stream: packets were lost, or recordings joined"
 _SILENT_PACKETS = ("mpeg4", "vp8")
 "decoders that accept packets without a picture, in whole files too"
@@ -99,7 +100,8 @@ class Decoder:
     that all frames must have, by default that of the first; with ``any_size`` they may have any. ``from_start`` says
     that decoding begins at the start of the file. ``sorts`` says that its time stamps are in the order of decoding, so
     that they have to be sorted; None to look at the first packets. ``is_joint`` tells by the bytes at which two packets
-    of a transport stream begin whether a gap in between is a joint, where nothing is lost.
+    of a transport stream begin whether a gap in between is a joint, where nothing is lost. ``is_cut_off`` tells whether
+    the last packet of one holds a part of a picture only.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class Decoder:
         any_size: bool = False,
         sorts: bool | None = None,
         is_joint: Callable[[int, int | None], bool] = lambda first, last: False,
+        is_cut_off: Callable[[Packet[Any]], bool] = lambda packet: False,
     ) -> None:
         self._packets: Iterator[Packet[Any]] = container.demux(stream)
         stream.codec_context.copy_opaque = True  # a frame tells its packet, also where a time stamp comes twice
@@ -131,6 +134,9 @@ class Decoder:
         self._run = run
         self._size = size
         self._from_start, self._is_joint, self._any_size = from_start, is_joint, any_size
+        self._is_cut_off = is_cut_off
+        self._tells_nothing = self._is_transport and stream.codec_context.name == "hevc"
+        "the decoder does not say that a picture is cut"
         self._one_by_one = stream.codec_context.thread_type.name == "SLICE"
         "the decoder has one thread per frame, so that an error belongs to the last packet"
         self._reached = 0
@@ -367,7 +373,15 @@ class Decoder:
                 self._sort_in(packet.pts)
             if packet.is_corrupt and not self._precedes_joint(packet):  # at a gap, which the decoder does not see
                 self._failed[packet.pts] = _GAP if self._is_transport else "is not there as a whole"
+            elif self._tells_nothing and self._is_last() and self._is_cut_off(packet):
+                self._failed[packet.pts] = f"is cut off: {_REST}"
         self._num_packets += 1
+
+    def _is_last(self) -> bool:
+        """Whether no packet with a picture follows."""
+        ahead = list(itertools.islice(self._packets, 1))
+        self._packets = itertools.chain(ahead, self._packets)
+        return not any(one.size for one in ahead)
 
     def _is_in_decoding_order(self) -> bool:
         """Whether the first packets tell no times at which pictures are shown, though some change places."""
