@@ -244,7 +244,10 @@ class FileReader:
     def _find_shortfall(self, container: InputContainer) -> Fault | None:
         end, have = declared_end(self.file.file, container, self.stream), self.file.num_bytes
         if end is not None and end > have:
-            return Fault("truncated", f"is cut short: its header declares {end} bytes and the file has {have}")
+            return Fault(
+                "truncated",
+                f"is cut short: by its header or its last block it has at least {end} bytes, and there are {have}",
+            )
         lost = lost_samples(container, self.stream)
         if lost:
             return Fault("truncated", f"is cut short: {lost} of {self.stream.frames} frames lie beyond its end")
