@@ -268,7 +268,7 @@ _ENCODE = (
     ),
     _option(
         "--fit",
-        "how frames of another shape come to --size (default: crop if the aspect differs by more than 2 %)",
+        "how frames of another shape come to --size (default: crop if the aspect differs by more than 2 %%)",
         choices=("stretch", "crop", "pad"),
     ),
     _choice("--pixels", "resample frames whose pixels are not square to their display shape", "kept", "square"),

@@ -21,6 +21,7 @@ from longvid.media.decoding.container import declared_end, lost_samples, pick_st
 from longvid.media.decoding.decoder import Decoder, Fault, Picture
 from longvid.media.decoding.ends import next_recording
 from longvid.media.decoding.field_pictures import may_have_fields
+from longvid.media.decoding.last_pictures import is_cut_off
 from longvid.media.decoding.media_file import MediaFile
 from longvid.media.decoding.seek_index import PACKETS_AHEAD, SeekIndex, SeekPoint, index_of_packets
 from longvid.media.decoding.transport import is_joint
@@ -181,7 +182,7 @@ class FileReader:
         if self.container is not None:
             self.container.close()
         self.container = container = self.watchdog.run(self.file.open)
-        file = self.file  # the decoder refers to it alone, so that it does not keep itself alive
+        file, limits = self.file, self._limits  # the decoder refers to them, so that it does not keep itself alive
         self.stream = stream = pick_stream(container, self._name)
         self._limits.check_pixels(self._name, stream.codec_context.height, stream.codec_context.width)
         # the decoder is a context of its own, which does not inherit the limit given on opening
@@ -202,7 +203,10 @@ class FileReader:
             from_start=from_start,
             any_size=self._any_size,
             sorts=self.sorts,
-            is_joint=partial(is_joint, self.file.descriptor),
+            is_joint=partial(is_joint, file.descriptor),
+            is_cut_off=lambda packet: (
+                not file.one_pass and is_cut_off(packet, file.descriptor, file.open, limits.decoder_pixels)
+            ),
         )
         self._pictures = self._orientation.follow(self._decoder.pictures())
         self._ahead.clear()
@@ -241,7 +245,10 @@ class FileReader:
     def _find_shortfall(self, container: InputContainer) -> Fault | None:
         end, have = declared_end(self.file.file, container, self.stream), self.file.num_bytes
         if end is not None and end > have:
-            return Fault("truncated", f"is cut short: its header declares {end} bytes and the file has {have}")
+            return Fault(
+                "truncated",
+                f"is cut short: by its header or its last block it has at least {end} bytes, and there are {have}",
+            )
         lost = lost_samples(container, self.stream)
         if lost:
             return Fault("truncated", f"is cut short: {lost} of {self.stream.frames} frames lie beyond its end")

@@ -17,8 +17,8 @@ from av.video.stream import VideoStream
 
 from longvid.errors import SourceError
 from longvid.frames import FrameBlock, SourceInfo, frame_digest
+from longvid.media.audio import describe_audio
 from longvid.media.decoding.aperture import clean_aperture
-from longvid.media.decoding.audio import describe_audio
 from longvid.media.decoding.container import counted_frames
 from longvid.media.decoding.one_pass import in_one_pass, open_file
 from longvid.media.decoding.unchanged import identity, is_continued, unchanged

@@ -293,6 +293,13 @@ def test_help_names_every_command():
     assert all(command in done.stdout for command in ("encode", "decode", "info", "plan"))
 
 
+def test_every_command_has_help(capsys):
+    for command in ("encode", "decode", "info", "plan", "verify", "repair", "join"):
+        with pytest.raises(SystemExit) as left:
+            main([command, "--help"])
+        assert (left.value.code, command in capsys.readouterr().out) == (0, True)
+
+
 ENDLESS = """
 import itertools, sys, numpy as np, longvid.cli.commands as cli, longvid.runtime.session as s
 frames = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)

@@ -201,6 +201,21 @@ def test_one_of_several_streams_is_taken_and_that_is_said(tmp_path):
         assert len(container.streams.audio) == 1
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+@pytest.mark.parametrize(("codec", "channels", "kept"), [("pcm_s16le", 6, 6), ("pcm_s16le", 8, 8), ("pcm_s16le", 7, 2)])
+def test_all_channels_are_taken_along(tmp_path, codec, channels, kept, suffix):
+    path = source(tmp_path, f"{codec}.mkv", "-c:a", codec, "-ac", channels)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        seconds = take(path, tmp_path / f"out{suffix}")
+    assert [str(one.message) for one in said] == (
+        [] if kept == channels else [f"the 7 channels of {path} are mixed to stereo"]
+    )
+    in_step(tmp_path / f"out{suffix}", seconds)
+    with av.open(str(tmp_path / f"out{suffix}")) as container:
+        assert container.streams.audio[0].channels == kept
+
+
 def overwritten(path, start, stop):
     data = bytearray(path.read_bytes())
     begin, end = int(len(data) * start), int(len(data) * stop)

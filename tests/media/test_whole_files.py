@@ -3,6 +3,7 @@ of a group of pictures. And that those which are damaged in the same places are 
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import warnings
 
@@ -41,6 +42,17 @@ def test_fields_of_which_the_last_belongs_to_the_last_frame(tmp_path, count, who
     assert all("is interlaced" in words for words in said)
     top = frames[:, 0, 0, 1].astype(int)
     assert (np.diff(top) > 0).all()
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "mov", "flv", "avi", "h264"])
+@pytest.mark.parametrize("whole", [(), (1, 2, 4), (0, 8), (0, 1, 2, 3, 4, 5, 6, 7)])
+def test_fields_in_containers_whose_units_have_lengths(tmp_path, suffix, whole):
+    stream = write_paff(tmp_path / "a.ts", 9, whole=whole)
+    path = tmp_path / f"b.{suffix}"
+    ffmpeg("-fflags", "+genpts", "-i", stream, "-c", "copy", path)
+    frames = read(path, deinterlace="off")[0]
+    assert len(frames) == 9
+    assert np.abs(frames.astype(int) - pictures(path, 64, 96)).mean(axis=(1, 2, 3)).max() <= 1
 
 
 def test_a_last_field_that_is_cut_off_is_not_taken_for_a_whole_frame(tmp_path):
@@ -86,6 +98,17 @@ def test_an_avi_header_that_is_wrong_is_a_hint(tmp_path, wrong):
         assert video.count_frames() == 25
 
 
+@pytest.mark.parametrize("size", [0, UNSET, 2**31 - 1])
+@pytest.mark.parametrize("behind", [bytes(100_000), b"\x12\x34junk" * 500])
+def test_an_avi_file_in_the_space_that_a_recorder_had_reserved(tmp_path, size, behind):
+    path = avi(tmp_path / "a.avi", riff=size, movi=size)
+    data = path.read_bytes()
+    path.write_bytes(data[: data.rindex(b"idx1")] + behind)
+    frames, said, _ = read(path)
+    assert np.array_equal(frames, pictures(path, 64, 96))
+    assert (len(frames), said) == (25, [])
+
+
 def test_an_avi_file_from_a_pipe(tmp_path):
     path = tmp_path / "a.avi"
     path.write_bytes(ffmpeg(*generated(1), "-c:v", "mpeg4", "-q:v", 2, "-f", "avi", "-"))
@@ -98,7 +121,7 @@ def test_the_disk_that_a_run_needs_is_not_what_a_header_claims(tmp_path):
     assert (report.complete, report.frames) == (True, 25)
 
 
-@pytest.mark.parametrize("wrong", [{}, {"riff": UNSET, "movi": UNSET}, {"riff": 2**30}])
+@pytest.mark.parametrize("wrong", [{}, {"riff": UNSET, "movi": UNSET}, {"riff": 0, "movi": 0}, {"riff": 2**30}])
 @pytest.mark.parametrize("share", [0.3, 0.77])
 def test_an_avi_file_that_is_cut_is_refused(tmp_path, wrong, share):
     with pytest.raises(SourceError, match="cut short"):
@@ -116,6 +139,17 @@ def test_a_gif_file_without_trailer_or_with_bytes_behind_it(tmp_path, behind):
         path.write_bytes(whole[: int(len(whole) * share)] + b";" * (share == 0.5))
         with pytest.raises(SourceError, match="cut short"):
             open_source(path)
+
+
+@pytest.mark.parametrize("block", [b"!\xfe\x05hello\0", b"!\xff\x0bXMP DataXMP\x03abc\0", b"!\xf9\x04\x04\x0a\0\0\0"])
+@pytest.mark.parametrize("trailer", [b";", b""])
+def test_a_gif_file_with_a_comment_behind_its_last_picture(tmp_path, block, trailer):
+    path = tmp_path / "a.gif"
+    ffmpeg(*generated(1), path)
+    path.write_bytes(path.read_bytes()[:-1] + block + trailer)
+    assert np.array_equal(read(path)[0], pictures(path, 64, 96))
+    with open_source(path) as video:
+        assert video.count_frames() == 25
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +248,38 @@ def test_a_store_of_a_recording_that_ends_in_a_picture_is_continued_as_advised(t
         encode("a.zarr", on_error="conceal")
     encode("a.zarr", on_error="conceal", overwrite=True)
     assert open_store(tmp_path / "a.zarr").num_frames == a.num_frames + 1
+
+
+@pytest.mark.parametrize("suffix", ["ts", "mp4", "mkv"])
+def test_a_last_picture_that_is_damaged_is_found_whatever_the_threads_do(tmp_path, suffix):
+    """It comes out while its thread is still decoding; every second time or so it was taken for whole."""
+    whole, cut, path = tmp_path / "a.ts", tmp_path / "cut.ts", tmp_path / f"b.{suffix}"
+    ffmpeg(*generated(0.2, name="testsrc2"), "-vf", "noise=alls=20", *X264, "-bf", 2, whole)
+    cut.write_bytes(whole.read_bytes()[: 188 * 28])
+    ffmpeg("-i", cut, "-c", "copy", path)
+    for _ in range(25):
+        with pytest.raises(SourceError, match=r"frame 0 of .* is damaged"):
+            read(path)
+
+
+def test_a_last_picture_of_h265_that_is_cut_is_found(tmp_path):
+    """Its decoder says nothing. Cuts between pictures are no damage."""
+    path = tmp_path / "a.ts"
+    h265 = ["-c:v", "libx265", "-x265-params", "log-level=none:keyint=8:bframes=0", "-pix_fmt", "yuv420p"]
+    ffmpeg(*generated(0.4, name="testsrc2"), "-vf", "noise=alls=20", *h265, path)
+    data, whole = path.read_bytes(), read(path)[0]
+    assert len(whole) == 10
+    for count in range(len(data) // 188 - 20, len(data) // 188):
+        path.write_bytes(data[: 188 * count])
+        kept, said, _ = read(path, on_error="keep")
+        assert np.array_equal(kept, whole[: len(kept)])
+        if said:
+            assert "is cut off" in said[0]
+            with pytest.raises(SourceError, match=f"frame {len(kept)} .* is cut off.*--on-error keep"):
+                read(path)
+        else:
+            with contextlib.suppress(SourceError):  # so little is left of a picture that nothing comes out
+                assert np.array_equal(read(path)[0], kept)
 
 
 def test_the_referee_finds_the_same_frames_in_whole_and_cut_files(tmp_path):

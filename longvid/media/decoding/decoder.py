@@ -8,8 +8,6 @@ packets.
 from __future__ import annotations
 
 import heapq
-import itertools
-import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -23,8 +21,12 @@ from av.video.stream import VideoStream
 
 from longvid.errors import SourceError
 from longvid.media.decoding.container import reason
+from longvid.media.decoding.ends import has_gif_picture
 from longvid.media.decoding.field_pictures import is_field
+from longvid.media.decoding.last_pictures import packets_without_picture
+from longvid.media.decoding.lookahead import Lookahead
 from longvid.media.decoding.seek_index import SeekPoint
+from longvid.media.timing.stamp_order import in_decoding_order
 
 __all__ = ["TRANSPORTS", "Decoder", "Fault", "Picture"]
 
@@ -35,13 +37,11 @@ _Run: TypeAlias = Callable[[Callable[[], Any]], Any]
 "calls a function in a thread that can be abandoned if it hangs"
 _MOST_BETWEEN = 16
 "largest number of B pictures in a row in H.264"
-_MOST_AHEAD = 32
-"packets that are looked at to know whether stamps are in the order of decoding"
 _MOST_WAITING = 128
 "pictures that change places, and threads that decode a frame each, together"
-_GUESS = "is damaged: its pixels would be the decoder's guess"
-_PACKED = re.compile(rb"DivX\d+(?:b|Build)\d+p")
-"the mark of MPEG-4 video with two pictures in one packet, to which FFmpeg gives stamps that do not rise"
+_REST = "its pixels would be the decoder's guess"
+_GUESS = f"is damaged: {_REST}"
+_GAP = "lies at a gap of its transport stream: packets were lost, or recordings joined"
 _SILENT_PACKETS = ("mpeg4", "vp8")
 "decoders that accept packets without a picture, in whole files too"
 _MOST_SILENT = 2
@@ -99,7 +99,8 @@ class Decoder:
     that all frames must have, by default that of the first; with ``any_size`` they may have any. ``from_start`` says
     that decoding begins at the start of the file. ``sorts`` says that its time stamps are in the order of decoding, so
     that they have to be sorted; None to look at the first packets. ``is_joint`` tells by the bytes at which two packets
-    of a transport stream begin whether a gap in between is a joint, where nothing is lost.
+    of a transport stream begin whether a gap in between is a joint, where nothing is lost. ``is_cut_off`` tells whether
+    the last packet of one holds a part of a picture only.
     """
 
     def __init__(
@@ -115,21 +116,23 @@ class Decoder:
         any_size: bool = False,
         sorts: bool | None = None,
         is_joint: Callable[[int, int | None], bool] = lambda first, last: False,
+        is_cut_off: Callable[[Packet[Any]], bool] = lambda packet: False,
     ) -> None:
-        self._packets: Iterator[Packet[Any]] = container.demux(stream)
+        self._packets: Lookahead[Packet[Any]] = Lookahead(container.demux(stream))
         stream.codec_context.copy_opaque = True  # a frame tells its packet, also where a time stamp comes twice
         self._is_plain = container.format.name == "yuv4mpegpipe"
+        self._is_gif = container.format.name == "gif"
         self._is_transport = container.format.name in TRANSPORTS
         self.sorts = sorts
         self._stamps: list[int] = []
         "a heap of the stamps of packets whose pictures have not come yet, if they are sorted"
         self._has_samples = "mp4" in container.format.name.split(",")
-        self._stream = stream
-        self._name = name
-        self._num_bytes = num_bytes
-        self._run = run
-        self._size = size
-        self._from_start, self._is_joint, self._any_size = from_start, is_joint, any_size
+        self._stream, self._name, self._size = stream, name, size
+        self._num_bytes, self._run = num_bytes, run
+        self._from_start, self._any_size = from_start, any_size
+        self._is_joint, self._is_cut_off = is_joint, is_cut_off
+        self._tells_nothing = self._is_transport and stream.codec_context.name == "hevc"
+        "the decoder does not say that a picture is cut"
         self._one_by_one = stream.codec_context.thread_type.name == "SLICE"
         "the decoder has one thread per frame, so that an error belongs to the last packet"
         self.reached = 0
@@ -161,12 +164,13 @@ class Decoder:
 
     def skip_to(self, point: SeekPoint) -> bool:
         """Begin with the packet of a seek point; whether it was found ahead. Packets before it are not decoded."""
-        while (packet := self._run(lambda: next(self._packets, None))) is not None:
+        while ahead := self._run(lambda: self._packets.peek(1)):
+            packet = ahead[0]
             if packet.pos is not None and packet.pos > point.position and packet.pts is not None:
                 return False
             if packet.is_keyframe and (packet.pts, packet.pos) == (point.pts, point.position):
-                self._packets = itertools.chain([packet], self._packets)
                 return True
+            next(self._packets)
         return False
 
     def pictures(self) -> Iterator[Picture]:
@@ -320,17 +324,21 @@ class Decoder:
 
     def _step(self) -> list[VideoFrame | None] | None:
         if self.sorts is None:
-            self.sorts = self._is_in_decoding_order()
+            reorders = not self._is_transport and bool(self._stream.codec_context.has_b_frames)
+            self.sorts = reorders and in_decoding_order(self._packets, self._has_samples)
         packet: Packet[Any] | None = next(self._packets, None)
         if packet is None:
             return None
         self.reached = max(self.reached, (packet.pos or 0) + packet.size)
+        if self._is_gif and packet.size and not has_gif_picture(bytes(packet)):
+            return []
         if packet.size:
             self._register(packet)
         elif packet.pts is not None or packet.dts is not None:
             return []  # an empty entry of an AVI file, which the decoder would take for the end
+        before = [] if packet.size else self._of_threads()
         try:
-            return list(packet.decode())
+            return before + list(packet.decode())
         except (av.MemoryError, av.BlockingIOError, av.ExitError):
             raise
         except (av.FFmpegError, OSError) as exc:
@@ -338,10 +346,22 @@ class Decoder:
             if packet.pts is None or self.sorts:
                 if packet.pts is not None:
                     self._waiting.pop(packet.pts, None)
-                return [None] if packet.size else []
+                return [None] if packet.size else before
             if self._one_by_one:
                 self._failed[packet.pts] = _GUESS
             return []
+
+    def _of_threads(self) -> list[VideoFrame | None]:
+        """The frames that are ready when all threads are done, at the end of the file."""
+        frames: list[VideoFrame | None] = []
+        for packet in packets_without_picture(self._stream.codec_context):
+            try:
+                frames += self._stream.codec_context.decode(packet)
+            except (av.MemoryError, av.BlockingIOError, av.ExitError):
+                raise
+            except (av.FFmpegError, OSError) as exc:  # of a packet before
+                self._failure = Fault(self._kind(), f"cannot be decoded: {reason(exc)}", exc.with_traceback(None))
+        return frames
 
     def _register(self, packet: Packet[Any]) -> None:
         self._key_seen = self._key_seen or packet.is_keyframe or (not self._num_packets and self._should_begin())
@@ -353,33 +373,16 @@ class Decoder:
             if self.sorts:
                 self._sort_in(packet.pts)
             if packet.is_corrupt and not self._precedes_joint(packet):  # at a gap, which the decoder does not see
-                self._failed[packet.pts] = (
-                    "lies at a gap of its transport stream: packets were lost, or recordings joined"
-                )
+                self._failed[packet.pts] = _GAP if self._is_transport else "is not there as a whole"
+            elif self._tells_nothing and self._is_last() and self._is_cut_off(packet):
+                self._failed[packet.pts] = f"is cut off: {_REST}"
         starts_again = packet.pts is not None and self._shown is not None and packet.pts <= self._shown
         self.num_discarded += packet.is_discard and starts_again
         self._num_packets += 1
 
-    def _is_in_decoding_order(self) -> bool:
-        """Whether the first packets tell no times at which pictures are shown, though some change places.
-
-        Their stamps rise though pictures change places, or two pictures share a packet and with it a stamp.
-        """
-        if self._is_transport or not self._stream.codec_context.has_b_frames:
-            return False
-        ahead: list[Packet[Any]] = []
-        last: int | None = None
-        for packet in itertools.islice(self._packets, _MOST_AHEAD):
-            ahead.append(packet)
-            if not packet.size:
-                continue
-            is_later = packet.pts is not None and (last is None or packet.pts > last)
-            if not is_later or (self._has_samples and packet.pts != packet.dts):
-                last = None
-                break
-            last = packet.pts
-        self._packets = itertools.chain(ahead, self._packets)
-        return last is not None or any(_PACKED.search(bytes(packet)) for packet in ahead[:1])
+    def _is_last(self) -> bool:
+        """Whether no packet with a picture follows."""
+        return not any(one.size for one in self._packets.peek(1))
 
     def _lowest(self, pts: int | None) -> int | None:
         """The stamp at which a picture is shown whose own one is ``pts``."""
@@ -400,17 +403,16 @@ class Decoder:
 
     def _precedes_joint(self, packet: Packet[Any]) -> bool:
         """Whether a gap of a transport stream is a joint; the packet that is marked may be the one before."""
-        ahead = list(itertools.islice(self._packets, 2))
-        self._packets = itertools.chain(ahead, self._packets)
-        places = [one.pos for one in ahead if one.size]
+        places = [one.pos for one in self._packets.peek(2) if one.size]
         last = places[1] if len(places) > 1 else None
         return packet.pos is not None and None not in places and self._is_joint(packet.pos, last)
 
     def _emptied(self) -> list[VideoFrame | None]:
+        before = self._of_threads()
         try:
-            return list(self._stream.codec_context.decode(None))
+            return before + list(self._stream.codec_context.decode(None))
         except (av.FFmpegError, OSError):
-            return []
+            return before
 
 
 def _with_share(held: list[Picture], picture: Picture) -> Iterator[Picture]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ _START_CODE = re.compile(rb"\x00\x00\x01")
 _HEADER_BYTES = 512
 "so many bytes hold a sequence parameter set, and those of a slice header that are read here"
 _SLICES, _PARAMETERS = (1, 5), 7
+_LENGTHS_FOLLOW = b"\1"
+"begins the parameters of a stream whose NAL units stand behind their lengths (ISO 14496-15)"
 _WITH_CHROMA = (100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135)
 "profiles whose parameter sets give the chroma format"
 
@@ -48,21 +51,23 @@ class _Sequence:
 
 
 def may_have_fields(extradata: bytes | None) -> bool:
-    """Whether a stream whose parameter sets are these, in Annex B format, may code the fields of a frame one by one."""
+    """Whether a stream with these parameter sets may code the fields of a frame one by one."""
     try:
-        return any(unit[0] & 31 == _PARAMETERS and not _sequence(unit).frames_only for unit in _units(extradata or b""))
+        units = _parameter_sets(extradata or b"")
+        return any(unit[0] & 31 == _PARAMETERS and not _sequence(unit).frames_only for unit in units)
     except (IndexError, ValueError):  # damaged
         return False
 
 
 def is_field(packet: bytes, extradata: bytes | None) -> bool:
-    """Whether the first slice of a packet in Annex B format belongs to a field picture.
+    """Whether the first slice of a packet belongs to a field picture.
 
     The parameter set is the last one before that slice, in the packet or in ``extradata``. False if it is not known.
     """
-    sequence = None
+    sequence, head = None, extradata or b""
     try:
-        for unit in (*_units(extradata or b""), *_units(packet)):
+        units = _units(packet) if head[:1] != _LENGTHS_FOLLOW else _prefixed(packet, (head[4] & 3) + 1)
+        for unit in (*_parameter_sets(head), *units):
             kind = unit[0] & 31
             if kind == _PARAMETERS:
                 sequence = _sequence(unit)
@@ -73,11 +78,28 @@ def is_field(packet: bytes, extradata: bytes | None) -> bool:
     return False
 
 
+def _parameter_sets(extradata: bytes) -> Iterator[bytes]:
+    """The parameter sets in front of a stream: with start codes (Annex B), or as mp4 and Matroska have them."""
+    if extradata[:1] != _LENGTHS_FOLLOW:
+        yield from _units(extradata)
+        return
+    yield from itertools.islice(_prefixed(extradata[6:], 2), extradata[5] & 31)
+
+
 def _units(data: bytes) -> Iterator[bytes]:
-    """The beginning of every NAL unit."""
+    """The beginning of every NAL unit behind a start code."""
     for mark in _START_CODE.finditer(data):
         if mark.end() < len(data):
             yield data[mark.end() : mark.end() + _HEADER_BYTES]
+
+
+def _prefixed(data: bytes, size: int) -> Iterator[bytes]:
+    """The beginning of every NAL unit behind its length, which is a number of ``size`` bytes."""
+    at = 0
+    while at + size < len(data):
+        begin = at + size
+        at = begin + int.from_bytes(data[at:begin], "big")
+        yield data[begin : min(at, begin + _HEADER_BYTES)]
 
 
 def _sequence(unit: bytes) -> _Sequence:

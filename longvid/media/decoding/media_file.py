@@ -58,7 +58,8 @@ class MediaFile:
             found = os.fstat(self.file.fileno())
             self.num_bytes: int = found.st_size
             "size when the file was opened"
-            self._modified = found.st_mtime_ns
+            self._modified, self._noted = found.st_mtime_ns, found.st_ctime_ns
+            "when it was written to, which programs set back, and when the system last noted a change, if of its name"
             if not self.num_bytes and not may_be_empty:
                 raise SourceError(f"{path} is empty (0 bytes), not a video", kind="not-video")
             limits.check("max_bytes", self.num_bytes, f"{path} has {self.num_bytes} bytes")
@@ -125,12 +126,12 @@ class MediaFile:
         found = os.fstat(self.file.fileno())
         if found.st_size != self.num_bytes:
             raise changed(self._path, self.num_bytes, found.st_size)
-        if found.st_mtime_ns == self._modified:
-            return
         known = self._sha256
+        if found.st_mtime_ns == self._modified and (known is None or found.st_ctime_ns == self._noted):
+            return
         if known is None or self._digest(self.num_bytes, beat) != known:
             raise changed(self._path, self.num_bytes, found.st_size)
-        self._modified = found.st_mtime_ns  # written again with the same bytes
+        self._modified, self._noted = found.st_mtime_ns, found.st_ctime_ns  # written again with the same bytes
 
     def check_kept(self, beat: Callable[[], None]) -> None:
         """The same, but a file that has grown is well for now."""

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["is_joint"]
+__all__ = ["ends_full", "is_joint"]
 
 _SYNC, _TABLES = 0x47, 0
 _SIZES = (188, 192, 204)
@@ -90,6 +90,19 @@ def is_joint(file: int | None, first: int, last: int | None) -> bool:
         own, found = packet.counter, found + len(payload)
         tables_jump, tables_counter = False, None  # those inside of a picture do not count
     return num_joints > 0
+
+
+def ends_full(file: int, first: int) -> bool:
+    """Whether the last packet of the stream whose last picture begins at the byte ``first`` has no padding."""
+    size = _packet_size(file, first)
+    if size is None:
+        return True
+    content, is_full = None, True
+    for packet in _packets(file, first, os.fstat(file).st_size, size):
+        content = packet.content if content is None else content
+        if packet.content == content:
+            is_full = packet.data[3] >> 4 & 3 == 1
+    return is_full
 
 
 def _packet_size(file: int, first: int) -> int | None:

@@ -24,7 +24,7 @@ from av.packet import Packet
 from av.stream import Discard
 
 from longvid.errors import SourceError
-from longvid.media.decoding.audio import pick_audio
+from longvid.media.audio import pick_audio
 from longvid.media.decoding.container import reason
 from longvid.media.decoding.media_file import MediaFile
 from longvid.media.decoding.watchdog import Watchdog
@@ -49,8 +49,11 @@ _SILENCE = 0.5
 "seconds of silence in a piece"
 _RATES = (32000, 44100, 48000)
 "of lower rates a packet lasts longer than a picture"
-_LAYOUTS = ("mono", "stereo", "3.0", "4.0", "5.0", "5.1", "7.1")
+_LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "4.0", 5: "5.0", 6: "5.1", 8: "7.1"}
+"of so many channels, that both encoders take"
 _BITS_PER_CHANNEL = 96_000
+_PACKED = "flt"
+"samples of all channels in turn: PyAV reads and writes beyond the planes of a frame with 8 of them"
 _DAMAGE = (av.FFmpegError, OSError, ValueError)
 
 
@@ -269,11 +272,11 @@ class Sound:
     def _add_encoder(self, container: OutputContainer, form: Container) -> AudioStream:
         context, name = self._stream.codec_context, form.sound_encoder
         self._rate = context.sample_rate if context.sample_rate in _RATES and name == "aac" else 48000
-        layout = context.layout.name
-        self._layout = layout if layout in _LAYOUTS else "mono" if context.channels == 1 else "stereo"
+        self._layout = _LAYOUTS.get(context.channels, "stereo")
+        if context.channels not in _LAYOUTS:
+            warnings.warn(f"the {context.channels} channels of {self._name} are mixed to stereo", stacklevel=4)
         stream: Any = container.add_stream(name, rate=self._rate, layout=self._layout)
-        self._samples_format = "fltp" if name == "aac" else "flt"
-        stream.codec_context.format = self._samples_format
+        stream.codec_context.format = "fltp" if name == "aac" else _PACKED
         stream.bit_rate = _BITS_PER_CHANNEL * stream.codec_context.channels
         stream.time_base = Fraction(1, self._rate)
         added: AudioStream = stream
@@ -282,8 +285,8 @@ class Sound:
     def _encoded(self) -> Iterator[Packet[Any]]:
         position = 0
         for samples in self._cut():
-            packed = samples if self._samples_format == "fltp" else samples.T.reshape(1, -1)
-            frame = AudioFrame.from_ndarray(np.ascontiguousarray(packed), self._samples_format, self._layout)
+            packed = np.ascontiguousarray(samples.T.reshape(1, -1))
+            frame = AudioFrame.from_ndarray(packed, _PACKED, self._layout)
             frame.sample_rate, frame.pts, frame.time_base = self._rate, position, Fraction(1, self._rate)
             position += samples.shape[1]
             yield from self._out.encode(frame)
@@ -323,10 +326,10 @@ class Sound:
                 seconds = Fraction(frame.pts or 0) * Fraction(frame.time_base or self._base)
                 if resampler is None or shape != (frame.format.name, frame.layout.name, frame.sample_rate):
                     shape = (frame.format.name, frame.layout.name, frame.sample_rate)
-                    resampler = AudioResampler("fltp", self._layout, self._rate)
+                    resampler = AudioResampler(_PACKED, self._layout, self._rate)
                 frame.pts = None
                 for out in resampler.resample(frame):
-                    yield seconds, out.to_ndarray().astype(np.float32, copy=False)
+                    yield seconds, out.to_ndarray().reshape(out.samples, -1).T.astype(np.float32, copy=False)
                     seconds += Fraction(out.samples, self._rate)
         if damaged:
             warnings.warn(f"the sound of {self._name} has {damaged} damaged packets, which are silent", stacklevel=5)
