@@ -24,6 +24,7 @@ from longvid.store.format import PRIVATE
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the time stamps of .* do not continue"),
     pytest.mark.filterwarnings("ignore:.* does not store when its frames are shown"),
+    pytest.mark.filterwarnings("ignore:.* packets of .* are left out, since the edit list"),
 ]
 
 EAGER = Durability(mode="rename", publish_seconds=0)
