@@ -89,7 +89,7 @@ def main() -> int:
         what: [round(one["before"][what] / one["now"][what], 3) for one in rounds] for what in ("wall", "cpu", "faults")
     }
     rows = [
-        {"what": what, "ratio": statistics.median(found), "least": min(found), "most": max(found)}
+        {"what": what, "ratio": round(statistics.median(found), 3), "least": min(found), "most": max(found)}
         for what, found in ratios.items()
     ]
     for row in rows:
