@@ -39,8 +39,11 @@ def open_source(source: Any, **reading: Unpack[Reading]) -> FrameSource:
             frames = ArrayFrames(store, name=str(path), **reading)
             frames.info = replace(frames.info, sample_aspect_ratio=store.sample_aspect_ratio)
             return frames
+        from longvid.media.pictures.animation import AnimatedWebP, is_animated_webp
         from longvid.media.pictures.picture_folder import PictureFolder, is_pictures
 
+        if is_animated_webp(os.fspath(source)):
+            return AnimatedWebP(source, **reading)
         if is_pictures(os.fspath(source)):
             return PictureFolder(source, **reading)
         from longvid.media.video_file import VideoFile

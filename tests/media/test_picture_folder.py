@@ -392,20 +392,6 @@ def test_the_pages_of_a_tiff_file_are_not_lost_silently(tmp_path):
         open_source(tmp_path / "a.tif")
 
 
-def test_animated_webp_is_refused_with_what_would_work(tmp_path):
-    path = tmp_path / "a.webp"
-    images = [Image.fromarray(frame) for frame in barcodes(5, *SIZE)]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=[100, 50, 200, 100, 300], lossless=True)
-    with pytest.raises(SourceError, match="is an animated WebP, which FFmpeg does not read here; convert") as caught:
-        open_source(path)
-    code = str(caught.value).partition("as in ")[2].partition(", and name")[0]
-    os.chdir(tmp_path)
-    exec(code, {"PIL": __import__("PIL", fromlist=["Image"])})
-    frames, times = collect(video := open_source(tmp_path / "animation.png"))
-    assert indices(frames) == [0, 1, 2, 3, 4]
-    assert [float(time * video.info.time_base) for time in times] == pytest.approx([0, 0.1, 0.15, 0.35, 0.45])
-
-
 # ------------------------------------------------------------------------------------------------- changes, stores
 
 

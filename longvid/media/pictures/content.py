@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-__all__ = ["Content", "examine", "kind_of"]
+__all__ = ["Animation", "Content", "examine", "kind_of", "webp_animation"]
 
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 _TIFF = {b"II*\0": "<", b"MM\0*": ">"}
@@ -116,18 +116,55 @@ def _jpeg(data: bytes) -> Content:
 
 
 def _webp(data: bytes) -> Content:
-    end = 8 + int.from_bytes(data[4:8], "little")
-    orientation, animated, at = 1, False, 12
-    while at + 8 <= min(end, len(data)):
-        kind, length = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
-        contents = data[at + 8 : at + 8 + length] if kind in (b"VP8X", b"EXIF") else b""
+    end, orientation, animated = 8 + int.from_bytes(data[4:8], "little"), 1, False
+    for kind, at, length in _riff_chunks(data):
         if kind == b"VP8X":
-            animated = bool(contents[:1] and contents[0] & 2)
+            animated = bool(data[at : at + 1]) and bool(data[at] & 2)
         elif kind == b"EXIF":
-            orientation = _exif_orientation(contents.removeprefix(b"Exif\0\0"))
-        at += 8 + length + length % 2
+            orientation = _exif_orientation(data[at : at + length].removeprefix(b"Exif\0\0"))
     fault = f"{_CUT}: its header declares {end} bytes and the file has {len(data)}" if end > len(data) else None
     return Content("webp", min(end, len(data)), (0, 0), orientation, fault, animated=animated)
+
+
+@dataclass(frozen=True, slots=True)
+class Animation:
+    """What the chunks of an animated WebP say."""
+
+    size: tuple[int, int]
+    "(height, width)"
+    durations: list[int]
+    "milliseconds for which each frame is shown that is there as a whole"
+    data: bytes
+    "the file up to the last of these frames"
+    fault: str | None
+    "why the file is not whole"
+
+
+def webp_animation(data: bytes) -> Animation:
+    """The frames of an animated WebP."""
+    size, durations, end = (0, 0), list[int](), 12
+    for kind, at, length in _riff_chunks(data):
+        if at + length > len(data):
+            break
+        end = at + length + length % 2
+        if kind == b"VP8X" and length >= 10:
+            width, height = (1 + int.from_bytes(data[at + n : at + n + 3], "little") for n in (4, 7))
+            size = height, width
+        elif kind == b"ANMF" and length >= 16:
+            durations.append(max(1, int.from_bytes(data[at + 12 : at + 15], "little")))
+    fault = _webp(data).fault
+    if fault is not None:
+        data = data[:4] + (end - 8).to_bytes(4, "little") + data[8:end]
+    return Animation(size, durations, data, fault if durations else f"{_CUT}: it has no whole frame")
+
+
+def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, place and length of the contents of each chunk."""
+    end, at = min(8 + int.from_bytes(data[4:8], "little"), len(data)), 12
+    while at + 8 <= end:
+        length = int.from_bytes(data[at + 4 : at + 8], "little")
+        yield data[at : at + 4], at + 8, length
+        at += 8 + length + length % 2
 
 
 def _tiff(data: bytes) -> Content:

@@ -122,13 +122,6 @@ def is_still(path: str) -> bool:
 def _several(path: str, content: Content) -> SourceError:
     if content.pages > 1:
         what, advice = f"has {content.pages} pages", "write each page to a file of its own and name their folder"
-    elif content.codec == "png":
-        what, advice = "is animated", "name that file alone as the source, or move it out of the folder"
     else:
-        what = "is an animated WebP, which FFmpeg does not read here"
-        advice = (
-            f"convert it to APNG with Pillow, as in image = PIL.Image.open({path!r}); image.save('animation.png', "
-            "save_all=True, duration=[(image.seek(i), image.load(), image.info['duration'])[2] for i in "
-            "range(image.n_frames)]), and name that file alone as the source"
-        )
+        what, advice = "is animated", "name that file alone as the source, or move it out of the folder"
     return SourceError(f"{path} {what}; {advice}", kind="layout")
