@@ -97,8 +97,11 @@ def _left_behind(args: argparse.Namespace) -> str:
 
 def _encode(args: argparse.Namespace) -> int:
     from longvid.media.limits import Limits
+    from longvid.media.pipes import STANDARD_INPUT
     from longvid.store.target import check_target
 
+    if args.store == STANDARD_INPUT:
+        raise OptionError("a store is a folder and cannot be written to standard output; name it, such as out.zarr")
     out = _part_path(args, args.store)
     found = check_target(out)  # before a model is loaded
     limits = Limits(**{f.name: value for f in fields(Limits) if (value := getattr(args, f.name, None)) is not None})

@@ -123,6 +123,7 @@ REFUSED = [
     ("out.mp4", {"pix_fmt": "rgb24"}, (64, 96), "choose --pix-fmt yuv420p"),
     ("out.mp4", {"codec": "av1", "pix_fmt": "yuv444p"}, (64, 96), "yuv420p, yuv420p10"),
     ("out.mp4", {"crf": 52}, (64, 96), "0 .best. to 51"),
+    ("out.mp4", {"crf": "low"}, (64, 96), "0 .best. to 51"),
     ("out.mkv", {"codec": "ffv1", "crf": 3}, (64, 96), "has no --crf"),
     ("out.mp4", {"codec": "h265"}, (8, 96), "from 16x16 .*--codec h264 or av1"),
     ("out.mp4", {}, (16, 16386), "to 16384x16384 .*choose --codec h265 or ffv1"),

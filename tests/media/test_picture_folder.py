@@ -129,7 +129,7 @@ def test_a_gap_is_an_error_and_the_folder_has_none(tmp_path):
     folder = folder_of(tmp_path / "d", 6, name="{:03d}.png")
     (folder / "003.png").unlink()
     with pytest.raises(
-        SourceError, match=r"d/003.png is missing: of the numbers 0 to 5 .* 5 are there and 1"
+        SourceError, match=r"d/003.png is missing: of the numbers 0 to 5 .* 1 of 6 are missing"
     ) as caught:
         open_source(folder / "%03d.png")
     assert caught.value.kind == "missing"

@@ -261,7 +261,7 @@ def _quality(path: Path, name: str, codec: _Codec, crf: int | None) -> dict[str,
             raise _wrong(path, f"{name} has no --crf; leave it out, or choose another --codec")
         return {}
     default, most = codec.crf
-    if crf is not None and not 0 <= crf <= most:
+    if crf is not None and not (isinstance(crf, int) and 0 <= crf <= most):
         raise _wrong(path, f"--crf {crf} is not a quality of {name}; give 0 (best) to {most}")
     return {"crf": str(default if crf is None else crf)}
 

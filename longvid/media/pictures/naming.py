@@ -61,7 +61,7 @@ def list_pictures(path: str) -> list[str]:
         missing = last - first + 1 - len(numbered)
         raise SourceError(
             f"{os.path.join(folder, _format(pattern, gap))} is missing: of the numbers {first} to {last} of {path}, "
-            f"{len(numbered)} are there and {missing} are not; add them, or name the folder, {folder or os.curdir}, "
+            f"{missing} of {last - first + 1} are missing; add them, or name the folder, {folder or os.curdir}, "
             "whose pictures are read in the order of their names",
             kind="missing",
         )
