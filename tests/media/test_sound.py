@@ -108,6 +108,15 @@ def test_sound_of_every_kind_is_in_step(tmp_path, name, suffix):
         in_step(tmp_path / f"out{suffix}", seconds)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("rate", [16000, 22050])
+def test_packets_that_last_longer_than_a_picture(tmp_path, suffix, rate):
+    path = source(tmp_path, "slow.mp4", "-c:a", "aac", rate=rate, seconds=2)
+    for start, stop in ((0, None), (17, None), (5, 20)):
+        seconds = take(path, tmp_path / f"out{suffix}", start, stop, overwrite=True)
+        in_step(tmp_path / f"out{suffix}", seconds)
+
+
 def codec_of(path):
     with av.open(str(path)) as container:
         return container.streams.audio[0].codec_context.codec.canonical_name

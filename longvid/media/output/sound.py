@@ -241,7 +241,8 @@ class Sound:
         if self._stream.codec_context.codec.canonical_name not in form.sound:
             return False
         length, window = self._length(first), self._window
-        if length / 2 > window.frame:
+        # packets are taken whole, by their middle where the container cuts off what lies before the picture
+        if (length / 2 if form.cuts_sound else length) > window.frame:
             return False
         late = self._span(first)[1] - window.begin if self._span(first)[0] < window.begin else Fraction(0)
         return form.cuts_sound or late <= window.frame
