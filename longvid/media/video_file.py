@@ -129,7 +129,7 @@ class VideoFile(FrameSource):
         return max(1, (count if self._end is None else min(self._end, count)) - self._begin)
 
     def last_duration(self) -> int | None:
-        """By the file; of a frame that another one follows in the file, what it says of that frame."""
+        """As the file says of the last frame that was read."""
         return 1 if self._fps is not None else self._reader.times.last_duration(at_end=self._reader.at_end)
 
     def close(self) -> None:

@@ -41,21 +41,7 @@ def one_line(err):
 
 
 def test_encode_decode_info_as_json(run, tmp_path):
-    code, out, err = run(
-        "encode",
-        CLIP,
-        tmp_path / "a.zarr",
-        *NANO,
-        "--size",
-        "64x48",
-        "--fit",
-        "stretch",
-        "--start",
-        3,
-        "--frames",
-        20,
-        "--json",
-    )
+    code, out, err = run("encode", CLIP, tmp_path / "a.zarr", *NANO, *SIZE, "--start", 3, "--frames", 20, "--json")
     assert code == 0, err
     report = json.loads(out)
     for key in (
@@ -272,20 +258,7 @@ def test_debug_shows_the_traceback(run, tmp_path):
 
 def test_overwrite_replaces_a_store(run, tmp_path):
     for extra in ([], ["--overwrite"]):
-        code, _, err = run(
-            "encode",
-            CLIP,
-            tmp_path / "a.zarr",
-            *NANO,
-            "--size",
-            "64x48",
-            "--fit",
-            "stretch",
-            "--frames",
-            5,
-            "--quiet",
-            *extra,
-        )
+        code, _, err = run("encode", CLIP, tmp_path / "a.zarr", *NANO, *SIZE, "--frames", 5, "--quiet", *extra)
         assert code == 0, err
     assert longvid.open_store(tmp_path / "a.zarr").num_frames == 5
 

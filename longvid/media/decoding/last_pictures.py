@@ -29,6 +29,8 @@ _BEHIND = b"\x5a\xa5\xc3\x9b" * 64
 "bytes that end no picture, and are not those that the decoder itself puts behind a packet"
 _MOST_PACKETS = 2000
 "longest group of pictures that is looked at"
+_SECONDS_BEFORE = 30
+"where reading begins before the last picture"
 _DELIMITER = b"\x09\x10"
 "the NAL unit in front of a picture"
 _MOST_THREADS = 16
@@ -78,6 +80,9 @@ def _last_picture(container: InputContainer, pts: int, behind: bytes, max_pixels
     stream = pick_stream(container, "")
     stream.codec_context.options = {"max_pixels": str(max_pixels)}
     stream.thread_type = "SLICE"
+    if stream.time_base and pts * stream.time_base > _SECONDS_BEFORE + (stream.start_time or 0) * stream.time_base:
+        # a recording of hours is not read again for it; a seek in a transport stream is not exact
+        container.seek(pts - round(_SECONDS_BEFORE / stream.time_base), stream=stream, backward=True)
     group: list[Packet[Any]] = []
     for packet in container.demux(stream):
         if packet.is_keyframe or len(group) > _MOST_PACKETS:

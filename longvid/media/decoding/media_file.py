@@ -49,23 +49,31 @@ class MediaFile:
     def __init__(self, path: str, limits: Limits, *, may_be_empty: bool = False) -> None:
         self._path = path
         self._limits = limits
-        self.file: BinaryIO = _open_regular(path)
-        "for reads besides decoding; FFmpeg has a position of its own"
+        self._file: BinaryIO = _open_regular(path)
         self._sha256: str | None = None
         self.beat: Callable[[], None] = lambda: None
         "called while a reader waits for bytes, so that a slow writer is not taken for a decoder that hangs"
         try:
-            found = os.fstat(self.file.fileno())
-            self.num_bytes: int = found.st_size
-            "size when the file was opened"
+            found = os.fstat(self._file.fileno())
+            self._num_bytes = found.st_size
             self._modified, self._noted = found.st_mtime_ns, found.st_ctime_ns
             "when it was written to, which programs set back, and when the system last noted a change, if of its name"
             if not self.num_bytes and not may_be_empty:
                 raise SourceError(f"{path} is empty (0 bytes), not a video", kind="not-video")
             limits.check("max_bytes", self.num_bytes, f"{path} has {self.num_bytes} bytes")
         except BaseException:
-            self.file.close()
+            self._file.close()
             raise
+
+    @property
+    def file(self) -> BinaryIO:
+        """For reads besides decoding; FFmpeg has a position of its own."""
+        return self._file
+
+    @property
+    def num_bytes(self) -> int:
+        """Size when the file was opened."""
+        return self._num_bytes
 
     def open(self) -> InputContainer:
         """Open the same file with FFmpeg, which may open nothing else.
@@ -123,7 +131,7 @@ class MediaFile:
 
     def check_unchanged(self, beat: Callable[[], None]) -> None:
         """Raise SourceError of kind ``"changed"`` if the file is not the one that was opened."""
-        found = os.fstat(self.file.fileno())
+        found = os.fstat(self._file.fileno())
         if found.st_size != self.num_bytes:
             raise changed(self._path, self.num_bytes, found.st_size)
         known = self._sha256
@@ -141,11 +149,11 @@ class MediaFile:
     @property
     def descriptor(self) -> int | None:
         """For reads anywhere in the file; None if they are not possible."""
-        return self.file.fileno()
+        return self._file.fileno()
 
     def close(self) -> None:
         """Close the file."""
-        self.file.close()
+        self._file.close()
 
     def refusal(self, exc: Exception) -> SourceError:
         """Why FFmpeg could not open the file."""
@@ -155,8 +163,9 @@ class MediaFile:
                 f"more with Limits.stall_seconds",
                 kind="stalled",
             )
-        self.file.seek(0)
-        head = self.file.read(1024)
+        file = self.file
+        file.seek(0)
+        head = file.read(1024)
         for mark, what in _PLAYLISTS.items():
             if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(mark) or (mark[:1] == b"<" and mark in head):
                 return SourceError(
@@ -174,14 +183,14 @@ class MediaFile:
 
     def current_size(self) -> int:
         """Bytes that the file has now."""
-        return os.fstat(self.file.fileno()).st_size
+        return os.fstat(self._file.fileno()).st_size
 
     def _digest(self, length: int, beat: Callable[[], None], start: int = 0) -> str:
         """sha256 of the first ``length`` bytes, from ``start`` on."""
         digest, left = hashlib.sha256(), length - start
-        self.file.seek(start)
+        self._file.seek(start)
         while left:
-            block = self.file.read(min(left, _BLOCK_BYTES))
+            block = self._file.read(min(left, _BLOCK_BYTES))
             if not block:
                 raise changed(self._path, self.num_bytes, length - left)
             digest.update(block)
@@ -191,7 +200,7 @@ class MediaFile:
 
     def _own_name(self) -> str:
         """A name of the open file itself, where the system has one: the path may come to name another file."""
-        name = f"/proc/self/fd/{self.file.fileno()}"
+        name = f"/proc/self/fd/{self._file.fileno()}"
         return name if os.path.exists(name) else os.path.realpath(self._path)
 
 

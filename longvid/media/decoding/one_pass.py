@@ -74,12 +74,12 @@ class OnePassFile(MediaFile):
         self._ended = self._opened = self._closed = False
 
     @property
-    def num_bytes(self) -> int:  # type: ignore[override]
+    def num_bytes(self) -> int:
         """Bytes of the whole, once all are read; more than any file has until then."""
         return self._count if self._ended else _UNKNOWN
 
     @property
-    def file(self) -> io.BytesIO:  # type: ignore[override]
+    def file(self) -> io.BytesIO:
         """The first bytes, for looking into the header."""
         return io.BytesIO(self._head)
 
@@ -218,7 +218,7 @@ class PipeFile(OnePassFile):
             raise SourceError(f"{self._path} cannot be read: {reason(exc)}") from exc
 
     def close(self) -> None:
-        """Close our end; a writer that goes on gets SIGPIPE."""
+        """Close our end; a program that writes after that gets SIGPIPE."""
         if not self._closed:
             self._closed = True
             os.close(self._number)

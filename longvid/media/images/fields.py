@@ -162,7 +162,7 @@ class _State:
 
 
 class _Filter:
-    """The filter graph, which goes on as long as frames follow each other."""
+    """The filter graph. It is kept while frames follow each other, and made again elsewhere."""
 
     def __init__(self) -> None:
         self._graph: Graph | None = None

@@ -146,7 +146,7 @@ class VideoFormat:
         return "hvc1" if self.codec == "h265" and self.container.format in ("mp4", "mov") else None
 
     def hint(self, frame_rate: Fraction | None) -> Fraction:
-        """The frame rate that the encoder is told, which decides no time."""
+        """The frame rate that the encoder is told. The times of frames do not depend on it."""
         return min(frame_rate or Fraction(24), Fraction(_HIGHEST_RATES.get(self.codec, _LARGEST_TIME_BASE)))
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -20,8 +20,8 @@ from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 
 from longvid.errors import StoreError
 from longvid.files import sync_path
+from longvid.media.output.errors import writing
 from longvid.media.output.formats import PICTURES
-from longvid.media.output.video_writer import write_error
 
 __all__ = ["PictureWriter", "is_pictures", "picture_path"]
 
@@ -116,7 +116,7 @@ class PictureWriter:
                 f"shape (T, {self._height}, {self._width}, 3)",
                 kind="format",
             )
-        with self._wrapped():
+        with writing(self._path):
             for frame_HWC in frames_THWC:
                 name = self._name(self._first + self._written)
                 (self._staging / name).write_bytes(self._encoded(frame_HWC))
@@ -124,7 +124,7 @@ class PictureWriter:
 
     def __enter__(self) -> Self:
         folder = self._path.parent
-        with self._wrapped():
+        with writing(self._path):
             if not folder.exists():
                 folder.mkdir()
                 self._made_folder = True
@@ -149,7 +149,7 @@ class PictureWriter:
         if not self._written:
             raise StoreError(f"no frames were written to {self._path}, so that there is no picture to keep")
         self._check_present()
-        with self._wrapped():
+        with writing(self._path):
             for number in range(self._first, self._first + self._written):
                 name = self._name(number)
                 if self._overwrite:
@@ -188,7 +188,7 @@ class PictureWriter:
         wanted = range(self._first, self._first + self._num_frames)
         if not self._path.parent.is_dir():
             return
-        with self._wrapped(), os.scandir(self._path.parent) as entries:
+        with writing(self._path), os.scandir(self._path.parent) as entries:
             for entry in entries:
                 found = own.fullmatch(entry.name)
                 if found is None:
@@ -232,15 +232,6 @@ class PictureWriter:
             )
         frame.pts = 0
         return b"".join(bytes(packet) for packet in (*codec.encode(frame), *codec.encode(None)))
-
-    @contextlib.contextmanager
-    def _wrapped(self) -> Iterator[None]:
-        try:
-            yield
-        except StoreError:
-            raise
-        except (av.FFmpegError, OSError, ValueError) as exc:
-            raise write_error(self._path, exc) from exc
 
 
 def _move_new(source: Path, target: Path) -> None:

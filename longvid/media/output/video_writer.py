@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import os
 import secrets
@@ -22,22 +21,22 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from longvid.errors import LongvidError, StoreError
+from longvid.errors import StoreError
 from longvid.files import check_file_target
 from longvid.frames import ColorInfo
 from longvid.media.images.color import PRIMARIES, TRANSFERS, matrix_by_rule
+from longvid.media.output.errors import is_full, reason, write_error, writing
 from longvid.media.output.formats import Encoding, video_format
 
 if TYPE_CHECKING:
     from longvid.media.output.sound import Sound
 
-__all__ = ["VideoWriter", "write_error"]
+__all__ = ["VideoWriter"]
 
 # name -> (tag of matrix, primaries and transfer; coefficients of swscale)
 _MATRICES = {"bt709": (1, 1), "bt601": (6, 5)}
 _PRIMARIES = {name: tag for tag, name in PRIMARIES.items()}
 _TRANSFERS = {name: tag for tag, name in TRANSFERS.items()}
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
 
 
@@ -115,7 +114,7 @@ class VideoWriter:
         """
         self._opened()
         stamps = self._check_frames(frames_THWC, pts_T)
-        with self._wrapped():
+        with writing(self._path):
             for frame_HWC, pts in zip(frames_THWC, stamps, strict=True):
                 if self._sound is not None:
                     self._mux_sound(self._sound, self._sound.until(pts * self._time_base))
@@ -138,15 +137,15 @@ class VideoWriter:
             try:
                 container.mux_one(packet)
             except (av.FFmpegError, ValueError) as exc:
-                if _is_full(exc):
+                if is_full(exc):
                     raise
-                sound.leave_out(f"it cannot be written ({_reason(exc)})")
+                sound.leave_out(f"it cannot be written ({reason(exc)})")
                 return
 
     def __enter__(self) -> Self:
         if self._container is not None:
             raise StoreError(f"{self._path} is already being written by this writer; make another one")
-        with contextlib.ExitStack() as undo, self._wrapped():
+        with contextlib.ExitStack() as undo, writing(self._path):
             undo.callback(self._discard)
             if self._open_sound is not None:
                 self._sound = self._open_sound()
@@ -168,14 +167,14 @@ class VideoWriter:
     def _start_silent(self, cause: Exception) -> None:
         """Start again without the sound, if that may be what the file does not take."""
         sound = self._sound
-        if sound is None or _is_full(cause):
+        if sound is None or is_full(cause):
             raise self._refused(cause) from cause
         self._remove()
         try:
             self._start(None)
         except (av.FFmpegError, ValueError) as exc:
             raise self._refused(exc) from exc
-        sound.leave_out(f"a {self._path.suffix} file does not take it ({_reason(cause)})")
+        sound.leave_out(f"a {self._path.suffix} file does not take it ({reason(cause)})")
 
     def _start(self, sound: Sound | None) -> None:
         """Open the partial file and write its header, for which all encoders are opened."""
@@ -257,7 +256,7 @@ class VideoWriter:
         container = self._opened()
         if self._first_pts is None:
             raise StoreError(f"no frames were written to {self._path}, so that there is no video to keep")
-        with self._wrapped():
+        with writing(self._path):
             if self._sound is not None:
                 self._mux_sound(self._sound, self._sound.rest())
             packets = [] if self._held is None else self._stream.encode(self._held)
@@ -296,40 +295,15 @@ class VideoWriter:
 
     def _refused(self, exc: Exception) -> StoreError:
         """The error where an encoder cannot be opened."""
-        if (isinstance(exc, OSError) and not isinstance(exc, av.FFmpegError)) or _is_full(exc):
+        if (isinstance(exc, OSError) and not isinstance(exc, av.FFmpegError)) or is_full(exc):
             return write_error(self._path, exc)
         form = self._format
         what = f"{form.encoder} does not take {self._width}x{self._height} {form.pix_fmt} at {form.time_base} s"
         return StoreError(
-            f"{self._path} cannot be written: {what} ({_reason(exc)}); choose another --codec or --pix-fmt, or another "
+            f"{self._path} cannot be written: {what} ({reason(exc)}); choose another --codec or --pix-fmt, or another "
             "suffix",
             kind="format",
         )
-
-    @contextlib.contextmanager
-    def _wrapped(self) -> Iterator[None]:
-        try:
-            yield
-        except LongvidError:
-            raise
-        except (av.FFmpegError, OSError, ValueError) as exc:
-            raise write_error(self._path, exc) from exc
-
-
-def write_error(path: Path, exc: Exception) -> StoreError:
-    """The error where a file cannot be written."""
-    if _is_full(exc):
-        return StoreError(f"{path} cannot be written: {_reason(exc)}; is the disk full? Make room", kind="full")
-    return StoreError(f"{path} cannot be written: {_reason(exc)}")
-
-
-def _is_full(exc: Exception) -> bool:
-    return getattr(exc, "errno", None) in _NO_SPACE
-
-
-def _reason(exc: Exception) -> str:
-    """The message of an error, without its number."""
-    return getattr(exc, "strerror", None) or str(exc)
 
 
 def _within_16_bits(ratio: Fraction) -> Fraction:

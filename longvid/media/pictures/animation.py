@@ -110,8 +110,13 @@ class AnimatedWebP(FrameSource):
         return self._within_limits(self._blocks(self._begin + first), done=first)
 
     def last_duration(self) -> int | None:
-        """As the file says, in milliseconds."""
-        return 1 if self._fps is not None else self._durations[-1]
+        """As the file says of the last frame that is read, in milliseconds."""
+        if self._fps is not None:
+            return 1
+        stop = self._begin + (self.info.num_frames or 1)
+        if self._damage is not None and self._on_error == "keep":
+            stop = min(stop, self._damage)
+        return self._durations[stop - 1]
 
     def close(self) -> None:
         """Release the file."""

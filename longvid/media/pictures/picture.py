@@ -84,7 +84,7 @@ def decode(path: str, data: bytes, limits: Limits) -> Still | Fault:
         return Fault("truncated" if "cut short" in content.fault else "damaged", content.fault)
     context = cast("VideoCodecContext", av.CodecContext.create(content.codec, "r"))
     context.thread_count = 1
-    # the decoder of JPEG gives a guess for damage unless it is told not to; those of other formats do not
+    # without this option the decoder of JPEG fills damaged places with a guess; other decoders report the damage
     detect = {"err_detect": "explode"} if content.codec == "mjpeg" else {}
     context.options = {"max_pixels": str(limits.decoder_pixels), **detect}
     try:

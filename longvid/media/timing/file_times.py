@@ -41,7 +41,7 @@ class FileTimes:
         self._index = -1
 
     def begin(self, stream: VideoStream) -> None:
-        """Begin with the first frame, or with any if :attr:`clock` is told its offset."""
+        """Make a new clock, for the first frame of the file or for the one that :meth:`is_at` finds."""
         self._stream = stream
         rate = (self._frame_rate if self.without_stamps else None) or mean_frame_rate(stream) or DEFAULT_FRAME_RATE
         self.clock = Clock(
