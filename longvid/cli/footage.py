@@ -48,7 +48,8 @@ def _sound(details: Mapping[str, Any]) -> str:
     if count > 1:
         more = f", the default one of {count} streams" if audio.get("codec") else f", {count} streams"
     codec = audio.get("codec") or "a codec that FFmpeg does not decode"
-    return f", with sound ({codec}, {audio.get('sample_rate')} Hz, {audio.get('channels')} channels{more})"
+    channels = "1 channel" if audio.get("channels") == 1 else f"{audio.get('channels')} channels"
+    return f", with sound ({codec}, {audio.get('sample_rate')} Hz, {channels}{more})"
 
 
 def _picture(source: Mapping[str, Any], details: Mapping[str, Any]) -> Iterator[str]:

@@ -27,7 +27,7 @@ def streams(path):
 
 def test_the_sound_of_the_source_goes_along(made, capsys):
     assert main(["info", "a.zarr"]) == 0
-    assert "with sound (aac, 48000 Hz, 1 channels)" in capsys.readouterr().out
+    assert "with sound (aac, 48000 Hz, 1 channel)" in capsys.readouterr().out
     assert main(["decode", "a.zarr", "b.mp4", "--quiet"]) == 0
     assert streams("b.mp4") == ["h264", "aac"]
     assert main(["decode", "a.zarr", "b.webm", "--start", "5", "--frames", "10", "--quiet"]) == 0
